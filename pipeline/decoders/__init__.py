@@ -1,0 +1,1 @@
+"""Decoders: encoded bytes and boxes in, a batch of pixels out."""

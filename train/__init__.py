@@ -1,0 +1,1 @@
+"""Pre-training: settings, engine, checkpoints, metrics and the loop."""
