@@ -1,0 +1,269 @@
+"""Shared fixtures: real photographs, class folders cut from them, S3 on loopback, and a guard on processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import io
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import MappingProxyType
+
+import psutil
+import pytest
+from hypothesis import HealthCheck, settings
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+PHOTO_FILES = (
+    *(f"skimage/data/{name}" for name in ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png")),
+    *(f"skimage/data/{name}" for name in ("rocket.jpg", "retina.jpg", "hubble_deep_field.jpg", "ihc.png")),
+    *(f"skimage/data/{name}" for name in ("brick.png", "camera.png", "coins.png", "grass.png", "gravel.png")),
+    *(f"sklearn/datasets/images/{name}" for name in ("china.jpg", "flower.jpg")),
+)
+"""Photographs shipped in the wheels of scikit-image and scikit-learn, by name: the folders also hold text and logos."""
+
+SERVER_START_LIMIT_S = 60.0
+CHILD_EXIT_LIMIT_S = 10.0
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", parent=settings.get_profile("local"), derandomize=True, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run; torch is imported only where a GPU test was collected."""
+    if any("gpu" in item.keywords for item in items):
+        import torch
+
+        if not torch.cuda.is_available():
+            _skip_marked(items, marker="gpu", reason="needs a CUDA device")
+    if not (shutil.which("slurmctld") and shutil.which("slurmd")):
+        _skip_marked(items, marker="slurm", reason="needs slurmctld and slurmd")
+
+
+def _skip_marked(items: list[pytest.Item], *, marker: str, reason: str) -> None:
+    for item in items:
+        # keywords also hold folder names: tests/gpu would match without asking for the marker itself.
+        if item.get_closest_marker(marker):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+# ---------------------------------------------------------------------------------------------- photographs
+
+
+@pytest.fixture(scope="session")
+def photo_paths() -> dict[str, Path]:
+    """Give the path of each real photograph, by stem, as installed (PNG and JPEG, colour and grey)."""
+    paths: dict[str, Path] = {}
+    for name in PHOTO_FILES:
+        package, _, inner = name.partition("/")
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            pytest.fail(f"{package} is not installed; run `make setup` (extra `demo`)")
+        path = Path(spec.origin).parent / inner
+        paths[path.stem] = path
+    return paths
+
+
+@pytest.fixture(scope="session")
+def photos(photo_paths: dict[str, Path]) -> MappingProxyType[str, bytes]:
+    """Give 15 real photographs as JPEG bytes, by stem; grey ones stay grey. Some 0.4 s, once a session."""
+    from PIL import Image
+
+    encoded: dict[str, bytes] = {}
+    for stem, path in photo_paths.items():
+        if path.suffix == ".jpg":
+            encoded[stem] = path.read_bytes()
+            continue
+        with Image.open(path) as image:
+            mode = "L" if image.mode in ("L", "1", "I", "I;16") else "RGB"
+            encoded[stem] = encode_jpeg(image.convert(mode))
+    return MappingProxyType(encoded)
+
+
+def encode_jpeg(image: object, *, quality: int = 90) -> bytes:
+    """Encode a PIL image as JPEG bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)  # type: ignore[attr-defined]
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def make_class_folder(photo_paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Give a function that writes `<root>/<class>/<nnn>.jpg`: disjoint crops, the class is the source photograph.
+
+    The function takes `num_classes` (at most 15), `per_class`, `size_px` (shorter side; widths vary by up to half,
+    so that sizes differ as they do in real data) and optionally `root`; it returns the root.
+    """
+    from PIL import Image
+
+    def make(*, num_classes: int = 4, per_class: int = 8, size_px: int = 64, root: Path | None = None) -> Path:
+        root = root or tmp_path_factory.mktemp("classes")
+        for stem, path in list(photo_paths.items())[:num_classes]:
+            folder = root / stem
+            folder.mkdir(parents=True)
+            with Image.open(path) as source:
+                image = source.convert("RGB")
+            for index in range(per_class):
+                width = size_px + (index * 7) % (size_px // 2 + 1)
+                per_row = image.width // (size_px + size_px // 2)
+                left = (index % per_row) * (size_px + size_px // 2)
+                top = (index // per_row) * size_px
+                if top + size_px > image.height:
+                    raise ValueError(f"{stem} holds no {per_class} disjoint crops of {size_px} px")
+                crop = image.crop((left, top, left + width, top + size_px))
+                (folder / f"{index:03d}.jpg").write_bytes(encode_jpeg(crop))
+        return root
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def class_folder(make_class_folder: Callable[..., Path]) -> Path:
+    """Give a read-only folder of 4 classes x 8 JPEG crops, 64 px high. Shared by the session: do not write into it."""
+    return make_class_folder()
+
+
+# ---------------------------------------------------------------------------------------------- object storage
+
+
+@dataclasses.dataclass(frozen=True)
+class S3Server:
+    """A moto server on loopback."""
+
+    endpoint_url: str
+    bucket: str
+    pid: int
+
+    @property
+    def uri(self) -> str:
+        """The session's bucket as `s3://name`."""
+        return f"s3://{self.bucket}"
+
+
+_session_pids: set[int] = set()
+
+
+def find_free_port() -> int:
+    """Find a TCP port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """Run moto's S3 on a free loopback port, with AWS_* set for this process and its children, and one bucket made.
+
+    moto imports for seconds and its ranged reads get slow with large objects: mark tests `remote`, keep shards small.
+    """
+    import boto3
+
+    port = find_free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [str(Path(sys.executable).with_name("moto_server")), "-H", "127.0.0.1", "-p", str(port)]
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryFile() as log:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        patch.setenv("AWS_ENDPOINT_URL", url)
+        patch.setenv("AWS_ACCESS_KEY_ID", "test-key")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test-secret")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        for name in ("NO_PROXY", "no_proxy"):
+            patch.setenv(name, "127.0.0.1,localhost")
+        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        _session_pids.add(server.pid)
+        try:
+            _wait_until_answers(url, server=server, log=log)
+            bucket = "maelstrom-tests"
+            boto3.client("s3").create_bucket(Bucket=bucket)
+            yield S3Server(endpoint_url=url, bucket=bucket, pid=server.pid)
+        finally:
+            server.terminate()
+            try:
+                server.wait(timeout=CHILD_EXIT_LIMIT_S)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
+            _session_pids.discard(server.pid)
+
+
+@pytest.fixture
+def s3_bucket(s3_server: S3Server) -> Iterator[str]:
+    """Make a fresh bucket on the session's server for one test; give it as `s3://name`, empty it afterwards."""
+    import boto3
+
+    name = f"test-{uuid.uuid4().hex[:12]}"
+    bucket = boto3.resource("s3").Bucket(name)
+    bucket.create()
+    yield f"s3://{name}"
+    bucket.objects.all().delete()
+    bucket.delete()
+
+
+def _wait_until_answers(url: str, *, server: subprocess.Popen[bytes], log: io.BufferedRandom) -> None:
+    deadline_s = time.monotonic() + SERVER_START_LIMIT_S
+    while time.monotonic() < deadline_s and server.poll() is None:
+        try:
+            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=5):
+                return
+        except urllib.error.HTTPError:
+            return
+        except OSError:
+            time.sleep(0.05)
+    log.seek(0)
+    pytest.fail(f"moto_server did not answer on {url} (rc {server.poll()}):\n{log.read().decode(errors='replace')}")
+
+
+# ---------------------------------------------------------------------------------------------- processes
+
+
+@pytest.fixture(autouse=True)
+def no_process_left_behind() -> Iterator[None]:
+    """Fail a test that leaves a child process running, and end that process: an orphan trains on for ever."""
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    yield
+    left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
+    left = [child for child in left if not _may_stay(child)]
+    if not left:
+        return
+    _, alive = psutil.wait_procs(left, timeout=CHILD_EXIT_LIMIT_S)
+    descriptions = [f"{child.pid}: {_command_line(child)}" for child in alive if _is_running(child)]
+    for child in alive:
+        child.kill()
+    psutil.wait_procs(alive, timeout=CHILD_EXIT_LIMIT_S)
+    if descriptions:
+        pytest.fail("processes left behind (now killed):\n" + "\n".join(descriptions), pytrace=False)
+
+
+def _may_stay(child: psutil.Process) -> bool:
+    # Python keeps one resource tracker and one fork server for the life of the process.
+    command = _command_line(child)
+    return child.pid in _session_pids or "resource_tracker" in command or "multiprocessing.forkserver" in command
+
+
+def _command_line(child: psutil.Process) -> str:
+    try:
+        return " ".join(child.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def _is_running(child: psutil.Process) -> bool:
+    try:
+        return child.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
