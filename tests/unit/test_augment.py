@@ -25,6 +25,17 @@ def boxes_of(images_B, view=ViewConfig(), seed=0, epoch=0, first_id=0):  # noqa:
     )
 
 
+def plain_random_resized_crop(rng, width, height):
+    """One box the way the recipe words it, with a stateful generator."""
+    for _ in range(10):
+        area = width * height * rng.uniform(0.2, 1.0)
+        aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        w, h = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return rng.integers(0, height - h + 1), rng.integers(0, width - w + 1), h, w
+    raise AssertionError("a 4:3 image always finds a box in this test")
+
+
 @given(images, st.sampled_from(["random", "center"]), st.integers(0, 2**50), st.integers(1, 300), st.integers(1, 300))
 def test_boxes_lie_inside_their_images(images_B, crop, seed, height, width):
     boxes = boxes_of(images_B, ViewConfig(crop=crop, height=height, width=width), seed=seed)
