@@ -1,0 +1,279 @@
+"""The processes of a run: who is who, small agreements between them, and an orderly end.
+
+Agreements (flags, names, means for the log) go over a group of their own on gloo, so that they never mix with the
+gradients' traffic and never touch the accelerator.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from pipeline.errors import ConfigError
+from train.config import RunConfig
+
+T = TypeVar("T")
+
+_FIRST_SLURM_PORT = 20_000
+_SLURM_PORTS = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where this process stands, as its launcher says.
+
+    Args:
+        rank: 0 to world_size - 1.
+        local_rank: the same within this node.
+        world_size: processes of the run.
+        local_world_size: processes of this node.
+        master_addr: host of rank 0.
+        master_port: TCP port of the meeting point; 0 picks a free one (a single process).
+    """
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    master_addr: str
+    master_port: int
+
+
+def find_place(env: Mapping[str, str]) -> Place:
+    """Read rank and world size from torchrun's or deepspeed's variables, from srun's, or take a world of one.
+
+    Args:
+        env: the environment.
+
+    Raises:
+        ConfigError: the variables are there in part, or are not numbers.
+    """
+    if "RANK" in env:
+        missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in env]
+        if missing:
+            raise ConfigError(
+                f"environment: RANK is set but {', '.join(missing)} is not. "
+                "Start with torchrun, deepspeed or srun, or unset RANK for a single process."
+            )
+        rank, world = _number(env, "RANK"), _number(env, "WORLD_SIZE")
+        # torchrun says LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE.
+        local = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in env else "LOCAL_SIZE"
+        local_world = _number(env, local) if local in env else world
+        local_rank = _number(env, "LOCAL_RANK") if "LOCAL_RANK" in env else rank % local_world
+        return _checked(Place(rank, local_rank, world, local_world, env["MASTER_ADDR"], _number(env, "MASTER_PORT")))
+    if "SLURM_STEP_NUM_TASKS" in env and _number(env, "SLURM_STEP_NUM_TASKS") > 1:
+        return _checked(_slurm_place(env))
+    return Place(0, 0, 1, 1, "127.0.0.1", 0)
+
+
+def _slurm_place(env: Mapping[str, str]) -> Place:
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
+    port = _FIRST_SLURM_PORT + _number(env, "SLURM_JOB_ID") % _SLURM_PORTS
+    # "4(x2),3" means two nodes with four tasks and one with three; a node's own count is what matters here.
+    counts = [
+        int(number)
+        for number, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", env.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+        for _ in range(int(times or 1))
+    ]
+    node = _number(env, "SLURM_NODEID") if "SLURM_NODEID" in env else 0
+    return Place(
+        rank=_number(env, "SLURM_PROCID"),
+        local_rank=_number(env, "SLURM_LOCALID"),
+        world_size=_number(env, "SLURM_STEP_NUM_TASKS"),
+        local_world_size=counts[min(node, len(counts) - 1)],
+        master_addr=env.get("MASTER_ADDR") or first_slurm_host(nodes),
+        master_port=_number(env, "MASTER_PORT") if "MASTER_PORT" in env else port,
+    )
+
+
+def first_slurm_host(nodes: str) -> str:
+    """Return the first host of a Slurm node list such as `gpu[03-07,11],login1`.
+
+    Raises:
+        ConfigError: the list is empty.
+    """
+    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
+    if not match:
+        raise ConfigError(
+            f"environment: SLURM_STEP_NODELIST {nodes!r} names no host. Set MASTER_ADDR to the host of rank 0."
+        )
+    prefix, number, suffix = match.groups()
+    return f"{prefix}{number or ''}{suffix or ''}"
+
+
+def _number(env: Mapping[str, str], name: str) -> int:
+    try:
+        return int(env[name])
+    except (KeyError, ValueError):
+        raise ConfigError(
+            f"environment: {name} is {env.get(name)!r}, a whole number was expected. "
+            "Start with torchrun, deepspeed or srun, which set it."
+        ) from None
+
+
+def _checked(place: Place) -> Place:
+    if not 0 <= place.rank < place.world_size:
+        raise ConfigError(f"environment: RANK {place.rank} is not below WORLD_SIZE {place.world_size}.")
+    return place
+
+
+@dataclass
+class World:
+    """The processes of a run, seen from one of them. Every method that agrees on something must be called by all.
+
+    Args:
+        rank: 0 to world_size - 1.
+        local_rank: the same within this node; also the number of this process's GPU.
+        world_size: processes of the run.
+        local_world_size: processes of this node.
+        device: where this process computes.
+        backend: what carries gradients: nccl or gloo.
+        control: the gloo group of small agreements; None in a world of one.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    backend: str = "gloo"
+    control: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one that writes logs."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.control is not None:
+            dist.barrier(group=self.control)
+
+    def broadcast(self, value: T) -> T:
+        """Give every rank what rank 0 passed; small picklable objects made by this program only."""
+        if self.control is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Give every rank what each rank passed, in order of rank."""
+        if self.control is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def mean(self, values: Sequence[float]) -> list[float]:
+        """Average numbers over the ranks, for the log."""
+        if self.control is None:
+            return [float(value) for value in values]
+        totals = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(totals, group=self.control)
+        return (totals / self.world_size).tolist()
+
+    def highest(self, value: int) -> int:
+        """Return the largest of a number over the ranks: one integer, the cheapest agreement there is."""
+        if self.control is None:
+            return value
+        box = torch.tensor([value], dtype=torch.int64)
+        dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.control)
+        return int(box.item())
+
+    def end(self) -> None:
+        """Leave in an orderly way. Without it processes on gloo sometimes abort while they exit."""
+        if self.control is None:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            return
+        self.control = None
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def init_world(config: RunConfig) -> World:
+    """Join the run's processes.
+
+    Fills in the launcher's variables where they are absent (a plain `python -m`, or srun without torchrun), because
+    DeepSpeed looks for mpi4py otherwise.
+
+    Args:
+        config: settings of the run; `engine.timeout_s` bounds every wait for another rank.
+
+    Returns:
+        The world, with its process groups up.
+
+    Raises:
+        ConfigError: the launcher's variables contradict each other, or there are more ranks than GPUs.
+    """
+    place = find_place(os.environ)
+    device = _pick_device(place)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    _write_environment(place)
+    timeout = timedelta(seconds=config.engine.timeout_s)
+    if place.world_size == 1:
+        # A store in this process's memory: no port, no network, nothing another process could take.
+        dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1, timeout=timeout)
+        control = None
+    else:
+        options = {"device_id": device} if device.type == "cuda" else {}
+        dist.init_process_group(backend, timeout=timeout, **options)  # type: ignore[arg-type]
+        control = dist.new_group(backend="gloo", timeout=timeout)
+    return World(
+        rank=place.rank,
+        local_rank=place.local_rank,
+        world_size=place.world_size,
+        local_world_size=place.local_world_size,
+        device=device,
+        backend=backend,
+        control=control,
+    )
+
+
+def _pick_device(place: Place) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # Slurm and the deepspeed launcher may show each process its own GPU only.
+    count = torch.cuda.device_count()
+    index = 0 if count == 1 and place.local_world_size > 1 and _one_gpu_each() else place.local_rank
+    if index >= count:
+        raise ConfigError(
+            f"environment: local rank {place.local_rank} has no GPU, this process sees {count}. "
+            f"Start at most {count} processes on this node."
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _one_gpu_each() -> bool:
+    return "SLURM_PROCID" in os.environ and "," not in os.environ.get("CUDA_VISIBLE_DEVICES", ",")
+
+
+def _write_environment(place: Place) -> None:
+    port = place.master_port or _free_port()
+    for name, value in (
+        ("RANK", place.rank),
+        ("LOCAL_RANK", place.local_rank),
+        ("WORLD_SIZE", place.world_size),
+        ("LOCAL_WORLD_SIZE", place.local_world_size),
+        ("MASTER_ADDR", place.master_addr),
+        ("MASTER_PORT", port),
+    ):
+        os.environ.setdefault(name, str(value))
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

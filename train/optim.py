@@ -1,0 +1,106 @@
+"""What the optimizer does: parameter groups, AdamW, and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from train.config import OptimSection, RunConfig
+
+IMAGES_OF_BASE_LR = 256
+"""Batch that base_lr is quoted for. Source: He et al. 2022, table 8 (lr = base_lr x batch / 256)."""
+
+
+def peak_lr(config: RunConfig) -> float:
+    """Return the learning rate at the end of the warm-up."""
+    return config.optim.base_lr * config.train.global_batch_size / IMAGES_OF_BASE_LR
+
+
+def warmup_length(config: RunConfig, *, steps_per_epoch: float) -> float:
+    """Return the warm-up's length in steps; a fraction where epochs are not whole steps."""
+    if config.optim.warmup_steps is not None:
+        return float(config.optim.warmup_steps)
+    assert config.optim.warmup_epochs is not None, "the settings give exactly one of the two"
+    return config.optim.warmup_epochs * steps_per_epoch
+
+
+def lr_at(step: int, *, config: RunConfig, steps_per_epoch: float, total_steps: int) -> float:
+    """Compute the learning rate of one step: a straight warm-up from 0, then half a cosine down to min_lr.
+
+    A pure function, so that nothing of a schedule has to be saved or restored. Step 0 has rate 0, and the last step
+    is one short of the end of the cosine, as in the published recipe.
+
+    Args:
+        step: optimizer steps done before this one, from 0.
+        config: settings of the run; base_lr, min_lr, warm-up and global batch are read.
+        steps_per_epoch: optimizer steps of one epoch; only used where the warm-up is given in epochs.
+        total_steps: steps of the whole run; later steps stay at min_lr.
+
+    Returns:
+        The rate for every parameter group.
+
+    Source: He et al. 2022, table 8; the schedule is that of Goyal et al. 2017 and Loshchilov & Hutter 2017.
+    """
+    if step < 0:
+        raise ValueError(f"step {step} is negative")
+    peak = peak_lr(config)
+    warmup = warmup_length(config, steps_per_epoch=steps_per_epoch)
+    if step < warmup:
+        return peak * step / warmup
+    if step >= total_steps:
+        return config.optim.min_lr
+    progress = (step - warmup) / (total_steps - warmup)
+    return config.optim.min_lr + (peak - config.optim.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def is_decayed(name: str, parameter: torch.Tensor) -> bool:
+    """Tell whether weight decay applies: not to biases, norms and other vectors; tokens are decayed.
+
+    Source: the grouping of the published runs, which decays the class and mask tokens (three dimensions).
+    """
+    return parameter.ndim > 1 and not name.endswith(".bias")
+
+
+def build_param_groups(module: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
+    """Sort trainable parameters into [not decayed, decayed]; frozen ones are in neither, an empty group is left out.
+
+    Args:
+        module: the unwrapped model.
+        weight_decay: decay of the second group.
+
+    Returns:
+        Groups for a torch optimizer.
+    """
+    plain: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            (decayed if is_decayed(name, parameter) else plain).append(parameter)
+    groups = [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(module: nn.Module, config: OptimSection, *, device: torch.device) -> torch.optim.AdamW:
+    """Make AdamW over both groups. The rate starts at 0: every step sets it.
+
+    Args:
+        module: the unwrapped model.
+        config: optimizer settings.
+        device: where the optimizer will run; one fused kernel a group on CUDA, plain loops on the CPU.
+    """
+    return torch.optim.AdamW(
+        build_param_groups(module, weight_decay=config.weight_decay),
+        lr=0.0,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=device.type == "cuda",
+    )
+
+
+def set_lr(param_groups: list[dict[str, Any]], lr: float) -> None:
+    """Set the rate of every group."""
+    for group in param_groups:
+        group["lr"] = lr
