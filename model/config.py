@@ -1,0 +1,210 @@
+"""Settings of the masked autoencoder. Imports no torch, so that they can be checked at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+from types import MappingProxyType
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+CHANNELS = 3
+"""Colour channels of every image: red, green, blue."""
+
+RATIO_DENOMINATOR = 1_000_000
+"""Largest denominator of the fraction that a mask ratio stands for. Large enough for six decimals, small enough
+that 0.8 is 4/5 and not the nearest binary number, which lies a little above."""
+
+ActivationCheckpointing = Literal["none", "selective", "full"]
+"""Which blocks recompute their activations in the backward pass.
+
+`none`: no block. `full`: every block keeps only its input. `selective`: every second block, starting with the
+first; half of the memory is saved for half of the recomputation.
+"""
+
+
+class ModelConfig(BaseModel):
+    """Shape of a vision transformer with a masked-autoencoder decoder, and of its objective.
+
+    The defaults are ViT-B/16 with the decoder of He et al. 2022 (8 blocks of width 512). Only `mask_ratio` and
+    `norm_pix_loss` may change between two runs that share weights; everything else decides tensor shapes.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    image_size: int | tuple[int, int] = 224
+    """Height and width of the input in pixels: one number for squares, or two: `[224, 448]`, `224x448`."""
+    patch_size: int = Field(default=16, ge=1)
+    """Side of a square patch in pixels; divides height and width."""
+    embed_dim: int = Field(default=768, ge=4)
+    """Width of the encoder; a multiple of 4 and of `num_heads`."""
+    depth: int = Field(default=12, ge=1)
+    """Blocks of the encoder."""
+    num_heads: int = Field(default=12, ge=1)
+    """Attention heads of an encoder block."""
+    mlp_ratio: float = Field(default=4.0, gt=0)
+    """Hidden width of a block's MLP over the block's width, in encoder and decoder."""
+    decoder_embed_dim: int = Field(default=512, ge=4)
+    """Width of the decoder; a multiple of 4 and of `decoder_num_heads`."""
+    decoder_depth: int = Field(default=8, ge=1)
+    """Blocks of the decoder."""
+    decoder_num_heads: int = Field(default=16, ge=1)
+    """Attention heads of a decoder block."""
+    mask_ratio: float = Field(default=0.75, gt=0, lt=1)
+    """Share of patches that is hidden from the encoder. At least one patch is hidden and one is kept."""
+    norm_pix_loss: bool = False
+    """Predict each patch normalised by its own mean and standard deviation, instead of plain pixels. Better
+    features, but pictures need the true patch's statistics."""
+
+    @field_validator("image_size", mode="before")
+    @classmethod
+    def _read_image_size(cls, value: Any) -> Any:
+        if isinstance(value, str) and "x" in value:
+            value = value.split("x")
+        if isinstance(value, list | tuple) and len(value) == 2 and str(value[0]).strip() == str(value[1]).strip():
+            return value[0]
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ModelConfig:
+        problems = [*self._image_problems(), *self._width_problems()]
+        if not problems and not 1 <= self.num_visible < self.num_patches:
+            problems.append(
+                f"mask_ratio {self.mask_ratio} keeps {self.num_visible} of {self.num_patches} patches: "
+                f"at least one patch must be kept and one masked, use {1 / self.num_patches:.4g} to "
+                f"{1 - 1 / self.num_patches:.4g}"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _image_problems(self) -> list[str]:
+        problems = []
+        for side in dict.fromkeys((self.image_height, self.image_width)):
+            if side < 1:
+                problems.append(f"image_size {side} is not a number of pixels: use 1 or more")
+            elif side % self.patch_size:
+                below = side // self.patch_size * self.patch_size
+                nearest = [str(size) for size in (below, below + self.patch_size) if size]
+                problems.append(
+                    f"image_size {side} is not a multiple of patch_size {self.patch_size}: use {' or '.join(nearest)}"
+                )
+        return problems
+
+    def _width_problems(self) -> list[str]:
+        problems = []
+        for prefix, width, heads in (
+            ("", self.embed_dim, self.num_heads),
+            ("decoder_", self.decoder_embed_dim, self.decoder_num_heads),
+        ):
+            if width % heads:
+                divisors = [str(n) for n in range(1, width + 1) if width % n == 0 and n <= 4 * heads]
+                problems.append(
+                    f"{prefix}embed_dim {width} does not divide into {prefix}num_heads {heads}: "
+                    f"use {', '.join(divisors)} heads"
+                )
+            if width % 4:
+                problems.append(
+                    f"{prefix}embed_dim {width} is not a multiple of 4, which the sine-cosine position table needs: "
+                    f"use {width // 4 * 4} or {width // 4 * 4 + 4}"
+                )
+            hidden = width * self.mlp_ratio
+            if hidden < 1 or hidden != int(hidden):
+                problems.append(f"mlp_ratio {self.mlp_ratio} times {prefix}embed_dim {width} is not a whole number")
+        return problems
+
+    @classmethod
+    def of_size(cls, name: str, **settings: Any) -> ModelConfig:
+        """Take a named size and change some of its settings.
+
+        Args:
+            name: A key of `SIZES`.
+            settings: Fields to replace; checked like any other setting.
+
+        Returns:
+            The new configuration.
+
+        Raises:
+            ValueError: The name is unknown or the settings do not fit together.
+        """
+        if name not in SIZES:
+            raise ValueError(f"model size {name!r} is unknown: use one of {', '.join(SIZES)}")
+        return cls(**{**SIZES[name].model_dump(), **settings})
+
+    @property
+    def image_height(self) -> int:
+        """Height of the input in pixels."""
+        return self.image_size if isinstance(self.image_size, int) else self.image_size[0]
+
+    @property
+    def image_width(self) -> int:
+        """Width of the input in pixels."""
+        return self.image_size if isinstance(self.image_size, int) else self.image_size[1]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.image_height // self.patch_size, self.image_width // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image, without the class token."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def patch_dim(self) -> int:
+        """Values of one patch: patch_size^2 pixels of three channels."""
+        return self.patch_size**2 * CHANNELS
+
+    @property
+    def num_visible(self) -> int:
+        """Patches that the encoder sees; see `count_visible`."""
+        return count_visible(self.num_patches, self.mask_ratio)
+
+    @property
+    def num_masked(self) -> int:
+        """Patches that are hidden and make up the loss."""
+        return self.num_patches - self.num_visible
+
+
+def count_visible(num_patches: int, mask_ratio: float) -> int:
+    """Count the patches that stay visible: the floor of num_patches * (1 - mask_ratio), in exact arithmetic.
+
+    In binary floating point 100 * (1 - 0.8) is 19.99..., so plain truncation keeps 19 patches where 20 are meant.
+    The ratio is therefore read as the nearest fraction with a denominator of at most `RATIO_DENOMINATOR`. For 196
+    and 256 patches (every published model) both ways agree at all multiples of 0.05.
+
+    Args:
+        num_patches: Patches of an image, at least 1.
+        mask_ratio: Share that is hidden, from 0 to 1.
+
+    Returns:
+        Patches kept, from 0 to num_patches.
+    """
+    hidden_share = Fraction(mask_ratio).limit_denominator(RATIO_DENOMINATOR)
+    return math.floor(num_patches * (1 - hidden_share))
+
+
+SIZES: Mapping[str, ModelConfig] = MappingProxyType(
+    {
+        "vit_ti_16": ModelConfig(embed_dim=192, depth=12, num_heads=3),
+        "vit_s_16": ModelConfig(embed_dim=384, depth=12, num_heads=6),
+        "vit_b_16": ModelConfig(embed_dim=768, depth=12, num_heads=12),
+        "vit_l_16": ModelConfig(embed_dim=1024, depth=24, num_heads=16),
+        "vit_h_14": ModelConfig(embed_dim=1280, depth=32, num_heads=16, patch_size=14),
+        "demo": ModelConfig(
+            image_size=64,
+            patch_size=8,
+            embed_dim=192,
+            depth=6,
+            num_heads=3,
+            decoder_embed_dim=128,
+            decoder_depth=2,
+            decoder_num_heads=4,
+        ),
+    }
+)
+"""Named sizes. Source: He et al. 2022 and Dosovitskiy et al. 2021 table 1 (B, L, H), Touvron et al. 2021 table 1
+(Ti, S); `demo` is our own, small enough to learn something on a laptop in minutes."""

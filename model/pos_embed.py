@@ -1,0 +1,74 @@
+"""Fixed two-dimensional sine-cosine position tables, and their interpolation to another grid.
+
+Shapes: N patches (row by row), D width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+BASE = 10000.0
+"""Ratio of the slowest to the fastest wavelength. Source: Vaswani et al. 2017, section 3.5."""
+
+
+def sincos_table(grid: tuple[int, int], embed_dim: int) -> Tensor:
+    """Compute the position table of a grid of patches, with a row of zeros for the class token.
+
+    The row of the patch at (row, column) is [sin(column w) | cos(column w) | sin(row w) | cos(row w)], where w runs
+    over embed_dim / 4 frequencies from 1 down to 1 / 10000. The column comes first: published weights depend on it.
+    Computed in float64 and rounded once, so that it is the same on every machine; works on the meta device.
+
+    Args:
+        grid: Rows and columns of patches.
+        embed_dim: Width; a multiple of 4.
+
+    Returns:
+        table of shape (1, 1 + N, embed_dim), float32.
+
+    Raises:
+        ValueError: embed_dim is not a multiple of 4.
+    """
+    if embed_dim % 4:
+        raise ValueError(f"embed_dim {embed_dim} is not a multiple of 4, which a sine-cosine table needs")
+    rows, columns = grid
+    exponents = torch.arange(embed_dim // 4, dtype=torch.float64) / (embed_dim // 4)
+    omega = BASE**-exponents
+    column_angles = torch.arange(columns, dtype=torch.float64).repeat(rows).unsqueeze(1) * omega
+    row_angles = torch.arange(rows, dtype=torch.float64).repeat_interleave(columns).unsqueeze(1) * omega
+    patches_ND = torch.cat([column_angles.sin(), column_angles.cos(), row_angles.sin(), row_angles.cos()], dim=1)
+    cls_1D = torch.zeros(1, embed_dim, dtype=torch.float64)
+    return torch.cat([cls_1D, patches_ND]).unsqueeze(0).to(torch.float32)
+
+
+def interpolate_table(table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """Resample a position table to another grid, bicubic, leaving the class token's row as it is.
+
+    This is what published fine-tuning at other resolutions does (no antialiasing, corners not aligned). For
+    pre-training from scratch compute a new `sincos_table` instead.
+
+    Args:
+        table: Shape (1, 1 + rows * columns, D).
+        old_grid: Rows and columns of the table.
+        new_grid: Rows and columns wanted.
+
+    Returns:
+        Table of shape (1, 1 + new rows * new columns, D), in the table's own type.
+
+    Raises:
+        ValueError: The table does not belong to old_grid.
+    """
+    rows, columns = old_grid
+    if table.ndim != 3 or table.shape[:2] != (1, 1 + rows * columns):
+        raise ValueError(
+            f"position table of shape {tuple(table.shape)} does not belong to a grid of {rows} x {columns} patches: "
+            f"expected (1, {1 + rows * columns}, width)"
+        )
+    if old_grid == new_grid:
+        return table
+    cls, patches = table[:, :1], table[:, 1:]
+    picture = patches.reshape(1, rows, columns, -1).permute(0, 3, 1, 2).to(torch.float32)
+    picture = F.interpolate(picture, size=new_grid, mode="bicubic", align_corners=False)
+    patches = picture.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
+    return torch.cat([cls, patches], dim=1)

@@ -1,0 +1,261 @@
+"""A plain vision transformer that can be shown all patches of an image or some of them.
+
+It knows nothing of the objective it is trained with.
+
+Shapes: B images, C channels, H height, W width, N patches, V patches shown, S = 1 + V tokens with the class token,
+D width, P = patch_size^2 * C.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.config import CHANNELS, ActivationCheckpointing
+from model.init import init_layers, init_patch_projection, init_token
+from model.masking import gather_rows
+from model.patches import patchify
+from model.pos_embed import sincos_table
+
+NORM_EPS = 1e-6
+"""Epsilon of every LayerNorm. Source: the released ViT and MAE configurations (torch's default is 1e-5)."""
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused query-key-value projection."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, tokens_BSD: Tensor) -> Tensor:
+        """Let every token look at every other one.
+
+        Args:
+            tokens_BSD: Normalised tokens.
+
+        Returns:
+            tokens_BSD, to be added to the residual stream.
+        """
+        B, S, D = tokens_BSD.shape
+        qkv = self.qkv(tokens_BSD).view(B, S, 3, self.num_heads, D // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        out_BSD: Tensor = self.proj(mixed.transpose(1, 2).reshape(B, S, D))
+        return out_BSD
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact (erf) GELU between them."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, tokens_BSD: Tensor) -> Tensor:
+        """Transform each token by itself.
+
+        Args:
+            tokens_BSD: Normalised tokens.
+
+        Returns:
+            tokens_BSD, to be added to the residual stream.
+        """
+        out_BSD: Tensor = self.fc2(F.gelu(self.fc1(tokens_BSD)))
+        return out_BSD
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block. No dropout, no layer scale, no stochastic depth."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, tokens_BSD: Tensor) -> Tensor:
+        """Apply attention and MLP, each around a residual.
+
+        Args:
+            tokens_BSD: Residual stream.
+
+        Returns:
+            tokens_BSD.
+        """
+        tokens_BSD = tokens_BSD + self.attn(self.norm1(tokens_BSD))
+        tokens_BSD = tokens_BSD + self.mlp(self.norm2(tokens_BSD))
+        return tokens_BSD
+
+
+class PatchProjection(nn.Module):
+    """The weights of a convolution with stride = kernel, applied to rows of pixels as one matrix product.
+
+    The parameters have a convolution's shapes and names, so that published weights load. Working on rows lets the
+    caller leave out hidden patches before the product instead of after it.
+    """
+
+    def __init__(self, patch_size: int, embed_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(embed_dim, CHANNELS, patch_size, patch_size))
+        self.bias = nn.Parameter(torch.empty(embed_dim))
+
+    def forward(self, patches_BVP: Tensor) -> Tensor:
+        """Project patches to tokens.
+
+        Args:
+            patches_BVP: Rows of pixels in the order of `patchify`; cast to the weight's type.
+
+        Returns:
+            tokens_BVD.
+        """
+        weight_DP = self.weight.permute(0, 2, 3, 1).flatten(1)  # channel fastest, as patchify lays out pixels
+        return F.linear(patches_BVP.to(weight_DP.dtype), weight_DP, self.bias)
+
+
+class PatchEmbed(nn.Module):
+    """Holder of the patch projection, for the sake of its published name `patch_embed.proj`."""
+
+    def __init__(self, patch_size: int, embed_dim: int) -> None:
+        super().__init__()
+        self.proj = PatchProjection(patch_size, embed_dim)
+
+    def forward(self, patches_BVP: Tensor) -> Tensor:
+        """Project patches to tokens.
+
+        Args:
+            patches_BVP: Rows of pixels.
+
+        Returns:
+            tokens_BVD.
+        """
+        tokens_BVD: Tensor = self.proj(patches_BVP)
+        return tokens_BVD
+
+
+class VisionTransformer(nn.Module):
+    """Encoder: patches in, normalised tokens out.
+
+    Args:
+        image_size: Height and width in pixels, multiples of patch_size.
+        patch_size: Side of a patch in pixels.
+        embed_dim: D, a multiple of 4 and of num_heads.
+        depth: Number of blocks.
+        num_heads: Attention heads per block.
+        mlp_ratio: Hidden width of the MLP over embed_dim.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: tuple[int, int],
+        patch_size: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+    ) -> None:
+        super().__init__()
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
+        self.encoder_checkpointing: ActivationCheckpointing = "none"
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(sincos_table(self.grid, embed_dim), requires_grad=False)
+        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.blocks = nn.ModuleList([Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth)])
+        self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
+        self.init_encoder()
+
+    def init_encoder(self, generator: torch.Generator | None = None) -> None:
+        """Fill the encoder's parameters, position table included; also after `to_empty` from the meta device.
+
+        Args:
+            generator: Source of random numbers; torch's global one if absent. All ranks must use the same seed.
+        """
+        with torch.no_grad():
+            self.pos_embed.copy_(sincos_table(self.grid, self.pos_embed.shape[-1]))
+        init_token(self.cls_token, generator=generator)
+        init_patch_projection(self.patch_embed.proj.weight, self.patch_embed.proj.bias, generator=generator)
+        init_layers(self.blocks, generator=generator)
+        init_layers(self.norm, generator=generator)
+
+    def patches(self, images_BCHW: Tensor) -> Tensor:
+        """Cut images into patches, after checking that they are what the position table was made for.
+
+        Args:
+            images_BCHW: Normalised images.
+
+        Returns:
+            patches_BNP.
+
+        Raises:
+            ValueError: Channels, height or width differ from the model's.
+        """
+        expected = (CHANNELS, *self.image_size)
+        if tuple(images_BCHW.shape[1:]) != expected:
+            raise ValueError(
+                f"images of shape {tuple(images_BCHW.shape)} do not fit a model for (B, {str(expected)[1:]}: "
+                f"change the view's size or model.image_size"
+            )
+        return patchify(images_BCHW, self.patch_size)
+
+    def encode(self, patches_BNP: Tensor, ids_keep_BV: Tensor | None = None) -> Tensor:
+        """Encode all patches, or only some of each image.
+
+        Hidden patches are left out before anything is computed for them.
+
+        Args:
+            patches_BNP: All patches of the images.
+            ids_keep_BV: Patch numbers to show, in any order; all of them if absent.
+
+        Returns:
+            tokens_BSD after the final norm: the class token, then patches in the order shown.
+        """
+        positions_ND = self.pos_embed[0, 1:]
+        if ids_keep_BV is None:
+            tokens_BVD = self.patch_embed(patches_BNP) + positions_ND
+        else:
+            tokens_BVD = self.patch_embed(gather_rows(patches_BNP, ids_keep_BV)) + positions_ND[ids_keep_BV]
+        cls_11D = self.cls_token + self.pos_embed[:, :1]
+        tokens_BSD = torch.cat([cls_11D.expand(tokens_BVD.shape[0], -1, -1), tokens_BVD], dim=1)
+        encoded_BSD: Tensor = self.norm(run_blocks(self.blocks, tokens_BSD, self.encoder_checkpointing))
+        return encoded_BSD
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Encode whole images.
+
+        Args:
+            images_BCHW: Normalised images.
+
+        Returns:
+            tokens_BSD after the final norm, S = 1 + N; the class token first.
+        """
+        return self.encode(self.patches(images_BCHW))
+
+
+def run_blocks(blocks: nn.ModuleList, tokens_BSD: Tensor, mode: ActivationCheckpointing) -> Tensor:
+    """Apply blocks in turn; some of them keep only their input and compute the rest again in the backward pass.
+
+    Args:
+        blocks: Transformer blocks.
+        tokens_BSD: Residual stream.
+        mode: `none`, `selective` (every second block, from the first on) or `full`.
+
+    Returns:
+        tokens_BSD.
+    """
+    for number, block in enumerate(blocks):
+        recompute = mode == "full" or (mode == "selective" and number % 2 == 0)
+        if recompute and torch.is_grad_enabled():
+            # Nothing in a block is random, so there is no generator state to keep.
+            tokens_BSD = checkpoint(block, tokens_BSD, use_reentrant=False, preserve_rng_state=False)
+        else:
+            tokens_BSD = block(tokens_BSD)
+    return tokens_BSD
