@@ -1,0 +1,102 @@
+"""What a decoder is, and the slow path that every decoder falls back to for a single image.
+
+Shapes: B images, H W height and width of the output.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from pipeline.augment import Boxes
+from pipeline.config import ViewConfig
+
+U8 = npt.NDArray[np.uint8]
+
+_FILTERS = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "area": Image.Resampling.BOX,
+}
+
+
+@dataclass
+class Decoded:
+    """A batch of pixels.
+
+    Attributes:
+        pixels_BHW3: uint8 RGB, on the decoder's device. Rows of bad images are zero.
+        bad: why an image could not be decoded, by its place in the batch.
+    """
+
+    pixels_BHW3: torch.Tensor
+    bad: dict[int, str] = field(default_factory=dict)
+
+
+class Decoder(Protocol):
+    """Turns encoded images and boxes into one batch of equal size."""
+
+    def decode(self, images_B: Sequence[U8], boxes: Boxes) -> Decoded:
+        """Decode, cut, resize and mirror.
+
+        Args:
+            images_B: encoded bytes of each image, uint8 arrays.
+            boxes: one box and flip an image, in pixels of the stored image.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release threads and memory."""
+        ...
+
+
+def decode_single(image: U8, boxes: Boxes, view: ViewConfig) -> U8:
+    """Decode one image with Pillow: slow, but it reads every format and says what is wrong.
+
+    Args:
+        image: encoded bytes.
+        boxes: exactly one box.
+        view: output size and filter.
+
+    Returns:
+        uint8 RGB of shape (H, W, 3).
+
+    Raises:
+        ValueError: the image cannot be decoded, or the box does not lie inside it.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            opened = Image.open(io.BytesIO(image.tobytes()))
+            opened.load()
+            rgb = to_rgb(opened)
+    except UnidentifiedImageError as error:
+        raise ValueError("is not an image") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot be decoded: {error}") from error
+    top, left = int(boxes.tops_B[0]), int(boxes.lefts_B[0])
+    bottom, right = top + int(boxes.heights_B[0]), left + int(boxes.widths_B[0])
+    if bottom > rgb.height or right > rgb.width:
+        raise ValueError(f"is {rgb.width} x {rgb.height} pixels, smaller than the manifest says")
+    resized = rgb.crop((left, top, right, bottom)).resize((view.width, view.height), _FILTERS[view.interpolation])
+    pixels = np.asarray(resized)
+    return np.ascontiguousarray(pixels[:, ::-1]) if boxes.flips_B[0] else pixels
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any of Pillow's modes to RGB; 16-bit grey keeps its high byte, transparency is dropped."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "I":
+        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("P", "PA") and "transparency" in image.info:
+        return image.convert("RGBA").convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,324 @@
+"""From a dataset and a place in its order to batches on the device.
+
+Two threads work ahead of the caller: one looks up and reads encoded images, one decodes them. What a batch holds is
+decided by `order` and `augment` alone; threads, decoder, cache and world size only decide how fast it comes.
+
+Shapes: B images of one micro-batch, C H W channels, height and width, N patches.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+import torch
+
+from pipeline.augment import Boxes
+from pipeline.cache import ShardReader
+from pipeline.channel import Channel, ChannelClosedError
+from pipeline.config import LoaderConfig, OrderConfig, ViewConfig
+from pipeline.data_report import DataReport
+from pipeline.decoders.base import Decoder
+from pipeline.decoders.choose import build_decoder, threads_of_rank
+from pipeline.errors import ConfigError, DataError
+from pipeline.manifest import Manifest
+from pipeline.order import Cursor, Order
+from pipeline.philox import I64
+from pipeline.pixels import DeviceCopier
+from pipeline.sample_source import Encoded, SampleSource
+from pipeline.stats import PipelineStats
+
+
+class LoaderState(TypedDict):
+    """All that is needed to go on exactly: no generator state, no shuffle buffer."""
+
+    seed: int
+    epoch: int
+    position: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one rank.
+
+    Attributes:
+        images_BCHW: normalised with ImageNet's mean and standard deviation, on the loader's device.
+        labels_B: int64 class numbers on the same device, -1 where a sample has none.
+        sample_ids_B: int64 numpy array; with the seed and the epoch it names every random choice made for an image.
+        epochs_B: int64 numpy array; a batch may span two epochs.
+        boxes: where each image was cut, and whether it was mirrored.
+        epoch, position: where the global batch begins that this is a part of.
+    """
+
+    images_BCHW: torch.Tensor
+    labels_B: torch.Tensor
+    sample_ids_B: I64
+    epochs_B: I64
+    boxes: Boxes
+    epoch: int
+    position: int
+
+
+@dataclass
+class _Work:
+    """A micro-batch on its way through the threads."""
+
+    encoded: Encoded
+    start: Cursor
+    end: Cursor | None
+    pixels_BHW3: torch.Tensor | None = None
+
+
+class Loader:
+    """Endless micro-batches of one rank, from any place in the order.
+
+    Args:
+        dataset: an open dataset.
+        view: how images are cut.
+        order: how samples are shuffled.
+        settings: how they are read and decoded.
+        seed: key of the run.
+        rank: this rank.
+        world_size: ranks that share a global batch.
+        local_world_size: ranks on this machine; they share its cores.
+        global_batch_size: images of one optimizer step over all ranks.
+        micro_batch_size: images of one batch that this loader yields.
+        device: where batches are wanted.
+        dtype: type of the images.
+
+    Raises:
+        ConfigError: where the sizes cannot work together, or a decoder is not installed.
+    """
+
+    def __init__(
+        self,
+        dataset: Manifest,
+        view: ViewConfig,
+        order: OrderConfig,
+        settings: LoaderConfig,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        local_world_size: int = 1,
+        global_batch_size: int,
+        micro_batch_size: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        per_rank = global_batch_size // world_size
+        if micro_batch_size < 1 or global_batch_size % (micro_batch_size * world_size):
+            raise ConfigError(
+                f"train.global_batch_size {global_batch_size} is not a multiple of train.micro_batch_size "
+                f"{micro_batch_size} x {world_size} ranks"
+            )
+        self._dataset = dataset
+        self._seed = seed
+        self._micro = micro_batch_size
+        self._accumulation = per_rank // micro_batch_size
+        self._order = Order(
+            dataset.shard_sizes,
+            config=order,
+            seed=seed,
+            global_batch_size=global_batch_size,
+            rank=rank,
+            world_size=world_size,
+        )
+        self.report = DataReport(max_bad_share=settings.max_bad_share, max_bad_in_a_row=settings.max_bad_in_a_row)
+        self.stats = PipelineStats()
+        self._reader = _open_reader(dataset, settings)
+        self._source = SampleSource(dataset, self._reader, view=view, settings=settings, seed=seed)
+        self._decoder = build_decoder(
+            settings,
+            view=view,
+            max_batch_size=micro_batch_size,
+            num_threads=threads_of_rank(settings, local_world_size=local_world_size),
+            device=device,
+        )
+        self._copier = DeviceCopier(device=device, dtype=dtype)
+        self._prefetch = settings.prefetch_batches
+        self._cursor = Cursor()
+        self._encoded: Channel[_Work] = Channel(settings.prefetch_batches)
+        self._decoded: Channel[_Work] = Channel(settings.prefetch_batches)
+        self._threads: list[threading.Thread] = []
+        self._closed = False
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Global batches an epoch; a fraction where the last one is filled from the next epoch."""
+        return self._order.steps_per_epoch
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds that the caller has waited for batches so far."""
+        return self.stats.snapshot()["wait"]["wait_s"]
+
+    def state_dict(self) -> LoaderState:
+        """Return the place after the last global batch that was yielded whole."""
+        return LoaderState(
+            seed=self._seed,
+            epoch=self._cursor.epoch,
+            position=self._cursor.position,
+            fingerprint=self._dataset.info.fingerprint,
+        )
+
+    def load_state_dict(self, state: LoaderState) -> None:
+        """Go to a place in the order. Takes constant time, whatever the place.
+
+        Raises:
+            DataError: the dataset is not the one that the state is of.
+            ConfigError: the seed is another, or batches have already been taken.
+        """
+        if self._threads:
+            raise ConfigError("loader: the state must be loaded before the first batch is taken")
+        if state["fingerprint"] != self._dataset.info.fingerprint:
+            raise DataError(
+                f"dataset: {self._dataset.uri} has fingerprint {self._dataset.info.fingerprint[:16]}, the run was "
+                f"started on {state['fingerprint'][:16]}: its samples changed. "
+                "Restore the old shards, or start a new run"
+            )
+        if state["seed"] != self._seed:
+            raise ConfigError(
+                f"train.seed is {self._seed}, the run was started with {state['seed']}: keep the seed to resume"
+            )
+        self._cursor = Cursor(state["epoch"], state["position"])
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield micro-batches without end; iterating again goes on from where the last one stopped."""
+        if not self._threads:
+            self._start()
+        while True:
+            with self.stats.waiting("wait"):
+                work = self._decoded.get()
+            assert work.pixels_BHW3 is not None
+            encoded = work.encoded
+            with self.stats.busy("copy", items=len(encoded.sample_ids_B)):
+                images_BCHW = self._copier.normalise(work.pixels_BHW3)
+                labels_B = torch.from_numpy(encoded.labels_B).to(images_BCHW.device)
+            if work.end is not None:
+                self._cursor = work.end
+            yield Batch(
+                images_BCHW,
+                labels_B,
+                encoded.sample_ids_B,
+                encoded.epochs_B,
+                encoded.boxes,
+                work.start.epoch,
+                work.start.position,
+            )
+
+    def close(self) -> None:
+        """Stop the threads and release the decoder. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        self._encoded.close()
+        self._decoded.close()
+        for thread in self._threads:
+            thread.join()
+        self._decoder.close()
+        self._reader.close()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        for target, name in ((self._read_ahead, "read"), (self._decode_ahead, "decode")):
+            thread = threading.Thread(target=target, name=f"loader-{name}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _read_ahead(self) -> None:
+        try:
+            for share in self._order.shares(self._cursor):
+                self._reader.prepare(self._shards_ahead(share.epochs_B, share.positions_B))
+                for first in range(0, len(share.sample_ids_B), self._micro):
+                    piece = slice(first, first + self._micro)
+                    with self.stats.busy("read", items=self._micro):
+                        encoded = self._source.fetch(share.sample_ids_B[piece], share.epochs_B[piece])
+                    self.stats.add("read", num_bytes=sum(image.size for image in encoded.images))
+                    last = first + self._micro >= len(share.sample_ids_B)
+                    with self.stats.waiting("read"):
+                        self._encoded.put(_Work(encoded, share.start, share.end if last else None))
+        except ChannelClosedError:
+            pass
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the caller must meet it
+            self._encoded.fail(error)
+
+    def _decode_ahead(self) -> None:
+        try:
+            while True:
+                with self.stats.waiting("decode"):
+                    work = self._encoded.get()
+                with self.stats.busy("decode", items=len(work.encoded.images)):
+                    pixels_BHW3 = self._source.decode(work.encoded, self._decoder, self.report)
+                    work = replace(work, pixels_BHW3=self._copier.begin(pixels_BHW3))
+                self.stats.add("decode", num_bytes=pixels_BHW3.numel())
+                self._decoded.put(work)
+        except ChannelClosedError:
+            pass
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the caller must meet it
+            self._decoded.fail(error)
+
+    def _shards_ahead(self, epochs_B: I64, positions_B: I64) -> list[int]:
+        shards: list[int] = []
+        for epoch in np.unique(epochs_B):
+            shards += self._order.epoch(int(epoch)).shards_ahead(positions_B[epochs_B == epoch]).tolist()
+        return shards
+
+
+def read_samples(
+    dataset: Manifest,
+    sample_ids_B: I64,
+    view: ViewConfig,
+    settings: LoaderConfig,
+    *,
+    seed: int = 0,
+    epoch: int = 0,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Batch:
+    """Read some samples once, as a run with this seed would see them in this epoch.
+
+    For replaying a batch, for pictures and for held-out measurements.
+    """
+    ids_B = np.asarray(sample_ids_B, dtype=np.int64)
+    epochs_B = np.full_like(ids_B, epoch)
+    reader = _open_reader(dataset, settings)
+    decoder: Decoder | None = None
+    try:
+        decoder = build_decoder(
+            settings,
+            view=view,
+            max_batch_size=max(len(ids_B), 1),
+            num_threads=threads_of_rank(settings, local_world_size=1),
+            device=device,
+        )
+        source = SampleSource(dataset, reader, view=view, settings=settings, seed=seed)
+        copier = DeviceCopier(device=device, dtype=dtype)
+        encoded = source.fetch(ids_B, epochs_B)
+        pixels_BHW3 = copier.begin(source.decode(encoded, decoder, DataReport(max_bad_share=1.0)))
+        images_BCHW = copier.normalise(pixels_BHW3)
+    finally:
+        reader.close()
+        if decoder is not None:
+            decoder.close()
+    labels_B = torch.from_numpy(encoded.labels_B).to(device)
+    return Batch(images_BCHW, labels_B, ids_B, epochs_B, encoded.boxes, epoch, 0)
+
+
+def _open_reader(dataset: Manifest, settings: LoaderConfig) -> ShardReader:
+    return ShardReader(
+        dataset,
+        cache_dir=Path(settings.cache_dir).expanduser() if settings.cache_dir else None,
+        cache_bytes=int(settings.cache_size_gib * 2**30),
+        verify_hashes=settings.verify_hashes,
+    )

@@ -1,0 +1,144 @@
+"""Samples by id: where they lie, their bytes and boxes, and what stands in for a bad one.
+
+Shapes: B images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from pipeline.augment import Boxes, draw_boxes
+from pipeline.cache import U8, ShardReader
+from pipeline.config import LoaderConfig, ViewConfig
+from pipeline.data_report import DataReport
+from pipeline.decoders.base import Decoder
+from pipeline.errors import DataError
+from pipeline.manifest import Manifest, Rows
+from pipeline.philox import I64
+
+_SUBSTITUTES = 64
+"""Samples that are tried in place of a bad one before giving up."""
+_EMPTY = np.zeros(0, dtype=np.uint8)
+
+
+@dataclass
+class Encoded:
+    """Encoded images with all that is decided about them before decoding.
+
+    Attributes:
+        sample_ids_B, epochs_B: int64; what names every random choice.
+        labels_B: int64, -1 where there is none.
+        images: encoded bytes.
+        boxes: where to cut.
+        bad: why a sample cannot be used, by its place.
+    """
+
+    sample_ids_B: I64
+    epochs_B: I64
+    labels_B: I64
+    images: list[U8]
+    boxes: Boxes
+    bad: dict[int, str] = field(default_factory=dict)
+
+
+class SampleSource:
+    """Look up, read, screen and decode samples of one dataset.
+
+    A bad sample is replaced by the next good one of its shard, cut with the random numbers that are the bad one's: the
+    same substitute in every run, whatever the decoder or the world size.
+
+    Args:
+        dataset: an open dataset.
+        reader: bytes of its samples.
+        view: how images are cut.
+        settings: limits on pixels and bytes.
+        seed: key of the run.
+    """
+
+    def __init__(
+        self, dataset: Manifest, reader: ShardReader, *, view: ViewConfig, settings: LoaderConfig, seed: int
+    ) -> None:
+        self._dataset = dataset
+        self._reader = reader
+        self._view = view
+        self._settings = settings
+        self._seed = seed
+
+    def fetch(self, sample_ids_B: I64, epochs_B: I64) -> Encoded:
+        """Read samples and draw their boxes."""
+        return self._fetch(sample_ids_B, named_by_B=sample_ids_B, epochs_B=epochs_B)
+
+    def decode(self, encoded: Encoded, decoder: Decoder, report: DataReport) -> torch.Tensor:
+        """Decode a batch; bad samples are replaced, counted and reported, and their labels with them.
+
+        Returns:
+            uint8 RGB of shape (B, H, W, 3).
+
+        Raises:
+            DataError: too much is bad (see `DataReport`), or nothing near a bad sample is good.
+        """
+        decoded = decoder.decode(encoded.images, encoded.boxes)
+        bad = {**decoded.bad, **encoded.bad}
+        for i in sorted(bad):
+            decoded.pixels_BHW3[i], encoded.labels_B[i] = self._substitute(encoded, i, decoder)
+        if not bad:
+            report.good(len(encoded.images))
+            return decoded.pixels_BHW3
+        shards_B, _ = self._dataset.locate(encoded.sample_ids_B)
+        keys = dict(zip(bad, self._dataset.keys(encoded.sample_ids_B[list(bad)]), strict=True))
+        count = range(len(encoded.images))
+        report.record(
+            [bad.get(i, "") for i in count],
+            [self._dataset.shard_name(int(shards_B[i])) for i in count],
+            [keys.get(i, "") for i in count],
+        )
+        return decoded.pixels_BHW3
+
+    def _fetch(self, sample_ids_B: I64, *, named_by_B: I64, epochs_B: I64) -> Encoded:
+        rows = self._dataset.lookup(sample_ids_B)
+        bad = self._screen(rows)
+        images, mismatched = self._reader.read(rows)
+        bad = {**mismatched, **bad}
+        for i in bad:
+            images[i] = _EMPTY
+        boxes = draw_boxes(
+            self._view,
+            seed=self._seed,
+            epochs_B=epochs_B,
+            sample_ids_B=named_by_B,
+            widths_B=np.maximum(rows.widths_B, 1),
+            heights_B=np.maximum(rows.heights_B, 1),
+        )
+        return Encoded(sample_ids_B, epochs_B, rows.labels_B.astype(np.int64), images, boxes, bad)
+
+    def _screen(self, rows: Rows) -> dict[int, str]:
+        """Refuse by what the manifest says, before a byte is read or decoded."""
+        pixels_B = rows.widths_B.astype(np.int64) * rows.heights_B
+        bad = {int(i): "is not an image" for i in np.flatnonzero(pixels_B <= 0)}
+        bad |= {int(i): "too many pixels" for i in np.flatnonzero(pixels_B > self._settings.max_pixels)}
+        bad |= {int(i): "too many bytes" for i in np.flatnonzero(rows.sizes_B > self._settings.max_bytes)}
+        return bad
+
+    def _substitute(self, encoded: Encoded, i: int, decoder: Decoder) -> tuple[torch.Tensor, int]:
+        sample_id = encoded.sample_ids_B[i : i + 1]
+        shards, indices = self._dataset.locate(sample_id)
+        shard, index = int(shards[0]), int(indices[0])
+        start, size = int(self._dataset.shard_starts[shard]), int(self._dataset.shard_sizes[shard])
+        for step in range(1, min(size, _SUBSTITUTES + 1)):
+            candidate = self._fetch(
+                np.array([start + (index + step) % size], dtype=np.int64),
+                named_by_B=sample_id,
+                epochs_B=encoded.epochs_B[i : i + 1],
+            )
+            if candidate.bad:
+                continue
+            decoded = decoder.decode(candidate.images, candidate.boxes)
+            if not decoded.bad:
+                return decoded.pixels_BHW3[0], int(candidate.labels_B[0])
+        raise DataError(
+            f"data: sample {int(sample_id[0])} of {self._dataset.shard_name(shard)} cannot be used, nor can the "
+            f"{min(size - 1, _SUBSTITUTES)} after it: check the shard with pipeline.verify --full"
+        )
