@@ -1,0 +1,125 @@
+"""Counts what was bad and why, names the first hundred, and stops a run that has too much of it."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter, deque
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline import storage
+from pipeline.config import LoaderConfig
+from pipeline.errors import DataError
+
+_WINDOW = 10_000
+_KEPT = 100
+_DEFAULTS = LoaderConfig()
+
+
+class DataReport:
+    """Count of good and bad samples; thread-safe.
+
+    Args:
+        max_bad_share: Share of bad samples among the last 10,000 above which `DataError` is raised. Fewer seen so far
+            count as if the rest had been good: one bad sample among the first ten is no reason to stop.
+        max_bad_in_a_row: Consecutive bad samples at which `DataError` is raised.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_bad_share: float = _DEFAULTS.max_bad_share,
+        max_bad_in_a_row: int = _DEFAULTS.max_bad_in_a_row,
+    ) -> None:
+        self._max_bad = max_bad_share * _WINDOW
+        self._max_in_a_row = max_bad_in_a_row
+        self._lock = threading.Lock()
+        self._num_seen = 0
+        self._in_a_row = 0
+        self._recent: deque[int] = deque()  # positions of the bad samples among the last 10,000
+        self._reasons: Counter[str] = Counter()
+        self._shards: Counter[str] = Counter()
+        self._first: list[dict[str, str]] = []
+
+    @property
+    def num_seen(self) -> int:
+        """Return how many samples were recorded."""
+        return self._num_seen
+
+    @property
+    def num_bad(self) -> int:
+        """Return how many of them were bad."""
+        return self._reasons.total()
+
+    def good(self, count: int = 1) -> None:
+        """Record samples that were decoded."""
+        if count:
+            with self._lock:
+                self._num_seen += count
+                self._in_a_row = 0
+
+    def bad(self, reason: str, shard: str, key: str) -> None:
+        """Record one sample that was replaced.
+
+        Raises:
+            DataError: One of the two limits is passed.
+        """
+        self.record([reason], [shard], [key])
+
+    def record(self, reasons: Sequence[str], shards: Sequence[str], keys: Sequence[str]) -> None:
+        """Record samples in order; an empty reason means good.
+
+        Raises:
+            DataError: One of the two limits is passed; every sample given has been counted.
+        """
+        problem = ""
+        with self._lock:
+            for reason, shard, key in zip(reasons, shards, keys, strict=True):
+                self._num_seen += 1
+                if not reason:
+                    self._in_a_row = 0
+                    continue
+                self._count(reason, shard, key)
+                problem = problem or self._passed_limit()
+        if problem:
+            raise DataError(problem)
+
+    def _count(self, reason: str, shard: str, key: str) -> None:
+        self._in_a_row += 1
+        self._recent.append(self._num_seen)
+        while self._recent[0] <= self._num_seen - _WINDOW:
+            self._recent.popleft()
+        self._reasons[reason] += 1
+        self._shards[shard] += 1
+        if len(self._first) < _KEPT:
+            self._first.append({"shard": shard, "key": key, "reason": reason})
+
+    def _passed_limit(self) -> str:
+        if self._in_a_row >= self._max_in_a_row:
+            found = f"{self._in_a_row} bad samples in a row (limit {self._max_in_a_row})"
+        elif len(self._recent) > self._max_bad:
+            found = f"{len(self._recent)} bad samples among the last {_WINDOW:,} (limit {self._max_bad:g})"
+        else:
+            return ""
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in self._reasons.most_common(3))
+        shards = ", ".join(f"{shard} ({count})" for shard, count in self._shards.most_common(3))
+        return (
+            f"data: {found}, {self._reasons.total()} of {self._num_seen} in all. Reasons: {reasons}. Shards: {shards}. "
+            "Check them with pipeline.verify --full; loader.max_bad_share and loader.max_bad_in_a_row set the limits."
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the counts and the first hundred bad samples."""
+        with self._lock:
+            return {
+                "num_seen": self._num_seen,
+                "num_bad": self._reasons.total(),
+                "reasons": dict(self._reasons.most_common()),
+                "shards": dict(self._shards.most_common(_KEPT)),
+                "first": list(self._first),
+            }
+
+    def write(self, uri: str) -> None:
+        """Write the report as JSON."""
+        storage.write_atomic(uri, json.dumps(self.to_json(), indent=1, ensure_ascii=False).encode() + b"\n")
