@@ -1,0 +1,204 @@
+"""What a model costs, in closed form: operations, parameters and memory. Imports no torch.
+
+A multiply-add counts as two operations. Matrix products are counted, attention's two included; norms, activations,
+softmax and the loss are not (under 2% of the work). This is the usual convention for model FLOPs utilisation.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from model.config import ActivationCheckpointing, ModelConfig
+
+
+class ForwardFlops(NamedTuple):
+    """Operations of one forward pass over one image, by part."""
+
+    patch_embed: int
+    """Projection of visible patches; hidden ones are never projected."""
+    encoder_blocks: int
+    """Encoder over visible patches and the class token."""
+    decoder_embed: int
+    """Projection from the encoder's width to the decoder's."""
+    decoder_blocks: int
+    """Decoder over all patches and the class token."""
+    decoder_pred: int
+    """Projection of all patches to pixels."""
+
+    @property
+    def total(self) -> int:
+        """Operations of the whole forward pass."""
+        return sum(self)
+
+    @property
+    def decoder_share(self) -> float:
+        """Share of the operations that is spent after the encoder, from 0 to 1."""
+        return (self.decoder_embed + self.decoder_blocks + self.decoder_pred) / self.total
+
+
+class ParameterCounts(NamedTuple):
+    """Numbers of parameters, position tables apart because they are not trained."""
+
+    encoder: int
+    """Trained parameters of the encoder."""
+    decoder: int
+    """Trained parameters of the decoder, mask token included."""
+    encoder_pos_embed: int
+    """Fixed position table of the encoder."""
+    decoder_pos_embed: int
+    """Fixed position table of the decoder."""
+
+    @property
+    def trainable(self) -> int:
+        """Parameters that the optimiser changes."""
+        return self.encoder + self.decoder
+
+    @property
+    def total(self) -> int:
+        """All parameters, tables included."""
+        return sum(self)
+
+
+def forward_flops(config: ModelConfig) -> ForwardFlops:
+    """Count the operations of one pre-training forward pass.
+
+    Args:
+        config: The model.
+
+    Returns:
+        Operations per image, by part.
+    """
+    N, V = config.num_patches, config.num_visible
+    D, E, P = config.embed_dim, config.decoder_embed_dim, config.patch_dim
+    return ForwardFlops(
+        patch_embed=2 * V * P * D,
+        encoder_blocks=config.depth * _block_flops(1 + V, D, _hidden(config, D)),
+        decoder_embed=2 * (1 + V) * D * E,
+        decoder_blocks=config.decoder_depth * _block_flops(1 + N, E, _hidden(config, E)),
+        decoder_pred=2 * N * E * P,
+    )
+
+
+def recompute_flops(
+    config: ModelConfig, *, encoder: ActivationCheckpointing = "none", decoder: ActivationCheckpointing = "none"
+) -> int:
+    """Count the operations that activation checkpointing repeats in the backward pass.
+
+    A block is repeated up to the last value its backward pass needs, so its last matrix product is not.
+
+    Args:
+        config: The model.
+        encoder: Mode of the encoder's blocks.
+        decoder: Mode of the decoder's blocks.
+
+    Returns:
+        Extra operations per image.
+    """
+    total = 0
+    for mode, depth, tokens, width in _stacks(config, encoder, decoder):
+        hidden = _hidden(config, width)
+        total += _checkpointed(mode, depth) * (_block_flops(tokens, width, hidden) - 2 * tokens * width * hidden)
+    return total
+
+
+def train_flops(
+    config: ModelConfig, *, encoder: ActivationCheckpointing = "none", decoder: ActivationCheckpointing = "none"
+) -> int:
+    """Count the operations of one training step per image: three forward passes, and what is recomputed.
+
+    With both modes at `none` these are the model FLOPs that utilisation (MFU) is measured by; with other modes
+    they are hardware FLOPs.
+
+    Args:
+        config: The model.
+        encoder: Mode of the encoder's blocks.
+        decoder: Mode of the decoder's blocks.
+
+    Returns:
+        Operations per image.
+    """
+    return 3 * forward_flops(config).total + recompute_flops(config, encoder=encoder, decoder=decoder)
+
+
+def parameter_counts(config: ModelConfig) -> ParameterCounts:
+    """Count parameters without building the model.
+
+    Args:
+        config: The model.
+
+    Returns:
+        Numbers of parameters, by part.
+    """
+    N, D, E, P = config.num_patches, config.embed_dim, config.decoder_embed_dim, config.patch_dim
+    encoder = D + (P * D + D) + config.depth * _block_parameters(D, _hidden(config, D)) + 2 * D
+    decoder = (
+        E  # mask token
+        + (D * E + E)
+        + config.decoder_depth * _block_parameters(E, _hidden(config, E))
+        + 2 * E
+        + (E * P + P)
+    )
+    return ParameterCounts(encoder, decoder, (1 + N) * D, (1 + N) * E)
+
+
+def activation_bytes(
+    config: ModelConfig,
+    *,
+    encoder: ActivationCheckpointing = "none",
+    decoder: ActivationCheckpointing = "none",
+    value_bytes: int = 2,
+) -> int:
+    """Estimate the memory that one image's forward pass leaves for its backward pass.
+
+    Counts what autograd saves in eager mode with fused attention, weights not included. A compiler may save less,
+    and recomputation needs one block's activations on top for a moment.
+
+    Args:
+        config: The model.
+        encoder: Mode of the encoder's blocks.
+        decoder: Mode of the decoder's blocks.
+        value_bytes: Bytes of one activation: 2 for bf16 weights, 4 for fp32.
+
+    Returns:
+        Bytes per image.
+    """
+    N, V = config.num_patches, config.num_visible
+    D, E, P = config.embed_dim, config.decoder_embed_dim, config.patch_dim
+    values = V * P + 2 * (1 + V) * D + 2 * N * E  # patches shown, the encoder's last norm, the decoder's last norm
+    float32_values = N * P + 2 * (1 + V) + 2 * N  # the loss's differences; mean and deviation of those two norms
+    heads = {"encoder": config.num_heads, "decoder": config.decoder_num_heads}
+    for (mode, depth, tokens, width), num_heads in zip(_stacks(config, encoder, decoder), heads.values(), strict=True):
+        kept = _checkpointed(mode, depth)
+        # Two norms (in and out), query, key and value, attention's result; the hidden layer before and after GELU.
+        values += tokens * (kept * width + (depth - kept) * (8 * width + 2 * _hidden(config, width)))
+        float32_values += (depth - kept) * tokens * (4 + num_heads)  # statistics of two norms and of the softmax
+    return values * value_bytes + float32_values * 4
+
+
+def _stacks(
+    config: ModelConfig, encoder: ActivationCheckpointing, decoder: ActivationCheckpointing
+) -> list[tuple[ActivationCheckpointing, int, int, int]]:
+    """Mode, depth, tokens and width of the two stacks of blocks."""
+    return [
+        (encoder, config.depth, 1 + config.num_visible, config.embed_dim),
+        (decoder, config.decoder_depth, 1 + config.num_patches, config.decoder_embed_dim),
+    ]
+
+
+def _checkpointed(mode: ActivationCheckpointing, depth: int) -> int:
+    """Blocks of a stack that keep only their input; `selective` takes the first, third, ..."""
+    return {"none": 0, "selective": (depth + 1) // 2, "full": depth}[mode]
+
+
+def _hidden(config: ModelConfig, width: int) -> int:
+    return int(width * config.mlp_ratio)
+
+
+def _block_flops(tokens: int, width: int, hidden: int) -> int:
+    """Query-key-value (3 width^2), output (width^2) and MLP, then attention's QK^T and AV."""
+    return 2 * tokens * (4 * width**2 + 2 * width * hidden) + 4 * tokens**2 * width
+
+
+def _block_parameters(width: int, hidden: int) -> int:
+    """Four attention matrices, two MLP matrices, their biases, two norms."""
+    return 4 * width**2 + 2 * width * hidden + (4 * width + hidden + width) + 4 * width
