@@ -222,7 +222,8 @@ def init_world(config: RunConfig) -> World:
     timeout = timedelta(seconds=config.engine.timeout_s)
     if place.world_size == 1:
         # A store in this process's memory: no port, no network, nothing another process could take.
-        dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1, timeout=timeout)
+        store = torch._C._distributed_c10d.HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         control = None
     else:
         options = {"device_id": device} if device.type == "cuda" else {}

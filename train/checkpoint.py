@@ -1,0 +1,350 @@
+"""Saving and finding checkpoints over all ranks.
+
+A save is two halves: copying to host memory, which training waits for, and writing, which touches neither the model
+nor the accelerator. The manifest is the commit; there is no pointer to a latest step that could lie.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import safetensors.torch
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from pipeline import storage
+from pipeline.errors import InfrastructureError, MaelstromError
+from train.checkpoint_files import (
+    FORMAT,
+    MANIFEST_FILE,
+    STATE_FILE,
+    DamagedCheckpointError,
+    FileEntry,
+    check_entry,
+    find_steps,
+    is_own_file,
+    load_weights,
+    parse_table,
+    part_name,
+    read_manifest,
+    render_manifest,
+    render_table,
+    step_name,
+    write_file,
+)
+from train.config import RunConfig
+from train.distributed import World
+from train.errors import CheckpointError
+from train.named_state import KINDS, ExportedState, NamedTensor
+
+__all__ = ["CheckpointState", "CheckpointStore", "CheckpointWriteError", "load_weights"]
+
+log = logging.getLogger(__name__)
+
+PHASES = ("captured", "written", "checked", "committed", "pruned")
+"""Moments of a save that an observer is told about, in order; `checked` comes on rank 0 only."""
+
+
+class CheckpointWriteError(InfrastructureError):
+    """A save that failed and left no trace; earlier checkpoints are untouched and training may go on."""
+
+
+class StateExporter(Protocol):
+    """What a save needs of an engine."""
+
+    config: RunConfig
+
+    def export_state(self) -> ExportedState:
+        """Copy this rank's share of the state to host memory; all ranks call it."""
+
+
+class CheckpointState:
+    """One verified checkpoint. Tensors are read when asked for, memory-mapped.
+
+    Args:
+        uri: the step's folder.
+        folder: local folder the files are read from; the same, or a staged copy of a remote one.
+        document: content of state.json.
+    """
+
+    def __init__(self, *, uri: str, folder: Path, document: Mapping[str, Any]) -> None:
+        self.uri = uri
+        self.step: int = document["step"]
+        self.client: dict[str, Any] = document["client"]
+        self.engine: dict[str, Any] = document["engine"]
+        self.config: dict[str, Any] = document["config"]
+        self.table: list[NamedTensor] = parse_table(document["tensors"])
+        self._parts = {tensor.name: tensor.part for tensor in self.table}
+        self._files: dict[tuple[str, int], Any] = {}
+        parts = document["parts"]
+        for kind in KINDS:
+            for part in sorted({tensor.part for tensor in self.table if kind in tensor.kinds}):
+                path = folder / part_name(kind, part, parts)
+                self._files[kind, part] = safe_open(path, framework="pt", device="cpu")
+
+    def tensor(self, name: str, kind: str) -> Tensor:
+        """Read one whole fp32 tensor.
+
+        Args:
+            name: dotted name in the model.
+            kind: weight, exp_avg or exp_avg_sq.
+        """
+        value: Tensor = self._files[kind, self._parts[name]].get_tensor(name)
+        return value
+
+
+class CheckpointStore:
+    """The checkpoints of one run.
+
+    Args:
+        uri: folder of checkpoints, local or in object storage.
+        keep_last: newest steps that are kept.
+        keep_every: steps that are a multiple of this are kept for good; 0 keeps none for that reason.
+        on_phase: told the name of each of `PHASES` as it is passed; tests end the process there.
+    """
+
+    def __init__(
+        self, uri: str, *, keep_last: int, keep_every: int = 0, on_phase: Callable[[str], None] | None = None
+    ) -> None:
+        self.uri = uri
+        self.keep_last = keep_last
+        self.keep_every = keep_every
+        self._on_phase = on_phase or (lambda phase: None)
+        self._current: int | None = None
+
+    def save(self, step: int, engine: StateExporter, client: Mapping[str, Any], *, world: World) -> str:
+        """Save the state after `step` optimizer steps. All ranks call it together.
+
+        Saving again what was just saved or loaded does nothing.
+
+        Args:
+            step: optimizer steps done.
+            engine: whose state.
+            client: what the loop needs to go on, JSON types; rank 0's is written.
+            world: the processes of the run.
+
+        Returns:
+            URI of the step's folder.
+
+        Raises:
+            CheckpointWriteError: on every rank alike, where any could not write; nothing earlier was touched.
+        """
+        folder = storage.join(self.uri, step_name(step))
+        if self._current == step:
+            return folder
+        exported = engine.export_state()
+        self._on_phase("captured")
+        document = {
+            "format": FORMAT,
+            "step": step,
+            "client": dict(client),
+            "engine": exported.scalars,
+            "config": engine.config.model_dump(mode="json"),
+            "parts": world.world_size,
+            "tensors": render_table(exported.table),
+            "versions": {"torch": torch.__version__},
+        }
+        self._write(step, exported, document, world=world)
+        self._current = step
+        if world.is_main:
+            self._prune(step)
+        self._on_phase("pruned")
+        return folder
+
+    def latest(self, world: World, *, before: int | None = None) -> CheckpointState | None:
+        """Find the newest checkpoint that every rank can read and whose every byte is as written.
+
+        Damaged ones are passed over with a warning that names the file. The ranks share the reading.
+
+        Args:
+            world: the processes of the run; all call it together.
+            before: only look at steps below this one.
+
+        Returns:
+            The state, or None where nothing was ever committed.
+
+        Raises:
+            CheckpointError: there are checkpoints and none of them is sound; starting afresh would hide that.
+        """
+        candidates: list[int] = []
+        with _agreed(world, f"{storage.redact(self.uri)}: cannot list checkpoints", raises=InfrastructureError):
+            if world.is_main:
+                found = find_steps(self.uri)
+                candidates = [step for step, names in found.items() if MANIFEST_FILE in names]
+        candidates = [step for step in world.broadcast(candidates) if before is None or step < before]
+        damage: list[str] = []
+        for step in reversed(candidates):
+            state, problems = self._open(step, world=world)
+            if state is not None:
+                self._current = step
+                return state
+            damage += problems
+            if world.is_main:
+                log.warning("checkpoint of step %d is damaged and passed over: %s", step, "; ".join(problems))
+        if candidates:
+            raise CheckpointError(
+                f"{storage.redact(self.uri)}: none of {len(candidates)} checkpoints is sound: {'; '.join(damage[:3])}. "
+                "Restore one from a copy, or give another checkpoint.dir to start afresh."
+            )
+        return None
+
+    # ------------------------------------------------------------------------------------------ writing
+
+    def _write(self, step: int, exported: ExportedState, document: Mapping[str, Any], *, world: World) -> None:
+        """Write what was captured. Touches no tensor of the model: a thread could do it."""
+        folder = storage.join(self.uri, step_name(step))
+        failure = f"{storage.redact(folder)}: the checkpoint was not saved"
+        with _agreed(world, failure, raises=CheckpointWriteError):
+            if world.is_main:
+                self._clear(step, find_steps(self.uri).get(step, set()))
+        entries: list[FileEntry] = []
+        try:
+            with _agreed(world, failure, raises=CheckpointWriteError):
+                entries = self._write_parts(folder, exported, world=world)
+                if world.is_main:
+                    entries.append(write_file(folder, STATE_FILE, json.dumps(document, indent=1).encode()))
+            self._on_phase("written")
+            everything = [entry for part in world.gather(entries) for entry in part]
+            with _agreed(world, failure, raises=CheckpointWriteError):
+                if world.is_main:
+                    self._commit(step, everything)
+        except CheckpointWriteError:
+            for entry in entries:
+                with contextlib.suppress(MaelstromError):
+                    storage.delete(storage.join(folder, entry.name))
+            raise
+        self._on_phase("committed")
+
+    def _write_parts(self, folder: str, exported: ExportedState, *, world: World) -> list[FileEntry]:
+        entries = []
+        for kind in KINDS:
+            tensors = {name: kinds[kind] for name, kinds in exported.tensors.items() if kind in kinds}
+            if tensors:
+                name = part_name(kind, world.rank, world.world_size)
+                entries.append(write_file(folder, name, safetensors.torch.save(tensors, {"kind": kind})))
+        return entries
+
+    def _commit(self, step: int, entries: list[FileEntry]) -> None:
+        folder = storage.join(self.uri, step_name(step))
+        sizes = {file.name: file.size_bytes for file in storage.list_files(folder)}
+        for entry in entries:
+            if sizes.get(entry.name) != entry.size_bytes:
+                raise CheckpointError(
+                    f"{entry.name} has {sizes.get(entry.name, 'no')} bytes, {entry.size_bytes} were written. "
+                    "All ranks must see one folder: use shared or object storage for checkpoint.dir."
+                )
+        self._on_phase("checked")
+        if not storage.put_if_absent(storage.join(folder, MANIFEST_FILE), render_manifest(step, entries)):
+            raise CheckpointError("another program has committed this step. Two runs share this checkpoint.dir.")
+
+    def _clear(self, step: int, names: set[str]) -> None:
+        """Remove this program's files of a step, the commit first: a half-removed checkpoint must not look whole."""
+        folder = storage.join(self.uri, step_name(step))
+        for name in sorted(filter(is_own_file, names), key=lambda name: name != MANIFEST_FILE):
+            storage.delete(storage.join(folder, name))
+        if storage.is_local(folder):
+            with contextlib.suppress(OSError):  # somebody else's file keeps the folder
+                storage.local_path(folder).rmdir()
+
+    def _prune(self, newest: int) -> None:
+        """Remove checkpoints that are not to be kept, after `newest` was verified and committed."""
+        try:
+            steps = {step: names for step, names in find_steps(self.uri).items() if step <= newest}
+            committed = [step for step, names in steps.items() if MANIFEST_FILE in names]
+            kept = set(committed[-self.keep_last :])
+            if self.keep_every:
+                kept |= {step for step in committed if step % self.keep_every == 0}
+            for step, names in steps.items():
+                if step not in kept:
+                    self._clear(step, names)
+        except MaelstromError as error:
+            log.warning("old checkpoints could not be removed, they stay: %s", error)
+
+    # ------------------------------------------------------------------------------------------ reading
+
+    def _open(self, step: int, *, world: World) -> tuple[CheckpointState | None, list[str]]:
+        """Verify one checkpoint together and open it; return what is wrong with it otherwise."""
+        uri = storage.join(self.uri, step_name(step))
+        staged = None if storage.is_local(uri) else _make_stage(world)
+        problems: list[str] = []
+        entries: list[FileEntry] = []
+        try:
+            entries = read_manifest(uri)
+            problems = _verify_share(uri, entries, staged=staged, world=world)
+        except DamagedCheckpointError as error:
+            problems = [str(error)]
+        except MaelstromError as error:
+            # Not damage: storage that fails, or a newer layout. All ranks end alike, not one alone.
+            problems = [_FATAL + str(error)]
+        everywhere = list(dict.fromkeys(problem for part in world.gather(problems) for problem in part))
+        fatal = [problem.removeprefix(_FATAL) for problem in everywhere if problem.startswith(_FATAL)]
+        folder = staged or storage.local_path(uri)
+        try:
+            if fatal:
+                raise CheckpointError("; ".join(fatal))
+            if everywhere:
+                return None, everywhere
+            document = json.loads((folder / STATE_FILE).read_bytes())
+            return CheckpointState(uri=uri, folder=folder, document=document), []
+        finally:
+            if staged is not None:
+                # Every rank has mapped its files by now; unlinked ones live until they are unmapped.
+                world.barrier()
+                shutil.rmtree(staged, ignore_errors=True)
+
+
+_FATAL = "fatal: "
+
+
+def _verify_share(uri: str, entries: list[FileEntry], *, staged: Path | None, world: World) -> list[str]:
+    """Check this rank's share of the files, and that all of them can be seen from here.
+
+    A remote checkpoint is fetched once a node while it is checked; a local one is read where it is.
+    """
+    first, stride = (world.rank, world.world_size) if staged is None else (world.local_rank, world.local_world_size)
+    problems = []
+    for number, entry in enumerate(entries):
+        if number % stride == first:
+            if staged is not None:
+                _fetch(storage.join(uri, entry.name), staged / entry.name)
+            problem = check_entry(str(staged or uri), entry)
+            if problem:
+                problems.append(problem)
+        elif staged is None and not storage.exists(storage.join(uri, entry.name)):
+            problems.append(f"{storage.join(uri, entry.name)}: not seen by rank {world.rank}")
+    return problems
+
+
+def _fetch(uri: str, path: Path) -> None:
+    with storage.open_read(uri) as source, path.open("wb") as target:
+        shutil.copyfileobj(source, target, 2**23)
+
+
+def _make_stage(world: World) -> Path:
+    """Make one temporary folder a node and tell all its ranks."""
+    host = socket.gethostname()
+    own = tempfile.mkdtemp(prefix="maelstrom-checkpoint-") if world.local_rank == 0 else None
+    folders = {name: folder for name, folder in world.gather((host, own)) if folder is not None}
+    return Path(folders[host])
+
+
+@contextlib.contextmanager
+def _agreed(world: World, what: str, *, raises: type[MaelstromError]) -> Iterator[None]:
+    """Run a block on every rank; where it fails on any, raise the same error on all."""
+    problem = None
+    try:
+        yield
+    except (MaelstromError, OSError) as error:
+        problem = f"rank {world.rank}: {error}"
+    problems = [text for text in world.gather(problem) if text]
+    if problems:
+        raise raises(f"{what}. {'; '.join(dict.fromkeys(problems))}")

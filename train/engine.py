@@ -1,0 +1,514 @@
+"""What executes a training step: DeepSpeed, or plain torch as the reference it is tested against.
+
+The only importer of deepspeed, and only inside functions: importing this file stays cheap.
+
+Shapes: B images, C channels, H height, W width, N patches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import os
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import ConfigError
+from train.config import RunConfig
+from train.deepspeed_state import deepspeed_state, read_loss_scaler, write_loss_scaler
+from train.distributed import World
+from train.named_state import (
+    WEIGHT,
+    ExportedState,
+    NamedState,
+    PlainState,
+    StateSource,
+    check_same_model,
+    list_tensors,
+)
+from train.optim import build_optimizer, set_lr
+
+BUCKET_NUMEL = 50_000_000
+"""Elements that are reduced or gathered at a time (100 MB in bf16): DeepSpeed's 5e8 takes a gigabyte for each of its
+two buffers, more than a ViT-B's whole state."""
+
+
+class Engine(ABC):
+    """Forward, backward and optimizer step of one rank.
+
+    Args:
+        model: the unwrapped model, on its device, before anything shards it.
+        config: settings of the run.
+        world: the processes of the run.
+    """
+
+    def __init__(self, *, model: nn.Module, config: RunConfig, world: World) -> None:
+        self.device = world.device
+        self.config = config
+        self.world = world
+        self.grad_accum_steps = config.train.grad_accum_steps(world_size=world.world_size)
+        self.table = list_tensors(model, parts=world.world_size)
+        trained = {tensor.name for tensor in self.table if tensor.trained}
+        # Frozen tensors never change, but the engine rounds its own to the precision of the run.
+        self._fixed = {n: t.detach().float().cpu().clone() for n, t in model.state_dict().items() if n not in trained}
+        self._micro_batches = 0
+        self._state: NamedState
+
+    @property
+    @abstractmethod
+    def module(self) -> nn.Module:
+        """The unwrapped model; under ZeRO 3 its weights are sharded."""
+
+    @property
+    @abstractmethod
+    def skipped_steps(self) -> int:
+        """Steps without an update, because a gradient was not finite, since this process started."""
+
+    @property
+    def loss_scale(self) -> float:
+        """Factor on the loss; 1 except in fp16."""
+        return 1.0
+
+    @abstractmethod
+    def forward_backward(self, images_BCHW: Tensor, noise_BN: Tensor) -> Tensor:
+        """Run one micro-batch and accumulate its gradients. Does not synchronise with the device.
+
+        Args:
+            images_BCHW: normalised images of this rank, on its device.
+            noise_BN: mask noise of the same images.
+
+        Returns:
+            The loss of this rank's micro-batch: a detached float32 scalar on the device.
+        """
+
+    @abstractmethod
+    def step(self, lr: float) -> None:
+        """Clip and take one optimizer step after `grad_accum_steps` micro-batches. All ranks skip it together where a
+        gradient is not finite on any.
+
+        Args:
+            lr: learning rate of every parameter group.
+        """
+
+    @abstractmethod
+    def grad_norm(self) -> float | None:
+        """Return the global gradient norm of the last step, before clipping; `inf` where the step was skipped, None
+        before the first."""
+
+    @abstractmethod
+    def eval_context(self) -> contextlib.AbstractContextManager[nn.Module]:
+        """Give the model for forward passes without gradients. All ranks enter and leave together; between, each may
+        run as many passes as it likes."""
+
+    def export_state(self) -> ExportedState:
+        """Copy this rank's share of the training state to host memory. All ranks call it together.
+
+        Returns:
+            Whole fp32 tensors by name and kind, for the names that fall to this rank, and the scalars.
+        """
+        self._state.prepare()
+        scalars = {"adam_step": self._state.adam_step(), "loss_scaler": self._loss_scaler()}
+        exported = ExportedState(scalars=scalars, table=self.table)
+        for tensor in self.table:
+            mine = tensor.part == self.world.rank
+            if not tensor.trained:
+                if mine:
+                    exported.tensors[tensor.name] = {WEIGHT: self._fixed[tensor.name]}
+                continue
+            whole = self._state.read(tensor.name)  # a collective: every rank takes part in every name
+            if mine:
+                exported.tensors[tensor.name] = {kind: _host_copy(value) for kind, value in whole.items()}
+        return exported
+
+    def restore(self, source: StateSource) -> None:
+        """Take over saved weights, moments and counters in place, also to roll back. All ranks call it together.
+
+        Args:
+            source: a checkpoint of the same model, at any world size, stage and precision.
+
+        Raises:
+            CheckpointError: it is of another model.
+        """
+        check_same_model(source.table, self.table, where=getattr(source, "uri", "checkpoint"))
+        self._state.prepare()
+        for tensor in self.table:
+            if tensor.trained:
+                for kind in tensor.kinds:
+                    self._state.write(tensor.name, kind, source.tensor(tensor.name, kind))
+        self._state.finish_write(int(source.engine.get("adam_step", 0)))
+        self._restore_loss_scaler(dict(source.engine.get("loss_scaler", {})))
+
+    def _loss_scaler(self) -> dict[str, Any]:
+        return {}
+
+    def _restore_loss_scaler(self, state: dict[str, Any]) -> None:
+        del state  # nothing scales the loss unless an engine says so
+
+    def _check_micro_batches(self) -> None:
+        if self._micro_batches != self.grad_accum_steps:
+            raise RuntimeError(
+                f"step() after {self._micro_batches} micro-batches, expected grad_accum_steps {self.grad_accum_steps}"
+            )
+        self._micro_batches = 0
+
+
+def _host_copy(tensor: Tensor) -> Tensor:
+    copied = tensor.detach().to(device="cpu", dtype=torch.float32)
+    # On the CPU `to` gives the live tensor back, and the next step would change what is being written.
+    return (copied.clone() if copied.data_ptr() == tensor.data_ptr() else copied).contiguous()
+
+
+class TorchEngine(Engine):
+    """One process, plain torch: the reference."""
+
+    def __init__(self, *, model: nn.Module, config: RunConfig, world: World) -> None:
+        super().__init__(model=model, config=config, world=world)
+        self._module = model
+        self._optimizer = build_optimizer(model, config.optim, device=world.device)
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._trained = list(trained.values())
+        self._state = PlainState(masters=trained, working=trained, optimizer=self._optimizer)
+        self._grad_norm: float | None = None
+        self._skipped_steps = 0
+        if config.engine.compile == "on":
+            model.compile()
+
+    @property
+    def module(self) -> nn.Module:
+        """The model."""
+        return self._module
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps without an update."""
+        return self._skipped_steps
+
+    def forward_backward(self, images_BCHW: Tensor, noise_BN: Tensor) -> Tensor:
+        """Run one micro-batch."""
+        self._module.train()
+        with _autocast(self.config, self.device):
+            loss: Tensor = self._module(images_BCHW, noise_BN).loss
+        torch.autograd.backward(loss / self.grad_accum_steps)
+        self._micro_batches += 1
+        return loss.detach()
+
+    def step(self, lr: float) -> None:
+        """Take one step."""
+        self._check_micro_batches()
+        set_lr(self._optimizer.param_groups, lr)
+        limit = self.config.optim.grad_clip or float("inf")
+        self._grad_norm = float(nn.utils.clip_grad_norm_(self._trained, limit))
+        if torch.isfinite(torch.tensor(self._grad_norm)):
+            self._optimizer.step()
+        else:
+            self._grad_norm = float("inf")
+            self._skipped_steps += 1
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def grad_norm(self) -> float | None:
+        """Return the last step's norm."""
+        return self._grad_norm
+
+    @contextlib.contextmanager
+    def eval_context(self) -> Iterator[nn.Module]:
+        """Give the model in eval mode."""
+        with _evaluating(self._module), _autocast(self.config, self.device):
+            yield self._module
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(was_training)
+
+
+def _autocast(config: RunConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    if config.engine.precision != "autocast":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+class DeepSpeedEngine(Engine):
+    """DeepSpeed at ZeRO 0 to 3.
+
+    Args:
+        model: the unwrapped model with its first or saved weights; sharded in place at stage 3.
+        config: settings of the run.
+        world: the processes of the run.
+    """
+
+    def __init__(self, *, model: nn.Module, config: RunConfig, world: World) -> None:
+        super().__init__(model=model, config=config, world=world)
+        deepspeed = _import_deepspeed()
+        stage = config.engine.zero_stage
+        # ZeRO 3 shards the model in place; evaluation then runs on a plain copy that is filled when needed.
+        self._twin = _empty_copy(model) if stage == 3 else None
+        optimizer = build_optimizer(model, config.optim, device=_optimizer_device(config, world))
+        rendered = render_deepspeed_config(config, world_size=world.world_size)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints lines about memory, which --json must not hold
+            self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=rendered)
+        self._module = model
+        # Without a wrapper around the optimizer nothing in DeepSpeed looks for gradients that are not finite.
+        self._checks_itself = isinstance(self._engine.optimizer, torch.optim.Optimizer)
+        self._skipped_by_us = 0
+        self._own_norm: float | None = None
+        self._state = deepspeed_state(self._engine, model)
+        if config.engine.compile == "on":
+            self._engine.compile()
+
+    @property
+    def module(self) -> nn.Module:
+        """The model."""
+        return self._module
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps without an update."""
+        return int(self._engine.skipped_steps) + self._skipped_by_us
+
+    @property
+    def loss_scale(self) -> float:
+        """The loss scaler's factor."""
+        return float(getattr(self._engine.optimizer, "loss_scale", 1.0))
+
+    def forward_backward(self, images_BCHW: Tensor, noise_BN: Tensor) -> Tensor:
+        """Run one micro-batch."""
+        self._engine.train()
+        loss: Tensor = self._engine(images_BCHW, noise_BN).loss
+        self._engine.backward(loss)
+        self._micro_batches += 1
+        if self._micro_batches < self.grad_accum_steps:
+            self._engine.step()  # only moves DeepSpeed's count of micro-batches on
+        return loss.detach()
+
+    def step(self, lr: float) -> None:
+        """Take one step."""
+        self._check_micro_batches()
+        set_lr(self._engine.optimizer.param_groups, lr)
+        if self._checks_itself:
+            self._check_gradients()
+        self._engine.step()
+
+    def _check_gradients(self) -> None:
+        trained = [parameter for parameter in self._module.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
+        self._own_norm = float(norm) if torch.isfinite(norm) else float("inf")
+        if self._own_norm == float("inf"):
+            self._skipped_by_us += 1
+            for parameter in trained:  # AdamW passes over parameters without a gradient
+                parameter.grad = None
+
+    def grad_norm(self) -> float | None:
+        """Return the last step's norm."""
+        if self._checks_itself:
+            return self._own_norm
+        norm = self._engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    @contextlib.contextmanager
+    def eval_context(self) -> Iterator[nn.Module]:
+        """Give the model, or at stage 3 a gathered copy of it."""
+        module = self._module if self._twin is None else self._gather_twin()
+        try:
+            with _evaluating(module), _autocast(self.config, self.device):
+                yield module
+        finally:
+            if self._twin is not None:
+                self._twin = _empty_copy(self._twin)
+
+    def _gather_twin(self) -> nn.Module:
+        import deepspeed
+
+        assert self._twin is not None
+        twin = self._twin.to_empty(device=self.device)
+        twins = twin.state_dict(keep_vars=True)
+        with torch.no_grad():
+            for name, parameter in self._module.named_parameters():
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    twins[name].data = parameter.detach().clone()
+            for name, buffer in self._module.named_buffers():
+                twin.get_buffer(name).data = buffer.detach().clone()
+        return twin
+
+    def _loss_scaler(self) -> dict[str, Any]:
+        return read_loss_scaler(self._engine)
+
+    def _restore_loss_scaler(self, state: dict[str, Any]) -> None:
+        write_loss_scaler(self._engine, state)
+
+
+def _empty_copy(model: nn.Module) -> nn.Module:
+    """Copy a model's structure without its weights."""
+    # Tensors are replaced while copying, so that no second set of weights is ever held.
+    tensors = [*model.parameters(), *model.buffers()]
+    memo: dict[int, Any] = {
+        id(tensor): nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False)
+        if isinstance(tensor, nn.Parameter)
+        else torch.empty_like(tensor, device="meta")
+        for tensor in tensors
+    }
+    return copy.deepcopy(model, memo)
+
+
+def _import_deepspeed() -> Any:
+    """Import DeepSpeed without its start-up costs: no log lines, no compiler."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    # DeepSpeed calls two functions by names that torch 2.13 is about to retire; a user can do nothing about it.
+    warnings.filterwarnings("ignore", r".*(all_gather_into_tensor|reduce_scatter_tensor).*", FutureWarning)
+    # A shared-memory all-reduce that only inference uses. Loading it compiles for half a minute where it is not
+    # prebuilt, and every process that is killed would leave 69 MB in /dev/shm.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _optimizer_device(config: RunConfig, world: World) -> torch.device:
+    return torch.device("cpu") if config.engine.offload_optimizer == "cpu" else world.device
+
+
+def render_deepspeed_config(config: RunConfig, *, world_size: int) -> dict[str, Any]:
+    """Translate the settings of a run into DeepSpeed's; nobody writes those by hand.
+
+    Args:
+        config: settings of the run.
+        world_size: number of ranks.
+
+    Returns:
+        What deepspeed.initialize takes; JSON types only.
+    """
+    engine = config.engine
+    grad_accum_steps = config.train.grad_accum_steps(world_size=world_size)
+    rendered: dict[str, Any] = {
+        "train_batch_size": config.train.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": grad_accum_steps,
+        "gradient_clipping": config.optim.grad_clip,
+        "steps_per_print": 2**31 - 1,
+        "wall_clock_breakdown": False,
+        # The optimizer is torch's own AdamW: DeepSpeed's are compiled at start (80-95 s) and give the same losses.
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": _render_zero(config),
+        "bf16": {"enabled": engine.precision == "bf16"},
+        "fp16": {"enabled": engine.precision == "fp16", "loss_scale": 0, "initial_scale_power": 16},
+    }
+    if engine.precision == "autocast":
+        rendered["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    if engine.precision == "bf16" and grad_accum_steps > 1 and engine.zero_stage > 0:
+        # Sums of many bf16 gradients lose their small terms.
+        rendered["data_types"] = {"grad_accum_dtype": "fp32"}
+    return rendered
+
+
+def _render_zero(config: RunConfig) -> dict[str, Any]:
+    engine = config.engine
+    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    if engine.zero_stage == 0:
+        return zero
+    zero |= {
+        "contiguous_gradients": True,
+        "reduce_bucket_size": BUCKET_NUMEL,
+        "allgather_bucket_size": BUCKET_NUMEL,
+    }
+    if engine.zero_stage == 3:
+        # Its own linear layer rounds differently from torch's: the losses would not be those of the other stages.
+        zero |= {"memory_efficient_linear": False, "stage3_prefetch_bucket_size": BUCKET_NUMEL}
+        if engine.offload_parameters == "cpu":
+            zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if engine.offload_optimizer == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return zero
+
+
+def build_engine(config: RunConfig, *, model: nn.Module, resume: StateSource | None, world: World) -> Engine:
+    """Build the engine of a run and bring it to its saved state, if there is one.
+
+    Activation checkpointing is switched on here, so that one section of the settings is read in one place.
+
+    Args:
+        config: settings of the run.
+        model: the model with its first weights, equal on all ranks, on any device.
+        resume: where to go on; None starts afresh.
+        world: the processes of the run.
+
+    Returns:
+        An engine that is ready for its next step.
+
+    Raises:
+        ConfigError: settings that this engine or device cannot do.
+        CheckpointError: `resume` is of another model.
+    """
+    check_engine_settings(config, world=world)
+    choose_checkpointing = getattr(model, "set_activation_checkpointing", None)
+    if choose_checkpointing is not None:
+        choose_checkpointing(
+            encoder=config.engine.activation_checkpointing, decoder=config.engine.decoder_activation_checkpointing
+        )
+    if resume is not None:
+        _copy_weights(resume, model, world=world)
+    model.to(world.device)
+    kind = TorchEngine if config.engine.kind == "torch" else DeepSpeedEngine
+    engine: Engine = kind(model=model, config=config, world=world)
+    if resume is not None:
+        engine.restore(resume)
+    return engine
+
+
+def _copy_weights(source: StateSource, model: nn.Module, *, world: World) -> None:
+    table = list_tensors(model, parts=world.world_size)
+    check_same_model(source.table, table, where=getattr(source, "uri", "checkpoint"))
+    targets = model.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for tensor in table:
+            targets[tensor.name].copy_(source.tensor(tensor.name, WEIGHT))
+
+
+def check_engine_settings(config: RunConfig, *, world: World) -> None:
+    """Refuse combinations of engine settings before anything is started.
+
+    Args:
+        config: settings of the run.
+        world: the processes of the run.
+
+    Raises:
+        ConfigError: all that does not fit, at once.
+    """
+    engine = config.engine
+    problems = []
+    if engine.precision == "fp16" and world.device.type == "cpu":
+        problems.append("engine.precision fp16 needs a GPU, this process has none: use bf16, autocast or fp32")
+    if engine.kind == "torch":
+        if world.world_size > 1:
+            problems.append(f"engine.kind torch runs one process, not {world.world_size}: use deepspeed")
+        if engine.precision in ("bf16", "fp16"):
+            problems.append(
+                f"engine.kind torch runs fp32 and autocast, not engine.precision {engine.precision}: use deepspeed"
+            )
+    else:
+        if engine.precision == "fp16" and engine.zero_stage == 0:
+            problems.append("engine.precision fp16 does not scale its loss at engine.zero_stage 0: use 1")
+        if engine.offload_optimizer == "cpu" and engine.zero_stage == 0:
+            problems.append("engine.offload_optimizer cpu needs engine.zero_stage 1, 2 or 3, not 0")
+        if engine.offload_parameters == "cpu" and engine.zero_stage != 3:
+            problems.append(f"engine.offload_parameters cpu needs engine.zero_stage 3, not {engine.zero_stage}")
+    try:
+        config.train.grad_accum_steps(world_size=world.world_size)
+    except ValueError as error:
+        problems.append(str(error))
+    if problems:
+        raise ConfigError("settings that cannot work together:\n" + "\n".join(f"  {problem}" for problem in problems))
