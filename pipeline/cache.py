@@ -86,7 +86,8 @@ class ShardCache:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InfrastructureError(
-                f"cache: cannot use {self._folder}: {error.strerror}. Set loader.cache_dir to a folder that can be written"
+                f"cache: cannot use {self._folder}: {error.strerror}. "
+                "Set loader.cache_dir to a folder that can be written"
             ) from error
 
     def path(self, shard: int) -> Path:

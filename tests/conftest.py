@@ -267,3 +267,55 @@ def _is_running(child: psutil.Process) -> bool:
         return child.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
+
+
+# ---------------------------------------------------------------------------------------------- datasets
+
+
+@pytest.fixture(scope="session")
+def crops(photo_paths: dict[str, Path]) -> list[bytes]:
+    """Give 60 JPEG crops of real photographs, of different sizes from 60 to 131 px."""
+    from PIL import Image
+
+    found = []
+    for number, path in enumerate(photo_paths.values()):
+        with Image.open(path) as source:
+            image = source.convert("RGB")
+        for part in range(4):
+            index = number * 4 + part
+            width, height = 60 + index * 37 % 72, 60 + index * 53 % 72
+            left, top = part * 137 % (image.width - width), part * 89 % (image.height - height)
+            found.append(encode_jpeg(image.crop((left, top, left + width, top + height))))
+    return found
+
+
+@pytest.fixture
+def make_dataset(crops: list[bytes], tmp_path: Path) -> Callable[..., str]:
+    """Give a function that writes WebDataset shards of the crops and returns their folder.
+
+    The function takes `shard_sizes`, `uri` (a folder of the test's own if not given) and `replace`: bytes that are
+    stored in place of a sample's image, by sample id, while the manifest goes on telling of the image.
+    """
+    from pipeline import storage
+    from pipeline.dataset_writer import FinishedShard, write_dataset
+    from pipeline.formats.webdataset import WebDatasetWriter
+    from pipeline.screen import probe
+
+    def make(
+        shard_sizes: tuple[int, ...] = (13, 17, 11, 19), *, uri: str = "", replace: dict[int, bytes] | None = None
+    ) -> str:
+        folder = uri or str(tmp_path / "dataset")
+        shards, sample_id = [], 0
+        for number, size in enumerate(shard_sizes):
+            with WebDatasetWriter(storage.join(folder, f"train-{number:06d}.tar")) as writer:
+                for _ in range(size):
+                    image = crops[sample_id % len(crops)]
+                    stored = (replace or {}).get(sample_id, image)
+                    writer.add(f"{sample_id:06d}", stored, probe(image), label=sample_id % 15)
+                    sample_id += 1
+                written = writer.close()
+            shards.append(FinishedShard(written.name, written.size_bytes, written.sha256, written.table))
+        write_dataset(folder, shards=shards, name="crops", container="webdataset")
+        return folder
+
+    return make
