@@ -14,6 +14,14 @@ Settings = dict[str, Any]
 """Values by dotted name, as far as a source gives them."""
 
 
+def world_size_of(env: Mapping[str, str]) -> int:
+    """Tell the number of ranks from the launcher's environment; 1 where there is no launcher."""
+    for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        if env.get(name, "").isdigit():
+            return max(1, int(env[name]))
+    return 1
+
+
 def build_config(values: Settings, origins: Mapping[str, str], problems: list[str], *, world_size: int) -> RunConfig:
     """Check the merged values section by section, so that one bad section does not hide another's mistakes.
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from pipeline.errors import ConfigError
-from train.checks import Settings, build_config
+from train.checks import Settings, build_config, world_size_of
 from train.config import RunConfig
 from train.recipes import RECIPES
 
@@ -83,14 +83,6 @@ def parse_command(argv: Sequence[str], *, env: Mapping[str, str] | None = None) 
     if problems:
         raise ConfigError(_report(problems))
     return Command(config, words.action)
-
-
-def world_size_of(env: Mapping[str, str]) -> int:
-    """Tell the number of ranks from the launcher's environment; 1 where there is no launcher."""
-    for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
-        if env.get(name, "").isdigit():
-            return max(1, int(env[name]))
-    return 1
 
 
 # ------------------------------------------------------------------------------------------------ words

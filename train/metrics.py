@@ -1,6 +1,6 @@
-"""What a run reports: metrics.jsonl, TensorBoard events, a progress display, status.json and the closing summary.
+"""What a run reports: metrics.jsonl, TensorBoard events, a progress display and the closing summary.
 
-Only rank 0 writes. Imports no torch at the top: the demo and the status readers use it without.
+Only rank 0 writes. Imports no torch at the top: the demo reads metrics without it.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -16,51 +15,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TextIO
 
-RunState = Literal["running", "done", "failed", "preempted"]
-
 METRICS_FILE = "metrics.jsonl"
-STATUS_FILE = "status.json"
 SUMMARY_FILE = "summary.json"
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a small JSON file so that a reader sees the old one or the new one, never half of it.
-
-    Args:
-        path: local file; its folder is made.
-        content: what to write.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
-def read_status(run_dir: Path) -> dict[str, Any]:
-    """Read a run's status.json; empty where there is none yet."""
-    try:
-        status: dict[str, Any] = json.loads((run_dir / STATUS_FILE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
-    return status
-
-
-def write_status(
-    run_dir: Path, state: RunState, *, exit_code: int | None, step: int, reason: str = "", **more: Any
-) -> None:
-    """Write status.json, which says how a run stands; launchers flatten exit codes, this file keeps them.
-
-    Args:
-        run_dir: local folder of the run.
-        state: running, done, failed or preempted.
-        exit_code: what the command ends with; None while it runs.
-        step: optimizer steps done.
-        reason: one line for people; empty where there is nothing to say.
-        more: further keys.
-    """
-    updated = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    content = {"state": state, "exit_code": exit_code, "step": step, "reason": reason, "updated": updated, **more}
-    write_json(run_dir / STATUS_FILE, content)
+LOSS_PICTURE = "loss.png"
+RECONSTRUCTION_PICTURE = "reconstruction.png"
 
 
 # ------------------------------------------------------------------------------------------------ the file

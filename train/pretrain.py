@@ -1,0 +1,93 @@
+"""Pre-train a masked autoencoder: the entry, and the loop in one straight line.
+
+Runs under `deepspeed --module`, torchrun, srun, or plain `python -m train.pretrain RECIPE`. Settings are read and
+checked before torch is imported.
+
+Shapes: B images, C channels, H height, W width, N patches.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.errors import ConfigError
+from train.cli import HelpRequested, parse_command
+from train.config import RunConfig
+from train.outcome import Outcome, rank_of_environment
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: words after the program's name; the process's own by default.
+
+    Returns:
+        The exit code: 0 done, 2 configuration, 3 data, 4 checkpoint, 5 numerics, 75 preempted and saved,
+        76 infrastructure, 1 a defect.
+    """
+    try:
+        command = parse_command(sys.argv[1:] if argv is None else argv)
+    except HelpRequested as help_text:
+        sys.stdout.write(str(help_text))
+        return 0
+    except ConfigError as error:
+        # Every rank finds the same mistakes; one of them says so.
+        if rank_of_environment() == 0:
+            sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    if command.action == "dry-run":
+        return _dry_run(command.config)
+    return run(command.config)
+
+
+def run(config: RunConfig) -> int:
+    """Train as the settings say and report how it ended.
+
+    Args:
+        config: checked settings.
+
+    Returns:
+        The exit code.
+    """
+    outcome = Outcome(Path(config.run_dir))
+    try:
+        if outcome.rank == 0:
+            outcome.write("running", exit_code=None)
+        from train.loop import train  # torch comes in here
+
+        train(config, outcome)
+    except BaseException as error:  # noqa: BLE001 - whatever it was, the run folder must say so
+        code = outcome.conclude(error)
+        _end_now(code)
+    if outcome.rank == 0:
+        outcome.write("done", exit_code=0)
+    return 0
+
+
+def _end_now(code: int) -> None:
+    """End this process at once: after an error, exit handlers would wait for ranks that no longer answer."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _dry_run(config: RunConfig) -> int:
+    """Print what a run would be, as TOML that `--config` reads."""
+    from train.settings_text import to_toml
+    from train.size import describe_size
+
+    if rank_of_environment() == 0:
+        try:
+            sys.stdout.write(to_toml(config) + "\n" + "".join(f"# {line}\n" for line in describe_size(config)))
+        except ConfigError as error:
+            sys.stderr.write(f"error: {error}\n")
+            return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
