@@ -1,0 +1,230 @@
+"""One shard of a conversion: a pure function of a slice of the source, run in a process of its own.
+
+A finished shard leaves three files: the tar, its DALI index, and its part, a small Parquet file with the shard's rows.
+The part is written last: where it is, and carries this plan's identity, the shard is done.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import connection
+from multiprocessing.synchronize import Event
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.convert_plan import ConvertSettings
+from pipeline.dataset_writer import FinishedShard
+from pipeline.encode import NEEDS_RESIZE, reencode
+from pipeline.errors import DataError, MaelstromError
+from pipeline.formats.webdataset import SUFFIX, WebDatasetWriter
+from pipeline.screen import Probe, screen
+from pipeline.shard_table import NO_LABEL, ShardTable, TableBuilder
+from pipeline.sources import Source, open_source
+
+PARTS_FOLDER = "_parts"
+_STORED_FORMATS = ("jpeg", "png", "webp")
+_REMOTE_READERS = 16
+_PART_KEY = b"maelstrom"
+
+
+class StoppedError(MaelstromError):
+    """Another task failed or the user stopped the conversion; this one has cleaned up behind itself."""
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """What one shard is made of.
+
+    Args:
+        source: URI of the source.
+        target: URI of the dataset's folder.
+        stem: The shard's name without extension.
+        identity: Of the plan it belongs to.
+        settings: Of the conversion.
+        names: Images in stored order, as paths below the source.
+        keys: Their keys.
+        labels: Their class numbers.
+        classes: Class names.
+    """
+
+    source: str
+    target: str
+    stem: str
+    identity: str
+    settings: ConvertSettings
+    names: list[str]
+    keys: list[str]
+    labels: list[int]
+    classes: list[str] | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A shard that is done.
+
+    Args:
+        stem: The shard's name without extension.
+        num_samples: Samples in it; 0 where every image of its slice was refused, and there is no shard file.
+        size_bytes: Size of the shard file.
+        sha256: Of the shard file.
+        num_images: Images looked at.
+        read_bytes: Bytes of those images.
+        rejected: (file name, reason) of those that were refused.
+    """
+
+    stem: str
+    num_samples: int
+    size_bytes: int
+    sha256: str
+    num_images: int
+    read_bytes: int
+    rejected: list[tuple[str, str]]
+
+
+def part_uri(target: str, stem: str) -> str:
+    """Return where a shard's part is kept until the dataset is whole."""
+    return storage.join(target, PARTS_FOLDER, f"{stem}.parquet")
+
+
+def read_part(target: str, stem: str, *, identity: str) -> tuple[Part, ShardTable] | None:
+    """Return a finished part and its rows, or nothing where it belongs to another plan or cannot be read."""
+    try:
+        data = storage.read_bytes(part_uri(target, stem))
+        table = pq.read_table(pa.BufferReader(data))
+        head = json.loads((table.schema.metadata or {})[_PART_KEY])
+    except (DataError, pa.ArrowException, OSError, KeyError, ValueError):
+        return None  # whatever is wrong with it, making the shard again puts it right
+    if head.pop("identity") != identity:
+        return None
+    head["rejected"] = [(name, reason) for name, reason in head["rejected"]]
+    return Part(**head), ShardTable.from_arrow(table)
+
+
+def finished_shard(target: str, stem: str, *, identity: str) -> FinishedShard | None:
+    """Return a finished part as the dataset's shard; nothing where the shard is empty."""
+    found = read_part(target, stem, identity=identity)
+    if found is None:
+        raise DataError(f"convert: {part_uri(target, stem)} has vanished or changed. Run the same command again.")
+    part, table = found
+    return FinishedShard(stem + SUFFIX, part.size_bytes, part.sha256, table) if part.num_samples else None
+
+
+def make_shard(task: ShardTask, stop: Event | None = None) -> Part:
+    """Make one shard file, its index and its part.
+
+    Args:
+        task: What it is made of.
+        stop: When set, give up at the next image.
+
+    Raises:
+        DataError: An image has vanished, or one was refused and the settings say strict.
+        InfrastructureError: The source cannot be read, or the target not written.
+        StoppedError: `stop` was set.
+    """
+    rejected: list[tuple[str, str]] = []
+    size_read = 0
+    source = open_source(task.source, labels=task.settings.labels)
+    uri = storage.join(task.target, task.stem + SUFFIX)
+    with WebDatasetWriter(uri) as writer:
+        for place, data in enumerate(_read_all(source, task)):
+            if stop is not None and stop.is_set():
+                raise StoppedError("stopped")
+            size_read += len(data)
+            name = task.names[place]
+            found, stored = _prepare(data, task.settings)
+            if isinstance(found, str):
+                if task.settings.strict:
+                    raise DataError(f"convert: {name}: {found}. Without --strict it would be left out.")
+                rejected.append((name, found))
+                continue
+            label = task.labels[place]
+            about = {"filename": name}
+            if task.classes is not None and label != NO_LABEL:
+                about["class"] = task.classes[label]
+            writer.add(task.keys[place], stored, found, label=label, metadata=about)
+        if len(writer):
+            written = writer.close()
+            if written.dali_index:
+                storage.write_atomic(storage.join(task.target, f"{task.stem}.idx"), written.dali_index)
+            table, size_bytes, sha256 = written.table, written.size_bytes, written.sha256
+        else:
+            table, size_bytes, sha256 = TableBuilder().build(), 0, ""
+    part = Part(task.stem, len(table), size_bytes, sha256, len(task.names), size_read, rejected)
+    _write_part(task, part, table)
+    return part
+
+
+def _prepare(data: bytes, settings: ConvertSettings) -> tuple[Probe | str, bytes]:
+    """Return (what the header says, bytes to store), or (reason, nothing)."""
+    found = screen(data, settings.limits)
+    if isinstance(found, str):
+        return found, b""
+    if settings.resize is None:
+        return (found, data) if found.format in _STORED_FORMATS else (NEEDS_RESIZE, b"")
+    smaller = reencode(data, found, short_side=settings.resize, quality=settings.quality)
+    if isinstance(smaller, str):
+        return smaller, b""
+    return screen(smaller, settings.limits), smaller
+
+
+def _read_all(source: Source, task: ShardTask) -> Iterator[bytes]:
+    """Yield the images in order; several reads are under way at a time where each is a request to a server."""
+    if storage.is_local(task.source):
+        yield from map(source.read, task.names)
+        return
+    with ThreadPoolExecutor(_REMOTE_READERS, thread_name_prefix="read") as pool:
+        for start in range(0, len(task.names), 4 * _REMOTE_READERS):
+            yield from pool.map(source.read, task.names[start : start + 4 * _REMOTE_READERS])
+
+
+def _write_part(task: ShardTask, part: Part, table: ShardTable) -> None:
+    head = {
+        "identity": task.identity,
+        "stem": part.stem,
+        "num_samples": part.num_samples,
+        "size_bytes": part.size_bytes,
+        "sha256": part.sha256,
+        "num_images": part.num_images,
+        "read_bytes": part.read_bytes,
+        "rejected": part.rejected,
+    }
+    rows = table.to_arrow().replace_schema_metadata({_PART_KEY: json.dumps(head).encode()})
+    buffer = io.BytesIO()
+    pq.write_table(rows, buffer, compression="zstd", write_statistics=False)
+    storage.write_atomic(part_uri(task.target, task.stem), buffer.getvalue())
+
+
+class Worker:
+    """State of one worker process, set up when it starts."""
+
+    stop: Event | None = None
+
+
+def start_worker(stop: Event) -> None:
+    """Set up a worker process: Ctrl-C is the parent's business, and the parent's death ends the worker."""
+    Worker.stop = stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), name="parent-watch", daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    connection.wait([sentinel])
+    # A killed parent cannot stop its workers: without this they would wait for work for ever.
+    os._exit(1)
+
+
+def make_shard_in_worker(task: ShardTask) -> Part:
+    """Make one shard in a worker process that `start_worker` has set up."""
+    return make_shard(task, Worker.stop)
