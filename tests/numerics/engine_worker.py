@@ -49,7 +49,8 @@ class OddModel(MaskedAutoencoder):
         self.register_buffer("offset", torch.full((1,), 0.25))
 
     def forward(self, images_BCHW: Tensor, noise_BN: Tensor) -> MAEOutput:  # type: ignore[override]
-        return super().forward(images_BCHW * (1 + self.gain) + self.offset, noise_BN)
+        offset = self.get_buffer("offset")
+        return super().forward(images_BCHW * (1 + self.gain) + offset, noise_BN)
 
 
 def build_model(seed: int = 0) -> OddModel:

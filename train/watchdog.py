@@ -1,0 +1,71 @@
+"""Ends a rank that makes no progress, after writing down what all its threads were doing."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+from pipeline.errors import InfrastructureError
+
+
+class Watchdog:
+    """A context manager around the loop, which calls `beat` once a step.
+
+    Where one rank hangs, all others wait for it inside a collective, in which no Python code runs; so a thread looks.
+
+    Args:
+        timeout_s: longest time between two beats.
+        folder: local folder for `stacks-rank-00000.txt`.
+        rank: this process's rank.
+    """
+
+    def __init__(self, *, timeout_s: float, folder: Path, rank: int) -> None:
+        self.timeout_s = timeout_s
+        self.path = folder / f"stacks-rank-{rank:05d}.txt"
+        self._rank = rank
+        self._last_s = time.monotonic()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self.beat()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closing.set()
+        self._thread.join()
+
+    def beat(self) -> None:
+        """Say that a step is done."""
+        self._last_s = time.monotonic()
+
+    def _watch(self) -> None:
+        while not self._closing.wait(min(1.0, self.timeout_s / 4)):
+            silent_s = time.monotonic() - self._last_s
+            if silent_s > self.timeout_s:
+                self._end(silent_s)
+
+    def _end(self, silent_s: float) -> None:
+        message = (
+            f"rank {self._rank}: no step for {silent_s:.0f} s, more than engine.timeout_s {self.timeout_s:g}; ending. "
+            f"Stacks are in {self.path}. The same command goes on from the last checkpoint.\n"
+        )
+        with suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("w") as file:
+                file.write(message)
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+        with suppress(OSError):
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, message.encode())
+        # The main thread cannot be reached: it waits for a rank that will not answer.
+        os._exit(InfrastructureError.exit_code)
