@@ -115,8 +115,6 @@ def _split_words(argv: Sequence[str]) -> _Words:
             words.wants_help = True
         elif name == "dry_run":
             words.action = "dry-run"
-        elif name == "no_norm_pix_loss":
-            words.settings.append(("model.norm_pix_loss", "false"))
         else:
             if not has_value:
                 value = rest.pop(0) if rest and not _is_option(rest[0]) else None  # type: ignore[assignment]
@@ -179,7 +177,12 @@ def _read_toml(path: str, problems: list[str]) -> Settings:
 def _parse_values(settings: Sequence[tuple[str, str | None]], problems: list[str]) -> Settings:
     """Turn the command line's words into values, as far as the settings' types say how."""
     types, values = setting_types(), {}
-    for name, text in settings:
+    for given, given_text in settings:
+        positive = given.replace(".no_", ".", 1)
+        if given not in types and types.get(positive) is bool and given_text is None:
+            values[positive] = False
+            continue
+        name, text = given, given_text
         annotation = types.get(name)
         if text is None and annotation is bool:
             text = "true"

@@ -40,9 +40,10 @@ from train.metrics import (
 from train.optim import lr_at
 from train.outcome import Outcome, write_json
 from train.pictures import complete, draw_loss, draw_reconstruction, spread_ids
-from train.preemption import PreemptionWatch
+from train.preemption import Preemption
 from train.run_lease import RunLease
 from train.settings_text import to_toml
+from train.watchdog import Watchdog
 
 SAVE_FAILURES_ALLOWED = 3
 """Saves in a row that may fail before the run stops: a full disk may be emptied, a lost one will not come back."""
@@ -60,14 +61,16 @@ def train(config: RunConfig, outcome: Outcome) -> None:
     """
     world = init_world(config)
     run_dir = Path(config.run_dir)
-    with PreemptionWatch(world) as watch, RunLease(run_dir, world=world):
+    with Preemption(world) as preemption, RunLease(run_dir, world=world):
         run = _open_run(config, world=world, outcome=outcome)
         if run is not None:
             try:
-                _loop(run, watch)
+                with Watchdog(timeout_s=config.engine.timeout_s, folder=run_dir, rank=world.rank) as watchdog:
+                    _loop(run, preemption, watchdog)
             finally:
                 run.reporter.close()
                 run.loader.close()
+        preemption.disarm()
     world.end()
 
 
@@ -93,7 +96,7 @@ class _Run:
 # ------------------------------------------------------------------------------------------------ the loop
 
 
-def _loop(run: _Run, watch: PreemptionWatch) -> None:
+def _loop(run: _Run, preemption: Preemption, watchdog: Watchdog) -> None:
     """Take the steps. Nothing here reads a value back from the device unless a line of the log is due."""
     config, engine, loader = run.config, run.engine, run.loader
     batches = iter(loader)
@@ -108,7 +111,7 @@ def _loop(run: _Run, watch: PreemptionWatch) -> None:
         done = run.outcome.step = step + 1
         run.reporter.advance(done)
         last = done == run.total_steps
-        stopping = watch.requested(done)
+        stopping = preemption.requested()
 
         if last or stopping or _due(done, config.log.every_steps):
             _log(run, done, lr=lr, mean_loss=losses / (engine.grad_accum_steps * (done - logged_step)), batch=batch)
@@ -118,11 +121,18 @@ def _loop(run: _Run, watch: PreemptionWatch) -> None:
         if last or _due(done, config.log.pictures_every_steps):
             _draw(run, done)
         if stopping and not last:
-            raise Preempted(
-                f"stopped by {watch.reason} and saved at step {done} of {run.total_steps}: "
-                "the same command line goes on from there"
-            )
+            preemption.disarm()
+            raise Preempted(_stop_message(run, preemption.reason))
+        watchdog.beat()
     _close(run)
+
+
+def _stop_message(run: _Run, reason: str) -> str:
+    reasons = [text for text in run.world.gather(reason) if text]
+    return (
+        f"stopped ({reasons[0] if reasons else 'asked to'}) and saved at step {run.outcome.step} of {run.total_steps}: "
+        "the same command line goes on from there"
+    )
 
 
 def _due(done: int, every: int) -> bool:
