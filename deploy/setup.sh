@@ -2,14 +2,15 @@
 # Make .venv: everything that `make demo`, `make test`, CI and the container image need. Safe to run again at any time.
 #
 #   deploy/setup.sh                          from anywhere; a second run does nothing in well under a second
-#   EXTRAS=dali,s3 deploy/setup.sh           fewer optional parts (default: dali,ffcv,s3,report,demo,dev)
+#   EXTRAS=dali,s3 deploy/setup.sh           fewer optional parts (default: dali,ffcv,s3,demo,dev)
+#   EXTRAS=dali,ffcv,s3,demo,dev,shm ...     also DeepSpeed's shared-memory op for CPUs, built in (see below)
 #   PYTHON=/opt/python3.12/bin/python3       the interpreter (default: the first of python3.11, python3.12, python3 that fits)
 #   TORCH_INDEX_URL=https://...              a package index for torch alone, such as one with CPU-only builds
 #
 # Exit codes: 0 done, 2 something is missing that you must install, 76 a download or a build failed (run it again).
 set -euo pipefail
 
-EXTRAS="${EXTRAS:-dali,ffcv,s3,report,demo,dev}"
+EXTRAS="${EXTRAS-dali,ffcv,s3,demo,dev}"
 FFCV_VERSION=1.0.2
 EXIT_CONFIG=2
 EXIT_INFRASTRUCTURE=76
@@ -20,13 +21,15 @@ STAMP="$VENV/.setup-stamp"
 PY="$VENV/bin/python"
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_USER=0 PYTHONNOUSERSITE=1
 
-say() { printf 'setup: %s\n' "$*" >&2; }
+say() { printf 'setup: %3d s  %s\n' "$SECONDS" "$*" >&2; }
 die() {
     local code="$1"
     shift
     printf 'setup: error: %s\n' "$@" >&2
     exit "$code"
 }
+# `shm` is a build option of DeepSpeed, not an extra that pip knows.
+python_extras() { printf '%s' "$EXTRAS" | tr ',' '\n' | grep -vx shm | paste -sd, -; }
 wants() { case ",$EXTRAS," in *",$1,"*) return 0 ;; *) return 1 ;; esac }
 
 # What the installation was made from. The folder is part of it: a virtual environment cannot be moved.
@@ -115,7 +118,7 @@ install_packages() {
 # ------------------------------------------------------------------------------------------------ Python packages
 
 pip_install() {
-    "$PY" -m pip install --quiet --constraint "$ROOT/constraints.txt" "$@" ||
+    "$PY" -m pip install -qq --no-compile --constraint "$ROOT/constraints.txt" "$@" ||
         die $EXIT_INFRASTRUCTURE "pip could not install: $*" "Nothing is lost: run the same command again."
 }
 constraint_of() { sed -n "s/^$1==\([^ ;#]*\).*/\1/p" "$ROOT/constraints.txt"; }
@@ -147,33 +150,36 @@ install_torch() {
 build_and_install() {
     local requirement="$1" wheels
     wheels="$(mktemp -d)"
-    "$PY" -m pip wheel --quiet --no-cache-dir --no-deps --no-build-isolation --wheel-dir "$wheels" "$requirement" ||
+    "$PY" -m pip wheel -qq --no-cache-dir --no-deps --no-build-isolation --wheel-dir "$wheels" "$requirement" ||
         { rm -rf "$wheels"; die $EXIT_INFRASTRUCTURE "could not build $requirement (see above)."; }
-    "$PY" -m pip install --quiet --no-deps --force-reinstall "$wheels"/*.whl ||
+    "$PY" -m pip install -qq --no-deps --no-compile --force-reinstall "$wheels"/*.whl ||
         { rm -rf "$wheels"; die $EXIT_INFRASTRUCTURE "could not install $requirement."; }
     rm -rf "$wheels"
 }
 
-# DeepSpeed compiles its shared-memory all-reduce at the first init_distributed on a CPU, half a minute on every
-# machine. Build it in. On a CUDA device DeepSpeed does not look for this op, so the same wheel serves there.
-install_deepspeed() {
+# DeepSpeed compiles a shared-memory all-reduce at the first init_distributed on a CPU, half a minute on every machine,
+# for inference alone. The engine turns it off, so it is built in only on request: 80-100 s of two cores.
+# On a CUDA device DeepSpeed does not look for this op, so the same wheel serves there.
+install_deepspeed_op() {
     local wanted
+    wants shm || return 0
     wanted="$(constraint_of deepspeed)"
-    if [ "$(installed_version deepspeed)" = "$wanted" ] && deepspeed_op_is_built; then return 0; fi
+    if deepspeed_op_is_built; then return 0; fi
     say "building deepspeed $wanted with its shared-memory op"
+    pip_install setuptools wheel
     DS_ACCELERATOR=cpu DS_BUILD_SHM_COMM=1 build_and_install "deepspeed==$wanted"
+    deepspeed_op_is_built || die $EXIT_INFRASTRUCTURE "deepspeed was built without its shared-memory op."
 }
-# Reads the file rather than importing DeepSpeed, which may still lack its dependencies.
+# DeepSpeed uses the op only where it was built against the torch that runs; otherwise it compiles again.
 deepspeed_op_is_built() {
-    "$PY" - <<'PYTHON' 2>/dev/null
-import importlib.util, pathlib, runpy, sys
+    "$PY" -c 'import sys
 from importlib import metadata
-
-package = pathlib.Path(importlib.util.find_spec("deepspeed").origin).parent
-built = runpy.run_path(str(package / "git_version_info_installed.py"))
+from importlib.util import find_spec
+from pathlib import Path
+from runpy import run_path
+built = run_path(str(Path(find_spec("deepspeed").origin).parent / "git_version_info_installed.py"))
 torch = ".".join(metadata.version("torch").split(".")[:2])
-sys.exit(not (built["installed_ops"].get("deepspeed_shm_comm") and built["torch_info"]["version"] == torch))
-PYTHON
+sys.exit(not (built["installed_ops"].get("deepspeed_shm_comm") and built["torch_info"]["version"] == torch))'
 }
 
 # FFCV's metadata asks for opencv-python (and libGL) and five packages that its kernels do not use: --no-deps.
@@ -181,6 +187,7 @@ install_ffcv() {
     wants ffcv || return 0
     if [ "$(installed_version ffcv)" = "$FFCV_VERSION" ] && "$PY" -c 'import ffcv._libffcv' 2>/dev/null; then return 0; fi
     say "building ffcv $FFCV_VERSION"
+    pip_install setuptools wheel
     pkg-config --exists opencv4 2>/dev/null || export PKG_CONFIG_PATH="$ROOT/deploy/opencv-shim${PKG_CONFIG_PATH:+:$PKG_CONFIG_PATH}"
     build_and_install "ffcv==$FFCV_VERSION"
 }
@@ -191,17 +198,15 @@ check_installation() {
     [ "$(installed_version torch)" = "$wanted" ] ||
         die $EXIT_INFRASTRUCTURE "torch is $(installed_version torch), not $wanted: another package replaced it."
     "$PY" -c 'import torch, pipeline, model, train, deploy' || die $EXIT_INFRASTRUCTURE "the installation does not import."
-    deepspeed_op_is_built || die $EXIT_INFRASTRUCTURE "deepspeed was replaced by a build without its shared-memory op."
 }
 
 main() {
-    local python started=$SECONDS
-    [ -n "$(constraint_of torch)" ] && [ -n "$(constraint_of deepspeed)" ] ||
-        die $EXIT_CONFIG "constraints.txt must pin torch and deepspeed with =="
+    local python
+    [ -n "$(constraint_of torch)" ] || die $EXIT_CONFIG "constraints.txt must pin torch with =="
     if is_current; then return 0; fi
     # Two commands at once must not install into one environment; the second finds the first one's work done.
     if command -v flock >/dev/null; then
-        exec 9>"$ROOT/.venv.lock"
+        exec 9<"$ROOT"
         flock 9
         if is_current; then return 0; fi
     fi
@@ -210,14 +215,13 @@ main() {
     make_venv "$python"
     rm -f "$STAMP"
     install_torch
-    pip_install 'setuptools>=77' wheel ninja py-cpuinfo packaging numpy
-    install_deepspeed
     say "installing everything else ($EXTRAS)"
-    pip_install --editable "$ROOT[$EXTRAS]"
+    pip_install --editable "${ROOT}[$(python_extras)]"
+    install_deepspeed_op
     install_ffcv
     check_installation
     fingerprint >"$STAMP"
-    say "done in $((SECONDS - started)) s"
+    say "done"
 }
 
 main "$@"

@@ -1,0 +1,52 @@
+# Every target that runs something sets up .venv first; once that is done it costs nothing.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-unit test-gpu check bench bench-gpu freeze clean
+
+PY := .venv/bin/python
+STAMP := .venv/.setup-stamp
+PYTEST := $(PY) -m pytest
+# Tests run small models: more threads than cores would only fight over them.
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONFAULTHANDLER=1
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+$(STAMP): pyproject.toml constraints.txt deploy/setup.sh
+	@deploy/setup.sh
+	@touch $@
+
+setup: ## install everything into .venv (settings: EXTRAS, PYTHON, TORCH_INDEX_URL)
+	@deploy/setup.sh
+
+demo: $(STAMP) ## convert, pre-train, resume and paint on this machine (settings: SRC, URI, OUT)
+	$(PY) -m train.demo $(if $(SRC),--src '$(SRC)') $(if $(URI),--uri '$(URI)') --run-dir '$(or $(OUT),runs/demo)'
+
+test: $(STAMP) ## all tests that need no GPU
+	$(TEST_ENV) $(PYTEST) -m "not gpu" $(ARGS)
+
+test-unit: $(STAMP) ## the fast tests, under a minute
+	$(TEST_ENV) $(PYTEST) tests/unit -m "not slow and not gpu and not slurm" $(ARGS)
+
+test-gpu: $(STAMP) ## the tests that need a CUDA device
+	$(PYTEST) -m gpu tests/gpu $(ARGS)
+
+check: $(STAMP) ## lint, format, types, import arrows, shell scripts, Dockerfile
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	.venv/bin/lint-imports --no-logo
+	.venv/bin/shellcheck deploy/setup.sh .ci/run
+	.venv/bin/hadolint deploy/Dockerfile
+
+freeze: $(STAMP) ## write the installed versions into constraints.txt
+	@sed '/^# Frozen/q' constraints.txt > constraints.new
+	@$(PY) -m pip list --format freeze --exclude-editable \
+	  | grep -viE '^(pip|setuptools|wheel|ffcv)==' \
+	  | grep -viE "^($$(sed -n '/^# Frozen/q; s/^\([A-Za-z0-9_.-]*\)[=<>].*/\1/p' constraints.txt | paste -sd'|' -))==" \
+	  | sed 's/+[a-z0-9]*$$//' >> constraints.new
+	@mv constraints.new constraints.txt
+
+clean: ## remove caches; .venv and runs stay
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist
+	find pipeline model train deploy tests -name __pycache__ -type d -prune -exec rm -rf {} +
