@@ -38,11 +38,13 @@ def split_scheme(uri: str) -> tuple[str, str]:
 def join(uri: str, *parts: str) -> str:
     """Append path parts to a folder's URI."""
     split_scheme(uri)
-    head = uri.rstrip("/") or "/"
+    scheme = SCHEME.match(uri)
+    root = uri[: scheme.end()] if scheme else ""
+    head = uri[len(root) :].rstrip("/")
+    if not head and uri.endswith("/") and root in ("", "file://"):
+        root += "/"
     tail = "/".join(part.strip("/") for part in parts)
-    if not tail:
-        return head
-    return f"/{tail}" if head == "/" else f"{head}/{tail}"
+    return root + "/".join(part for part in (head, tail) if part)
 
 
 def name_of(uri: str) -> str:
