@@ -1,0 +1,198 @@
+"""Look at a dataset: `python -m pipeline.inspect URI --out sheet.png`.
+
+A contact sheet of samples spread over all shards, and histograms of sizes, bytes and classes, on one page.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import numpy.typing as npt
+import tyro
+from PIL import Image
+
+from pipeline import storage
+from pipeline.cache import U8, ShardReader
+from pipeline.command import run_command, say, say_json
+from pipeline.decoders.base import to_rgb
+from pipeline.errors import ConfigError
+from pipeline.manifest import FORMATS, NO_LABEL, Manifest, open_dataset
+
+_MAX_SURVEYED_SHARDS = 256
+"""Shards whose rows are read for the histograms; more are sampled evenly."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the manifest says of the surveyed shards.
+
+    Attributes:
+        num_surveyed: samples looked at.
+        widths, heights: pixels of each.
+        sizes: encoded bytes of each.
+        labels: class numbers, -1 where there is none.
+        formats: samples by container format of the image.
+    """
+
+    num_surveyed: int
+    widths: npt.NDArray[np.int32]
+    heights: npt.NDArray[np.int32]
+    sizes: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int32]
+    formats: dict[str, int]
+
+
+def survey(dataset: Manifest) -> Survey:
+    """Read the rows of evenly spread shards."""
+    count = min(dataset.info.num_shards, _MAX_SURVEYED_SHARDS)
+    shards = np.unique(np.linspace(0, dataset.info.num_shards - 1, count).round().astype(int))
+    tables = [dataset.shard_table(int(shard)) for shard in shards]
+    codes, counts = np.unique(np.concatenate([table.formats for table in tables]), return_counts=True)
+    return Survey(
+        num_surveyed=sum(len(table) for table in tables),
+        widths=np.concatenate([table.widths for table in tables]),
+        heights=np.concatenate([table.heights for table in tables]),
+        sizes=np.concatenate([table.sizes for table in tables]),
+        labels=np.concatenate([table.labels for table in tables]),
+        formats={FORMATS[code]: int(number) for code, number in zip(codes, counts, strict=True)},
+    )
+
+
+def summary(dataset: Manifest, found: Survey) -> dict[str, Any]:
+    """Give the figures of a dataset as plain numbers; quantiles are 0, 25, 50, 75 and 100%."""
+
+    def quantiles(values: npt.NDArray[Any]) -> list[int]:
+        return [int(value) for value in np.quantile(values, [0, 0.25, 0.5, 0.75, 1], method="nearest")]
+
+    info = dataset.info
+    labelled = found.labels[found.labels != NO_LABEL]
+    return {
+        "name": info.name,
+        "format": info.format,
+        "num_samples": info.num_samples,
+        "num_shards": info.num_shards,
+        "num_surveyed": found.num_surveyed,
+        "fingerprint": info.fingerprint,
+        "formats": found.formats,
+        "width_px": quantiles(found.widths),
+        "height_px": quantiles(found.heights),
+        "image_bytes": quantiles(found.sizes),
+        "num_labelled": len(labelled),
+        "num_classes": len(np.unique(labelled)),
+    }
+
+
+def contact_sheet(dataset: Manifest, *, count: int) -> list[tuple[str, U8]]:
+    """Read samples spread over the whole dataset, as small pictures with captions.
+
+    Returns:
+        (key and label, uint8 RGB thumbnail of at most 128 px); a picture that cannot be decoded is left black.
+    """
+    ids_B = np.unique(np.linspace(0, dataset.info.num_samples - 1, min(count, dataset.info.num_samples)).astype(int))
+    rows = dataset.lookup(ids_B)
+    reader = ShardReader(dataset, verify_hashes="on")
+    try:
+        images, bad = reader.read(rows)
+        # Copied: thumbnails outlive the reader's maps.
+        encoded = [image.tobytes() for image in images]
+    finally:
+        reader.close()
+    sheet = []
+    for i, key in enumerate(dataset.keys(ids_B)):
+        label = int(rows.labels_B[i])
+        name = dataset.info.classes[label] if dataset.info.classes and label != NO_LABEL else str(label)
+        caption = key if label == NO_LABEL else f"{key}\n{name}"
+        try:
+            if i in bad:
+                raise ValueError(bad[i])
+            with Image.open(io.BytesIO(encoded[i])) as opened:
+                small = to_rgb(opened)
+            small.thumbnail((128, 128))
+            sheet.append((caption, np.asarray(small)))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            sheet.append((f"{key}\nbad: {error}"[:60], np.zeros((128, 128, 3), dtype=np.uint8)))
+    return sheet
+
+
+def draw(dataset: Manifest, found: Survey, sheet: list[tuple[str, U8]]) -> bytes:
+    """Draw the page; returns a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    columns = 8
+    rows = math.ceil(len(sheet) / columns)
+    figure = Figure(figsize=(columns * 1.6, rows * 1.9 + 3.6), layout="constrained")
+    halves: Any = figure.subfigures(2, 1, height_ratios=[3.2, max(rows, 1) * 1.9])
+    top, bottom = halves
+    info = dataset.info
+    top.suptitle(f"{info.name}: {info.num_samples:,} samples in {info.num_shards:,} shards ({info.format})")
+    plots = top.subplots(1, 3)
+    plots[0].hist2d(found.widths, found.heights, bins=40, cmin=1)
+    plots[0].set(xlabel="width, pixels", ylabel="height, pixels")
+    plots[1].hist(found.sizes / 1000, bins=40)
+    plots[1].set(xlabel="encoded size, kB", ylabel="samples")
+    labelled = found.labels[found.labels != NO_LABEL]
+    plots[2].bar(*np.unique(labelled, return_counts=True), width=1.0)
+    plots[2].set(xlabel="class", ylabel="samples", title="" if len(labelled) else "no labels")
+    cells = np.atleast_1d(bottom.subplots(max(rows, 1), columns)).ravel()
+    for cell in cells:
+        cell.axis("off")
+    for cell, (caption, picture) in zip(cells, sheet, strict=False):
+        cell.imshow(picture)
+        cell.set_title(caption.replace("$", r"\$"), fontsize=5)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110, format="png")
+    return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Draw a contact sheet and histograms of a dataset."""
+
+    uri: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URI")]
+    """Folder of the dataset: a path, s3://, gs:// or az://."""
+    out: str = "sheet.png"
+    """PNG file to write."""
+    count: int = 48
+    """Pictures on the sheet."""
+    json: bool = False
+    """Write the figures to stdout as JSON."""
+
+
+def _run(arguments: Arguments) -> int:
+    if arguments.count < 1 or not arguments.out.endswith(".png"):
+        raise ConfigError(
+            f"inspect: --count {arguments.count}, --out {arguments.out!r}: give 1 or more, and a .png file"
+        )
+    dataset = open_dataset(arguments.uri)
+    found = survey(dataset)
+    storage.write_atomic(str(Path(arguments.out)), draw(dataset, found, contact_sheet(dataset, count=arguments.count)))
+    figures = summary(dataset, found)
+    if arguments.json:
+        say_json(figures)
+    else:
+        for name, value in figures.items():
+            say(f"{name:>14}  {value}")
+        say(f"inspect: wrote {arguments.out}")
+    return 0
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    arguments = tyro.cli(
+        Arguments, args=args, prog="python -m pipeline.inspect", config=(tyro.conf.FlagCreatePairsOff,)
+    )
+    return run_command(lambda: _run(arguments), interrupted="inspect: stopped; nothing was written.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
