@@ -152,7 +152,9 @@ class _Demo:
         }
         words = [word for name, value in settings.items() for word in (f"--{name}", value)]
         command = deepspeed_command("demo", words, ranks=self.ranks)
-        run_training(command, run_dir=self.run_dir, stop_at=stop_at, env=environment(ranks=self.ranks))
+        run_training(
+            command, run_dir=self.run_dir, stop_at=stop_at, env=environment(ranks=self.ranks, has_gpu=count_gpus() > 0)
+        )
 
     def _close(self) -> None:
         """Say what came out, and where it is."""
@@ -177,13 +179,18 @@ class _Demo:
 
 def count_ranks() -> int:
     """Choose how many processes to train with: one a GPU, or a power of two up to the cores this process may use."""
-    import torch
-
-    available = torch.cuda.device_count() or len(os.sched_getaffinity(0))
+    available = count_gpus() or len(os.sched_getaffinity(0))
     ranks = 1
     while ranks * 2 <= min(available, MAX_RANKS):
         ranks *= 2
     return ranks
+
+
+def count_gpus() -> int:
+    """Count the GPUs this process sees."""
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

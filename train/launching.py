@@ -154,22 +154,24 @@ def deepspeed_command(recipe: str, settings: Sequence[str], *, ranks: int) -> li
     if not launcher.exists():
         raise ConfigError(f"{launcher}: not there; install the project into this environment (make setup)")
     # A fixed port would collide with another training on this machine.
-    options = ["--log_level", "warning", "--num_gpus", str(ranks), "--master_port", str(free_port()), "--module"]
+    options = ["--log_level", "error", "--num_gpus", str(ranks), "--master_port", str(free_port()), "--module"]
     return [str(launcher), *options, "train.pretrain", recipe, *settings]
 
 
-def environment(*, ranks: int) -> dict[str, str]:
+def environment(*, ranks: int, has_gpu: bool) -> dict[str, str]:
     """Give the environment for several ranks on one machine: cores shared out, launcher chatter left out.
 
     Args:
         ranks: processes.
+        has_gpu: whether they compute on GPUs.
     """
-    cores = len(os.sched_getaffinity(0))
     defaults = {
-        "OMP_NUM_THREADS": str(max(1, cores // ranks)),
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)),
         # torch 2.13 announces renamed collectives on every rank; nothing in this project calls them.
         "PYTHONWARNINGS": "ignore::FutureWarning",
     }
+    if not has_gpu:
+        defaults["DS_ACCELERATOR"] = "cpu"  # the launcher warns otherwise
     return {**defaults, **os.environ}
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 
 from pipeline.errors import ConfigError
@@ -57,6 +57,7 @@ def run(config: RunConfig) -> int:
     try:
         if outcome.rank == 0:
             outcome.write("running", exit_code=None)
+        share_cores(os.environ)
         from train.loop import train  # torch comes in here
 
         train(config, outcome)
@@ -66,6 +67,20 @@ def run(config: RunConfig) -> int:
     if outcome.rank == 0:
         outcome.write("done", exit_code=0)
     return 0
+
+
+def share_cores(env: MutableMapping[str, str]) -> None:
+    """Divide this node's cores among its ranks, before torch starts its threads; what is set already stays.
+
+    Every rank would otherwise start a thread a core, and threads of OpenMP that wait by spinning take the cores from
+    the decoder's: on two busy cores a step took eight times as long.
+
+    Args:
+        env: the environment to change.
+    """
+    ranks = next((int(env[name]) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if env.get(name, "").isdigit()), 1)
+    env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // max(1, ranks))))
+    env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _end_now(code: int) -> None:
