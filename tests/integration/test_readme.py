@@ -1,0 +1,238 @@
+"""README.md does what it says: its commands exist, the marked ones run, its links lead somewhere.
+
+Each ```bash block is preceded by a comment that says whether it runs here:
+
+    <!-- run: fast -->             seconds on a CPU
+    <!-- run: slow -->             minutes on a CPU
+    <!-- run: no, needs a GPU -->  not run; the reason is required
+
+A block of `make` targets alone needs no comment: its targets must exist. The marked blocks run in order in one folder
+that looks like the repository, with photographs in ~/Pictures: a block may use what an earlier one has made. The rules hold
+for docs/*.md too, but for the running.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+README = (REPOSITORY / "README.md").read_text()
+TIME_LIMIT_S = {"fast": 120, "slow": 900}
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One fenced block of shell commands."""
+
+    line: int
+    text: str
+    run: str
+    """`fast`, `slow`, `no` or `make`; empty where nothing valid says so."""
+
+    def __str__(self) -> str:
+        """Give the name of the test."""
+        return f"line {self.line}"
+
+
+def extract_blocks(markdown: str) -> list[Block]:
+    """Find the shell blocks of a page with the comment before each."""
+    blocks: list[Block] = []
+    comment, fence, start, body = "", "", 0, list[str]()
+    for number, line in enumerate(markdown.splitlines(), start=1):
+        stripped = line.strip()
+        if fence:
+            if stripped == fence[: len(fence) - len(fence.lstrip("`"))]:
+                if re.fullmatch(r"`{3,}(bash|sh|shell|console)\b.*", fence):
+                    text = "\n".join(body) + "\n"
+                    blocks.append(Block(line=start, text=text, run=_mode(comment, text)))
+                comment, fence, body = "", "", []
+            else:
+                body.append(line)
+        elif stripped.startswith("```"):
+            fence, start = stripped, number
+        elif stripped:
+            comment = stripped
+    return blocks
+
+
+def _mode(comment: str, text: str) -> str:
+    found = re.fullmatch(r"<!-- run: (fast|slow|no)(?:, (\S.*?))? -->", comment)
+    if found:
+        return "" if found[1] == "no" and not found[2] else found[1]
+    commands = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    return "make" if commands and all(re.match(r"(cd |git clone |make )", command) for command in commands) else ""
+
+
+def extract_modules(markdown: str) -> list[str]:
+    """Name every command of ours that a page mentions, once."""
+    pattern = r"(?:-m|--module)[ =]((?:pipeline|model|train|deploy)(?:\.\w+)+)"
+    return sorted(set(re.findall(pattern, markdown)))
+
+
+def extract_make_targets(markdown: str) -> list[str]:
+    """Name every make target that a page mentions in code, once."""
+    code = [block.text for block in extract_blocks(markdown)] + re.findall(r"`([^`\n]+)`", markdown)
+    return sorted({target for text in code for target in re.findall(r"(?:^|[|&;] *)make ([a-z][a-z-]*)", text, re.M)})
+
+
+def extract_links(markdown: str) -> list[str]:
+    """Name every file of the repository that a page links to, once."""
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)|(?:src|href)=\"([^\"#]+)\"", markdown)
+    return sorted({a or b for a, b in targets if not re.match(r"[a-z]+:", a or b)})
+
+
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md")), REPOSITORY / "CONTRIBUTING.md"]
+PAGE_NAMES = [str(page.relative_to(REPOSITORY)) for page in PAGES]
+MODULES = sorted({module for page in PAGES for module in extract_modules(page.read_text())})
+
+
+# ---------------------------------------------------------------------------------------------- the pages
+
+
+@pytest.mark.parametrize("block", extract_blocks(README), ids=str)
+def test_every_block_says_whether_it_runs(block: Block) -> None:
+    assert block.run, f"README.md:{block.line}: put <!-- run: fast --> or <!-- run: no, reason --> before the block"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=PAGE_NAMES)
+def test_make_targets_exist(page: Path) -> None:
+    targets = set(re.findall(r"^([a-z][a-z-]*):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+    assert not set(extract_make_targets(page.read_text())) - targets
+
+
+@pytest.mark.parametrize("page", PAGES, ids=PAGE_NAMES)
+def test_links_lead_to_files(page: Path) -> None:
+    missing = [link for link in extract_links(page.read_text()) if not (page.parent / link).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_commands_exist_and_explain_themselves(module: str) -> None:
+    command = [sys.executable, "-m", module, "--help"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "usage" in done.stdout.lower()
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a folder that looks like the repository and keeps what the commands write out of it."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for entry in REPOSITORY.iterdir():
+        if entry.name not in {"runs", "data", ".git", ".pytest_cache"}:
+            (folder / entry.name).symlink_to(entry)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def home(make_class_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a home folder with photographs in `Pictures`, as the reader has."""
+    folder = tmp_path_factory.mktemp("home")
+    make_class_folder(num_classes=4, per_class=6, size_px=96, root=folder / "Pictures")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(block, id=str(block), marks=[pytest.mark.slow] if block.run == "slow" else [])
+        for block in extract_blocks(README)
+        if block.run in TIME_LIMIT_S
+    ],
+)
+@pytest.mark.timeout(1000)
+def test_marked_blocks_run(block: Block, checkout: Path, home: Path) -> None:
+    done = run_block(block, cwd=checkout, home=home)
+    assert done.returncode == 0, f"README.md:{block.line}\n{done.stdout}\n{done.stderr}"
+
+
+def run_block(block: Block, *, cwd: Path, home: Path) -> subprocess.CompletedProcess[str]:
+    """Run a block as a reader would with .venv activated; the first command that fails ends it."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "HOME": str(home), "XDG_CACHE_HOME": str(home / ".cache")}
+    text = "\n".join(line.removeprefix("$ ") for line in block.text.splitlines())
+    return subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", text],
+        cwd=cwd,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=TIME_LIMIT_S[block.run],
+    )
+
+
+# ---------------------------------------------------------------------------------------------- the extractors
+
+PAGE = """# Title
+<!-- run: fast -->
+```bash
+$ echo one
+python -m train.demo --src x   # and `make demo`
+```
+
+<!-- run: no, needs a GPU -->
+
+```sh
+deepspeed --module train.pretrain vit_b
+```
+Then, unmarked:
+```bash
+echo two
+```
+```bash
+make check && make test-unit
+```
+```python
+print("make nothing")
+```
+<!-- run: no -->
+```bash
+false
+```
+See [the notes](docs/notes.md#top), [a site](https://example.org/x) and <img src="docs/picture.png">.
+`torchrun -m train.pretrain` and `make setup`, but never make haste.
+"""
+
+
+def test_blocks_are_found_with_their_modes() -> None:
+    blocks = extract_blocks(PAGE)
+    assert [block.run for block in blocks] == ["fast", "no", "", "make", ""]
+    assert [block.line for block in blocks] == [3, 10, 14, 17, 24]
+    assert blocks[0].text.startswith("$ echo one\npython -m train.demo")
+
+
+def test_a_comment_counts_for_the_next_block_only() -> None:
+    assert [block.run for block in extract_blocks("<!-- run: fast -->\n```bash\na\n```\n```bash\nb\n```\n")] == [
+        "fast",
+        "",
+    ]
+
+
+@pytest.mark.parametrize("comment", ["<!-- run: no -->", "<!-- run: maybe -->", "run: fast", ""])
+def test_a_block_without_a_valid_comment_has_no_mode(comment: str) -> None:
+    assert [block.run for block in extract_blocks(f"{comment}\n```bash\nls\n```\n")] == [""]
+
+
+def test_modules_targets_and_links_are_found() -> None:
+    assert extract_modules(PAGE) == ["train.demo", "train.pretrain"]
+    assert extract_make_targets(PAGE) == ["check", "demo", "setup", "test-unit"]
+    assert extract_links(PAGE) == ["docs/notes.md", "docs/picture.png"]
+
+
+def test_a_block_runs_with_our_python_and_stops_at_the_first_failure(tmp_path: Path) -> None:
+    good = Block(line=1, text="$ python -c 'import sys; print(sys.executable)'\ntouch made\n", run="fast")
+    done = run_block(good, cwd=tmp_path, home=tmp_path)
+    assert done.returncode == 0
+    assert Path(done.stdout.strip()).parent == Path(sys.executable).parent
+    assert (tmp_path / "made").exists()
+    assert run_block(Block(line=1, text="false\ntrue\n", run="fast"), cwd=tmp_path, home=tmp_path).returncode == 1
