@@ -53,8 +53,8 @@ PLAN_FILE = "_plan.json"
 """Marks a folder whose conversion has not finished."""
 _CACHED_ROWS = 4_000_000
 """Rows of shard tables kept in memory, 46 bytes each."""
-_OPEN_FILES = 128
-"""Manifest files kept open."""
+_OPEN_FILES = 32
+"""Manifest files kept open, 2 MB of parsed footer each; opening one again takes 3 ms on a local disk."""
 _COLUMNS = [name for name in SCHEMA.names if name != "key"]
 
 
@@ -250,7 +250,8 @@ class Manifest:
         }
         order_B = np.argsort(shards_B, kind="stable")
         unique, starts = np.unique(shards_B[order_B], return_index=True)
-        for s, places in zip(unique.tolist(), np.split(order_B, starts[1:]), strict=True):
+        groups = np.split(order_B, starts[1:]) if len(unique) else []
+        for s, places in zip(unique.tolist(), groups, strict=True):
             table = self.shard_table(s)
             for name, column in columns.items():
                 column[places] = getattr(table, name)[indices_B[places]]
