@@ -176,7 +176,8 @@ def _read_toml(path: str, problems: list[str]) -> Settings:
 
 def _parse_values(settings: Sequence[tuple[str, str | None]], problems: list[str]) -> Settings:
     """Turn the command line's words into values, as far as the settings' types say how."""
-    types, values = setting_types(), {}
+    types = setting_types()
+    values: Settings = {}
     for given, given_text in settings:
         positive = given.replace(".no_", ".", 1)
         if given not in types and types.get(positive) is bool and given_text is None:

@@ -148,6 +148,7 @@ class _Demo:
             "run.dir": str(self.run_dir),
             "checkpoint.dir": self.checkpoints,
             "train.steps": str(self.steps),
+            "optim.warmup-steps": str(max(1, self.steps // 10)),
             "train.micro-batch-size": str(self.micro_batch_size),
         }
         words = [word for name, value in settings.items() for word in (f"--{name}", value)]

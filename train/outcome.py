@@ -10,6 +10,7 @@ import os
 import sys
 import time
 import traceback
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -117,7 +118,7 @@ class Outcome:
 def _launch_id() -> str:
     """Name this start of the program: equal on the ranks of one node, different on the next start."""
     if "RANK" not in os.environ and "SLURM_STEP_ID" not in os.environ:
-        return f"process {os.getpid()} at {time.time():.3f}"
+        return uuid.uuid4().hex
     names = ("MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID")
     return ":".join([*(os.environ.get(name, "") for name in names), str(os.getppid())])
 

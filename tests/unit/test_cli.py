@@ -190,7 +190,9 @@ def test_help_names_settings_units_and_the_recipes_defaults():
     text = str(caught.value)
     for part in ("--train.global-batch-size", "--optim.base-lr", "per 256 images", "--checkpoint.every-steps", "GiB"):
         assert part in text
-    assert re.search(r"--model.embed-dim INT\s+Width of the encoder[^()]*\(default:\s+1024\)", text, re.DOTALL)  # ViT-L's width
+    assert re.search(
+        r"--model.embed-dim INT\s+Width of the encoder[^()]*\(default:\s+1024\)", text, re.DOTALL
+    )  # ViT-L's width
 
 
 def test_recipes_are_those_of_the_paper():
@@ -210,9 +212,7 @@ def test_recipes_are_those_of_the_paper():
 
 def command(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
     program = [sys.executable, "-m", "train.pretrain", *words]
-    return subprocess.run(
-        program, env={**os.environ, **env}, capture_output=True, text=True, timeout=120, check=False
-    )
+    return subprocess.run(program, env={**os.environ, **env}, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_mistakes_end_the_command_with_code_2_and_one_message():
