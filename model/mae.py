@@ -66,6 +66,7 @@ class MaskedAutoencoder(VisionTransformer):
             mlp_ratio=config.mlp_ratio,
         )
         self.config = config
+        self.num_visible = config.num_visible  # exact arithmetic, which a compiler cannot trace: done once
         self.decoder_checkpointing: ActivationCheckpointing = "none"
         width = config.decoder_embed_dim
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
@@ -124,7 +125,7 @@ class MaskedAutoencoder(VisionTransformer):
             Loss, prediction and mask.
         """
         patches_BNP = self.patches(images_BCHW)
-        mask = mask_patches(noise_BN, self.config.num_visible)
+        mask = mask_patches(noise_BN, self.num_visible)
         tokens_BSD = self.encode(patches_BNP, mask.ids_keep_BV)
         prediction_BNP = self.decode(tokens_BSD, mask)
         target_BNP = reconstruction_target(patches_BNP, norm_pix_loss=self.config.norm_pix_loss)
