@@ -7,8 +7,8 @@ Each ```bash block is preceded by a comment that says whether it runs here:
     <!-- run: no, needs a GPU -->  not run; the reason is required
 
 A block of `make` targets alone needs no comment: its targets must exist. The marked blocks run in order in one folder
-that looks like the repository, with photographs in ~/Pictures: a block may use what an earlier one has made. The rules hold
-for docs/*.md too, but for the running.
+that looks like the repository, with photographs in ~/Pictures: a block may use what an earlier one has made. The rules
+hold for docs/*.md too, but for the running.
 """
 
 from __future__ import annotations

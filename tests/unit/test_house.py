@@ -176,40 +176,41 @@ def test_test_files_have_unique_names() -> None:
 # ---------------------------------------------------------------------------------------------- tests of the tests
 
 
-def run_pytest(folder: Path, *, text: str) -> subprocess.CompletedProcess[str]:
-    (folder / "test_inner.py").write_text(textwrap.dedent(text))
-    command = [sys.executable, "-m", "pytest", "-c", str(REPOSITORY / "pyproject.toml"), "-p", "no:cacheprovider"]
-    command += ["--rootdir", str(folder), str(folder)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-
-
-def test_an_unknown_marker_is_an_error(tmp_path: Path) -> None:
-    done = run_pytest(tmp_path, text="import pytest\n@pytest.mark.gpus\ndef test_a(): pass\n")
-    assert done.returncode != 0
-    assert "'gpus' not found in `markers`" in done.stdout
-
-
-def test_a_process_left_behind_fails_the_test_and_is_ended(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def inner_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Run pytest with the project's settings and fixtures on tests that break the rules; give folder and output."""
+    folder = tmp_path_factory.mktemp("inner")
     conftest = (REPOSITORY / "tests/conftest.py").read_text()
     assert "CHILD_EXIT_LIMIT_S = 10.0" in conftest
-    (tmp_path / "conftest.py").write_text(conftest.replace("CHILD_EXIT_LIMIT_S = 10.0", "CHILD_EXIT_LIMIT_S = 0.2"))
-    done = run_pytest(
-        tmp_path,
-        text="""
-            import subprocess, sys
-            from pathlib import Path
+    (folder / "conftest.py").write_text(conftest.replace("CHILD_EXIT_LIMIT_S = 10.0", "CHILD_EXIT_LIMIT_S = 0.2"))
+    (folder / "test_marker.py").write_text("import pytest\n@pytest.mark.gpus\ndef test_a(): pass\n")
+    text = """
+        import subprocess, sys
+        from pathlib import Path
 
-            def test_stray():
-                child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-                Path(__file__).with_name("pid").write_text(str(child.pid))
+        def test_stray():
+            child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+            Path(__file__).with_name("pid").write_text(str(child.pid))
 
-            def test_tidy():
-                subprocess.run([sys.executable, "-c", ""], check=True)
-        """,
-    )
-    assert "processes left behind" in done.stdout
-    assert "2 passed, 1 error" in done.stdout
-    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+        def test_tidy():
+            subprocess.run([sys.executable, "-c", ""], check=True)
+    """
+    (folder / "test_processes.py").write_text(textwrap.dedent(text))
+    command = [sys.executable, "-m", "pytest", "-c", str(REPOSITORY / "pyproject.toml"), "-p", "no:cacheprovider"]
+    command += ["--continue-on-collection-errors", "--rootdir", str(folder), str(folder)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return folder, done.stdout
+
+
+def test_an_unknown_marker_is_an_error(inner_run: tuple[Path, str]) -> None:
+    assert "'gpus' not found in `markers`" in inner_run[1]
+
+
+def test_a_process_left_behind_fails_the_test_and_is_ended(inner_run: tuple[Path, str]) -> None:
+    folder, output = inner_run
+    assert "processes left behind" in output
+    assert "2 passed, 2 errors" in output
+    assert not psutil.pid_exists(int((folder / "pid").read_text()))
 
 
 def test_photos_are_fifteen_real_photographs(photos: dict[str, bytes]) -> None:
