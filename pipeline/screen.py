@@ -243,8 +243,22 @@ def _gif(data: bytes) -> Probe | str:
     width, height = struct.unpack_from("<HH", data, 6)
     if data.rstrip(b"\0")[-1:] != b"\x3b":
         return TRUNCATED
-    frames = data.count(b"\x21\xf9\x04")
-    return Probe("gif", width, height, "P", animated=frames > 1)
+    at = 13 + _gif_table_bytes(data[10])
+    frames = 0
+    while frames < 2 and data[at] in (0x21, 0x2C):  # an extension, an image
+        if data[at] == 0x2C:
+            frames += 1
+            at += 11 + _gif_table_bytes(data[at + 9])
+        else:
+            at += 2
+        while data[at]:  # sub-blocks, each led by its length
+            at += 1 + data[at]
+        at += 1
+    return Probe("gif", width, height, "P", animated=frames > 1) if frames else NOT_AN_IMAGE
+
+
+def _gif_table_bytes(flags: int) -> int:
+    return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
 
 def _bmp(data: bytes) -> Probe | str:
