@@ -49,6 +49,8 @@ _PNG_MODES = {0: "L", 2: "RGB", 3: "P", 4: "LA", 6: "RGBA"}
 _PNG_MODES_16 = {0: "I;16", 2: "RGB;16", 4: "LA;16", 6: "RGBA;16"}
 _TIFF_TYPES = {1: "B", 3: "H", 4: "I"}
 _TIFF_VALUES = 1_000_000
+_TIFF_TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}
+"""Bytes of one value by type. Source: TIFF 6.0, section 2."""
 
 
 class ScreenLimits(Settings):
@@ -284,6 +286,9 @@ def _tiff(data: bytes) -> Probe | str:
     for entry in range(count):
         at = start + 2 + 12 * entry
         tag, kind, number = struct.unpack_from(order + "HHI", data, at)
+        value_bytes = _TIFF_TYPE_BYTES.get(kind, 1) * number
+        if value_bytes > 4 and struct.unpack_from(order + "I", data, at + 8)[0] + value_bytes > len(data):
+            return TRUNCATED  # a profile or other value that is stored behind the pixels
         if kind in _TIFF_TYPES and 1 <= number <= _TIFF_VALUES:
             layout = f"{order}{number}{_TIFF_TYPES[kind]}"
             place = at + 8 if struct.calcsize(layout) <= 4 else struct.unpack_from(order + "I", data, at + 8)[0]
