@@ -1,0 +1,82 @@
+"""Killed at any moment of a save, a run has its previous or its new checkpoint, whole, and goes on exactly."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from train.checkpoint import CheckpointStore, load_weights
+from train.checkpoint_files import find_steps
+from train.distributed import World
+from train.named_state import KINDS
+
+pytestmark = pytest.mark.slow
+
+WORKER = Path(__file__).with_name("train_save_worker.py")
+LIMIT_S = 120
+
+
+def run(folder: Path, *, phase: str, last: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(WORKER), str(folder), phase, str(last)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+
+
+def read_state(folder: Path) -> tuple[int, dict[str, torch.Tensor]]:
+    state = CheckpointStore(str(folder), keep_last=9).latest(World())
+    assert state is not None
+    tensors = {f"{row.name}/{kind}": state.tensor(row.name, kind) for row in state.table for kind in KINDS}
+    assert state.client == {"position": state.step}
+    return state.step, tensors
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    folder = tmp_path_factory.mktemp("unbroken")
+    done = run(folder, phase="never", last=5)
+    assert done.returncode == 0, done.stderr
+    step, tensors = read_state(folder)
+    assert step == 5
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("phase", "found"), [("captured", 2), ("written", 2), ("checked", 2), ("committed", 3), ("pruned", 3)]
+)
+def test_killed_in_each_phase(tmp_path: Path, unbroken: dict[str, torch.Tensor], phase: str, found: int) -> None:
+    assert run(tmp_path, phase=phase, last=3).returncode == -signal.SIGKILL
+    assert read_state(tmp_path)[0] == found
+    assert load_weights(str(tmp_path))[1]["step"] == found
+    done = run(tmp_path, phase="never", last=5)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"from {found}\n")
+    step, tensors = read_state(tmp_path)
+    assert step == 5
+    assert all(torch.equal(tensors[name], value) for name, value in unbroken.items())
+    assert list(find_steps(str(tmp_path))) == [4, 5]
+
+
+def test_killed_at_random_moments(tmp_path: Path, unbroken: dict[str, torch.Tensor]) -> None:
+    """Kills at moments drawn from a seed, many of which fall inside a file's write."""
+    moments = random.Random(20)
+    seen = 0
+    for _ in range(6):
+        with subprocess.Popen(
+            [sys.executable, str(WORKER), str(tmp_path), "never", "400"], stdout=subprocess.PIPE, text=True
+        ) as child:
+            assert child.stdout is not None
+            assert child.stdout.readline().startswith("from ")
+            for _ in range(moments.randrange(1, 4)):
+                child.stdout.readline()
+            with pytest.raises(subprocess.TimeoutExpired):
+                child.wait(moments.random() * 0.1)
+            child.kill()
+        step, _ = read_state(tmp_path)
+        assert step >= seen
+        seen = step
+    assert seen >= 6

@@ -1,0 +1,77 @@
+"""Saves checkpoints of a small model, and may be killed at a named moment of a save.
+
+Usage: train_save_worker.py FOLDER PHASE STEPS: trains to each step, saves, and dies of SIGKILL when the save of the
+last one passes PHASE (`never` to live). Resumes by itself. Ranks come from the launcher, if there is one.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from torch import Tensor, nn
+
+from train.checkpoint import CheckpointStore
+from train.config import RunConfig
+from train.distributed import init_world
+from train.engine import TorchEngine, build_engine
+
+CONFIG = RunConfig.model_validate(
+    {
+        "train": {"steps": 9, "global_batch_size": 2, "micro_batch_size": 2},
+        "engine": {"kind": "torch", "precision": "fp32"},
+    }
+)
+
+
+class Output(NamedTuple):
+    loss: Tensor
+
+
+class Wide(nn.Module):
+    """Large enough (12 MB of state) that a kill at any moment falls into a write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(512, 512) for _ in range(4)])
+
+    def forward(self, images_BCHW: Tensor, noise_BN: Tensor) -> Output:
+        for layer in self.layers:
+            images_BCHW = layer(images_BCHW)
+        return Output((images_BCHW - noise_BN).square().mean())
+
+
+def main() -> None:
+    folder, phase, last = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    torch.set_num_threads(1)
+    world = init_world(CONFIG)
+
+    def die(passed: str) -> None:
+        if passed == phase and engine_step[0] == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    engine_step = [0]
+    store = CheckpointStore(folder, keep_last=2, on_phase=die)
+    state = store.latest(world)
+    torch.manual_seed(0)
+    engine = build_engine(CONFIG, model=Wide(), resume=state, world=world)
+    assert isinstance(engine, TorchEngine)
+    print(f"from {state.step if state else 0}", flush=True)
+    for step in range(state.step if state else 0, last):
+        generator = torch.Generator().manual_seed(step)
+        engine.forward_backward(torch.randn(2, 512, generator=generator), torch.randn(2, 512, generator=generator))
+        engine.step(0.01)
+        engine_step[0] = step + 1
+        store.save(step + 1, engine, {"position": step + 1}, world=world)
+        print(f"saved {step + 1}", flush=True)
+    world.end()
+
+
+if __name__ == "__main__":
+    main()

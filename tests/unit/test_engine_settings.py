@@ -1,0 +1,110 @@
+"""Settings an engine refuses, the DeepSpeed configuration it renders, and what importing it costs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.errors import ConfigError
+from train.config import RunConfig
+from train.distributed import World
+from train.engine import build_engine, check_engine_settings, render_deepspeed_config
+from train.named_state import list_tensors
+
+
+def make_config(*, micro_batch_size: int = 4, grad_clip: float = 0.0, **engine: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "train": {"steps": 5, "global_batch_size": 16, "micro_batch_size": micro_batch_size},
+            "optim": {"grad_clip": grad_clip},
+            "engine": engine,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("engine", "world_size", "message"),
+    [
+        ({"precision": "fp16"}, 1, "engine.precision fp16 needs a GPU"),
+        ({"kind": "torch", "precision": "fp32"}, 2, "runs one process, not 2"),
+        ({"kind": "torch", "precision": "bf16"}, 1, "fp32 and autocast"),
+        ({"zero_stage": 0, "offload_optimizer": "cpu"}, 1, "needs engine.zero_stage 1, 2 or 3"),
+        ({"zero_stage": 2, "offload_parameters": "cpu"}, 1, "needs engine.zero_stage 3, not 2"),
+        ({}, 3, "is not a multiple of train.micro_batch_size"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_starts(
+    engine: dict[str, Any], world_size: int, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_engine_settings(make_config(**engine), world=World(world_size=world_size, local_world_size=world_size))
+
+
+def test_all_problems_come_at_once() -> None:
+    config = make_config(precision="fp16", zero_stage=0, offload_optimizer="cpu")
+    with pytest.raises(ConfigError) as caught:
+        check_engine_settings(config, world=World())
+    assert len(str(caught.value).splitlines()) == 4
+
+
+def test_fp16_at_stage_0_is_refused_on_a_gpu_too() -> None:
+    world = World(device=torch.device("cuda", 0))
+    with pytest.raises(ConfigError, match="does not scale its loss"):
+        check_engine_settings(make_config(precision="fp16", zero_stage=0), world=world)
+
+
+def test_rendered_configuration_of_the_default_run() -> None:
+    rendered = render_deepspeed_config(make_config(grad_clip=1.5), world_size=2)
+    assert rendered["train_batch_size"] == 16
+    assert rendered["train_micro_batch_size_per_gpu"] == 4
+    assert rendered["gradient_accumulation_steps"] == 2
+    assert rendered["gradient_clipping"] == 1.5
+    assert rendered["zero_optimization"]["stage"] == 1
+    assert rendered["bf16"] == {"enabled": True}
+    assert rendered["fp16"]["enabled"] is False
+    assert rendered["data_types"] == {"grad_accum_dtype": "fp32"}
+    json.dumps(rendered)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32", "autocast"])
+def test_exactly_one_precision_is_switched_on(precision: str) -> None:
+    rendered = render_deepspeed_config(make_config(precision=precision), world_size=4)
+    on = [name for name in ("bf16", "fp16", "torch_autocast") if rendered.get(name, {}).get("enabled")]
+    assert on == {"bf16": ["bf16"], "fp16": ["fp16"], "fp32": [], "autocast": ["torch_autocast"]}[precision]
+    assert "data_types" not in rendered  # no accumulation over micro-batches
+
+
+def test_stage_3_keeps_torchs_own_linear_layer_and_offload_is_passed_on() -> None:
+    config = make_config(zero_stage=3, offload_parameters="cpu", offload_optimizer="cpu")
+    zero = render_deepspeed_config(config, world_size=1)["zero_optimization"]
+    assert zero["memory_efficient_linear"] is False
+    assert zero["offload_param"]["device"] == zero["offload_optimizer"]["device"] == "cpu"
+
+
+@pytest.mark.slow
+def test_importing_the_engine_does_not_import_deepspeed() -> None:
+    code = "import sys, train.engine; print('deepspeed' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_tensors_are_shared_out_evenly_and_alike_on_every_rank() -> None:
+    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(6)])
+    table = list_tensors(model, parts=3)
+    assert table == list_tensors(model, parts=3)
+    sizes = [sum(torch.Size(tensor.shape).numel() for tensor in table if tensor.part == part) for part in range(3)]
+    assert sizes == [144, 144, 144]
+
+
+def test_a_step_before_all_micro_batches_is_a_mistake() -> None:
+    engine = build_engine(
+        make_config(kind="torch", precision="fp32"), model=nn.Linear(2, 2), resume=None, world=World()
+    )
+    with pytest.raises(RuntimeError, match="after 0 micro-batches, expected grad_accum_steps 4"):
+        engine.step(0.1)
