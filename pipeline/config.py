@@ -56,7 +56,7 @@ class ViewConfig(Settings):
 class OrderConfig(Settings):
     """How samples are shuffled. Part of what a run sees: changing it changes the order."""
 
-    lanes: int = Field(default=64, ge=1)
+    lanes: int = Field(default=256, ge=1)
     """Pieces the epoch's line of samples is cut into; fixed for a run, independent of the cluster's size."""
     window: int = Field(default=4, ge=0)
     """Shards of a lane that are permuted together, sample by sample. 0 means all of the lane's shards."""
