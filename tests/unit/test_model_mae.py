@@ -170,6 +170,20 @@ def test_bf16_weights_keep_a_float32_loss_near_the_exact_one(norm_pix_loss: bool
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_loss_of_bf16_tensors_is_computed_in_float32(norm_pix_loss: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    patches = (torch.randn(2, 9, 48, generator=generator) + 3).to(torch.bfloat16)
+    prediction = torch.randn(2, 9, 48, generator=generator).to(torch.bfloat16)
+    mask = (torch.rand(2, 9, generator=generator) > 0.5).float()
+    target = patches.double()
+    if norm_pix_loss:
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+    expected = (((prediction.double() - target) ** 2).mean(-1) * mask).sum() / mask.sum()
+    loss = masked_loss(prediction, reconstruction_target(patches, norm_pix_loss=norm_pix_loss), mask)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+
+
 def test_autocast_keeps_a_float32_loss() -> None:
     model, images, noise = tiny()
     exact = model(images, noise)
