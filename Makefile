@@ -1,7 +1,7 @@
 # Every target that runs something sets up .venv first; once that is done it costs nothing.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-gpu check bench bench-gpu freeze clean
+.PHONY: help setup demo test test-unit test-gpu check freeze clean
 
 PY := .venv/bin/python
 STAMP := .venv/.setup-stamp
