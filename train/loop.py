@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +63,9 @@ def train(config: RunConfig, outcome: Outcome) -> None:
     """
     world = init_world(config)
     run_dir = Path(config.run_dir)
-    with Preemption(world) as preemption, RunLease(run_dir, world=world):
+    with Preemption(world) as preemption, _hold(run_dir, world=world, outcome=outcome):
+        if world.is_main:
+            outcome.write("running", exit_code=None)
         run = _open_run(config, world=world, outcome=outcome)
         if run is not None:
             try:
@@ -72,6 +76,15 @@ def train(config: RunConfig, outcome: Outcome) -> None:
                 run.loader.close()
         preemption.disarm()
     world.end()
+
+
+@contextmanager
+def _hold(run_dir: Path, *, world: World, outcome: Outcome) -> Iterator[None]:
+    """Hold the run folder for this job; whoever finds it taken must not touch its status either."""
+    outcome.in_use = True
+    with RunLease(run_dir, world=world):
+        outcome.in_use = False
+        yield
 
 
 @dataclass

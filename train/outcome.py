@@ -72,6 +72,8 @@ class Outcome:
         self.rank = rank_of_environment()
         self.step = 0
         """Optimizer steps done, kept up to date by the loop."""
+        self.in_use = False
+        """Whether another job works in this folder; its status is then left alone."""
         self._launch = _launch_id()
 
     def write(self, state: RunState, *, exit_code: int | None, reason: str = "", **more: Any) -> None:
@@ -100,6 +102,10 @@ class Outcome:
             The exit code.
         """
         code = error.exit_code if isinstance(error, MaelstromError) else UNEXPECTED
+        if self.in_use:
+            if self.rank == 0:  # every rank was refused alike
+                sys.stderr.write(describe(error))
+            return code
         state: RunState = "preempted" if isinstance(error, Preempted) else "failed"
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)

@@ -55,8 +55,6 @@ def run(config: RunConfig) -> int:
     """
     outcome = Outcome(Path(config.run_dir))
     try:
-        if outcome.rank == 0:
-            outcome.write("running", exit_code=None)
         share_cores(os.environ)
         from train.loop import train  # torch comes in here
 

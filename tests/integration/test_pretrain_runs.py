@@ -1,0 +1,252 @@
+"""Real runs of `train.pretrain` under real launchers: stopping, resuming, failing, finishing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import pytest
+
+from pipeline.convert import convert
+from pipeline.convert_plan import ConvertSettings
+from train.launching import deepspeed_command, environment, run_training
+from train.metrics import read_metrics
+from train.outcome import read_status
+
+pytestmark = pytest.mark.slow
+
+TINY = {
+    "model.image-size": "32",
+    "model.embed-dim": "32",
+    "model.depth": "2",
+    "model.num-heads": "2",
+    "model.decoder-embed-dim": "32",
+    "model.decoder-depth": "1",
+    "model.decoder-num-heads": "2",
+    "train.global-batch-size": "16",
+    "train.micro-batch-size": "4",
+    "train.steps": "40",
+    "optim.warmup-steps": "4",
+    "order.lanes": "4",
+    "loader.decoder": "turbo",
+    "engine.precision": "fp32",
+    "checkpoint.every-steps": "20",
+    "log.every-steps": "1",
+    "log.num-pictures": "4",
+}
+LIMIT_S = 180.0
+
+
+class Data(NamedTuple):
+    train: str
+    val: str
+
+
+@pytest.fixture(scope="module")
+def data(make_class_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Data:
+    folder = tmp_path_factory.mktemp("shards")
+    source = make_class_folder(num_classes=4, per_class=20, size_px=48)
+    for name, count in (("train", 16), ("val", 40)):
+        convert(str(source), str(folder / name), ConvertSettings(samples_per_shard=count, split=name), workers=1)
+    return Data(str(folder / "train"), str(folder / "val"))
+
+
+def words(data: Data, run_dir: Path, **changes: str) -> list[str]:
+    settings = {**TINY, "data.train": data.train, "data.val": data.val, "run.dir": str(run_dir)}
+    settings |= {name.replace("__", ".").replace("_", "-"): value for name, value in changes.items()}
+    return ["demo", *(word for name, value in settings.items() for word in (f"--{name}", value))]
+
+
+def env(ranks: int = 1) -> dict[str, str]:
+    return environment(ranks=ranks, has_gpu=False) | {"OMP_NUM_THREADS": "1"}
+
+
+def alone(data: Data, run_dir: Path, **changes: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "train.pretrain", *words(data, run_dir, **changes)]
+    return subprocess.run(command, env=env(), capture_output=True, text=True, timeout=LIMIT_S, check=False)
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    lines = read_metrics(run_dir)
+    steps = [line["step"] for line in lines]
+    assert len(steps) == len(set(steps)), "a step was written twice"
+    return {line["step"]: line["loss"] for line in lines}
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        assert process.poll() is None, f"ended early with {process.returncode}"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def at_step(run_dir: Path, step: int) -> Callable[[], bool]:
+    return lambda: read_status(run_dir).get("state") == "running" and read_status(run_dir)["step"] >= step
+
+
+# ------------------------------------------------------------------------------------------------ stop and go on
+
+
+def test_two_ranks_stopped_and_resumed_lose_what_an_unbroken_run_loses(data: Data, tmp_path: Path, capfd):
+    """Stopped by SIGTERM under the deepspeed launcher; resumed there; then longer, alone, from the same folder."""
+    command = deepspeed_command("demo", words(data, tmp_path / "whole")[1:], ranks=2)
+    run_training(command, run_dir=tmp_path / "whole", stop_at=None, env=env(2))
+    whole = losses(tmp_path / "whole")
+    assert list(whole) == list(range(1, 41))
+    assert whole[40] < whole[1]
+
+    broken = tmp_path / "broken"
+    command = deepspeed_command("demo", words(data, broken)[1:], ranks=2)
+    run_training(command, run_dir=broken, stop_at=5, env=env(2))
+    status = read_status(broken)
+    assert (status["state"], status["exit_code"]) == ("preempted", 75)
+    stopped = status["step"]
+    assert 5 <= stopped < 40
+    assert list(losses(broken)) == list(range(1, stopped + 1))
+    assert [path.name for path in (broken / "checkpoints").glob(f"step-*{stopped}")]
+
+    capfd.readouterr()
+    command = deepspeed_command("demo", words(data, broken)[1:], ranks=2)
+    run_training(command, run_dir=broken, stop_at=None, env=env(2))
+    text = capfd.readouterr().out
+    assert text.count(f"resumed from step {stopped} (images_seen {16 * stopped:,})") == 1
+    assert losses(broken) == whole, "a resumed run does not see or compute the same"
+    status = read_status(broken)
+    assert (status["state"], status["exit_code"], status["step"]) == ("done", 0, 40)
+
+    again = alone(data, broken)
+    assert again.returncode == 0, again.stderr
+    assert "finished: step 40 of 40" in again.stdout
+    assert losses(broken) == whole
+
+    longer = alone(data, broken, train__steps="44", engine__zero_stage="0")
+    assert longer.returncode == 0, longer.stderr
+    assert "resumed from step 40" in longer.stdout
+    assert list(losses(broken)) == list(range(1, 45))
+
+
+def test_a_finished_run_leaves_what_the_contract_names(data: Data, tmp_path: Path):
+    run_dir = tmp_path / "run"
+    done = alone(data, run_dir, train__steps="6", log__every_steps="4")
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in read_metrics(run_dir)] == [4, 6]
+    line = read_metrics(run_dir)[-1]
+    assert {"step", "epoch", "images_seen", "loss", "lr", "images_per_s", "data_wait_share"} <= set(line)
+    assert (line["images_seen"], line["epoch"]) == (96, pytest.approx(96 / 80))
+    for name in ("status.json", "summary.json", "config.toml", "ds_config.json", "loss.png", "reconstruction.png"):
+        assert (run_dir / name).is_file(), name
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["steps"] == 6
+    assert summary["stages"]["decode"]["items"] >= 96
+    assert "waiting for data" in done.stdout
+    assert not (run_dir / "lease.json").exists()
+
+
+def test_sigterm_saves_and_ends_with_75(data: Data, tmp_path: Path):
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-m", "train.pretrain", *words(data, run_dir, train__steps="4000")]
+    process = subprocess.Popen(command, env=env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_until(at_step(run_dir, 3), process)
+    process.terminate()
+    _, stderr = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 75, stderr
+    status = read_status(run_dir)
+    assert (status["state"], status["exit_code"]) == ("preempted", 75)
+    assert stderr.count("the same command line goes on from there") == 1
+    assert "Traceback" not in stderr
+    assert (run_dir / "checkpoints" / f"step-{status['step']:06d}" / "MANIFEST.json").exists()
+
+
+def test_ctrl_c_under_the_deepspeed_launcher_saves(data: Data, tmp_path: Path):
+    """The terminal signals launcher and ranks at once, and the launcher signals the ranks a second time."""
+    run_dir = tmp_path / "run"
+    command = deepspeed_command("demo", words(data, run_dir, train__steps="4000")[1:], ranks=2)
+    process = subprocess.Popen(
+        command, env=env(2), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    wait_until(at_step(run_dir, 3), process)
+    ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if not child.children()]
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=LIMIT_S)
+    psutil.wait_procs(ranks, timeout=LIMIT_S)
+    status = read_status(run_dir)
+    assert (status["state"], status["exit_code"]) == ("preempted", 75)
+    assert (run_dir / "checkpoints" / f"step-{status['step']:06d}" / "MANIFEST.json").exists()
+
+
+# ------------------------------------------------------------------------------------------------ failing
+
+
+def torchrun(data: Data, run_dir: Path, **changes: str) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "train.pretrain", *words(data, run_dir, **changes)]
+    return subprocess.run(command, env=env(2), capture_output=True, text=True, timeout=LIMIT_S, check=False)
+
+
+def test_a_dataset_that_is_not_there_is_said_once(data: Data, tmp_path: Path):
+    done = torchrun(data, tmp_path / "run", data__train=str(tmp_path / "nowhere"))
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1, done.stderr
+    assert "nowhere" in done.stderr
+    status = read_status(tmp_path / "run")
+    assert (status["state"], status["exit_code"]) == ("failed", 3)
+
+
+def test_damaged_images_end_both_ranks_with_code_3(data: Data, tmp_path: Path):
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for path in Path(data.train).iterdir():
+        content = bytearray(path.read_bytes())
+        if path.suffix == ".tar":  # every image becomes zeros; sizes and index stay
+            content = bytearray(len(content))
+        (damaged / path.name).write_bytes(content)
+    changes = {"data__train": str(damaged), "loader__max_bad_in_a_row": "8"}
+    done = torchrun(data, tmp_path / "run", **changes)
+    assert done.returncode != 0
+    status = read_status(tmp_path / "run")
+    assert (status["state"], status["exit_code"]) == ("failed", 3), done.stderr
+    assert done.stderr.count("error: ") == 1, done.stderr
+    assert "train-0000" in status["reason"]
+
+
+def test_another_model_is_refused_with_code_4(data: Data, tmp_path: Path):
+    run_dir = tmp_path / "run"
+    assert alone(data, run_dir, train__steps="5", log__num_pictures="0").returncode == 0
+    done = alone(data, run_dir, train__steps="8", model__depth="3")
+    assert done.returncode == 4, done.stderr
+    assert "blocks.2" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_loss_that_is_not_finite_ends_with_code_5_and_names_the_batch(data: Data, tmp_path: Path):
+    run_dir = tmp_path / "run"
+    done = alone(data, run_dir, optim__base_lr="1e30", optim__grad_clip="0")
+    assert done.returncode == 5, done.stderr
+    names = list(run_dir.glob("nonfinite-step-*-rank-0.json"))
+    assert len(names) == 1
+    assert len(json.loads(names[0].read_text())["sample_ids"]) == 4
+
+
+def test_a_run_folder_in_use_is_refused(data: Data, tmp_path: Path):
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-m", "train.pretrain", *words(data, run_dir, train__steps="4000")]
+    process = subprocess.Popen(command, env=env(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_until(at_step(run_dir, 2), process)
+        second = alone(data, run_dir)
+        assert second.returncode == 2, second.stderr
+        assert "works here" in second.stderr
+        assert process.poll() is None
+        assert read_status(run_dir)["state"] == "running", "the refused start overwrote the running one's status"
+    finally:
+        process.terminate()
+        assert process.wait(LIMIT_S) == 75
