@@ -15,6 +15,7 @@ from typing import NamedTuple
 import psutil
 import pytest
 
+from pipeline import storage
 from pipeline.convert import convert
 from pipeline.convert_plan import ConvertSettings
 from train.launching import deepspeed_command, environment, run_training
@@ -250,3 +251,21 @@ def test_a_run_folder_in_use_is_refused(data: Data, tmp_path: Path):
     finally:
         process.terminate()
         assert process.wait(LIMIT_S) == 75
+
+
+@pytest.mark.remote
+def test_shards_and_checkpoints_may_live_in_object_storage(data: Data, tmp_path: Path, s3_bucket: str):
+    train, checkpoints = f"{s3_bucket}/train", f"{s3_bucket}/checkpoints"
+    for path in Path(data.train).iterdir():
+        storage.put_file(path, f"{train}/{path.name}")
+    changes = {"data__train": train, "checkpoint__dir": checkpoints, "loader__cache_dir": str(tmp_path / "cache")}
+    first = alone(data, tmp_path / "run", train__steps="5", **changes)
+    assert first.returncode == 0, first.stderr
+    second = alone(data, tmp_path / "run", train__steps="6", **changes)
+    assert second.returncode == 0, second.stderr
+    assert f"resumed from step 5 (images_seen 80) of {checkpoints}/step-000005" in second.stdout
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    command = [sys.executable, "-m", "train.reconstruct", checkpoints, "--out", str(tmp_path / "r.png")]
+    drawn = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    assert drawn.returncode == 0, drawn.stderr
+    assert "step 6" in drawn.stdout
