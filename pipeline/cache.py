@@ -36,6 +36,8 @@ _PART_BYTES = 8 * 2**20
 _PARTS_AT_ONCE = 8
 _SHARDS_AT_ONCE = 2
 _TRIES = 3
+_PARTIAL = ".tmp-"
+_PARTIAL_LIVES_S = 600
 _MAPPED_SHARDS = 1024
 
 
@@ -115,8 +117,8 @@ class ShardCache:
         path = self.path(shard)
         try:
             with FileLock(f"{path}.lock", timeout=0):
-                if not path.exists():
-                    self._fetch(shard, path)
+                if not path.exists() and not self._fetch(shard, path):
+                    return None
             return path
         except Timeout:
             # Another process of this node is fetching it; samples are read through until it is there.
@@ -131,23 +133,25 @@ class ShardCache:
             with self._lock:
                 self._pending.pop(shard, None)
 
-    def _fetch(self, shard: int, path: Path) -> None:
+    def _fetch(self, shard: int, path: Path) -> bool:
+        """Fetch, check and place a shard; False where the budget has no room for it now."""
         uri, size = self._manifest.shard_uri(shard), self._manifest.shard_bytes(shard)
         expected = self._manifest.shard_sha256(shard)
-        self._make_room(size)
-        for attempt in range(_TRIES):
-            partial = path.with_name(f".{path.name}.tmp-{os.getpid()}-{threading.get_ident()}")
-            try:
+        partial = path.with_name(f".{path.name}{_PARTIAL}{os.getpid()}-{threading.get_ident()}")
+        try:
+            if not self._reserve(partial, size):
+                return False
+            for attempt in range(_TRIES):
                 if self._download(uri, size, partial) == expected:
                     partial.replace(path)
                     self.counters.staged_shards += 1
                     self.counters.staged_bytes += size
-                    return
-            finally:
-                with suppress(OSError):
-                    partial.unlink()
-            self.counters.refused_shards += 1
-            logger.warning("cache: %s arrived damaged (try %d of %d)", storage.redact(uri), attempt + 1, _TRIES)
+                    return True
+                self.counters.refused_shards += 1
+                logger.warning("cache: %s arrived damaged (try %d of %d)", storage.redact(uri), attempt + 1, _TRIES)
+        finally:
+            with suppress(OSError):
+                partial.unlink()
         raise DataError(
             f"cache: {storage.redact(uri)} has not the sha256 that dataset.json says, {_TRIES} times in a row. "
             "It was replaced or damaged in the store: check it with pipeline.verify --full"
@@ -156,7 +160,7 @@ class ShardCache:
     def _download(self, uri: str, size: int, partial: Path) -> str:
         starts = range(0, size, _PART_BYTES)
         digest = hashlib.sha256()
-        with partial.open("wb") as file:
+        with partial.open("r+b") as file:
             # In order, so that the hash is taken while later parts are still under way.
             parts = self._fetcher.map(
                 lambda start: storage.read_bytes(uri, start, min(_PART_BYTES, size - start)), starts
@@ -166,8 +170,11 @@ class ShardCache:
                 digest.update(part)
         return digest.hexdigest()
 
-    def _make_room(self, needed: int) -> None:
-        """Remove the shards unused for longest. A process that has one mapped keeps reading it: only its name goes."""
+    def _reserve(self, partial: Path, needed: int) -> bool:
+        """Make room for a download and take it at once, so that two downloads never count on the same room.
+
+        Removes the shards unused for longest. A process that has one mapped keeps reading it: only its name goes.
+        """
         with FileLock(f"{self._root}/evict.lock"):
             held = []
             for path in self._root.glob("*/*"):
@@ -176,15 +183,20 @@ class ShardCache:
                         stat = path.stat()
                         held.append((stat.st_mtime, stat.st_size, path))
             total = sum(size for _, size, _ in held)
-            for _, size, path in sorted(held):
+            for modified, size, path in sorted(held):
                 if total + needed <= self._max_bytes:
                     break
-                if ".tmp-" in path.name and time.time() - path.stat().st_mtime < 600:
+                if _PARTIAL in path.name and time.time() - modified < _PARTIAL_LIVES_S:
                     continue
                 with suppress(OSError):
                     path.unlink()
                     total -= size
                     self.counters.evicted_shards += 1
+            if total + needed > self._max_bytes:
+                return False
+            with partial.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, needed)
+            return True
 
 
 class ShardReader:

