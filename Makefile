@@ -23,7 +23,7 @@ demo: $(STAMP) ## convert, pre-train, resume and paint on this machine (settings
 	$(PY) -m train.demo $(if $(SRC),--src '$(SRC)') $(if $(URI),--uri '$(URI)') --run-dir '$(or $(OUT),runs/demo)'
 
 test: $(STAMP) ## all tests that need no GPU
-	$(TEST_ENV) $(PYTEST) -m "not gpu" $(ARGS)
+	$(TEST_ENV) $(PYTEST) -m "not gpu" --durations=12 --durations-min=5 $(ARGS)
 
 test-unit: $(STAMP) ## the fast tests, under a minute
 	$(TEST_ENV) $(PYTEST) tests/unit -m "not slow and not gpu and not slurm" $(ARGS)
