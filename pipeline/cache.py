@@ -1,44 +1,43 @@
-"""Shards on this machine's disk: local ones are mapped in place, remote ones are staged ahead of need.
+"""Verified copies of remote shards on this machine's disk, staged ahead of need.
 
-A remote shard is fetched with concurrent ranged reads into a temporary file, checked against the manifest's sha256 and
-then renamed, so that a cut, flipped or killed download is never served. The ranks of a node share one copy. A sample
-whose shard is not there yet is read by its own range, so that nobody waits for a whole shard.
+A shard is fetched with concurrent ranged reads into a file that nobody serves, checked against the manifest's sha256
+inside the retry, and then renamed: a cut, flipped or killed download is never seen. The ranks of a node share one copy.
+What the cache cannot hold (budget, full or read-only disk) is read from the store sample by sample: slower, not wrong.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
-import mmap
 import os
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-import xxhash
-from filelock import FileLock, Timeout
-
 from pipeline import storage
+from pipeline.cache_folder import CacheFolder, Partial
 from pipeline.errors import DataError, InfrastructureError
-from pipeline.manifest import Manifest, Rows
+from pipeline.manifest import Manifest
 
-U8 = npt.NDArray[np.uint8]
 logger = logging.getLogger(__name__)
 
 _PART_BYTES = 8 * 2**20
 _PARTS_AT_ONCE = 8
 _SHARDS_AT_ONCE = 2
 _TRIES = 3
-_PARTIAL = ".tmp-"
-_PARTIAL_LIVES_S = 600
-_MAPPED_SHARDS = 1024
+_BUSY_RETRY_S = 1.0
+_FULL_RETRY_S = 10.0
+_FAILED_RETRY_S = (5.0, 30.0, 120.0, 600.0)
+"""Pauses after the first, second, ... failure to stage one shard; the last is repeated."""
+_TAKEN = float("inf")
+_READ_ON = (errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+"""Failures of the cache's disk with which a run goes on, reading from the store."""
 
 
 def default_cache_dir() -> Path:
@@ -48,20 +47,38 @@ def default_cache_dir() -> Path:
 
 @dataclass
 class CacheCounters:
-    """What the cache did.
+    """What the cache did; may be counted from several threads.
 
     Attributes:
         staged_shards, staged_bytes: fetched whole and verified.
         read_through: samples read by their own range.
-        refused_shards: downloads whose hash did not match, fetched again.
-        evicted_shards: removed to stay inside the budget.
+        retries: storage calls that failed and were made again.
+        refused_shards, refused_samples: arrived damaged and were fetched again.
+        failed_shards: attempts to stage a shard that were given up for a while.
+        evicted_shards: removed to stay inside the budget or the disk.
+        no_room: attempts that found neither budget nor disk for a shard.
     """
 
     staged_shards: int = 0
     staged_bytes: int = 0
     read_through: int = 0
+    retries: int = 0
     refused_shards: int = 0
+    refused_samples: int = 0
+    failed_shards: int = 0
     evicted_shards: int = 0
+    no_room: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def add(self, **counts: int) -> None:
+        """Add to counters by name."""
+        with self._lock:
+            for name, count in counts.items():
+                setattr(self, name, getattr(self, name) + count)
+
+    def count_retry(self) -> None:
+        """Count one storage call that is made again."""
+        self.add(retries=1)
 
 
 class ShardCache:
@@ -71,261 +88,214 @@ class ShardCache:
         manifest: the dataset.
         folder: cache folder; shared by processes and by runs. Each dataset has a folder of its own in it.
         max_bytes: budget over everything in `folder`.
+
+    Raises:
+        InfrastructureError: the folder cannot be used. A full or read-only disk is no error: it is read around.
     """
 
     def __init__(self, manifest: Manifest, *, folder: Path, max_bytes: int) -> None:
+        self.counters = CacheCounters()
         self._manifest = manifest
         self._root = folder / "shards"
-        self._folder = self._root / manifest.info.fingerprint[:24]
-        self._max_bytes = max_bytes
-        self._lock = threading.Lock()
-        self._pending: dict[int, Future[Path | None]] = {}
-        self._stager = ThreadPoolExecutor(_SHARDS_AT_ONCE, thread_name_prefix="stage")
+        self._folder = _open_folder(self._root, max_bytes=max_bytes, counters=self.counters)
+        self._changed = threading.Condition()
+        self._needed: list[int] = []
+        self._waiting: dict[int, float] = {}  # shard: not before this time; in the order in which they are needed
+        self._failures: dict[int, int] = {}
+        self._full_until = 0.0
+        self._warned = False
+        self._closed = False
+        self._stagers: list[threading.Thread] = []
         self._fetcher = ThreadPoolExecutor(_PARTS_AT_ONCE, thread_name_prefix="fetch")
-        self._broken: BaseException | None = None
-        self.counters = CacheCounters()
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InfrastructureError(
-                f"cache: cannot use {self._folder}: {error.strerror}. "
-                "Set loader.cache_dir to a folder that can be written"
-            ) from error
+
+    def name(self, shard: int) -> str:
+        """Return a shard's path below the cache. It carries its hash: another content is another file."""
+        prefix = self._manifest.shard_sha256(shard)[:16]
+        return f"{self._manifest.info.fingerprint[:24]}/{prefix}-{self._manifest.shard_name(shard)}"
 
     def path(self, shard: int) -> Path:
-        """Return where a shard's copy is, or will be. Its name carries its hash: another content is another file."""
-        return self._folder / f"{self._manifest.shard_sha256(shard)[:16]}-{self._manifest.shard_name(shard)}"
+        """Return where a shard's copy is, or will be."""
+        return self._root / self.name(shard)
 
     def staged(self, shard: int) -> Path | None:
         """Return the verified copy of a shard if it is here."""
         path = self.path(shard)
         return path if path.exists() else None
 
-    def stage(self, shards: Iterable[int]) -> None:
-        """Begin to fetch shards, in this order, unless they are here or under way."""
-        with self._lock:
-            for shard in shards:
-                if shard not in self._pending and self.staged(shard) is None:
-                    self._pending[shard] = self._stager.submit(self._stage_one, shard)
+    def need(self, shards: Iterable[int]) -> bool:
+        """Say which shards are read now and soon, first needed first: these are protected, and fetched once begun.
+
+        Returns:
+            Whether this differs from what was needed before.
+        """
+        needed = list(dict.fromkeys(shards))
+        if needed == self._needed:
+            return False
+        if self._folder is not None and set(needed) != set(self._needed):
+            self._guarded(lambda folder: folder.need([self.name(shard) for shard in needed]))
+        with self._changed:
+            known = set(self._needed)
+            self._needed = needed
+            # What was here when it was announced stays here: the lease protects it.
+            self._waiting = {
+                shard: self._waiting.get(shard, 0.0)
+                for shard in needed
+                if shard in self._waiting or (shard not in known and self.staged(shard) is None)
+            }
+            self._full_until = 0.0  # what is needed no more may be room for what is
+            self._changed.notify_all()
+        return True
+
+    def begin(self) -> None:
+        """Begin to fetch what is needed and not here. Separate from `need`, so that a first batch may go first."""
+        with self._changed:
+            if self._stagers or self._folder is None or self._closed:
+                return
+            for number in range(_SHARDS_AT_ONCE):
+                thread = threading.Thread(target=self._stage_ahead, name=f"stage-{number}", daemon=True)
+                self._stagers.append(thread)
+                thread.start()
+
+    def wait(self) -> None:
+        """Wait until every needed shard is here, has failed, or has found no room. For tests and measurements."""
+
+        def is_quiet() -> bool:
+            return bool(self._full_until) or not any(time_s in (0.0, _TAKEN) for time_s in self._waiting.values())
+
+        with self._changed:
+            self._changed.wait_for(is_quiet)
+
+    def drop(self, shard: int) -> None:
+        """Remove a copy that was damaged where it lies; it will be fetched again."""
+        self._guarded(lambda folder: folder.remove(self.name(shard)))
+        with self._changed:
+            self._waiting[shard] = 0.0
+            self._changed.notify_all()
 
     def close(self) -> None:
-        """Stop fetching. Unfinished downloads leave nothing behind that could be served."""
-        self._stager.shutdown(wait=True, cancel_futures=True)
+        """Stop fetching. Unfinished downloads leave nothing behind."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
         self._fetcher.shutdown(wait=True, cancel_futures=True)
+        for thread in self._stagers:
+            thread.join()
+        if self._folder is not None:
+            self._folder.close()
 
-    def _stage_one(self, shard: int) -> Path | None:
-        path = self.path(shard)
+    def _guarded(self, call: Callable[[CacheFolder], None]) -> None:
+        """Make a change to the folder; its failure costs speed, never a batch."""
+        if self._folder is None:
+            return
         try:
-            with FileLock(f"{path}.lock", timeout=0):
-                if not path.exists() and not self._fetch(shard, path):
-                    return None
-            return path
-        except Timeout:
-            # Another process of this node is fetching it; samples are read through until it is there.
-            return None
-        except (OSError, InfrastructureError, DataError) as error:
-            # The samples are still readable by range: say it once, and let the caller meet the real failure there.
-            if self._broken is None:
-                logger.warning("cache: %s could not be staged: %s", path.name, storage.redact(str(error)))
-            self._broken = error
-            return None
-        finally:
-            with self._lock:
-                self._pending.pop(shard, None)
+            call(self._folder)
+        except OSError as error:
+            self._warn(f"{self._root}: {error.strerror}")
 
-    def _fetch(self, shard: int, path: Path) -> bool:
-        """Fetch, check and place a shard; False where the budget has no room for it now."""
-        uri, size = self._manifest.shard_uri(shard), self._manifest.shard_bytes(shard)
-        expected = self._manifest.shard_sha256(shard)
-        partial = path.with_name(f".{path.name}{_PARTIAL}{os.getpid()}-{threading.get_ident()}")
+    def _stage_ahead(self) -> None:
+        while (shard := self._next()) is not None:
+            try:
+                again_at = self._stage_one(shard)
+            except (OSError, InfrastructureError, DataError, RuntimeError) as error:
+                if self._closed:
+                    return
+                # Its samples are still readable by range; the caller meets the real failure there.
+                self.counters.add(failed_shards=1)
+                failures = self._failures[shard] = self._failures.get(shard, 0) + 1
+                again_at = time.monotonic() + _FAILED_RETRY_S[min(failures, len(_FAILED_RETRY_S)) - 1]
+                self._warn(f"{self._manifest.shard_name(shard)} could not be staged: {storage.redact(str(error))}")
+            with self._changed:
+                if again_at is None:
+                    self._waiting.pop(shard, None)
+                elif shard in self._waiting:
+                    self._waiting[shard] = again_at
+                self._changed.notify_all()
+
+    def _next(self) -> int | None:
+        """Wait for the next shard to be fetched and take it; None at the end."""
+        with self._changed:
+            while not self._closed:
+                now = time.monotonic()
+                for shard, not_before in self._waiting.items():
+                    if max(not_before, self._full_until) <= now:
+                        self._waiting[shard] = _TAKEN
+                        return shard
+                soonest = max(min(self._waiting.values(), default=_TAKEN), self._full_until)
+                self._changed.wait(timeout=None if soonest == _TAKEN else soonest - now)
+        return None
+
+    def _stage_one(self, shard: int) -> float | None:
+        """Fetch, check and place one shard; return when to try again, None where it is here."""
+        assert self._folder is not None
+        partial = self._folder.begin(self.name(shard), self._manifest.shard_bytes(shard))
+        if partial == "here":
+            return None
+        if partial == "busy":
+            return time.monotonic() + _BUSY_RETRY_S
+        if partial == "full":
+            self.counters.add(no_room=1)
+            with self._changed:  # where one shard found no room, the next would not either
+                self._full_until = time.monotonic() + _FULL_RETRY_S
+            return 0.0
         try:
-            if not self._reserve(partial, size):
-                return False
-            for attempt in range(_TRIES):
-                if self._download(uri, size, partial) == expected:
-                    partial.replace(path)
-                    self.counters.staged_shards += 1
-                    self.counters.staged_bytes += size
-                    return True
-                self.counters.refused_shards += 1
-                logger.warning("cache: %s arrived damaged (try %d of %d)", storage.redact(uri), attempt + 1, _TRIES)
-        finally:
-            with suppress(OSError):
-                partial.unlink()
+            self._fetch(shard, partial)
+            self._folder.commit(partial)
+        except BaseException:
+            self._folder.abandon(partial)
+            raise
+        self.counters.add(staged_shards=1, staged_bytes=self._manifest.shard_bytes(shard))
+        return None
+
+    def _fetch(self, shard: int, partial: Partial) -> None:
+        uri, size_bytes = self._manifest.shard_uri(shard), self._manifest.shard_bytes(shard)
+        for attempt in range(_TRIES):
+            if self._download(uri, size_bytes, partial) == self._manifest.shard_sha256(shard):
+                return
+            self.counters.add(refused_shards=1)
+            logger.warning("cache: %s arrived damaged (try %d of %d)", storage.redact(uri), attempt + 1, _TRIES)
         raise DataError(
             f"cache: {storage.redact(uri)} has not the sha256 that dataset.json says, {_TRIES} times in a row. "
             "It was replaced or damaged in the store: check it with pipeline.verify --full"
         )
 
-    def _download(self, uri: str, size: int, partial: Path) -> str:
-        starts = range(0, size, _PART_BYTES)
+    def _download(self, uri: str, size_bytes: int, partial: Partial) -> str:
+        def read(start: int) -> bytes:
+            return storage.read_bytes(
+                uri, start, min(_PART_BYTES, size_bytes - start), on_retry=self.counters.count_retry
+            )
+
         digest = hashlib.sha256()
-        with partial.open("r+b") as file:
-            # In order, so that the hash is taken while later parts are still under way.
-            parts = self._fetcher.map(
-                lambda start: storage.read_bytes(uri, start, min(_PART_BYTES, size - start)), starts
+        partial.file.seek(0)
+        under_way: deque[Future[bytes]] = deque()
+        starts = iter(range(0, size_bytes, _PART_BYTES))
+        # In order, so that the hash is taken while later parts are still under way; few, so that memory stays small.
+        while True:
+            room = _PARTS_AT_ONCE + 2 - len(under_way)
+            under_way.extend(self._fetcher.submit(read, start) for start in islice(starts, room))
+            if not under_way:
+                return digest.hexdigest()
+            part = under_way.popleft().result()
+            partial.file.write(part)
+            digest.update(part)
+
+    def _warn(self, problem: str) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning("cache: %s. Samples are read from the store one by one meanwhile, which is slower", problem)
+
+
+def _open_folder(root: Path, *, max_bytes: int, counters: CacheCounters) -> CacheFolder | None:
+    try:
+        return CacheFolder(root, max_bytes=max_bytes, on_evict=lambda path: counters.add(evicted_shards=1))
+    except OSError as error:
+        if error.errno in _READ_ON:
+            logger.warning(
+                "cache: %s: %s. Nothing new is cached; samples are read from the store one by one, which is slower. "
+                "Set loader.cache_dir to a folder with space",
+                root,
+                error.strerror,
             )
-            for part in parts:
-                file.write(part)
-                digest.update(part)
-        return digest.hexdigest()
-
-    def _reserve(self, partial: Path, needed: int) -> bool:
-        """Make room for a download and take it at once, so that two downloads never count on the same room.
-
-        Removes the shards unused for longest. A process that has one mapped keeps reading it: only its name goes.
-        """
-        with FileLock(f"{self._root}/evict.lock"):
-            held = []
-            for path in self._root.glob("*/*"):
-                with suppress(OSError):
-                    if not path.name.endswith(".lock"):
-                        stat = path.stat()
-                        held.append((stat.st_mtime, stat.st_size, path))
-            total = sum(size for _, size, _ in held)
-            for modified, size, path in sorted(held):
-                if total + needed <= self._max_bytes:
-                    break
-                if _PARTIAL in path.name and time.time() - modified < _PARTIAL_LIVES_S:
-                    continue
-                with suppress(OSError):
-                    path.unlink()
-                    total -= size
-                    self.counters.evicted_shards += 1
-            if total + needed > self._max_bytes:
-                return False
-            with partial.open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, needed)
-            return True
-
-
-class ShardReader:
-    """Bytes of samples out of their shards, wherever those are.
-
-    Args:
-        manifest: the dataset.
-        cache_dir: folder for copies of remote shards.
-        cache_bytes: its budget.
-        verify_hashes: `on` checks every sample's bytes against the manifest.
-    """
-
-    def __init__(
-        self,
-        manifest: Manifest,
-        *,
-        cache_dir: Path | None = None,
-        cache_bytes: int = 64 * 2**30,
-        verify_hashes: str = "off",
-    ) -> None:
-        self._manifest = manifest
-        self._verify = verify_hashes == "on"
-        self._lock = threading.Lock()
-        self._maps: OrderedDict[int, U8] = OrderedDict()
-        self._ranges = ThreadPoolExecutor(32, thread_name_prefix="range")
-        self._cache = (
-            None
-            if storage.is_local(manifest.uri)
-            else ShardCache(manifest, folder=cache_dir or default_cache_dir(), max_bytes=cache_bytes)
-        )
-
-    @property
-    def counters(self) -> CacheCounters:
-        """What the cache did; all zero for local shards."""
-        return self._cache.counters if self._cache else CacheCounters()
-
-    def prepare(self, shards: Iterable[int]) -> None:
-        """Have shards staged in this order; returns at once."""
-        if self._cache:
-            self._cache.stage(shards)
-
-    def read(self, rows: Rows) -> tuple[list[U8], dict[int, str]]:
-        """Read the encoded images of some samples.
-
-        Returns:
-            One uint8 array a sample (a view of a mapped shard where that is local), and the reason of each that does
-            not match the manifest's hash, by its place.
-
-        Raises:
-            DataError: a shard is missing or shorter than the manifest says.
-            InfrastructureError: the storage failed for longer than the retries.
-        """
-        images: list[U8 | Future[bytes]] = []
-        for shard, offset, size in zip(
-            rows.shards_B.tolist(), rows.offsets_B.tolist(), rows.sizes_B.tolist(), strict=True
-        ):
-            mapped = self._mapped(shard)
-            if mapped is not None:
-                images.append(mapped[offset : offset + size])
-            else:
-                uri = self._manifest.shard_uri(shard)
-                images.append(self._ranges.submit(storage.read_bytes, uri, offset, size))
-        through = sum(isinstance(image, Future) for image in images)
-        if self._cache:
-            self._cache.counters.read_through += through
-        done = [
-            np.frombuffer(image.result(), dtype=np.uint8) if isinstance(image, Future) else image for image in images
-        ]
-        bad: dict[int, str] = {}
-        # What came by range was not covered by a shard's hash, so it is always checked.
-        for i, (image, expected) in enumerate(zip(done, rows.hashes_B.tolist(), strict=True)):
-            if (self._verify or isinstance(images[i], Future)) and xxhash.xxh3_64_intdigest(image.data) != expected:
-                again = self._reread(rows, i) if isinstance(images[i], Future) else None
-                if again is None:
-                    bad[i] = "hash mismatch"
-                else:
-                    done[i] = again
-        return done, bad
-
-    def close(self) -> None:
-        """Let go of maps, threads and downloads."""
-        self._ranges.shutdown(wait=True, cancel_futures=True)
-        if self._cache:
-            self._cache.close()
-        self._maps.clear()
-
-    def _reread(self, rows: Rows, i: int) -> U8 | None:
-        uri = self._manifest.shard_uri(int(rows.shards_B[i]))
-        for _ in range(_TRIES):
-            image = np.frombuffer(storage.read_bytes(uri, int(rows.offsets_B[i]), int(rows.sizes_B[i])), dtype=np.uint8)
-            if xxhash.xxh3_64_intdigest(image.data) == int(rows.hashes_B[i]):
-                return image
-        return None
-
-    def _mapped(self, shard: int) -> U8 | None:
-        with self._lock:
-            mapped = self._maps.get(shard)
-            if mapped is not None:
-                self._maps.move_to_end(shard)
-                return mapped
-        if self._cache is None:
-            path: Path | None = storage.local_path(self._manifest.shard_uri(shard))
-        else:
-            path = self._cache.staged(shard)
-        if path is None:
             return None
-        try:
-            mapped = _map_file(path, expected_bytes=self._manifest.shard_bytes(shard))
-            if self._cache is not None:
-                os.utime(path)
-        except FileNotFoundError as error:
-            if self._cache is not None:
-                return None  # evicted between the look and the map
-            raise DataError(
-                f"dataset: {path} is missing; dataset.json lists it. Restore it, or check with pipeline.verify"
-            ) from error
-        with self._lock:
-            self._maps[shard] = mapped
-            while len(self._maps) > _MAPPED_SHARDS:
-                self._maps.popitem(last=False)
-        return mapped
-
-
-def _map_file(path: Path, *, expected_bytes: int) -> U8:
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size != expected_bytes:
-            raise DataError(
-                f"dataset: {path} has {size} bytes, the manifest says {expected_bytes}. It was cut or replaced: "
-                "convert it again, or write its manifest anew with pipeline.verify --write-manifest"
-            )
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
+        raise InfrastructureError(
+            f"cache: cannot use {root}: {error.strerror}. Set loader.cache_dir to a folder that can be written"
+        ) from error

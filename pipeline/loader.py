@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from pipeline.augment import Boxes
-from pipeline.cache import ShardReader
 from pipeline.channel import Channel, ChannelClosedError
 from pipeline.config import LoaderConfig, OrderConfig, ViewConfig
 from pipeline.data_report import DataReport
@@ -30,6 +29,7 @@ from pipeline.order import Cursor, Order
 from pipeline.philox import I64
 from pipeline.pixels import DeviceCopier
 from pipeline.sample_source import Encoded, SampleSource
+from pipeline.shard_reader import ShardReader
 from pipeline.stats import PipelineStats
 
 

@@ -85,8 +85,9 @@ def _budget_s() -> float:
         raise ConfigError(f"storage: {BUDGET_VARIABLE}={text!r} is not a number of seconds.") from None
 
 
-def _say_retry(uri: str) -> Callable[[RetryCallState], None]:
+def _say_retry(uri: str, on_retry: Callable[[], None]) -> Callable[[RetryCallState], None]:
     def say(state: RetryCallState) -> None:
+        on_retry()
         error = state.outcome.exception() if state.outcome else None
         logger.warning(
             "storage: %s: attempt %d failed (%s), retrying", redact(uri), state.attempt_number, _brief(error)
@@ -134,13 +135,20 @@ def explain(action: str, uri: str, error: BaseException) -> MaelstromError:
     return InfrastructureError(f"{where}: {_brief(error)}.")
 
 
-def with_retries(action: str, uri: str, call: Callable[[], T]) -> T:
-    """Run one storage call, retrying what may pass by itself, and explain what does not."""
+def with_retries(action: str, uri: str, call: Callable[[], T], *, on_retry: Callable[[], None] = lambda: None) -> T:
+    """Run one storage call, retrying what may pass by itself, and explain what does not.
+
+    Args:
+        action: What is done, in the infinitive; for messages.
+        uri: To what; redacted in messages.
+        call: The call; made again from its start.
+        on_retry: Told before each further attempt, for counting.
+    """
     retrying = Retrying(
         retry=retry_if_exception(is_transient),
         wait=wait_exponential_jitter(initial=0.2, max=8.0, jitter=0.5),
         stop=stop_after_delay(_budget_s()),
-        before_sleep=_say_retry(uri),
+        before_sleep=_say_retry(uri, on_retry),
         reraise=True,
     )
     try:

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from pipeline.augment import Boxes, draw_boxes
-from pipeline.cache import U8, ShardReader
 from pipeline.config import LoaderConfig, ViewConfig
 from pipeline.data_report import DataReport
 from pipeline.decoders.base import Decoder
 from pipeline.errors import DataError
 from pipeline.manifest import Manifest, Rows
 from pipeline.philox import I64
+from pipeline.shard_reader import U8, ShardReader
 
 _SUBSTITUTES = 64
 """Samples that are tried in place of a bad one before giving up."""

@@ -98,14 +98,14 @@ def _file_system(scheme: str) -> Any:
         ) from error
 
 
-def _remote(action: str, uri: str, call: Callable[[Any], T]) -> T:
+def _remote(action: str, uri: str, call: Callable[[Any], T], *, on_retry: Callable[[], None] = lambda: None) -> T:
     """Run one call against a remote file system, retrying what may pass by itself."""
     scheme = split_scheme(uri)[0]
     if scheme == "https" and action not in ("read", "look up"):
         raise ConfigError(
             f"storage: cannot {action} {redact(uri)}: https:// is read only. Use s3://, gs://, az:// or a path."
         )
-    return with_retries(action, uri, lambda: call(_file_system(scheme)))
+    return with_retries(action, uri, lambda: call(_file_system(scheme)), on_retry=on_retry)
 
 
 def _local(action: str, uri: str, call: Callable[[Path], T]) -> T:
@@ -214,8 +214,16 @@ def _list_local(uri: str, *, recursive: bool) -> Iterator[FileInfo]:
                     yield FileInfo(name, join(uri, name), stat.st_size, str(stat.st_mtime_ns))
 
 
-def read_bytes(uri: str, start: int = 0, length: int | None = None) -> bytes:
+def read_bytes(
+    uri: str, start: int = 0, length: int | None = None, *, on_retry: Callable[[], None] = lambda: None
+) -> bytes:
     """Read a file, or `length` bytes of it from `start`.
+
+    Args:
+        uri: The file.
+        start: First byte.
+        length: Bytes; None reads to the end.
+        on_retry: Told of each attempt that failed and is made again.
 
     Raises:
         DataError: There is no such file, or it ends before the range does.
@@ -228,7 +236,7 @@ def read_bytes(uri: str, start: int = 0, length: int | None = None) -> bytes:
     else:
         end = None if length is None else start + length
         whole = start == 0 and end is None
-        data = _remote("read", uri, lambda fs: _cat(fs, uri, None if whole else start, end))
+        data = _remote("read", uri, lambda fs: _cat(fs, uri, None if whole else start, end), on_retry=on_retry)
     if length is not None and len(data) != length:
         raise DataError(
             f"storage: {redact(uri)}: wanted {length} bytes at offset {start}, got {len(data)}. "

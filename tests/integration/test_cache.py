@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from pipeline import storage
-from pipeline.cache import ShardCache, ShardReader
+from pipeline.cache import ShardCache
 from pipeline.config import LoaderConfig, OrderConfig, ViewConfig
 from pipeline.errors import DataError, InfrastructureError
 from pipeline.loader import Loader
 from pipeline.manifest import open_dataset
+from pipeline.shard_reader import ShardReader
 
 pytestmark = pytest.mark.remote
 
@@ -54,25 +55,51 @@ def test_remote_shards_give_what_local_ones_give(remote, local, tmp_path):
         assert torch.equal(remote_images, images)
 
 
-def stage_all(cache, num_shards):
-    cache.stage(range(num_shards))
-    cache._stager.shutdown(wait=True)
+def stage(cache, shards):
+    cache.need(shards)
+    cache.begin()
+    cache.wait()
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.rglob("*.tar"))
 
 
 def test_staged_shards_are_the_stores_bytes_and_nothing_else_is_left(remote, tmp_path):
     cache = ShardCache(remote, folder=tmp_path, max_bytes=2**30)
-    stage_all(cache, remote.info.num_shards)
+    stage(cache, range(remote.info.num_shards))
     cache.close()
     assert cache.counters.staged_shards == remote.info.num_shards
     for shard in range(remote.info.num_shards):
         assert cache.path(shard).read_bytes() == storage.read_bytes(remote.shard_uri(shard))
-    assert not list(tmp_path.rglob("*.tmp-*"))
+    left = [path.name for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".tar"]
+    assert left == ["cache.lock"]
     reader = ShardReader(remote, cache_dir=tmp_path)
     images, bad = reader.read(remote.lookup(np.arange(60)))
     assert reader.counters.read_through == 0
     reader.close()
     assert len(images) == 60
     assert not bad
+
+
+def test_shards_are_staged_in_the_order_in_which_they_are_needed(remote, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.cache._SHARDS_AT_ONCE", 1)
+    cache = ShardCache(remote, folder=tmp_path, max_bytes=2**30)
+    stage(cache, [2, 0, 3, 1])
+    cache.close()
+    shards = sorted(range(4), key=lambda shard: cache.path(shard).stat().st_mtime_ns)
+    assert shards == [2, 0, 3, 1]
+
+
+def test_the_first_read_comes_before_any_staging(remote, tmp_path):
+    reader = ShardReader(remote, cache_dir=tmp_path)
+    reader.prepare(range(4))
+    assert names_in(tmp_path) == []
+    reader.read(remote.lookup(np.arange(0, 60, 10)))
+    assert reader.counters.read_through == 6
+    reader._cache.wait()
+    assert len(names_in(tmp_path)) == 4
+    reader.close()
 
 
 def test_a_shard_that_changed_in_the_store_is_never_served(remote, tmp_path):
@@ -82,7 +109,7 @@ def test_a_shard_that_changed_in_the_store_is_never_served(remote, tmp_path):
     data[start + 40] ^= 1
     storage.write_atomic(uri, bytes(data))
     cache = ShardCache(remote, folder=tmp_path, max_bytes=2**30)
-    stage_all(cache, 2)
+    stage(cache, [0, 1])
     cache.close()
     assert cache.staged(0) is not None
     assert cache.staged(1) is None
@@ -93,22 +120,70 @@ def test_a_shard_that_changed_in_the_store_is_never_served(remote, tmp_path):
     assert bad == {1: "hash mismatch"}
 
 
-def test_the_budget_holds_and_a_mapped_shard_stays_readable(remote, tmp_path):
+def test_the_budget_holds_and_the_shard_unused_for_longest_goes(remote, tmp_path):
     sizes = [remote.shard_bytes(shard) for shard in range(4)]
-    reader = ShardReader(remote, cache_dir=tmp_path, cache_bytes=sizes[0] + sizes[1] + sizes[2])
-    assert reader._cache is not None
-    stage_all(reader._cache, 1)
-    rows = remote.lookup(np.arange(13))
-    before, _ = reader.read(rows)
-    copies = [image.tobytes() for image in before]
-    other = ShardCache(remote, folder=tmp_path, max_bytes=max(sizes[1:]) + 1)
-    stage_all(other, 4)
-    other.close()
-    held = sum(path.stat().st_size for path in tmp_path.rglob("*.tar"))
-    assert held <= max(sizes[1:]) + 1
-    assert other.counters.evicted_shards >= 1
-    after, _ = reader.read(rows)
-    assert [image.tobytes() for image in after] == copies
+    cache = ShardCache(remote, folder=tmp_path, max_bytes=sum(sizes) - 1)
+    stage(cache, [0, 1, 2])
+    cache.need([2, 3])
+    cache.wait()
+    assert cache.staged(0) is None
+    assert all(cache.staged(shard) for shard in (1, 2, 3))
+    assert cache.counters.evicted_shards == 1
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*.tar")) <= sum(sizes) - 1
+    cache.close()
+
+
+def test_what_a_live_reader_needs_is_never_removed(remote, tmp_path):
+    """A second job with the whole budget in mind finds no room; once the first has gone, it does."""
+    sizes = [remote.shard_bytes(shard) for shard in range(4)]
+    budget = sizes[0] + sizes[1] + 1
+    first = ShardReader(remote, cache_dir=tmp_path, cache_bytes=budget)
+    first.prepare([0, 1])
+    rows = remote.lookup(np.arange(30))
+    first.read(rows)
+    first._cache.wait()
+    second = ShardReader(remote, cache_dir=tmp_path, cache_bytes=budget)
+    second.prepare([2, 3])
+    images, bad = second.read(remote.lookup(np.arange(30, 60)))
+    second._cache.wait()
+    assert (len(images), bad) == (30, {})
+    assert second.counters.no_room >= 1
+    assert second.counters.evicted_shards == 0
+    assert first._cache.staged(0)
+    assert first._cache.staged(1)
+    before = first.counters.read_through
+    first.read(rows)
+    assert first.counters.read_through == before
+    first.close()
+    second.prepare([3, 2])  # something changed: it looks again
+    second._cache.wait()
+    assert second.counters.evicted_shards >= 1
+    second.close()
+
+
+def test_a_map_is_let_go_when_its_window_has_passed(remote, tmp_path):
+    reader = ShardReader(remote, cache_dir=tmp_path)
+    stage(reader._cache, [0, 1])
+    reader.read(remote.lookup(np.array([0, 15])))
+    assert set(reader._maps) == {0, 1}
+    reader.prepare([1, 2])
+    assert set(reader._maps) == {1}
+    reader.close()
+
+
+def test_a_copy_of_the_wrong_size_is_fetched_again(remote, tmp_path):
+    cache = ShardCache(remote, folder=tmp_path, max_bytes=2**30)
+    stage(cache, [0])
+    cache.close()
+    with cache.path(0).open("r+b") as file:
+        file.truncate(1000)
+    reader = ShardReader(remote, cache_dir=tmp_path)
+    reader.prepare([0])
+    _, bad = reader.read(remote.lookup(np.arange(5)))
+    assert bad == {}
+    assert reader.counters.read_through == 5
+    reader._cache.wait()
+    assert cache.path(0).read_bytes() == storage.read_bytes(remote.shard_uri(0))
     reader.close()
 
 
