@@ -48,7 +48,8 @@ class Decoder(Protocol):
         """Decode, cut, resize and mirror.
 
         Args:
-            images_B: encoded bytes of each image, uint8 arrays.
+            images_B: each image as a uint8 array: encoded bytes (one dimension), or the pixels themselves where they
+                are stored raw, (height, width, 3).
             boxes: one box and flip an image, in pixels of the stored image.
         """
         ...
@@ -62,7 +63,7 @@ def decode_single(image: U8, boxes: Boxes, view: ViewConfig) -> U8:
     """Decode one image with Pillow: slow, but it reads every format and says what is wrong.
 
     Args:
-        image: encoded bytes.
+        image: encoded bytes, or pixels of shape (height, width, 3).
         boxes: exactly one box.
         view: output size and filter.
 
@@ -75,9 +76,12 @@ def decode_single(image: U8, boxes: Boxes, view: ViewConfig) -> U8:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            opened = Image.open(io.BytesIO(image.tobytes()))
-            opened.load()
-            rgb = to_rgb(opened)
+            if image.ndim == 3:
+                rgb = Image.fromarray(image)
+            else:
+                opened = Image.open(io.BytesIO(image.tobytes()))
+                opened.load()
+                rgb = to_rgb(opened)
     except UnidentifiedImageError as error:
         raise ValueError("is not an image") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -86,9 +90,14 @@ def decode_single(image: U8, boxes: Boxes, view: ViewConfig) -> U8:
     bottom, right = top + int(boxes.heights_B[0]), left + int(boxes.widths_B[0])
     if bottom > rgb.height or right > rgb.width:
         raise ValueError(f"is {rgb.width} x {rgb.height} pixels, smaller than the manifest says")
-    resized = rgb.crop((left, top, right, bottom)).resize((view.width, view.height), _FILTERS[view.interpolation])
-    pixels = np.asarray(resized)
+    pixels = resize_with_pillow(np.asarray(rgb.crop((left, top, right, bottom))), view)
     return np.ascontiguousarray(pixels[:, ::-1]) if boxes.flips_B[0] else pixels
+
+
+def resize_with_pillow(cut_HW3: U8, view: ViewConfig) -> U8:
+    """Resize RGB pixels to the view's size with the view's filter."""
+    resized = Image.fromarray(cut_HW3).resize((view.width, view.height), _FILTERS[view.interpolation])
+    return np.asarray(resized)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

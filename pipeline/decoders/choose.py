@@ -14,14 +14,17 @@ from pipeline.decoders.base import Decoder
 def build_decoder(
     settings: LoaderConfig, *, view: ViewConfig, max_batch_size: int, num_threads: int, device: torch.device
 ) -> Decoder:
-    """Build the decoder that `loader.decoder` names; `auto` takes DALI where it is installed and has the filter.
+    """Build the decoder that `loader.decoder` names.
+
+    `auto` takes DALI on a CUDA device where it is installed and has the filter: the GPU decodes. On a CPU it takes
+    turbo, which needs half of DALI's time for every filter and size (docs/benchmarks/loaders.md).
 
     Raises:
         ConfigError: the decoder is not installed, or lacks the filter that the view asks for.
     """
     has_dali = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
-    use_dali = has_dali and view.interpolation != "area" if settings.decoder == "auto" else settings.decoder == "dali"
-    if use_dali:
+    fits = has_dali and device.type == "cuda" and view.interpolation != "area"
+    if settings.decoder == "dali" or (settings.decoder == "auto" and fits):
         # DALI takes a second to import: only where it is used.
         from pipeline.decoders.dali import DaliDecoder
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,8 +20,33 @@ from pipeline.augment import Boxes
 from pipeline.config import ViewConfig
 from pipeline.decoders.base import U8, Decoded, decode_single
 from pipeline.errors import ConfigError
+from pipeline.screen import probe
 
+Stored = Literal["encoded", "raw"]
+"""How an image lies in its shard: as a file, or as bare pixels."""
+_STORED: tuple[Stored, ...] = ("encoded", "raw")
+Route = Literal["encoded", "raw", "pillow"]
+"""Which pipeline takes an image, or Pillow, which takes what DALI must not see."""
+_JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
+_TAIL_BYTES = 4096
+"""Where the end of a JPEG is looked for: some cameras write a little behind it."""
 _FILTERS = {"bicubic": "INTERP_CUBIC", "bilinear": "INTERP_LINEAR"}
+
+
+def _route(image: U8) -> Route:
+    """Decide who decodes an image, from its first and last bytes.
+
+    DALI 2.4 hangs on an empty sample, and batches with JPEGs that were cut have ended the process with a segmentation
+    fault (found by tests/unit/test_decoders.py). A JPEG without its end marker, and any other file that does not look
+    whole, is Pillow's.
+    """
+    if image.ndim == 3:
+        return "raw"
+    if image[:3].tobytes() == _JPEG_START:
+        whole = image[-2:].tobytes() == _JPEG_END or _JPEG_END in image[-_TAIL_BYTES:].tobytes()
+    else:
+        whole = not isinstance(probe(image.tobytes()), str)
+    return "encoded" if whole else "pillow"
 
 
 class DaliDecoder:
@@ -50,42 +75,60 @@ class DaliDecoder:
         self._max_batch_size = max_batch_size
         self._num_threads = num_threads
         self._device = device
-        self._pipeline = self._build()
+        self._pipelines: dict[Stored, Any] = {"encoded": self._build("encoded")}
 
     def decode(self, images_B: Sequence[U8], boxes: Boxes) -> Decoded:
         """Decode, cut, resize and mirror (see `Decoder.decode`)."""
-        # DALI hangs on an empty sample instead of refusing it.
-        if all(len(image) for image in images_B):
-            try:
-                return Decoded(self._run(images_B, boxes))
-            except RuntimeError:
-                self._pipeline = self._build()
-        return self._decode_one_by_one(images_B, boxes)
+        places: dict[Route, list[int]] = {"encoded": [], "raw": [], "pillow": []}
+        for i, image in enumerate(images_B):
+            places[_route(image)].append(i)
+        for stored in _STORED:
+            if len(places[stored]) == len(images_B):
+                return self._decode_alike(images_B, boxes, stored)
+        decoded = self._zeros(len(images_B))
+        for stored in _STORED:
+            if some := places[stored]:
+                part = self._decode_alike([images_B[i] for i in some], boxes.take(np.array(some)), stored)
+                decoded.pixels_BHW3[torch.tensor(some, device=self._device)] = part.pixels_BHW3
+                decoded.bad.update({some[i]: reason for i, reason in part.bad.items()})
+        for i in places["pillow"]:
+            self._with_pillow(images_B[i], boxes.take(slice(i, i + 1)), decoded, i)
+        return decoded
 
     def close(self) -> None:
-        """Release the pipeline."""
-        self._pipeline = None
+        """Release the pipelines."""
+        self._pipelines.clear()
 
-    def _decode_one_by_one(self, images_B: Sequence[U8], boxes: Boxes) -> Decoded:
-        shape = (len(images_B), self._view.height, self._view.width, 3)
-        decoded = Decoded(torch.zeros(shape, dtype=torch.uint8, device=self._device))
+    def _zeros(self, count: int) -> Decoded:
+        shape = (count, self._view.height, self._view.width, 3)
+        return Decoded(torch.zeros(shape, dtype=torch.uint8, device=self._device))
+
+    def _decode_alike(self, images_B: Sequence[U8], boxes: Boxes, stored: Stored) -> Decoded:
+        try:
+            return Decoded(self._run(images_B, boxes, stored))
+        except RuntimeError:
+            self._pipelines.pop(stored)
+        decoded = self._zeros(len(images_B))
         for i, image in enumerate(images_B):
             box = boxes.take(slice(i, i + 1))
             try:
-                if not len(image):
-                    raise ValueError("is empty")
-                try:
-                    decoded.pixels_BHW3[i] = self._run([image], box)[0]
-                except RuntimeError:
-                    self._pipeline = self._build()
-                    # What Pillow can read is not lost: every decoder gives up on the same images.
-                    decoded.pixels_BHW3[i] = torch.from_numpy(decode_single(image, box, self._view).copy())
-            except ValueError as error:
-                decoded.bad[i] = str(error)
+                decoded.pixels_BHW3[i] = self._run([image], box, stored)[0]
+            except RuntimeError:
+                self._pipelines.pop(stored)
+                self._with_pillow(image, box, decoded, i)
         return decoded
 
-    def _run(self, images_B: Sequence[U8], boxes: Boxes) -> torch.Tensor:
-        pipeline = self._pipeline
+    def _with_pillow(self, image: U8, box: Boxes, decoded: Decoded, i: int) -> None:
+        """Have the last word on an image: what Pillow can read is not lost, and every decoder gives up on the same."""
+        try:
+            decoded.pixels_BHW3[i] = torch.from_numpy(decode_single(image, box, self._view).copy())
+        except ValueError as error:
+            decoded.bad[i] = str(error)
+
+    def _run(self, images_B: Sequence[U8], boxes: Boxes, stored: Stored) -> torch.Tensor:
+        if stored not in self._pipelines:
+            self._pipelines[stored] = self._build(stored)
+        pipeline = self._pipelines[stored]
         pipeline.feed_input("images", list(images_B))
         pipeline.feed_input("starts", np.stack([boxes.tops_B, boxes.lefts_B], axis=1))
         pipeline.feed_input("sizes", np.stack([boxes.heights_B, boxes.widths_B], axis=1))
@@ -100,7 +143,7 @@ class DaliDecoder:
         finally:
             pipeline.release_outputs()
 
-    def _build(self) -> Any:
+    def _build(self, stored: Stored) -> Any:
         try:
             dali: Any = import_module("nvidia.dali")
             fn: Any = import_module("nvidia.dali.fn")
@@ -118,19 +161,25 @@ class DaliDecoder:
             prefetch_queue_depth=1,
         )
         with pipeline:
-            images = fn.external_source(name="images", dtype=types.UINT8, ndim=1)
+            layout = {"ndim": 1} if stored == "encoded" else {"layout": "HWC"}
+            images = fn.external_source(name="images", dtype=types.UINT8, **layout)
             starts = fn.external_source(name="starts", dtype=types.INT32, ndim=1)
             sizes = fn.external_source(name="sizes", dtype=types.INT32, ndim=1)
             flips = fn.external_source(name="flips", dtype=types.INT32, ndim=0)
-            pixels = fn.decoders.image_slice(
-                images,
-                starts,
-                sizes,
-                axes=[0, 1],
-                device="mixed" if on_gpu else "cpu",
-                output_type=types.RGB,
-                adjust_orientation=False,
-            )
+            if stored == "encoded":
+                pixels = fn.decoders.image_slice(
+                    images,
+                    starts,
+                    sizes,
+                    axes=[0, 1],
+                    device="mixed" if on_gpu else "cpu",
+                    output_type=types.RGB,
+                    adjust_orientation=False,
+                )
+            else:
+                # Cut on the host, so that only the box crosses the bus.
+                pixels = fn.slice(images, starts, sizes, axes=[0, 1])
+                pixels = pixels.gpu() if on_gpu else pixels
             pixels = fn.resize(
                 pixels,
                 size=[self._view.height, self._view.width],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 
 import numpy as np
@@ -13,6 +14,7 @@ from pipeline.augment import draw_boxes
 from pipeline.config import LoaderConfig, ViewConfig
 from pipeline.decoders.base import decode_single
 from pipeline.decoders.choose import build_decoder
+from pipeline.decoders.turbo import TurboDecoder
 from pipeline.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -132,3 +134,84 @@ def test_cmyk_jpegs_are_read(crops, make_decoder):
     assert not decoded.bad
     plain = decode_single(np.frombuffer(crops[20], np.uint8), boxes_for(crops[20:21], view), view).astype(int)
     assert np.abs(decoded.pixels_BHW3[0].numpy().astype(int) - plain).mean() < 6
+
+
+def as_raw(image):
+    return np.asarray(Image.open(io.BytesIO(image)).convert("RGB"))
+
+
+@pytest.mark.parametrize("raw_places", [[0, 1, 2, 3], [1, 3]])
+def test_raw_pixels_are_cut_like_encoded_images(crops, make_decoder, raw_places):
+    view = ViewConfig(height=40, width=40)
+    png = [reencoded(image, "PNG") for image in crops[:4]]  # lossless: the same pixels either way
+    images = as_arrays(png)
+    boxes = boxes_for(png, view)
+    encoded = make_decoder(view).decode(images, boxes)
+    for i in raw_places:
+        images[i] = as_raw(png[i])
+        images[i].setflags(write=False)  # as a mapped shard gives it
+    raw = make_decoder(view).decode(images, boxes)
+    assert not raw.bad
+    difference = raw.pixels_BHW3.int() - encoded.pixels_BHW3.int()
+    assert difference.abs().float().mean() < 0.1  # Pillow decoded the PNGs, and resized them in some decoders
+
+
+def test_a_raw_image_smaller_than_its_box_is_named(crops, make_decoder):
+    view = ViewConfig(height=32, width=32)
+    boxes = boxes_for(crops[:2], view)
+    decoded = make_decoder(view).decode([as_raw(crops[0]), np.zeros((4, 5, 3), np.uint8)], boxes)
+    assert list(decoded.bad) == [1]
+    assert "is 5 x 4 pixels, smaller than the manifest says" in decoded.bad[1]
+
+
+def test_flips_mirror_whole_images(crops):
+    for interpolation in ("area", "bicubic"):
+        view = ViewConfig(height=40, width=40, crop="center", interpolation=interpolation)
+        decoder = build_decoder(LoaderConfig(decoder="turbo"), view=view, max_batch_size=2, num_threads=1, device=CPU)
+        boxes = boxes_for([crops[0], crops[0]], view)
+        boxes = dataclasses.replace(boxes, flips_B=np.array([False, True]))
+        pixels_BHW3 = decoder.decode(as_arrays([crops[0], crops[0]]), boxes).pixels_BHW3
+        decoder.close()
+        assert torch.equal(pixels_BHW3[0].flip(1), pixels_BHW3[1])
+
+
+def test_scratch_memory_of_a_large_image_is_given_back(photos):
+    image = np.frombuffer(photos["astronaut"], np.uint8)
+    view = ViewConfig(height=32, width=32, crop="center")
+    decoder = TurboDecoder(view=view, num_threads=1)
+    large = io.BytesIO()
+    Image.new("RGB", (6000, 5000), "teal").save(large, "JPEG")
+    images = [image, np.frombuffer(large.getvalue(), np.uint8)]
+    decoded = decoder.decode(images, boxes_for([photos["astronaut"], large.getvalue()], view))
+    assert not decoded.bad
+    assert np.abs(decoded.pixels_BHW3[1].numpy().astype(int) - [0, 128, 128]).max() <= 3
+    held = decoder._pool.submit(lambda: decoder._local.scratch.size).result()
+    decoder.close()
+    assert held == 512 * 512 * 3
+
+
+def damaged(image):
+    """Give copies of a JPEG that are cut or changed, as a bad disk or a broken transfer leaves them."""
+    size = len(image)
+    cut = [image[:keep] for keep in (1, 3, 20, size // 4, size // 2, size - 40, size - 3, size - 2, size - 1)]
+    flipped = []
+    for place in (size // 3, size // 2, 2 * size // 3, size - 30):
+        changed = bytearray(image)
+        changed[place] ^= 0x55
+        flipped.append(bytes(changed))
+    zeroed = image[: size // 2] + bytes(size - size // 2)
+    return [*cut, *flipped, zeroed, image + b"trailing"]
+
+
+def test_every_decoder_gives_up_on_the_same_damaged_images(crops, make_decoder):
+    view = ViewConfig(height=32, width=32)
+    images = [copy for crop in crops[:4] for copy in damaged(crop)]
+    boxes = boxes_for([crop for crop in crops[:4] for _ in damaged(crop)], view)
+    expected = []
+    for i, image in enumerate(as_arrays(images)):
+        try:
+            decode_single(image, boxes.take(slice(i, i + 1)), view)
+        except ValueError:
+            expected.append(i)
+    assert 20 < len(expected) < len(images) - 4
+    assert sorted(make_decoder(view).decode(as_arrays(images), boxes).bad) == expected
