@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -173,11 +173,18 @@ class Manifest:
         """Return the sha256 of shard s's file, in hex."""
         return str(self.info.shards.columns["sha256"][s])
 
-    def _file(self, s: int) -> tuple[_OpenFile, int]:
-        """Return the open file that has shard s, and the row group in it."""
+    def _file(self, s: int, *, use: Literal["open", "anew"] = "open") -> tuple[_OpenFile, int]:
+        """Return the open file that has shard s, and the row group in it.
+
+        Args:
+            s: Shard.
+            use: `anew` opens the file again: what a file keeps of a bad read would be bad for ever.
+        """
         number = int(np.searchsorted(self._first_shards, s, side="right")) - 1
         expected = self.info.manifest[number]
         with self._lock:
+            if use == "anew":
+                self._files.pop(number, None)
             file = self._files.get(number)
             if file is not None:
                 self._files.move_to_end(number)
@@ -190,8 +197,15 @@ class Manifest:
         return file, s - expected.first_shard
 
     def _read(self, s: int, columns: list[str]) -> pa.Table:
-        file, group = self._file(s)
-        table = file.read(group, columns)
+        try:
+            file, group = self._file(s)
+            table = file.read(group, columns)
+        except DataError:
+            if storage.is_local(self.index_uri):
+                raise
+            # A byte may have been flipped on the way: what is damaged in the store is damaged again.
+            file, group = self._file(s, use="anew")
+            table = file.read(group, columns)
         if table.num_rows != self.shard_sizes[s]:
             raise DataError(
                 f"manifest: {storage.redact(file.uri)}: {self.shard_name(s)} has {table.num_rows} rows, dataset.json "
@@ -270,11 +284,11 @@ def _reopen(uri: str, info: DatasetInfo, index_uri: str) -> Manifest:
 def open_dataset(uri: str, *, cache_dir: Path | None = None) -> Manifest:
     """Open a dataset by the folder that holds it.
 
-    Without `dataset.json`, the folder's tars are scanned once and the result is kept in `cache_dir`.
+    Without `dataset.json`, the folder's tars or betons are scanned once and the result is kept in `cache_dir`.
 
     Args:
         uri: Folder, or the `dataset.json` in it.
-        cache_dir: Where scans of foreign tars are kept. A folder under the user's cache directory where not given.
+        cache_dir: Where scans of foreign shards are kept. A folder under the user's cache directory where not given.
 
     Raises:
         DataError: Not found, unfinished, empty or damaged.
@@ -283,7 +297,7 @@ def open_dataset(uri: str, *, cache_dir: Path | None = None) -> Manifest:
     description = storage.join(folder, DATASET_FILE)
     where = f"dataset: {storage.redact(description)}"
     if storage.exists(description):
-        info = parse_dataset_info(storage.read_bytes(description), where=where)
+        info = parse_dataset_info(storage.read_twice(description), where=where)
         if info.num_samples == 0:
             raise DataError(f"{where}: the dataset is empty. Convert a folder that has images.")
         return Manifest(folder, info)

@@ -1,4 +1,4 @@
-"""Indexing of tars made elsewhere: one pass over each, the result kept so that it happens once."""
+"""Indexing of shards made elsewhere: one pass over each, the result kept so that it happens once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline import storage
 from pipeline.dataset_info import DATASET_FILE, FORMAT_VERSION, DatasetInfo, parse_dataset_info
 from pipeline.dataset_writer import FinishedShard, write_dataset
 from pipeline.errors import DataError
-from pipeline.formats.webdataset import SUFFIX, IndexedShard, index_shard
+from pipeline.formats.container import SUFFIXES, IndexedShard, index_shard
 from pipeline.manifest import Manifest
 from pipeline.progress import Progress
 
@@ -28,36 +28,43 @@ _THREADS = 8
 
 @dataclass(frozen=True)
 class ScannedShard:
-    """One tar's index, or why it has none."""
+    """One shard's index, or why it has none."""
 
     name: str
     index: IndexedShard | None
     problem: str
 
 
-def list_tars(uri: str) -> list[storage.FileInfo]:
-    """Return the tars of a folder by name.
+def list_shards(uri: str) -> tuple[str, list[storage.FileInfo]]:
+    """Return the container and the shards of a folder, by name.
 
     Raises:
-        DataError: There is no such folder, or no tar in it.
+        DataError: There is no such folder, no shard in it, or shards of two containers.
     """
     seen: Counter[str] = Counter()
-    tars = []
+    shards: dict[str, list[storage.FileInfo]] = {}
     for file in storage.list_files(uri):
         seen[Path(file.name).suffix.lower() or "no extension"] += 1
-        if file.name.endswith(SUFFIX) and not file.name.startswith("."):
-            tars.append(file)
-    if not tars:
+        for container, suffix in SUFFIXES.items():
+            if file.name.endswith(suffix) and not file.name.startswith("."):
+                shards.setdefault(container, []).append(file)
+    if len(shards) > 1:
+        raise DataError(
+            f"dataset: {storage.redact(uri)} holds shards of several containers ({', '.join(sorted(shards))}). "
+            "Give each a folder of its own."
+        )
+    if not shards:
         what = ", ".join(f"{count} {suffix}" for suffix, count in seen.most_common(5)) or "nothing"
         raise DataError(
-            f"dataset: {storage.redact(uri)} holds neither {DATASET_FILE} nor tars; seen: {what}. "
+            f"dataset: {storage.redact(uri)} holds neither {DATASET_FILE} nor tars or betons; seen: {what}. "
             "Give the folder of the shards, or make shards from images with pipeline.convert."
         )
-    return sorted(tars, key=lambda file: file.name)
+    ((container, found),) = shards.items()
+    return container, sorted(found, key=lambda file: file.name)
 
 
-def scan(uri: str, tars: list[storage.FileInfo]) -> Iterator[ScannedShard]:
-    """Index tars in order, several at a time; a tar that cannot be indexed is reported, not raised."""
+def scan(uri: str, files: list[storage.FileInfo]) -> Iterator[ScannedShard]:
+    """Index shards in order, several at a time; a shard that cannot be indexed is reported, not raised."""
 
     def one(file: storage.FileInfo) -> ScannedShard:
         try:
@@ -69,32 +76,32 @@ def scan(uri: str, tars: list[storage.FileInfo]) -> Iterator[ScannedShard]:
     label = f"Scanning {storage.name_of(uri)}"
     pool = ThreadPoolExecutor(workers, thread_name_prefix="scan")
     try:
-        with Progress(label, total=len(tars), unit="shards") as progress:
-            waiting = [pool.submit(one, file) for file in tars]
+        with Progress(label, total=len(files), unit="shards") as progress:
+            waiting = [pool.submit(one, file) for file in files]
             waiting.reverse()  # a result is dropped as soon as it has been taken
-            for file in tars:
+            for file in files:
                 yield waiting.pop().result()
                 progress.advance(1, size_bytes=file.size_bytes)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def finished_shards(uri: str, tars: list[storage.FileInfo]) -> Iterator[FinishedShard]:
-    """Index tars in order.
+def finished_shards(uri: str, files: list[storage.FileInfo]) -> Iterator[FinishedShard]:
+    """Index shards in order.
 
     Raises:
         DataError: One of them cannot be indexed.
     """
     ignored: Counter[str] = Counter()
     num_bad = 0
-    for shard in scan(uri, tars):
+    for shard in scan(uri, files):
         if shard.index is None:
             raise DataError(f"dataset: {shard.problem}")
         ignored.update(shard.index.ignored)
         num_bad += len(shard.index.bad)
         yield FinishedShard(shard.name, shard.index.size_bytes, shard.index.sha256, shard.index.table)
     if ignored:
-        logger.warning("%s: members passed over: %s", storage.redact(uri), dict(ignored))
+        logger.warning("%s: passed over: %s", storage.redact(uri), dict(ignored))
     if num_bad:
         logger.warning("%s: %d images cannot be read and will be replaced", storage.redact(uri), num_bad)
 
@@ -106,41 +113,41 @@ def default_cache_dir() -> Path:
 
 
 def scan_cached(uri: str, *, cache_dir: Path | None) -> Manifest:
-    """Open a folder of tars that has no `dataset.json`: scan it, or use the scan of an earlier run.
+    """Open a folder of shards that has no `dataset.json`: scan it, or use the scan of an earlier run.
 
-    The scan is kept by the folder's URI and every tar's name, size and version, so that a changed tar is scanned anew.
+    The scan is kept by the folder's URI and every shard's name, size and version: a changed shard is scanned anew.
 
     Raises:
-        DataError: No tars, or one that is damaged.
+        DataError: No shards, or one that is damaged.
     """
-    tars = list_tars(uri)
+    container, files = list_shards(uri)
     where = str(storage.local_path(uri).resolve()) if storage.is_local(uri) else uri
     digest = hashlib.sha256(f"{FORMAT_VERSION}\0{where}".encode())
-    for file in tars:
+    for file in files:
         digest.update(f"\0{file.name}\0{file.size_bytes}\0{file.version}".encode())
     index_uri = str((cache_dir or default_cache_dir()) / "scans" / digest.hexdigest()[:32])
     storage.make_folder(index_uri)
     with FileLock(storage.join(index_uri, "lock")):  # the ranks of a node start together: one scans, the rest wait
-        info = _scan_once(uri, tars, index_uri)
+        info = _scan_once(uri, container, files, index_uri)
     return Manifest(uri, info, index_uri=index_uri)
 
 
-def _scan_once(uri: str, tars: list[storage.FileInfo], index_uri: str) -> DatasetInfo:
+def _scan_once(uri: str, container: str, files: list[storage.FileInfo], index_uri: str) -> DatasetInfo:
     description = storage.join(index_uri, DATASET_FILE)
     if storage.exists(description):
         return parse_dataset_info(storage.read_bytes(description), where=f"dataset: {description}")
     logger.warning(
-        "%s has no %s: its %d tars are scanned once. To keep the result beside them: "
+        "%s has no %s: its %d shards are scanned once. To keep the result beside them: "
         "python -m pipeline.verify %s --write-manifest",
         storage.redact(uri),
         DATASET_FILE,
-        len(tars),
+        len(files),
         storage.redact(uri),
     )
     return write_dataset(
         index_uri,
-        shards=finished_shards(uri, tars),
+        shards=finished_shards(uri, files),
         name=storage.name_of(uri),
-        container="webdataset",
+        container=container,
         made_by={"tool": "scan"},
     )

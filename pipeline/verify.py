@@ -1,7 +1,7 @@
 """Check a dataset: `python -m pipeline.verify URI`.
 
 Fast by default: counts, sizes and the index against each other. `--full` reads every byte: sha256 of every shard, the
-tar's structure, the hash of every image, and decodes it. Tars made elsewhere are always read whole, for there is
+shard's structure, the hash of every image, and decodes it. Shards made elsewhere are always read whole, for there is
 nothing to compare them with but themselves.
 """
 
@@ -22,11 +22,11 @@ from pipeline.command import run_command, say, say_json
 from pipeline.dataset_info import DATASET_FILE
 from pipeline.dataset_writer import FinishedShard, write_dataset
 from pipeline.errors import ConfigError, DataError
-from pipeline.formats.webdataset import SUFFIX, IndexedShard, index_shard
-from pipeline.manifest import PLAN_FILE, Manifest, ShardTable, open_dataset
+from pipeline.formats.container import SUFFIXES, IndexedShard, index_shard, suffix_of
+from pipeline.manifest import FORMATS, PLAN_FILE, Manifest, ShardTable, open_dataset
 from pipeline.pixel_check import undecodable
 from pipeline.progress import Progress
-from pipeline.scan import list_tars, scan
+from pipeline.scan import list_shards, scan
 
 _THREADS = 8
 
@@ -54,7 +54,7 @@ class Verdict:
         num_samples: Samples of the dataset, or of its readable shards.
         num_shards: Shards of the dataset.
         problems: Everything that is wrong.
-        ignored: Members of tars that were passed over, by reason.
+        ignored: What was passed over in the shards, by reason.
     """
 
     num_samples: int = 0
@@ -81,7 +81,7 @@ def verify(uri: str, *, full: bool = False) -> Verdict:
     """
     if storage.exists(storage.join(uri, DATASET_FILE)) or storage.exists(storage.join(uri, PLAN_FILE)):
         return _verify_dataset(open_dataset(uri), full=full)
-    return _verify_tars(uri, full=full)
+    return _verify_foreign(uri, full=full)
 
 
 def _verify_dataset(manifest: Manifest, *, full: bool) -> Verdict:
@@ -90,7 +90,7 @@ def _verify_dataset(manifest: Manifest, *, full: bool) -> Verdict:
     present = {file.name: file.size_bytes for file in storage.list_files(manifest.uri)}
     listed = set(info.shards.columns["name"])
     for name in sorted(present):
-        if name.endswith(SUFFIX) and name not in listed:
+        if name.endswith(suffix_of(info.format)) and name not in listed:
             verdict.problems.append(Problem(name, "", f"not in {DATASET_FILE}"))
 
     def check(s: int) -> list[Problem]:
@@ -130,7 +130,7 @@ def _verify_shard(manifest: Manifest, s: int, present: dict[str, int], *, full: 
             problems.append(Problem(name, "", f"the manifest's rows have not the content hash in {DATASET_FILE}"))
     except DataError as error:
         return [*problems, Problem(name, "", str(error))]
-    if full and manifest.info.format == "webdataset":
+    if full:
         problems.extend(_verify_bytes(manifest, s, table))
     return problems
 
@@ -141,8 +141,9 @@ def _inconsistent(name: str, table: ShardTable, size_bytes: int) -> Iterator[Pro
     outside = (table.offsets < 0) | (table.sizes < 0) | (ends > size_bytes)
     for row in np.flatnonzero(outside).tolist():
         yield Problem(name, table.keys[row], f"bytes {table.offsets[row]} to {ends[row]} lie outside the file")
-    for row in np.flatnonzero(table.offsets[1:] < ends[:-1]).tolist():
-        yield Problem(name, table.keys[row + 1], "lies on top of the sample before it")
+    order = np.argsort(table.offsets, kind="stable")  # FFCV's workers write a beton's pages out of order
+    for place in np.flatnonzero(table.offsets[order][1:] < ends[order][:-1]).tolist():
+        yield Problem(name, table.keys[order[place + 1]], "lies on top of the sample before it")
 
 
 def _verify_bytes(manifest: Manifest, s: int, table: ShardTable) -> list[Problem]:
@@ -187,6 +188,8 @@ def _undecodable(uri: str, name: str, index: IndexedShard) -> Iterator[Problem]:
             if key in reasons:
                 yield Problem(name, key, reasons[key])
                 continue
+            if FORMATS[table.formats[row]] == "raw":
+                continue  # bare pixels: their count was checked with the index, and there is nothing to decode
             file.seek(int(table.offsets[row]))
             if reason := undecodable(file.read(int(table.sizes[row]))):
                 yield Problem(name, key, reason)
@@ -206,9 +209,9 @@ def _repeated_keys(manifest: Manifest) -> Iterator[Problem]:
                 yield Problem(manifest.shard_name(s), key, f"the key is also in {manifest.shard_name(first)}")
 
 
-def _verify_tars(uri: str, *, full: bool) -> Verdict:
+def _verify_foreign(uri: str, *, full: bool) -> Verdict:
     verdict = Verdict()
-    for shard in scan(uri, list_tars(uri)):
+    for shard in scan(uri, list_shards(uri)[1]):
         verdict.num_shards += 1
         if shard.index is None:
             verdict.problems.append(Problem(shard.name, "", shard.problem))
@@ -226,13 +229,13 @@ def _verify_tars(uri: str, *, full: bool) -> Verdict:
 
 
 def write_manifest(uri: str) -> Verdict:
-    """Index a folder of tars and write `manifest.parquet`, `dataset.json` and DALI's indexes beside them.
+    """Index a folder of shards and write `manifest.parquet`, `dataset.json` and, for tars, DALI's indexes beside them.
 
-    Images that cannot be read keep their place, marked, and count as problems; a damaged tar is an error.
+    Images that cannot be read keep their place, marked, and count as problems; a damaged shard is an error.
 
     Raises:
         ConfigError: There is a dataset, or an unfinished conversion, already.
-        DataError: A tar is damaged.
+        DataError: A shard is damaged.
         InfrastructureError: The folder cannot be written.
     """
     for name in (DATASET_FILE, PLAN_FILE):
@@ -242,14 +245,15 @@ def write_manifest(uri: str) -> Verdict:
                 "or remove that file first."
             )
     verdict = Verdict()
+    container, files = list_shards(uri)
 
     def shards() -> Iterator[FinishedShard]:
-        for shard in scan(uri, list_tars(uri)):
+        for shard in scan(uri, files):
             if shard.index is None:
                 raise DataError(f"verify: {shard.problem}")
             verdict.problems.extend(Problem(shard.name, key, reason) for key, reason in shard.index.bad)
             if shard.index.dali_index:
-                index_uri = storage.join(uri, shard.name.removesuffix(SUFFIX) + ".idx")
+                index_uri = storage.join(uri, shard.name.removesuffix(SUFFIXES["webdataset"]) + ".idx")
                 storage.write_atomic(index_uri, shard.index.dali_index)
             yield FinishedShard(shard.name, shard.index.size_bytes, shard.index.sha256, shard.index.table)
 
@@ -257,7 +261,7 @@ def write_manifest(uri: str) -> Verdict:
         uri,
         shards=shards(),
         name=storage.name_of(uri),
-        container="webdataset",
+        container=container,
         made_by={"tool": "pipeline.verify --write-manifest"},
     )
     verdict.num_samples, verdict.num_shards = info.num_samples, info.num_shards
@@ -276,7 +280,7 @@ class Arguments:
     json: bool = False
     """Write the result to stdout as JSON: num_samples, num_shards, problems."""
     write_manifest: bool = False
-    """Index tars that were made elsewhere, and write manifest.parquet and dataset.json beside them."""
+    """Index shards that were made elsewhere, and write manifest.parquet and dataset.json beside them."""
 
 
 _SHOWN = 20
@@ -299,7 +303,7 @@ def _run(arguments: Arguments) -> int:
         if len(verdict.problems) > _SHOWN:
             say(f"... and {len(verdict.problems) - _SHOWN:,} more; --json lists all")
         for reason, count in verdict.ignored.items():
-            say(f"note: {count:,} members passed over: {reason}")
+            say(f"note: {count:,} passed over: {reason}")
         found_all = f"{len(verdict.problems):,} problems" if verdict.problems else "no problem found"
         say(f"verify: {verdict.num_samples:,} samples in {verdict.num_shards:,} shards: {found_all}")
     return DataError.exit_code if verdict.problems else 0

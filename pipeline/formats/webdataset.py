@@ -22,6 +22,7 @@ import xxhash
 
 from pipeline import local_files, storage
 from pipeline.errors import DataError
+from pipeline.formats.container import SUFFIXES, IndexedShard, WrittenShard
 from pipeline.formats.tar import TarMember, TarScanner, end_mark, make_header
 from pipeline.retry import explain
 from pipeline.screen import TOO_MANY_BYTES, Probe, probe
@@ -31,36 +32,12 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 """Extensions of images, best first: where a key has several, the first is the sample's image."""
 EXTENSIONS = (*IMAGE_EXTENSIONS, "cls", "json", "txt")
 """Members that may be read; the rest is counted and passed over."""
-SUFFIX = ".tar"
+SUFFIX = SUFFIXES["webdataset"]
 _MEMBER = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 _META = re.compile(r"^__[^/]*__($|/)")
 _MAX_IMAGE_BYTES = 2**30
 _MAX_TEXT_BYTES = 2**20
 _EXTENSION_OF = {"jpeg": "jpg", "png": "png", "webp": "webp"}
-
-
-@dataclass(frozen=True)
-class IndexedShard:
-    """What one pass over a shard file found.
-
-    Args:
-        name: File name.
-        size_bytes: Size of the file.
-        sha256: Of the file, in hex.
-        table: One row a sample. An image whose header cannot be read has width 0 and format `bad`.
-        dali_index: The file's index for DALI's webdataset reader; empty where a name holds blanks, which that
-            format cannot express.
-        ignored: What was passed over, counted by reason.
-        bad: (key, reason) of images whose header cannot be read.
-    """
-
-    name: str
-    size_bytes: int
-    sha256: str
-    table: ShardTable
-    dali_index: bytes
-    ignored: dict[str, int]
-    bad: list[tuple[str, str]]
 
 
 def split_key(name: str) -> tuple[str, str] | None:
@@ -233,17 +210,6 @@ def make_dali_index(samples: list[list[tuple[str, int, int, str]]]) -> bytes:
             return b""
         lines.append(" ".join(f"{part} {offset} {size} {name}" for part, offset, size, name in components))
     return ("\n".join(lines) + "\n").encode()
-
-
-@dataclass(frozen=True)
-class WrittenShard:
-    """A shard file that has just been put in place."""
-
-    name: str
-    size_bytes: int
-    sha256: str
-    table: ShardTable
-    dali_index: bytes
 
 
 class WebDatasetWriter:
