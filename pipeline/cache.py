@@ -259,14 +259,14 @@ class ShardCache:
         )
 
     def _download(self, uri: str, size_bytes: int, partial: Partial) -> str:
-        def read(start: int) -> bytes:
-            return storage.read_bytes(
+        def read(start: int) -> memoryview:
+            return storage.read_view(
                 uri, start, min(_PART_BYTES, size_bytes - start), on_retry=self.counters.count_retry
             )
 
         digest = hashlib.sha256()
         partial.file.seek(0)
-        under_way: deque[Future[bytes]] = deque()
+        under_way: deque[Future[memoryview]] = deque()
         starts = iter(range(0, size_bytes, _PART_BYTES))
         # In order, so that the hash is taken while later parts are still under way; few, so that memory stays small.
         while True:

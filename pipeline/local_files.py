@@ -1,14 +1,18 @@
-"""Writing local files so that a reader, or a run that was killed, never sees half of one."""
+"""Local files: written so that a reader, or a run that was killed, never sees half of one; and listed."""
 
 from __future__ import annotations
 
 import errno
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+
+from pipeline.retry import explain
+from pipeline.uri import join
 
 TMP_MARK = ".tmp-"
 """Part of the name of every unfinished file; such a file is never a dataset's and may be removed."""
@@ -85,3 +89,51 @@ def _put_exclusively(path: Path, data: bytes) -> bool:
         file.flush()
         os.fsync(file.fileno())
     return True
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """One file of a listing.
+
+    Args:
+        name: Path below the listed folder, with forward slashes.
+        uri: Where to open it.
+        size_bytes: Its size.
+        version: Modification time or entity tag: changes when the content is replaced. May be empty.
+    """
+
+    name: str
+    uri: str
+    size_bytes: int
+    version: str = ""
+
+
+def list_local(uri: str, root: Path, *, recursive: bool) -> Iterator[FileInfo]:
+    """Yield the files of a folder, streamed; links are followed, and a folder reached twice is listed once.
+
+    Args:
+        uri: The folder, as its files' URIs begin.
+        root: The folder as a path.
+        recursive: Go into folders below.
+    """
+    waiting: list[tuple[Path, str]] = [(root, "")]
+    seen: set[tuple[int, int]] = set()
+    while waiting:
+        folder, prefix = waiting.pop()
+        try:
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            entries = os.scandir(folder)
+        except OSError as error:
+            raise explain("list", str(folder), error) from error
+        with entries:
+            for entry in entries:
+                name = prefix + entry.name
+                if entry.is_dir():
+                    if recursive:
+                        waiting.append((Path(entry.path), name + "/"))
+                elif entry.is_file():
+                    stat = entry.stat()
+                    yield FileInfo(name, join(uri, name), stat.st_size, str(stat.st_mtime_ns))

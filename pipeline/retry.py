@@ -43,6 +43,7 @@ _TRANSIENT_NAMES = {
     "ConnectionClosedError",
     "ConnectionError",
     "EndpointConnectionError",
+    "FlexibleChecksumError",  # what came is not what the server's own checksum says
     "HTTPClientError",
     "IncompleteReadError",
     "ReadTimeoutError",

@@ -121,7 +121,7 @@ class ShardReader:
         """Read one sample by its own range, again where it arrives damaged; the last try is returned as it is."""
         uri = self._manifest.shard_uri(int(rows.shards_B[i]))
         for _ in range(_TRIES):
-            data = storage.read_bytes(
+            data = storage.read_view(
                 uri, int(rows.offsets_B[i]), int(rows.sizes_B[i]), on_retry=self.counters.count_retry
             )
             image = np.frombuffer(data, dtype=np.uint8)

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import errno
 import io
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, Literal, TypeVar
 
 from pipeline.errors import ConfigError, DataError
-from pipeline.local_files import commit_file, put_local_if_absent, write_local
+from pipeline.local_files import FileInfo, commit_file, list_local, put_local_if_absent, write_local
 from pipeline.retry import explain, is_transient, with_retries
+from pipeline.s3_reads import read_s3
 from pipeline.uri import SCHEME, join, name_of, redact, split_scheme
 
 __all__ = [
@@ -34,6 +33,8 @@ __all__ = [
     "put_file",
     "put_if_absent",
     "read_bytes",
+    "read_twice",
+    "read_view",
     "redact",
     "size_of",
     "write_atomic",
@@ -42,23 +43,7 @@ T = TypeVar("T")
 
 _EXTRAS = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs"), "az": ("adlfs", "azure"), "https": ("aiohttp", "s3")}
 _READ_BLOCK_BYTES = 8 * 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class FileInfo:
-    """One file of a listing.
-
-    Args:
-        name: Path below the listed folder, with forward slashes.
-        uri: Where to open it.
-        size_bytes: Its size.
-        version: Modification time or entity tag: changes when the content is replaced. May be empty.
-    """
-
-    name: str
-    uri: str
-    size_bytes: int
-    version: str = ""
+_AGREEMENT_TRIES = 4
 
 
 def is_local(uri: str) -> bool:
@@ -78,8 +63,13 @@ def local_path(uri: str) -> Path:
     return Path(path).expanduser()
 
 
-def _file_system(scheme: str) -> Any:
-    """Return fsspec's file system for a scheme, configured from the environment alone."""
+def _file_system(scheme: str, use: Literal["read", "any"] = "any") -> Any:
+    """Return fsspec's file system for a scheme, configured from the environment alone.
+
+    Args:
+        scheme: Of the URI.
+        use: `read` leaves retries to the caller, who counts them; uploads in parts are better retried part by part.
+    """
     import fsspec
 
     options: dict[str, Any] = {}
@@ -88,8 +78,13 @@ def _file_system(scheme: str) -> Any:
     if scheme == "s3":
         # A hung socket must end inside the retry budget.
         options["config_kwargs"] = {"connect_timeout": 10, "read_timeout": 60}
+        if use == "read":
+            options["config_kwargs"]["retries"] = {"total_max_attempts": 1}
     try:
-        return fsspec.filesystem(scheme, **options)
+        fs = fsspec.filesystem(scheme, **options)
+        if scheme == "s3" and use == "read":
+            fs.retries = 1
+        return fs
     except ImportError as error:
         package, extra = _EXTRAS.get(scheme, (scheme, scheme))
         raise ConfigError(
@@ -98,14 +93,14 @@ def _file_system(scheme: str) -> Any:
         ) from error
 
 
-def _remote(action: str, uri: str, call: Callable[[Any], T], *, on_retry: Callable[[], None] = lambda: None) -> T:
+def _remote(action: str, uri: str, call: Callable[[Any], T]) -> T:
     """Run one call against a remote file system, retrying what may pass by itself."""
     scheme = split_scheme(uri)[0]
     if scheme == "https" and action not in ("read", "look up"):
         raise ConfigError(
             f"storage: cannot {action} {redact(uri)}: https:// is read only. Use s3://, gs://, az:// or a path."
         )
-    return with_retries(action, uri, lambda: call(_file_system(scheme)), on_retry=on_retry)
+    return with_retries(action, uri, lambda: call(_file_system(scheme)))
 
 
 def _local(action: str, uri: str, call: Callable[[Path], T]) -> T:
@@ -169,7 +164,7 @@ def list_files(uri: str, *, recursive: bool = False) -> Iterator[FileInfo]:
         DataError: There is no such folder.
     """
     if is_local(uri):
-        yield from _list_local(uri, recursive=recursive)
+        yield from list_local(uri, local_path(uri), recursive=recursive)
         return
     found = _remote(
         "list",
@@ -189,60 +184,70 @@ def list_files(uri: str, *, recursive: bool = False) -> Iterator[FileInfo]:
             yield FileInfo(path[len(base) :], f"{scheme}://{path}", int(entry["size"]), version)
 
 
-def _list_local(uri: str, *, recursive: bool) -> Iterator[FileInfo]:
-    root = local_path(uri)
-    waiting: list[tuple[Path, str]] = [(root, "")]
-    seen: set[tuple[int, int]] = set()
-    while waiting:
-        folder, prefix = waiting.pop()
-        try:
-            status = folder.stat()
-            if (status.st_dev, status.st_ino) in seen:
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            entries = os.scandir(folder)
-        except OSError as error:
-            raise explain("list", str(folder), error) from error
-        with entries:
-            for entry in entries:
-                name = prefix + entry.name
-                if entry.is_dir():
-                    if recursive:
-                        waiting.append((Path(entry.path), name + "/"))
-                elif entry.is_file():
-                    stat = entry.stat()
-                    yield FileInfo(name, join(uri, name), stat.st_size, str(stat.st_mtime_ns))
-
-
-def read_bytes(
-    uri: str, start: int = 0, length: int | None = None, *, on_retry: Callable[[], None] = lambda: None
-) -> bytes:
+def read_bytes(uri: str, start: int = 0, length: int | None = None) -> bytes:
     """Read a file, or `length` bytes of it from `start`.
+
+    Raises:
+        DataError: There is no such file, or it ends before the range does.
+        InfrastructureError: The storage failed for longer than the retry budget.
+    """
+    data = read_view(uri, start, length)
+    return data.obj if isinstance(data.obj, bytes) else bytes(data)
+
+
+def read_view(
+    uri: str, start: int = 0, length: int | None = None, *, on_retry: Callable[[], None] = lambda: None
+) -> memoryview:
+    """Read as `read_bytes` does, without a copy where the storage's client owns the memory.
 
     Args:
         uri: The file.
         start: First byte.
         length: Bytes; None reads to the end.
         on_retry: Told of each attempt that failed and is made again.
-
-    Raises:
-        DataError: There is no such file, or it ends before the range does.
-        InfrastructureError: The storage failed for longer than the retry budget.
     """
     if length == 0:
-        return b""
+        return memoryview(b"")
     if is_local(uri):
-        data = _local("read", uri, lambda path: _read_local(path, start, length))
+        data = memoryview(_local("read", uri, lambda path: _read_local(path, start, length)))
     else:
-        end = None if length is None else start + length
-        whole = start == 0 and end is None
-        data = _remote("read", uri, lambda fs: _cat(fs, uri, None if whole else start, end), on_retry=on_retry)
+        data = with_retries("read", uri, lambda: _read_remote(uri, start, length), on_retry=on_retry)
     if length is not None and len(data) != length:
         raise DataError(
             f"storage: {redact(uri)}: wanted {length} bytes at offset {start}, got {len(data)}. "
             "The file is shorter than its index says, or the server ignores ranges: check it with pipeline.verify."
         )
     return data
+
+
+def read_twice(uri: str) -> bytes:
+    """Read a small file that nothing else vouches for: a remote one until two reads agree.
+
+    Raises:
+        DataError: There is no such file, or every read of it differs.
+    """
+    data = read_bytes(uri)
+    if is_local(uri):
+        return data
+    for _ in range(_AGREEMENT_TRIES):
+        before, data = data, read_bytes(uri)
+        if before == data:
+            return data
+    raise DataError(
+        f"storage: {redact(uri)}: {_AGREEMENT_TRIES + 1} reads gave different bytes each time. It is being replaced "
+        "now, or the network damages what it carries: try again, then check the network."
+    )
+
+
+def _read_remote(uri: str, start: int, length: int | None) -> memoryview:
+    scheme = split_scheme(uri)[0]
+    is_whole = start == 0 and length is None
+    if scheme == "s3":
+        data = read_s3(uri, None if is_whole else start, length)
+        if isinstance(data, memoryview):
+            return data
+    fs = _file_system(scheme, "read")
+    return memoryview(_cat(fs, uri, None if is_whole else start, None if length is None else start + length))
 
 
 def _cat(fs: Any, uri: str, start: int | None, end: int | None) -> bytes:
@@ -297,7 +302,7 @@ class _RangeReader(io.RawIOBase):
         length = min(len(buffer), self._size - self._at)
         if length <= 0:
             return 0
-        buffer[:length] = read_bytes(self._uri, self._at, length)
+        buffer[:length] = read_view(self._uri, self._at, length)
         self._at += length
         return length
 

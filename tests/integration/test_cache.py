@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -124,10 +125,12 @@ def test_the_budget_holds_and_the_shard_unused_for_longest_goes(remote, tmp_path
     sizes = [remote.shard_bytes(shard) for shard in range(4)]
     cache = ShardCache(remote, folder=tmp_path, max_bytes=sum(sizes) - 1)
     stage(cache, [0, 1, 2])
+    for age_s, shard in enumerate((2, 0, 1)):
+        os.utime(cache.path(shard), (1e9 - age_s, 1e9 - age_s))
     cache.need([2, 3])
     cache.wait()
-    assert cache.staged(0) is None
-    assert all(cache.staged(shard) for shard in (1, 2, 3))
+    assert cache.staged(1) is None
+    assert all(cache.staged(shard) for shard in (0, 2, 3))
     assert cache.counters.evicted_shards == 1
     assert sum(path.stat().st_size for path in tmp_path.rglob("*.tar")) <= sum(sizes) - 1
     cache.close()
