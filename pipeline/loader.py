@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import numpy as np
 import torch
@@ -23,14 +24,18 @@ from pipeline.config import LoaderConfig, OrderConfig, ViewConfig
 from pipeline.data_report import DataReport
 from pipeline.decoders.base import Decoder
 from pipeline.decoders.choose import build_decoder, threads_of_rank
-from pipeline.errors import ConfigError, DataError
-from pipeline.manifest import Manifest
-from pipeline.order import Cursor, Order
+from pipeline.errors import ConfigError, DataError, MaelstromError
+from pipeline.manifest import DatasetInfo, Manifest, diff
+from pipeline.order import Cursor, Order, Share
 from pipeline.philox import I64
 from pipeline.pixels import DeviceCopier
 from pipeline.sample_source import Encoded, SampleSource
 from pipeline.shard_reader import ShardReader
 from pipeline.stats import PipelineStats
+from pipeline.storage import redact
+
+_NAMED = 10
+"""Shards that an error names at most."""
 
 
 class LoaderState(TypedDict):
@@ -167,8 +172,20 @@ class Loader:
             fingerprint=self._dataset.info.fingerprint,
         )
 
-    def load_state_dict(self, state: LoaderState) -> None:
+    def load_state_dict(
+        self,
+        state: LoaderState,
+        *,
+        trained_on: DatasetInfo | None = None,
+        on_change: Literal["refuse", "next-epoch"] = "refuse",
+    ) -> None:
         """Go to a place in the order. Takes constant time, whatever the place.
+
+        Args:
+            state: the place.
+            trained_on: the dataset that the state is of, where it was kept; names the shards that changed.
+            on_change: what happens where the dataset is another: `refuse`, or go on with its `next-epoch`. Never
+                within an epoch, for some samples would come twice and others not at all.
 
         Raises:
             DataError: the dataset is not the one that the state is of.
@@ -176,17 +193,16 @@ class Loader:
         """
         if self._threads:
             raise ConfigError("loader: the state must be loaded before the first batch is taken")
-        if state["fingerprint"] != self._dataset.info.fingerprint:
-            raise DataError(
-                f"dataset: {self._dataset.uri} has fingerprint {self._dataset.info.fingerprint[:16]}, the run was "
-                f"started on {state['fingerprint'][:16]}: its samples changed. "
-                "Restore the old shards, or start a new run"
-            )
         if state["seed"] != self._seed:
             raise ConfigError(
                 f"train.seed is {self._seed}, the run was started with {state['seed']}: keep the seed to resume"
             )
-        self._cursor = Cursor(state["epoch"], state["position"])
+        if state["fingerprint"] == self._dataset.info.fingerprint:
+            self._cursor = Cursor(state["epoch"], state["position"])
+        elif on_change == "next-epoch":
+            self._cursor = Cursor(state["epoch"] + bool(state["position"]), 0)
+        else:
+            raise DataError(describe_change(self._dataset, state["fingerprint"], trained_on))
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield micro-batches without end; iterating again goes on from where the last one stopped."""
@@ -239,10 +255,11 @@ class Loader:
     def _read_ahead(self) -> None:
         try:
             for share in self._order.shares(self._cursor):
-                self._reader.prepare(self._shards_ahead(share.epochs_B, share.positions_B))
+                if self._reader.is_staging:
+                    self._reader.prepare(self._shards_ahead(share))
                 for first in range(0, len(share.sample_ids_B), self._micro):
                     piece = slice(first, first + self._micro)
-                    with self.stats.busy("read", items=self._micro):
+                    with self.stats.busy("read", items=self._micro), self._naming("read", share.sample_ids_B[piece]):
                         encoded = self._source.fetch(share.sample_ids_B[piece], share.epochs_B[piece])
                     self.stats.add("read", num_bytes=sum(image.size for image in encoded.images))
                     last = first + self._micro >= len(share.sample_ids_B)
@@ -258,7 +275,8 @@ class Loader:
             while True:
                 with self.stats.waiting("decode"):
                     work = self._encoded.get()
-                with self.stats.busy("decode", items=len(work.encoded.images)):
+                ids_B = work.encoded.sample_ids_B
+                with self.stats.busy("decode", items=len(ids_B)), self._naming("decode", ids_B):
                     pixels_BHW3 = self._source.decode(work.encoded, self._decoder, self.report)
                     work = replace(work, pixels_BHW3=self._copier.begin(pixels_BHW3))
                 self.stats.add("decode", num_bytes=pixels_BHW3.numel())
@@ -268,11 +286,34 @@ class Loader:
         except BaseException as error:  # noqa: BLE001 - whatever it is, the caller must meet it
             self._decoded.fail(error)
 
-    def _shards_ahead(self, epochs_B: I64, positions_B: I64) -> list[int]:
+    def _shards_ahead(self, share: Share) -> list[int]:
+        """List the shards that are read now, then those that each lane comes to one shard later."""
+        lanes = self._order.lanes
+        horizon = lanes * max(1, self._order.num_samples // self._dataset.info.num_shards)
+        epochs_B, positions_B = np.divmod(
+            share.epochs_B * self._order.num_samples + share.positions_B + horizon, self._order.num_samples
+        )
         shards: list[int] = []
-        for epoch in np.unique(epochs_B):
-            shards += self._order.epoch(int(epoch)).shards_ahead(positions_B[epochs_B == epoch]).tolist()
+        for epochs, positions in ((share.epochs_B, share.positions_B), (epochs_B, positions_B)):
+            for epoch in np.unique(epochs):
+                shards += self._order.epoch(int(epoch)).shards_ahead(positions[epochs == epoch]).tolist()
         return shards
+
+    @contextmanager
+    def _naming(self, stage: str, sample_ids_B: I64) -> Iterator[None]:
+        """Turn a defect in a thread into an error that names the samples in flight."""
+        try:
+            yield
+        except (MaelstromError, ChannelClosedError):
+            raise
+        except Exception as error:
+            shards_B, _ = self._dataset.locate(sample_ids_B)
+            names = ", ".join(sorted({self._dataset.shard_name(int(shard)) for shard in shards_B})[:_NAMED])
+            raise DataError(
+                f"loader: the {stage} thread failed ({type(error).__name__}: {error}) on samples "
+                f"{sample_ids_B.tolist()} of {names}. Read them alone with pipeline.loader.read_samples, or check the "
+                "shards with pipeline.verify --full"
+            ) from error
 
 
 def read_samples(
@@ -313,6 +354,27 @@ def read_samples(
             decoder.close()
     labels_B = torch.from_numpy(encoded.labels_B).to(device)
     return Batch(images_BCHW, labels_B, ids_B, epochs_B, encoded.boxes, epoch, 0)
+
+
+def describe_change(dataset: Manifest, fingerprint: str, trained_on: DatasetInfo | None) -> str:
+    """Say that a dataset is not the one a run was started on, and in which shards.
+
+    Args:
+        dataset: what is there now.
+        fingerprint: of what the run was started on.
+        trained_on: its description, where it was kept.
+    """
+    what = (
+        f"dataset: {redact(dataset.uri)} has fingerprint {dataset.info.fingerprint[:16]}, the run was started on "
+        f"{fingerprint[:16]}: its samples changed"
+    )
+    changed = diff(trained_on, dataset.info) if trained_on and trained_on.fingerprint == fingerprint else []
+    if changed:
+        more = f" and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
+        what += f" in {len(changed)} of {dataset.info.num_shards} shards: {', '.join(changed[:_NAMED])}{more}"
+    elif trained_on and trained_on.fingerprint == fingerprint:
+        what += " places: the same shards are in another order"
+    return f"{what}. Restore the old shards, or start a new run"
 
 
 def _open_reader(dataset: Manifest, settings: LoaderConfig) -> ShardReader:

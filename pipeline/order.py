@@ -170,6 +170,7 @@ class Order:
         self._rank = rank
         self._world_size = world_size
         self.global_batch_size = global_batch_size
+        self.lanes = config.lanes
         self.num_samples = int(self._shard_sizes_S.sum())
         self._epochs: OrderedDict[int, EpochOrder] = OrderedDict()
         if global_batch_size % world_size:

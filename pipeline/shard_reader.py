@@ -63,6 +63,11 @@ class ShardReader:
         """What the cache did; all zero for local shards."""
         self._ranges = ThreadPoolExecutor(_RANGES_AT_ONCE, thread_name_prefix="range")
 
+    @property
+    def is_staging(self) -> bool:
+        """Whether shards are copied to this machine's disk, so that it is of use to `prepare` them."""
+        return self._cache is not None
+
     def prepare(self, shards: Iterable[int]) -> None:
         """Say which shards are read now and soon, first needed first; returns at once.
 
