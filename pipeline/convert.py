@@ -17,7 +17,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from pipeline import storage
 from pipeline.command import run_command, say, say_json
-from pipeline.convert_plan import ConvertSettings, Plan, make_plan, parse_size, tool_version
+from pipeline.convert_plan import Container, ConvertSettings, Plan, WriteMode, make_plan, parse_size, tool_version
 from pipeline.convert_target import check_places, claim, clean_up, find_finished, list_target, lock_target
 from pipeline.convert_task import (
     PARTS_FOLDER,
@@ -41,7 +41,7 @@ from pipeline.convert_task import (
 from pipeline.dataset_info import DatasetInfo
 from pipeline.dataset_writer import FinishedShard, write_dataset
 from pipeline.errors import ConfigError, DataError, InfrastructureError
-from pipeline.formats.webdataset import SUFFIX
+from pipeline.formats.container import suffix_of
 from pipeline.manifest import PLAN_FILE
 from pipeline.progress import Progress
 from pipeline.sources import LabelMode, Listing, open_source, pick, sample_keys
@@ -53,7 +53,7 @@ def convert(src: str, dst: str, settings: ConvertSettings | None = None, *, work
     """Make a dataset of a folder of images, or finish one that was begun.
 
     Args:
-        src: Folder of class folders, or a flat folder without labels; a path or a URI.
+        src: Folder of class folders, a flat folder without labels, or a dataset; a path or a URI.
         dst: Folder of the shards; new, empty, or this conversion's own.
         settings: What to make.
         workers: Processes; 0 means the cores this process may use.
@@ -98,15 +98,16 @@ def _make_parts(listing: Listing, dst: str, plan: Plan, *, workers: int) -> list
         stem = plan.shard_stem(shard)
         if f"{PARTS_FOLDER}/{stem}.parquet" in sizes:
             found = read_part(dst, stem, identity=identity)
-            if found is not None and found[0].size_bytes == sizes.get(stem + SUFFIX, 0):
+            if found is not None and found[0].size_bytes == sizes.get(stem + suffix_of(plan.settings.format), 0):
                 parts[shard] = found[0]
     missing = [shard for shard in range(plan.num_shards) if shard not in parts]
-    keys = sample_keys(listing.names)
+    keys = sample_keys(listing.names) if listing.keys is None else listing.keys
 
     def task(shard: int) -> ShardTask:
         places = plan.order[plan.bounds[shard] : plan.bounds[shard + 1]]
         return ShardTask(
             source=listing.uri,
+            source_kind=listing.kind,
             target=dst,
             stem=plan.shard_stem(shard),
             identity=identity,
@@ -171,12 +172,12 @@ def _commit(listing: Listing, dst: str, plan: Plan, parts: list[Part]) -> Datase
         )
     if reasons:
         _write_rejected(dst, parts)
-    for name, content in _neighbour_files(plan, kept).items():
+    for name, content in _neighbour_files(plan, kept).items() if plan.settings.format == "webdataset" else ():
         storage.write_atomic(storage.join(dst, name), json.dumps(content, indent=1).encode() + b"\n")
 
     def shards() -> Iterator[FinishedShard]:
         for part in kept:
-            shard = finished_shard(dst, part.stem, identity=plan.identity())
+            shard = finished_shard(dst, part.stem, identity=plan.identity(), container=plan.settings.format)
             if shard is not None:
                 yield shard
 
@@ -203,7 +204,7 @@ def _write_rejected(dst: str, parts: Sequence[Part]) -> None:
 def _neighbour_files(plan: Plan, kept: Sequence[Part]) -> dict[str, Any]:
     """Return what the wids library (`*-wids.json`) and timm (`_info.json`) read beside the tars."""
     split = plan.settings.split
-    names = [part.stem + SUFFIX for part in kept]
+    names = [part.stem + suffix_of(plan.settings.format) for part in kept]
     counts = [part.num_samples for part in kept]
     shards = [
         {"url": name, "nsamples": count, "filesize": part.size_bytes}
@@ -223,30 +224,37 @@ def _neighbour_files(plan: Plan, kept: Sequence[Part]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Arguments:
-    """Turn a folder of images into WebDataset shards with an index.
+    """Turn a folder of images, or a dataset, into shards with an index.
 
-    SRC is a folder of class folders (labels are the sorted folder names) or a flat folder (no labels). DST becomes the
-    dataset: shards, manifest.parquet, dataset.json. Stop and run again as you like: the same command goes on.
+    SRC is a folder of class folders (labels are the sorted folder names), a flat folder (no labels), or a dataset of
+    tars or betons, which keeps its order, keys, labels and shards. DST becomes the dataset: shards, manifest.parquet,
+    dataset.json. Stop and run again as you like: the same command goes on.
     """
 
     src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
-    """Folder of images: a path, s3://, gs:// or az://."""
+    """Folder of images or dataset: a path, s3://, gs:// or az://."""
     dst: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """Folder of the shards: new, empty, or this conversion's own."""
-    format: Literal["webdataset"] = "webdataset"
-    """Container of the shards."""
+    format: Container = "webdataset"
+    """Container of the shards: tars, or FFCV's betons."""
+    write_mode: WriteMode = "jpg"
+    """ffcv: jpg stores JPEG files (as they are unless resized), raw stores pixels, smart stores small images raw."""
+    smart_threshold: str = "256KiB"
+    """ffcv, smart: pixels (height x width x 3 bytes) up to this size are stored raw."""
     shard_size: str = "256MB"
     """Size a shard should have (MB, GB, MiB, GiB); an estimate with --resize."""
     samples_per_shard: int | None = None
     """Images of a shard, instead of --shard-size."""
     resize: int | None = None
     """Shorter side in pixels that larger images are shrunk to. None: images are stored as they are."""
+    max_resolution: int | None = None
+    """Longer side in pixels that larger images are shrunk to. None: no limit."""
     quality: int = 90
     """JPEG quality (1-100) of images that are shrunk."""
     workers: int = 0
     """Processes. 0: as many as there are cores. The result does not depend on it."""
     shuffle_seed: str = "0"
-    """Seed of the order images are stored in, or none: by name."""
+    """Seed of the order images are stored in, or none: by name. A dataset keeps its order."""
     split: str = "train"
     """Name of the dataset and first part of the shards' names."""
     limit: int | None = None
@@ -268,6 +276,9 @@ def _settings(arguments: Arguments) -> ConvertSettings:
     try:
         return ConvertSettings(
             format=arguments.format,
+            write_mode=arguments.write_mode,
+            smart_threshold_bytes=parse_size(arguments.smart_threshold, option="--smart-threshold"),
+            max_resolution=arguments.max_resolution,
             shard_size_bytes=parse_size(arguments.shard_size),
             samples_per_shard=arguments.samples_per_shard,
             resize=arguments.resize,

@@ -28,20 +28,29 @@ PLAN_VERSION = 1
 _MEMBER_OVERHEAD_BYTES = 3 * 1024
 _BYTES_PER_PIXEL = 0.25
 """Size of a photograph as JPEG at quality 90. Measured: 22 kB for 341x256 (ImageNet-like crops)."""
+Container = Literal["webdataset", "ffcv"]
+WriteMode = Literal["jpg", "raw", "smart"]
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 class ConvertSettings(Settings):
     """What a conversion makes. All but `strict` shapes the bytes, and must be the same to go on."""
 
-    format: Literal["webdataset"] = "webdataset"
+    format: Container = "webdataset"
     """Container of the shards."""
+    write_mode: WriteMode = "jpg"
+    """FFCV: `jpg` stores JPEG files, as they are where they are not resized; `raw` stores pixels; `smart` stores pixels
+    where they take at most `smart_threshold_bytes`, JPEG otherwise."""
+    smart_threshold_bytes: int = Field(default=2**18, ge=0)
+    """FFCV, `smart`: largest image, in bytes of pixels (height x width x 3), that is stored raw."""
     shard_size_bytes: int = Field(default=256 * 10**6, ge=1)
     """Size a shard should have; with `resize` an estimate. Not used where `samples_per_shard` is given."""
     samples_per_shard: int | None = Field(default=None, ge=1)
     """Images of a shard."""
     resize: int | None = Field(default=None, ge=1)
     """Shorter side in pixels that larger images are shrunk to. Nothing: images are stored as they are."""
+    max_resolution: int | None = Field(default=None, ge=8)
+    """Longer side in pixels that larger images are shrunk to, FFCV's measure. Nothing: no limit."""
     quality: int = Field(default=90, ge=1, le=100)
     """JPEG quality of images that are shrunk."""
     shuffle_seed: int | None = Field(default=0, ge=0, lt=2**64)
@@ -68,7 +77,25 @@ class ConvertSettings(Settings):
     def _readable(self) -> ConvertSettings:
         if self.resize is not None and self.resize < 8:
             raise ValueError(f"resize {self.resize} leaves nothing to learn from; at least 8 pixels")
+        if self.format != "ffcv" and self.write_mode != "jpg":
+            raise ValueError(f"write_mode {self.write_mode!r} is for the format ffcv")
         return self
+
+    @property
+    def resizes(self) -> bool:
+        """Whether images are shrunk."""
+        return self.resize is not None or self.max_resolution is not None
+
+    def describe(self) -> dict[str, Any]:
+        """Return what shapes the bytes; settings that do not apply are left out."""
+        left_out = {"strict"}
+        if self.max_resolution is None:
+            left_out.add("max_resolution")
+        if self.format != "ffcv":
+            left_out.add("write_mode")
+        if self.write_mode != "smart":
+            left_out.add("smart_threshold_bytes")
+        return self.model_dump(mode="json", exclude=left_out)
 
 
 @dataclass(frozen=True)
@@ -101,7 +128,7 @@ class Plan:
         return {
             "tool": "pipeline.convert",
             "plan_version": PLAN_VERSION,
-            "settings": self.settings.model_dump(mode="json", exclude={"strict"}),
+            "settings": self.settings.describe(),
             "listing_sha256": self.listing_sha256,
             "num_images": len(self.order),
             "num_shards": self.num_shards,
@@ -119,7 +146,7 @@ class Plan:
 
 def shaping_versions(settings: ConvertSettings) -> dict[str, str]:
     """Return the versions that the stored bytes depend on: none where images are stored as they are."""
-    if settings.resize is None:
+    if not settings.resizes and settings.write_mode == "jpg":
         return {}
     return {
         "pillow": PIL.__version__,
@@ -136,11 +163,20 @@ def tool_version() -> str:
 
 
 def make_plan(listing: Listing, settings: ConvertSettings) -> Plan:
-    """Order the images and cut them into shards."""
-    order = _order(len(listing), settings.shuffle_seed)
+    """Order the images and cut them into shards.
+
+    A dataset keeps its order, and its shards unless `samples_per_shard` says otherwise: with the same bytes, what comes
+    out has the same fingerprint.
+    """
+    kept = listing.bounds is not None
+    order = _order(len(listing), None if kept else settings.shuffle_seed)
     if settings.limit is not None:
         order = order[: settings.limit]
-    return Plan(settings, listing.digest(), order, _bounds(listing.sizes[order], settings))
+    if listing.bounds is not None and settings.samples_per_shard is None:
+        bounds = np.unique(np.minimum(listing.bounds, len(order)))
+    else:
+        bounds = _bounds(listing.sizes[order], settings)
+    return Plan(settings, listing.digest(), order, bounds)
 
 
 def _order(count: int, seed: int | None) -> npt.NDArray[np.int64]:
@@ -156,9 +192,7 @@ def _bounds(sizes: npt.NDArray[np.int64], settings: ConvertSettings) -> npt.NDAr
     count = len(sizes)
     if settings.samples_per_shard is not None:
         return np.append(np.arange(0, count, settings.samples_per_shard, dtype=np.int64), count)
-    stored = sizes
-    if settings.resize is not None:
-        stored = np.minimum(sizes, int(_BYTES_PER_PIXEL * settings.resize**2 * 4 / 3))
+    stored = _stored_sizes(sizes, settings)
     ends = np.cumsum(stored + _MEMBER_OVERHEAD_BYTES)
     total = int(ends[-1])
     num_shards = min(count, max(1, -(-total // settings.shard_size_bytes)))
@@ -167,7 +201,18 @@ def _bounds(sizes: npt.NDArray[np.int64], settings: ConvertSettings) -> npt.NDAr
     return np.unique(np.concatenate([[0], np.minimum(inner, count), [count]])).astype(np.int64)
 
 
-def parse_size(text: str) -> int:
+def _stored_sizes(sizes: npt.NDArray[np.int64], settings: ConvertSettings) -> npt.NDArray[np.int64]:
+    """Return about how many bytes each image will take, from the bytes it has."""
+    raw = settings.write_mode == "raw"
+    stored = (sizes * (3 / _BYTES_PER_PIXEL)).astype(np.int64) if raw else sizes
+    pixels = [settings.resize**2 * 4 / 3] if settings.resize is not None else []
+    pixels += [settings.max_resolution**2 * 3 / 4] if settings.max_resolution is not None else []
+    if not pixels:
+        return stored
+    return np.minimum(stored, int((3 if raw else _BYTES_PER_PIXEL) * min(pixels)))
+
+
+def parse_size(text: str, *, option: str = "--shard-size") -> int:
     """Return bytes for a size such as 256MB, 1.5GiB or 1000000.
 
     Raises:
@@ -175,5 +220,5 @@ def parse_size(text: str) -> int:
     """
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
     if not found or found.group(2).upper() not in _UNITS:
-        raise ConfigError(f"convert: --shard-size {text!r} is no size. Write it as 256MB, 1GB, 512MiB or in bytes.")
+        raise ConfigError(f"convert: {option} {text!r} is no size. Write it as 256MB, 1GB, 512MiB or in bytes.")
     return int(float(found.group(1)) * _UNITS[found.group(2).upper()])

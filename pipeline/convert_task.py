@@ -1,6 +1,6 @@
 """One shard of a conversion: a pure function of a slice of the source, run in a process of its own.
 
-A finished shard leaves three files: the tar, its DALI index, and its part, a small Parquet file with the shard's rows.
+A finished shard leaves its file, for a tar its DALI index, and its part, a small Parquet file with the shard's rows.
 The part is written last: where it is, and carries this plan's identity, the shard is done.
 """
 
@@ -24,12 +24,14 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.convert_plan import ConvertSettings
 from pipeline.dataset_writer import FinishedShard
-from pipeline.encode import NEEDS_RESIZE, reencode
+from pipeline.encode import NEEDS_RESIZE, reencode, shrunk_size, to_pixels
 from pipeline.errors import DataError, MaelstromError
-from pipeline.formats.webdataset import SUFFIX, WebDatasetWriter
+from pipeline.formats.container import suffix_of
+from pipeline.formats.ffcv_writer import BetonWriter, storable
+from pipeline.formats.webdataset import WebDatasetWriter
 from pipeline.screen import Probe, screen
-from pipeline.shard_table import NO_LABEL, ShardTable, TableBuilder
-from pipeline.sources import Source, open_source
+from pipeline.shard_table import ShardTable, TableBuilder
+from pipeline.sources import Source, SourceKind, open_source
 
 PARTS_FOLDER = "_parts"
 _STORED_FORMATS = ("jpeg", "png", "webp")
@@ -47,6 +49,7 @@ class ShardTask:
 
     Args:
         source: URI of the source.
+        source_kind: A folder of images, or a dataset.
         target: URI of the dataset's folder.
         stem: The shard's name without extension.
         identity: Of the plan it belongs to.
@@ -58,6 +61,7 @@ class ShardTask:
     """
 
     source: str
+    source_kind: SourceKind
     target: str
     stem: str
     identity: str
@@ -110,13 +114,14 @@ def read_part(target: str, stem: str, *, identity: str) -> tuple[Part, ShardTabl
     return Part(**head), ShardTable.from_arrow(table)
 
 
-def finished_shard(target: str, stem: str, *, identity: str) -> FinishedShard | None:
+def finished_shard(target: str, stem: str, *, identity: str, container: str) -> FinishedShard | None:
     """Return a finished part as the dataset's shard; nothing where the shard is empty."""
     found = read_part(target, stem, identity=identity)
     if found is None:
         raise DataError(f"convert: {part_uri(target, stem)} has vanished or changed. Run the same command again.")
     part, table = found
-    return FinishedShard(stem + SUFFIX, part.size_bytes, part.sha256, table) if part.num_samples else None
+    name = stem + suffix_of(container)
+    return FinishedShard(name, part.size_bytes, part.sha256, table) if part.num_samples else None
 
 
 def make_shard(task: ShardTask, stop: Event | None = None) -> Part:
@@ -133,9 +138,9 @@ def make_shard(task: ShardTask, stop: Event | None = None) -> Part:
     """
     rejected: list[tuple[str, str]] = []
     size_read = 0
-    source = open_source(task.source, labels=task.settings.labels)
-    uri = storage.join(task.target, task.stem + SUFFIX)
-    with WebDatasetWriter(uri) as writer:
+    source = open_source(task.source, labels=task.settings.labels, kind=task.source_kind)
+    uri = storage.join(task.target, task.stem + suffix_of(task.settings.format))
+    with BetonWriter(uri) if task.settings.format == "ffcv" else WebDatasetWriter(uri) as writer:
         for place, data in enumerate(_read_all(source, task)):
             if stop is not None and stop.is_set():
                 raise StoppedError("stopped")
@@ -148,9 +153,8 @@ def make_shard(task: ShardTask, stop: Event | None = None) -> Part:
                 rejected.append((name, found))
                 continue
             label = task.labels[place]
-            about = {"filename": name}
-            if task.classes is not None and label != NO_LABEL:
-                about["class"] = task.classes[label]
+            known = task.classes is not None and 0 <= label < len(task.classes)
+            about = source.about(name, class_name=task.classes[label] if task.classes and known else None)
             writer.add(task.keys[place], stored, found, label=label, metadata=about)
         if len(writer):
             written = writer.close()
@@ -169,12 +173,33 @@ def _prepare(data: bytes, settings: ConvertSettings) -> tuple[Probe | str, bytes
     found = screen(data, settings.limits)
     if isinstance(found, str):
         return found, b""
-    if settings.resize is None:
-        return (found, data) if found.format in _STORED_FORMATS else (NEEDS_RESIZE, b"")
-    smaller = reencode(data, found, short_side=settings.resize, quality=settings.quality)
-    if isinstance(smaller, str):
-        return smaller, b""
-    return screen(smaller, settings.limits), smaller
+    if settings.format == "ffcv" and _as_pixels(found, settings):
+        pixels = to_pixels(data, short_side=settings.resize, long_side=settings.max_resolution)
+        return (pixels, b"") if isinstance(pixels, str) else pixels
+    if settings.resizes:
+        smaller = reencode(
+            data,
+            found,
+            short_side=settings.resize,
+            long_side=settings.max_resolution,
+            quality=settings.quality,
+        )
+        if isinstance(smaller, str):
+            return smaller, b""
+        found, data = screen(smaller, settings.limits), smaller
+        if isinstance(found, str):
+            return found, b""
+    fits = storable(found) if settings.format == "ffcv" else found.format in _STORED_FORMATS
+    return (found, data) if fits else (NEEDS_RESIZE, b"")
+
+
+def _as_pixels(found: Probe, settings: ConvertSettings) -> bool:
+    if settings.write_mode != "smart":
+        return settings.write_mode == "raw"
+    width, height = shrunk_size(
+        found.width, found.height, short_side=settings.resize, long_side=settings.max_resolution
+    )
+    return width * height * 3 <= settings.smart_threshold_bytes
 
 
 def _read_all(source: Source, task: ShardTask) -> Iterator[bytes]:

@@ -9,14 +9,18 @@ from PIL import Image, ImageCms, ImageOps
 
 from pipeline.screen import Probe
 
+_DECODER_ERRORS = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+"""Pillow has no one exception for a broken file; these are what its decoders raise."""
 CANNOT_DECODE = "cannot be decoded"
 NEEDS_RESIZE = "format needs --resize"
-"""GIF, BMP and TIFF have no place in a WebDataset as they are."""
+"""GIF, BMP and TIFF have no place in a WebDataset as they are; in a beton, nothing but RGB and grey JPEG has."""
 _PROFILE_SEARCH_BYTES = 65_536
 
 
-def reencode(data: bytes, found: Probe, *, short_side: int, quality: int) -> bytes | str:
-    """Return a JPEG whose shorter side is at most `short_side`, or the reason why there is none.
+def reencode(
+    data: bytes, found: Probe, *, short_side: int | None, long_side: int | None = None, quality: int
+) -> bytes | str:
+    """Return a JPEG whose sides are at most `short_side` and `long_side`, or the reason why there is none.
 
     Upright (EXIF applied), sRGB (an embedded profile is converted), CMYK converted, alpha dropped, first frame only,
     grey stays grey, never enlarged. Bicubic with antialiasing. A JPEG that is all this already keeps its bytes.
@@ -24,31 +28,65 @@ def reencode(data: bytes, found: Probe, *, short_side: int, quality: int) -> byt
     Args:
         data: The encoded image.
         found: What its header says.
-        short_side: Pixels.
+        short_side: Pixels of the shorter side, or no limit.
+        long_side: Pixels of the longer side, or no limit.
         quality: JPEG quality, 1 to 100.
     """
-    if _is_fine(data, found, short_side):
+    if _is_fine(data, found, short_side, long_side):
         return data
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of sizes that the screen has already let through
-            with Image.open(io.BytesIO(data)) as image:
-                upright = ImageOps.exif_transpose(image)
-                plain = _plain(upright)
-                scale = short_side / min(plain.size)
-                if scale < 1:
-                    size = tuple(max(1, round(side * scale)) for side in plain.size)
-                    plain = plain.resize((size[0], size[1]), Image.Resampling.BICUBIC)
-                buffer = io.BytesIO()
-                plain.save(buffer, "JPEG", quality=quality)
-                return buffer.getvalue()
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
-        # Pillow has no one exception for a broken file; these are what its decoders raise.
+        buffer = io.BytesIO()
+        _shrunk(data, short_side, long_side).save(buffer, "JPEG", quality=quality)
+        return buffer.getvalue()
+    except _DECODER_ERRORS:
         return CANNOT_DECODE
 
 
-def _is_fine(data: bytes, found: Probe, short_side: int) -> bool:
-    small = min(found.width, found.height) <= short_side
+def to_pixels(data: bytes, *, short_side: int | None, long_side: int | None) -> tuple[Probe, bytes] | str:
+    """Return an image as bare RGB pixels, shrunk and made plain as `reencode` does, or the reason why there is none.
+
+    Returns:
+        What the pixels are, and height x width x 3 bytes.
+    """
+    try:
+        image = _shrunk(data, short_side, long_side).convert("RGB")
+    except _DECODER_ERRORS:
+        return CANNOT_DECODE
+    return Probe("raw", image.width, image.height, "RGB"), image.tobytes()
+
+
+def as_png(pixels: bytes, width: int, height: int) -> bytes:
+    """Return bare RGB pixels as a PNG file, which loses nothing."""
+    buffer = io.BytesIO()
+    Image.frombytes("RGB", (width, height), pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def shrunk_size(width: int, height: int, *, short_side: int | None, long_side: int | None) -> tuple[int, int]:
+    """Return width and height after shrinking; never larger."""
+    scales = [1.0]
+    if short_side is not None:
+        scales.append(short_side / min(width, height))
+    if long_side is not None:
+        scales.append(long_side / max(width, height))
+    scale = min(scales)
+    return (max(1, round(width * scale)), max(1, round(height * scale))) if scale < 1 else (width, height)
+
+
+def _shrunk(data: bytes, short_side: int | None, long_side: int | None) -> Image.Image:
+    """Decode an image: upright, 8-bit sRGB or grey, shrunk."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of sizes that the screen has already let through
+        with Image.open(io.BytesIO(data)) as image:
+            plain = _plain(ImageOps.exif_transpose(image))
+            size = shrunk_size(*plain.size, short_side=short_side, long_side=long_side)
+            # A fully decoded copy: the file is closed on return.
+            return plain.resize(size, Image.Resampling.BICUBIC) if size != plain.size else plain.copy()
+
+
+def _is_fine(data: bytes, found: Probe, short_side: int | None, long_side: int | None) -> bool:
+    size = found.width, found.height
+    small = shrunk_size(*size, short_side=short_side, long_side=long_side) == size
     kind = found.format == "jpeg" and found.mode in ("RGB", "L") and found.orientation == 1
     return small and kind and b"ICC_PROFILE" not in data[:_PROFILE_SEARCH_BYTES]
 

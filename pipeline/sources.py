@@ -20,6 +20,7 @@ from pipeline.shard_table import NO_LABEL
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 """File names that are taken for images, in any case. What the file really is, its content tells."""
 LabelMode = Literal["auto", "folders", "none"]
+SourceKind = Literal["folder", "dataset"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class Listing:
         labels: Class numbers, -1 where there are none.
         classes: Class names by number, or nothing.
         passed_over: Other files, counted by suffix.
+        kind: What the source is.
+        keys: The samples' keys where they are given, not made from the names.
+        bounds: Where shards begin and end, in a source that has shards.
+        fingerprint: Of the content, where the source knows it.
     """
 
     uri: str
@@ -41,6 +46,10 @@ class Listing:
     labels: npt.NDArray[np.int32]
     classes: list[str] | None
     passed_over: dict[str, int]
+    kind: SourceKind = "folder"
+    keys: pa.StringArray | None = None
+    bounds: npt.NDArray[np.int64] | None = None
+    fingerprint: str = ""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -54,6 +63,7 @@ class Listing:
         digest.update(self.sizes.astype("<i8").tobytes())
         digest.update(self.labels.astype("<i4").tobytes())
         digest.update("\0".join(self.classes or []).encode())
+        digest.update(self.fingerprint.encode())
         return digest.hexdigest()
 
 
@@ -65,6 +75,9 @@ class Source(Protocol):
 
     def read(self, name: str) -> bytes:
         """Return one image's bytes."""
+
+    def about(self, name: str, *, class_name: str | None) -> dict[str, Any] | None:
+        """Return what is stored as JSON beside one image."""
 
 
 class FolderSource:
@@ -85,6 +98,10 @@ class FolderSource:
     def read(self, name: str) -> bytes:
         """Return one image's bytes."""
         return storage.read_bytes(storage.join(self.uri, name))
+
+    def about(self, name: str, *, class_name: str | None) -> dict[str, Any] | None:
+        """Return the file's name, and its class where it has one."""
+        return {"filename": name} if class_name is None else {"filename": name, "class": class_name}
 
     def listing(self) -> Listing:
         """Return the folder's images by name.
@@ -112,7 +129,8 @@ class FolderSource:
             seen = ", ".join(f"{count} {suffix}" for suffix, count in other.most_common(5)) or "nothing"
             raise DataError(
                 f"convert: no image in {storage.redact(self.uri)}; seen: {seen}. Looked for "
-                f"{', '.join(IMAGE_SUFFIXES)}. (Folders of WebDataset tars need no conversion.)"
+                f"{', '.join(IMAGE_SUFFIXES)}. (A folder of WebDataset tars can be trained on as it is; to convert it, "
+                "first index it with pipeline.verify --write-manifest.)"
             )
         table = pa.array(names, pa.string())
         del names
@@ -145,9 +163,19 @@ class FolderSource:
         return codes[folders.indices.to_numpy()], classes
 
 
-def open_source(uri: str, *, labels: LabelMode) -> Source:
-    """Return the source at a URI; so far every source is a folder."""
-    return FolderSource(uri, labels=labels)
+def open_source(uri: str, *, labels: LabelMode, kind: SourceKind | None = None) -> Source:
+    """Return the source at a URI: a dataset, or a folder of images.
+
+    Args:
+        uri: A dataset has shards in it and `dataset.json`; betons need no `dataset.json`.
+        labels: Where labels come from.
+        kind: What it is, where that is known.
+    """
+    from pipeline.dataset_source import DatasetSource, is_dataset  # they need this module's names
+
+    if kind is None:
+        kind = "dataset" if is_dataset(uri) else "folder"
+    return DatasetSource(uri, labels=labels) if kind == "dataset" else FolderSource(uri, labels=labels)
 
 
 def sample_keys(names: pa.StringArray) -> pa.StringArray:

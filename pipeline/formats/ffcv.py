@@ -19,9 +19,11 @@ from pipeline import storage
 from pipeline.errors import DataError
 from pipeline.formats import beton
 from pipeline.formats.container import SUFFIXES, IndexedShard
+from pipeline.manifest import Rows
 from pipeline.screen import TRUNCATED, Probe, probe
-from pipeline.shard_table import NO_LABEL, ShardTable, TableBuilder
+from pipeline.shard_table import FORMATS, NO_LABEL, ShardTable, TableBuilder
 
+_RAW = FORMATS.index("raw")
 _CHUNK_BYTES = 2**20
 _MAX_SAMPLES = 2**32
 _MAX_TEXT_BYTES = 2**20
@@ -91,6 +93,10 @@ def read_layout(file: BinaryIO, *, name: str, size_bytes: int) -> Layout:
     text = _choose(fields, (beton.JSON, beton.BYTES), "meta", "key")
     if text is not None:
         used.add(text)
+        texts = rows[names[text]]
+        held = texts[texts["size"] > 0]
+        if (_sizes(held["ptr"], allocations, name) != held["size"]).any():
+            raise DataError(f"{name}: the beton's tables disagree about a sample's texts. Write it again.")
     ignored = Counter(f"field {entry.name!r}" for i, entry in enumerate(fields) if i not in used)
     return Layout(
         image=image,
@@ -120,12 +126,15 @@ def _exactly(file: BinaryIO, start: int, size: int, name: str) -> npt.NDArray[np
 
 
 def _sizes(places: npt.NDArray, allocations: npt.NDArray, name: str) -> npt.NDArray[np.int64]:
-    """Return the bytes of each image: the allocation that begins where it does."""
+    """Return the bytes at each place: the allocation that begins there."""
     order = np.argsort(allocations["ptr"], kind="stable")
     starts = allocations["ptr"][order]
     found = np.searchsorted(starts, places).clip(max=max(len(starts) - 1, 0))
-    if not len(starts) or (starts[found] != places).any():
-        raise DataError(f"{name}: an image lies where nothing was allocated; the beton is damaged. Write it again.")
+    if len(places) and (not len(starts) or (starts[found] != places).any()):
+        raise DataError(
+            f"{name}: a sample lies where nothing was allocated; the beton was cut or damaged. Copy it again from its "
+            "source, or write it again."
+        )
     return allocations["size"][order][found].astype(np.int64)
 
 
@@ -256,8 +265,20 @@ def _key_of(text: bytes, is_json: bool) -> str:
         return ""
 
 
+def shape_raw(images: list[npt.NDArray[np.uint8]], rows: Rows) -> None:
+    """Give bare pixels their shape, (height, width, 3), in place: so a decoder knows them from encoded images.
+
+    Args:
+        images: Bytes of some samples, as a shard holds them; samples that could not be read are empty.
+        rows: What the manifest says of them.
+    """
+    for i in np.flatnonzero(rows.formats_B == _RAW).tolist():
+        if images[i].size:
+            images[i] = images[i].reshape(rows.heights_B[i], rows.widths_B[i], 3)
+
+
 def read_metas(uri: str) -> list[dict[str, object] | None]:
-    """Return the JSON beside each image of a beton, without its key; nothing where there is none.
+    """Return what a beton knows of each image beside its key: `about`, or all of another writer's JSON; or nothing.
 
     Raises:
         DataError: It is no beton, or cut.
@@ -270,5 +291,6 @@ def read_metas(uri: str) -> list[dict[str, object] | None]:
         for entry in layout.texts:
             file.seek(int(entry["ptr"]))
             found = beton.parse_json(file.read(min(int(entry["size"]), _MAX_TEXT_BYTES)))
-            metas.append({key: value for key, value in found.items() if key != "key"} if found else None)
+            about = found.get("about") if found is not None and "key" in found else found
+            metas.append(about if isinstance(about, dict) else None)
         return metas

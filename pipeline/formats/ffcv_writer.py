@@ -40,7 +40,7 @@ class BetonWriter:
     last. The bytes depend on what is added and its order alone. Use it as a context manager; leaving it by an exception
     removes the temporary files.
 
-    Fields: `image` (RGBImageField), `label` (IntField, -1 for none), `meta` (JSONField: the key, and what is known).
+    Fields: `image` (RGBImageField), `label` (IntField, -1 for none), `meta` (JSONField: `key`, and `about` if given).
 
     Args:
         uri: Where the finished shard goes.
@@ -100,7 +100,7 @@ class BetonWriter:
             image: A JPEG file, stored as it is, or the pixels of a `raw` image: height x width x 3 bytes.
             found: What the image is.
             label: Class number, -1 for none.
-            metadata: Stored in the field `meta` beside the key.
+            metadata: Stored as `about` in the field `meta`.
 
         Raises:
             DataError: The key is taken, or FFCV cannot read such an image.
@@ -115,7 +115,8 @@ class BetonWriter:
             raise ValueError(f"{key}: {len(image)} bytes are not {found.height} x {found.width} x 3 pixels")
         if key in self._keys:
             raise DataError(f"{key!r} is already in {storage.name_of(self._uri)}: keys must be unique.")
-        meta = beton.json_bytes({"key": key, **dict(sorted((metadata or {}).items()))})
+        known = {} if metadata is None else {"about": dict(sorted(metadata.items()))}
+        meta = beton.json_bytes({"key": key, **known})
         if len(image) + len(meta) > beton.MAX_PAGE_BYTES:
             raise DataError(f"{key}: {len(image)} bytes do not fit in a beton's page of at most 2 GiB; use --resize.")
         try:
