@@ -13,10 +13,10 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import safetensors.torch
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -44,7 +44,9 @@ from train.checkpoint_files import (
 from train.config import RunConfig
 from train.distributed import World
 from train.errors import CheckpointError
+from train.host_buffers import HostBuffers
 from train.named_state import KINDS, ExportedState, NamedTensor
+from train.plain_engine import Place
 
 __all__ = ["CheckpointState", "CheckpointStore", "CheckpointWriteError", "load_weights"]
 
@@ -62,9 +64,26 @@ class StateExporter(Protocol):
     """What a save needs of an engine."""
 
     config: RunConfig
+    table: list[NamedTensor]
+    device: torch.device
 
-    def export_state(self) -> ExportedState:
+    def export_state(self, place: Place) -> ExportedState:
         """Copy this rank's share of the state to host memory; all ranks call it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """A state in host memory, on its way to a checkpoint.
+
+    Args:
+        step: optimizer steps done.
+        files: this rank's share, by kind, as the files will be.
+        document: content of state.json.
+    """
+
+    step: int
+    files: Mapping[str, memoryview]
+    document: Mapping[str, Any]
 
 
 class CheckpointState:
@@ -120,6 +139,7 @@ class CheckpointStore:
         self.keep_every = keep_every
         self._on_phase = on_phase or (lambda phase: None)
         self._current: int | None = None
+        self._buffers: HostBuffers | None = None
 
     def save(self, step: int, engine: StateExporter, client: Mapping[str, Any], *, world: World) -> str:
         """Save the state after `step` optimizer steps. All ranks call it together.
@@ -138,10 +158,32 @@ class CheckpointStore:
         Raises:
             CheckpointWriteError: on every rank alike, where any could not write; nothing earlier was touched.
         """
-        folder = storage.join(self.uri, step_name(step))
-        if self._current == step:
-            return folder
-        exported = engine.export_state()
+        if not self.has(step):
+            self.write(self.capture(step, engine, client, world=world), world=world)
+        return self.uri_of(step)
+
+    def has(self, step: int) -> bool:
+        """Tell whether this step is what was saved or loaded last."""
+        return self._current == step
+
+    def uri_of(self, step: int) -> str:
+        """Give the URI of a step's folder."""
+        return storage.join(self.uri, step_name(step))
+
+    def capture(self, step: int, engine: StateExporter, client: Mapping[str, Any], *, world: World) -> Captured:
+        """Copy the state to host memory: the half of a save that training waits for. All ranks call it together.
+
+        The copy is overwritten by the next one: what was captured before must be written by then.
+
+        Args:
+            step: optimizer steps done.
+            engine: whose state.
+            client: what the loop needs to go on, JSON types.
+            world: the processes of the run.
+        """
+        if self._buffers is None:
+            self._buffers = HostBuffers(engine.table, part=world.rank, device=engine.device)
+        exported = engine.export_state(self._buffers.place)
         self._on_phase("captured")
         document = {
             "format": FORMAT,
@@ -153,12 +195,25 @@ class CheckpointStore:
             "tensors": render_table(exported.table),
             "versions": {"torch": torch.__version__},
         }
-        self._write(step, exported, document, world=world)
-        self._current = step
+        return Captured(step, self._buffers.files(), document)
+
+    def write(self, captured: Captured, *, world: World) -> None:
+        """Write, commit, and remove what is no longer to be kept: the half of a save that a thread may do.
+
+        Touches neither the model nor the accelerator. All ranks call it together.
+
+        Args:
+            captured: what `capture` returned.
+            world: the processes of the run; in a thread, one from `World.for_a_thread`.
+
+        Raises:
+            CheckpointWriteError: on every rank alike, where any could not write; nothing earlier was touched.
+        """
+        self._write(captured, world=world)
+        self._current = captured.step
         if world.is_main:
-            self._prune(step)
+            self._prune(captured.step)
         self._on_phase("pruned")
-        return folder
 
     def latest(self, world: World, *, before: int | None = None) -> CheckpointState | None:
         """Find the newest checkpoint that every rank can read and whose every byte is as written.
@@ -199,9 +254,8 @@ class CheckpointStore:
 
     # ------------------------------------------------------------------------------------------ writing
 
-    def _write(self, step: int, exported: ExportedState, document: Mapping[str, Any], *, world: World) -> None:
-        """Write what was captured. Touches no tensor of the model: a thread could do it."""
-        folder = storage.join(self.uri, step_name(step))
+    def _write(self, captured: Captured, *, world: World) -> None:
+        step, folder = captured.step, self.uri_of(captured.step)
         failure = f"{storage.redact(folder)}: the checkpoint was not saved"
         with _agreed(world, failure, raises=CheckpointWriteError):
             if world.is_main:
@@ -209,9 +263,10 @@ class CheckpointStore:
         entries: list[FileEntry] = []
         try:
             with _agreed(world, failure, raises=CheckpointWriteError):
-                entries = self._write_parts(folder, exported, world=world)
+                for kind, content in captured.files.items():
+                    entries.append(write_file(folder, part_name(kind, world.rank, world.world_size), content))
                 if world.is_main:
-                    entries.append(write_file(folder, STATE_FILE, json.dumps(document, indent=1).encode()))
+                    entries.append(write_file(folder, STATE_FILE, json.dumps(captured.document, indent=1).encode()))
             self._on_phase("written")
             everything = [entry for part in world.gather(entries) for entry in part]
             with _agreed(world, failure, raises=CheckpointWriteError):
@@ -223,15 +278,6 @@ class CheckpointStore:
                     storage.delete(storage.join(folder, entry.name))
             raise
         self._on_phase("committed")
-
-    def _write_parts(self, folder: str, exported: ExportedState, *, world: World) -> list[FileEntry]:
-        entries = []
-        for kind in KINDS:
-            tensors = {name: kinds[kind] for name, kinds in exported.tensors.items() if kind in kinds}
-            if tensors:
-                name = part_name(kind, world.rank, world.world_size)
-                entries.append(write_file(folder, name, safetensors.torch.save(tensors, {"kind": kind})))
-        return entries
 
     def _commit(self, step: int, entries: list[FileEntry]) -> None:
         folder = storage.join(self.uri, step_name(step))

@@ -15,9 +15,11 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import safetensors.torch
+import torch
 import xxhash
 from torch import Tensor
 
@@ -79,7 +81,7 @@ def is_own_file(name: str) -> bool:
     return bool(_OWN_NAME.fullmatch(name) or _OWN_TMP_NAME.fullmatch(name))
 
 
-def hash_bytes(data: bytes) -> str:
+def hash_bytes(data: bytes | memoryview) -> str:
     """Hash a file's content."""
     return xxhash.xxh3_128_hexdigest(data)
 
@@ -94,8 +96,10 @@ def hash_file(uri: str) -> tuple[int, str]:
     return size, digest.hexdigest()
 
 
-def write_file(folder: str, name: str, data: bytes) -> FileEntry:
+def write_file(folder: str, name: str, data: bytes | memoryview) -> FileEntry:
     """Write a file whole or not at all, and read a local one back: a disk may lie about what it took.
+
+    The interpreter is free meanwhile, so that a training loop in another thread goes on.
 
     Raises:
         CheckpointError: what is there now is not what was written.
@@ -103,11 +107,21 @@ def write_file(folder: str, name: str, data: bytes) -> FileEntry:
     """
     uri = storage.join(folder, name)
     entry = FileEntry(name, len(data), hash_bytes(data))
-    storage.write_atomic(uri, data)
+    # A local file is written from any memory; the clients of object stores want an object of bytes.
+    storage.write_atomic(uri, cast("bytes", data) if storage.is_local(uri) else _as_bytes(data))
     # Object stores check what they receive themselves; its size is looked at before the commit.
     if storage.is_local(uri) and hash_file(uri) != (entry.size_bytes, entry.xxh3):
         raise CheckpointError(f"{uri}: reads back other than it was written. Check the disk.")
     return entry
+
+
+def _as_bytes(data: bytes | memoryview) -> bytes:
+    if isinstance(data, bytes):
+        return data
+    copied = bytearray(len(data))
+    # torch copies without holding the interpreter's lock; bytes(data) would stop the training loop for a second.
+    torch.frombuffer(copied, dtype=torch.uint8).copy_(torch.from_numpy(np.asarray(data)))
+    return cast("bytes", copied)
 
 
 def render_manifest(step: int, files: Iterable[FileEntry]) -> bytes:

@@ -130,6 +130,27 @@ class CheckpointSection(Settings):
     """Checkpoints kept besides those of `keep_every`."""
     keep_every: int = Field(default=0, ge=0)
     """Keep every checkpoint whose step is a multiple of this; 0 keeps none for that reason."""
+    mode: Literal["async", "sync"] = "async"
+    """`async`: training waits for the copy to host memory only; hashing, writing and uploading go on beside it.
+    `sync`: it waits for all of that. Either way a rank keeps its share of the state in host memory: 12 bytes a
+    parameter, divided by the ranks."""
+
+
+class GuardSection(Settings):
+    """What is done about numbers that go wrong."""
+
+    skipped_in_a_row: int = Field(default=5, ge=1)
+    """Steps in a row that may be skipped for a loss or gradient that is not finite. Then the weights go back to the
+    last checkpoint from before them, and the data goes on behind them. Steps that an fp16 loss scaler skips do not
+    count while its scale is above its floor."""
+    roll_backs: int = Field(default=3, ge=0)
+    """How often one start of the program may go back like that before it stops with exit code 5."""
+    spike_factor: float = Field(default=2.0, ge=0)
+    """Warn, and save an extra checkpoint, where the loss of a line is this many times the median of the last 20 lines;
+    0 never does."""
+    checksum_every_steps: int = Field(default=1000, ge=0)
+    """Steps between comparisons of the weights of all ranks (ZeRO 0-2), which must be equal to the last bit; 0 never
+    compares."""
 
 
 class LogSection(Settings):
@@ -160,6 +181,7 @@ class RunConfig(Settings):
     train: TrainSection = TrainSection(epochs=800)
     engine: EngineSection = EngineSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    guard: GuardSection = GuardSection()
     log: LogSection = LogSection()
 
     @property

@@ -143,17 +143,35 @@ class _FlatState(NamedState):
         return read_adam_step(self._inner)
 
 
+def _dynamic_scaler(engine: Any) -> Any | None:
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    return scaler if getattr(scaler, "dynamic", False) else None
+
+
+def keep_going_at_lowest_scale(engine: Any) -> None:
+    """Skip steps at the lowest loss scale too: DeepSpeed ends the program there, without a rank or a sample's name."""
+    scaler = _dynamic_scaler(engine)
+    if scaler is not None:
+        scaler.raise_error_at_min_scale = False
+
+
+def is_above_floor(engine: Any) -> bool:
+    """Tell whether the loss scaler can still go down; False where nothing is scaled."""
+    scaler = _dynamic_scaler(engine)
+    return scaler is not None and bool(scaler.cur_scale > scaler.min_scale)
+
+
 def read_loss_scaler(engine: Any) -> dict[str, Any]:
     """Return the dynamic loss scaler's state; empty where nothing is scaled."""
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    if scaler is None or not getattr(scaler, "dynamic", False):
+    scaler = _dynamic_scaler(engine)
+    if scaler is None:
         return {}
     return {name: getattr(scaler, name) for name in _SCALER_FIELDS if hasattr(scaler, name)}
 
 
 def write_loss_scaler(engine: Any, state: dict[str, Any]) -> None:
     """Put a loss scaler's state back; one of a run in another precision is left aside."""
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    if scaler is not None and getattr(scaler, "dynamic", False):
+    scaler = _dynamic_scaler(engine)
+    if scaler is not None:
         for name, value in state.items():
             setattr(scaler, name, value)

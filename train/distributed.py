@@ -6,6 +6,7 @@ gradients' traffic and never touch the accelerator.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import socket
@@ -188,6 +189,22 @@ class World:
         box = torch.tensor([value], dtype=torch.int64)
         dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.control)
         return int(box.item())
+
+    def for_a_thread(self, *, timeout_s: float) -> World:
+        """Give the same processes with a control group of their own, so that a thread can agree with its likes on the
+        other ranks while the main thread goes on. All ranks call it together, once a thread.
+
+        Args:
+            timeout_s: longest wait for another rank.
+        """
+        if self.control is None:
+            return dataclasses.replace(self)
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        return dataclasses.replace(self, control=group)
+
+    def device_name(self) -> str:
+        """Name this rank's host and device, for messages."""
+        return f"{socket.gethostname()}, {self.device}"
 
     def end(self) -> None:
         """Leave in an orderly way. Without it processes on gloo sometimes abort while they exit."""

@@ -1,4 +1,4 @@
-"""The training loop and what stands around it: opening, resuming, logging, saving, drawing.
+"""The training loop and what stands around it: logging, going back, saving, drawing.
 
 Shapes: B images, C channels, H height, W width, N patches.
 """
@@ -7,44 +7,42 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import psutil
 import torch
 
 from model.mae import MaskedAutoencoder
 from pipeline.augment import mask_noise
-from pipeline.loader import Batch, Loader
-from pipeline.manifest import Manifest, open_dataset
+from pipeline.loader import Batch
 from pipeline.storage import redact
-from train.checkpoint import CheckpointState, CheckpointStore, CheckpointWriteError
+from train.checkpoint import CheckpointWriteError
 from train.config import RunConfig
 from train.distributed import World, init_world
-from train.engine import Engine, build_engine, render_deepspeed_config
 from train.errors import NumericsError, Preempted
+from train.guard import Verdict
 from train.held_out import read_held_out
 from train.metrics import (
     LOSS_PICTURE,
     METRICS_FILE,
     RECONSTRUCTION_PICTURE,
     SUMMARY_FILE,
-    Meter,
-    Reporter,
     read_metrics,
     summary_table,
     throughput_summary,
 )
+from train.opening import Run, open_run
 from train.optim import lr_at
 from train.outcome import Outcome, write_json
 from train.pictures import complete, draw_loss, draw_reconstruction, spread_ids
 from train.preemption import Preemption
+from train.replicas import check_replicas
 from train.run_lease import RunLease
-from train.settings_text import to_toml
 from train.watchdog import Watchdog
 
 SAVE_FAILURES_ALLOWED = 3
@@ -66,7 +64,7 @@ def train(config: RunConfig, outcome: Outcome) -> None:
     with Preemption(world) as preemption, _hold(run_dir, world=world, outcome=outcome):
         if world.is_main:
             outcome.write("running", exit_code=None)
-        run = _open_run(config, world=world, outcome=outcome)
+        run = open_run(config, world=world, outcome=outcome)
         if run is not None:
             try:
                 with Watchdog(timeout_s=config.engine.timeout_s, folder=run_dir, rank=world.rank) as watchdog:
@@ -87,50 +85,53 @@ def _hold(run_dir: Path, *, world: World, outcome: Outcome) -> Iterator[None]:
         yield
 
 
-@dataclass
-class _Run:
-    """Everything the loop works with."""
-
-    config: RunConfig
-    world: World
-    outcome: Outcome
-    run_dir: Path
-    loader: Loader
-    held_out: Manifest | None
-    engine: Engine
-    store: CheckpointStore
-    reporter: Reporter
-    meter: Meter
-    first_step: int
-    total_steps: int
-    failed_saves: int = 0
-
-
 # ------------------------------------------------------------------------------------------------ the loop
 
 
-def _loop(run: _Run, preemption: Preemption, watchdog: Watchdog) -> None:
+def _loop(run: Run, preemption: Preemption, watchdog: Watchdog) -> None:
     """Take the steps. Nothing here reads a value back from the device unless a line of the log is due."""
     config, engine, loader = run.config, run.engine, run.loader
+    run.saver.on_wait = watchdog.beat
     batches = iter(loader)
-    losses, logged_step = torch.zeros((), device=engine.device), run.first_step
-    for step in range(run.first_step, run.total_steps):
+    losses, taken = torch.zeros((), device=engine.device), 0
+    done = run.first_step
+    while done < run.total_steps:
+        micro_batches = []
         for _ in range(engine.grad_accum_steps):
             batch = next(batches)
-            losses += engine.forward_backward(batch.images_BCHW, _noise(config, batch, device=engine.device))
-        lr = lr_at(step, config=config, steps_per_epoch=loader.steps_per_epoch, total_steps=run.total_steps)
+            loss = engine.forward_backward(batch.images_BCHW, _noise(config, batch, device=engine.device))
+            micro_batches.append(SeenBatch(batch.sample_ids_B, batch.epochs_B, batch.epoch, batch.position, loss))
+        lr = lr_at(done, config=config, steps_per_epoch=loader.steps_per_epoch, total_steps=run.total_steps)
+        skipped_before = engine.skipped_steps
         engine.step(lr)
         run.meter.step()
-        done = run.outcome.step = step + 1
+        done = run.outcome.step = done + 1
         run.reporter.advance(done)
+        was_taken = engine.skipped_steps == skipped_before
+        if was_taken:
+            losses, taken = losses + sum(seen.loss for seen in micro_batches) / len(micro_batches), taken + 1
+        if not (was_taken or engine.searches_loss_scale):
+            _record_skipped(run, done, micro_batches)
+        verdict = run.skips.judge("taken" if was_taken or engine.searches_loss_scale else "skipped")
+        if verdict in ("roll-back", "stop"):
+            done = _roll_back(run, done, verdict=verdict)
+            losses, taken = torch.zeros_like(losses), 0
+            watchdog.beat()
+            continue
         last = done == run.total_steps
         stopping = preemption.requested()
+        spike = False
 
         if last or stopping or _due(done, config.log.every_steps):
-            _log(run, done, lr=lr, mean_loss=losses / (engine.grad_accum_steps * (done - logged_step)), batch=batch)
-            losses, logged_step = torch.zeros_like(losses), done
-        if last or stopping or _due(done, config.checkpoint.every_steps):
-            _save(run, done)
+            spike = _log(run, done, lr=lr, mean_loss=losses / taken)
+            losses, taken = torch.zeros_like(losses), 0
+        if _due(done, config.guard.checksum_every_steps) and config.engine.zero_stage < 3:
+            check_replicas(engine.module, world=run.world, step=done)
+        # While steps are being skipped the weights are under suspicion: no checkpoint of them takes a good one's place.
+        if last or stopping or spike or (_due(done, config.checkpoint.every_steps) and not run.skips.in_a_row):
+            _save(run, done, wait=last or stopping)
+        elif run.saver.is_ready():
+            _finish_save(run)
         if last or _due(done, config.log.pictures_every_steps):
             _draw(run, done)
         if stopping and not last:
@@ -140,7 +141,7 @@ def _loop(run: _Run, preemption: Preemption, watchdog: Watchdog) -> None:
     _close(run)
 
 
-def _stop_message(run: _Run, reason: str) -> str:
+def _stop_message(run: Run, reason: str) -> str:
     reasons = [text for text in run.world.gather(reason) if text]
     return (
         f"stopped ({reasons[0] if reasons else 'asked to'}) and saved at step {run.outcome.step} of {run.total_steps}: "
@@ -157,13 +158,12 @@ def _noise(config: RunConfig, batch: Batch, *, device: torch.device) -> torch.Te
     return torch.from_numpy(noise_BN).to(device, non_blocking=True)
 
 
-def _log(run: _Run, done: int, *, lr: float, mean_loss: torch.Tensor, batch: Batch) -> None:
-    """Average over the ranks, check that training is sound, and write one line."""
+def _log(run: Run, done: int, *, lr: float, mean_loss: torch.Tensor) -> bool:
+    """Average over the ranks and write one line; tell whether a spike of the loss begins here."""
     config, world, loader = run.config, run.world, run.loader
     window = run.meter.close_window(wait_s=loader.wait_s)
     rates = window.rates()
     loss, rates["data_wait_share"] = world.mean([float(mean_loss), rates["data_wait_share"]])
-    _check_numbers(run, done, loss=loss, batch=batch)
     run.reporter.log(
         {
             "step": done,
@@ -174,31 +174,106 @@ def _log(run: _Run, done: int, *, lr: float, mean_loss: torch.Tensor, batch: Bat
             "grad_norm": run.engine.grad_norm(),
             **rates,
             "skipped_steps": run.engine.skipped_steps,
+            "roll_backs": run.skips.roll_backs,
             "loss_scale": run.engine.loss_scale,
             "memory_gib": _memory_gib(run.engine.device),
         }
     )
     if world.is_main:
         run.outcome.write("running", exit_code=None, total_steps=run.total_steps)
+    spike = run.spikes.begins(loss)
+    if spike:
+        run.reporter.say(
+            f"warning: step {done}: the loss is {loss:.4g}, usual is {run.spikes.usual_loss:.4g}; saving an extra "
+            "checkpoint and going on"
+        )
+    return spike
 
 
-def _check_numbers(run: _Run, done: int, *, loss: float, batch: Batch) -> None:
-    """Stop where the mean loss is not finite, and leave the batch's names for a replay. All ranks see one loss."""
-    if math.isfinite(loss):
+# ------------------------------------------------------------------------------------------------ numbers gone wrong
+
+
+class SeenBatch(NamedTuple):
+    """What is remembered of a micro-batch until its step is known to be sound."""
+
+    sample_ids_B: npt.NDArray[np.int64]
+    epochs_B: npt.NDArray[np.int64]
+    epoch: int
+    position: int
+    loss: torch.Tensor
+
+
+def _record_skipped(run: Run, done: int, micro_batches: list[SeenBatch]) -> None:
+    """Leave the names of a skipped step's images for a replay, on the ranks whose loss was not finite, or on all."""
+    rank, first = run.world.rank, micro_batches[0]
+    losses = [float(seen.loss) for seen in micro_batches]
+    sound = all(math.isfinite(loss) for loss in losses)
+    culprits = [number for number, is_sound in enumerate(run.world.gather(sound)) if not is_sound]
+    where = f"the loss on rank {', '.join(map(str, culprits))}" if culprits else "a gradient"
+    run.reporter.say(f"warning: step {done} skipped: {where} is not finite ({run.skips.in_a_row + 1} in a row)")
+    if culprits and rank not in culprits:
         return
-    rank = run.world.rank
-    path = run.run_dir / f"nonfinite-step-{done:06d}-rank-{rank}.json"
-    samples = {"sample_ids": batch.sample_ids_B.tolist(), "epochs": batch.epochs_B.tolist()}
-    write_json(path, {"step": done, "seed": run.config.train.seed, "position": batch.position, **samples})
-    raise NumericsError(
-        f"step {done}: the mean loss since the last line is {loss}, {run.engine.skipped_steps} steps were skipped. "
-        f"The last batch is named in {run.run_dir}/nonfinite-step-{done:06d}-rank-*.json. The newest checkpoint is "
-        "from before: lower optim.base_lr, set optim.grad_clip or use engine.precision autocast or fp32, and run again"
+    write_json(
+        run.run_dir / f"nonfinite-step-{done:06d}-at-{first.epoch}-{first.position}-rank-{rank}.json",
+        {
+            "step": done,
+            "rank": rank,
+            "seed": run.config.train.seed,
+            "epoch": first.epoch,
+            "position": first.position,
+            "sample_ids": [number for seen in micro_batches for number in seen.sample_ids_B.tolist()],
+            "epochs": [number for seen in micro_batches for number in seen.epochs_B.tolist()],
+            "losses": [loss if math.isfinite(loss) else None for loss in losses],
+        },
     )
 
 
-def _save(run: _Run, done: int) -> None:
-    """Save; a failure is a warning until it repeats, because the last good checkpoint is still there."""
+def _roll_back(run: Run, done: int, *, verdict: Verdict) -> int:
+    """Take the weights back to the last good checkpoint; the data goes on from here.
+
+    Skipped steps change nothing, so the same data would lead to the same weights: it is passed over.
+
+    Returns:
+        The checkpoint's step.
+
+    Raises:
+        NumericsError: there is no checkpoint, or this was done often enough.
+    """
+    story = (
+        f"step {done}: {run.skips.in_a_row} steps in a row had a loss or gradient that is not finite and were skipped; "
+        f"their images are named in {run.run_dir}/nonfinite-step-*.json"
+    )
+    remedy = "Lower optim.base_lr, set optim.grad_clip or use engine.precision autocast or fp32, and run again"
+    if verdict == "stop":
+        raise NumericsError(f"{story}. The run went back {run.skips.roll_backs} times already. {remedy}")
+    if run.saver.pending is not None:
+        _finish_save(run)
+    first_skipped = done - run.skips.in_a_row
+    state = run.store.latest(run.world, before=first_skipped + 1)
+    if state is not None and state.step == run.skips.target:  # tried before, and it led here again
+        state = run.store.latest(run.world, before=state.step) or state
+    if state is None:
+        raise NumericsError(f"{story}. There is no checkpoint from before to go back to. {remedy}")
+    run.engine.restore(state)
+    run.skips.rolled_back(state.step)
+    run.reporter.rewind(state.step)
+    place = run.loader.state_dict()
+    run.reporter.say(
+        f"warning: {story}; back to the weights of step {state.step} ({run.skips.roll_backs} of "
+        f"{run.config.guard.roll_backs} times), on to the images behind them (epoch {place['epoch']}, position "
+        f"{place['position']})"
+    )
+    run.outcome.step = state.step
+    return state.step
+
+
+# ------------------------------------------------------------------------------------------------ saving, drawing
+
+
+def _save(run: Run, done: int, *, wait: bool) -> None:
+    """Begin a save, after the one before is done; `wait` for its end where the run ends here."""
+    if run.saver.pending is not None:
+        _finish_save(run)
     run.meter.pause()
     client = {
         "step": done,
@@ -206,19 +281,28 @@ def _save(run: _Run, done: int) -> None:
         "total_steps": run.total_steps,
         "loader": run.loader.state_dict(),
     }
-    try:
-        uri = run.store.save(done, run.engine, client, world=run.world)
-        run.failed_saves = 0
-        run.reporter.say(f"saved step {done} to {redact(uri)}")
-    except CheckpointWriteError as error:
-        run.failed_saves += 1
-        if run.failed_saves >= SAVE_FAILURES_ALLOWED or done == run.total_steps:
-            raise
-        run.reporter.say(f"warning: {error}; training goes on ({run.failed_saves} of {SAVE_FAILURES_ALLOWED} allowed)")
+    run.saver.start(done, run.engine, client)
+    if wait or run.config.checkpoint.mode == "sync":
+        _finish_save(run, failure="raise" if wait else "warn")
     run.meter.go_on()
 
 
-def _draw(run: _Run, done: int) -> None:
+def _finish_save(run: Run, *, failure: Literal["warn", "raise"] = "warn") -> None:
+    """Take in a save's outcome; a failure is a warning until it repeats: the last good checkpoint is still there."""
+    try:
+        saved = run.saver.finish()
+    except CheckpointWriteError as error:
+        run.failed_saves += 1
+        if run.failed_saves >= SAVE_FAILURES_ALLOWED or failure == "raise":
+            raise
+        run.reporter.say(f"warning: {error}; training goes on ({run.failed_saves} of {SAVE_FAILURES_ALLOWED} allowed)")
+        return
+    if saved is not None:
+        run.failed_saves = 0
+        run.reporter.say(f"saved step {saved.step} to {redact(saved.uri)} (training waited {saved.stall_s:.2f} s)")
+
+
+def _draw(run: Run, done: int) -> None:
     """Draw the same held-out images with the same masks as every time before. All ranks enter, rank 0 draws."""
     count = run.config.log.num_pictures
     run.meter.pause()
@@ -238,92 +322,7 @@ def _draw(run: _Run, done: int) -> None:
     run.meter.go_on()
 
 
-# ------------------------------------------------------------------------------------------------ before and after
-
-
-def _open_run(config: RunConfig, *, world: World, outcome: Outcome) -> _Run | None:
-    """Open data, model, engine and reports at the newest checkpoint; None where the run is finished already."""
-    dataset = _open_together(config.data.train, world=world)
-    held_out = _open_together(config.data.val, world=world) if config.data.val else None
-    loader = Loader(
-        dataset,
-        config.view,
-        config.order,
-        config.loader,
-        seed=config.train.seed,
-        rank=world.rank,
-        world_size=world.world_size,
-        local_world_size=world.local_world_size,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        device=world.device,
-        # fp32 even for bf16 weights: the target is made from these pixels.
-        dtype=torch.float32,
-    )
-    total_steps = count_steps(config, steps_per_epoch=loader.steps_per_epoch)
-    checkpoint, keep = config.checkpoint, config.checkpoint.keep_last
-    store = CheckpointStore(config.checkpoint_dir, keep_last=keep, keep_every=checkpoint.keep_every)
-    state = store.latest(world)
-    first_step = outcome.step = state.step if state is not None else 0
-    if state is not None and first_step >= total_steps:
-        loader.close()
-        if world.is_main:
-            sys.stdout.write(f"finished: step {first_step} of {total_steps} is in {redact(state.uri)}; nothing to do\n")
-        return None
-    torch.manual_seed(config.train.seed)
-    engine = build_engine(config, model=MaskedAutoencoder(config.model), resume=state, world=world)
-    if state is not None:
-        loader.load_state_dict(state.client["loader"])
-    run_dir = Path(config.run_dir)
-    if world.is_main:
-        _write_settings(config, run_dir, world_size=world.world_size)
-    reporter = Reporter(
-        run_dir,
-        rank=world.rank,
-        total_steps=total_steps,
-        resumed_step=first_step,
-        tensorboard=config.log.tensorboard,
-    )
-    reporter.say(_opening_line(config, world, dataset, state, total_steps=total_steps))
-    meter = Meter(global_batch_size=config.train.global_batch_size)
-    return _Run(
-        config, world, outcome, run_dir, loader, held_out, engine, store, reporter, meter, first_step, total_steps
-    )
-
-
-def count_steps(config: RunConfig, *, steps_per_epoch: float) -> int:
-    """Derive the run's number of optimizer steps from `train.steps` or `train.epochs`."""
-    if config.train.steps is not None:
-        return config.train.steps
-    assert config.train.epochs is not None, "the settings give exactly one of the two"
-    return max(1, round(config.train.epochs * steps_per_epoch))
-
-
-def _open_together(uri: str, *, world: World) -> Manifest:
-    """Open a dataset on rank 0 first: where it has to be scanned, it is scanned once and then found by the others."""
-    dataset = open_dataset(uri) if world.is_main else None
-    world.barrier()
-    return dataset or open_dataset(uri)
-
-
-def _opening_line(
-    config: RunConfig, world: World, dataset: Manifest, state: CheckpointState | None, *, total_steps: int
-) -> str:
-    ranks = f"{world.world_size} rank{'s' if world.world_size > 1 else ''} on {world.device.type}"
-    data = f"{dataset.info.num_samples:,} images in {dataset.info.num_shards} shards"
-    if state is None:
-        return f"starting {config.run.name or config.recipe}: {total_steps} steps, {data}, {ranks}"
-    seen = state.client.get("images_seen", 0)
-    return (
-        f"resumed from step {state.step} (images_seen {seen:,}) of {redact(state.uri)}: to step {total_steps}, {ranks}"
-    )
-
-
-def _write_settings(config: RunConfig, run_dir: Path, *, world_size: int) -> None:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.toml").write_text(to_toml(config), encoding="utf-8")
-    if config.engine.kind == "deepspeed":
-        write_json(run_dir / "ds_config.json", render_deepspeed_config(config, world_size=world_size))
+# ------------------------------------------------------------------------------------------------ afterwards
 
 
 def _memory_gib(device: torch.device) -> float:
@@ -333,7 +332,7 @@ def _memory_gib(device: torch.device) -> float:
     return float(psutil.Process().memory_info().rss) / 2**30
 
 
-def _close(run: _Run) -> None:
+def _close(run: Run) -> None:
     """Say where the time went."""
     if not run.world.is_main:
         return

@@ -171,20 +171,39 @@ class Reporter:
         self._board: Any = None
         self._progress: Any = None
         self._started, self._first_step = time.perf_counter(), resumed_step
+        self._run_dir, self._tensorboard = run_dir, tensorboard
         if not self._writes:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / METRICS_FILE
-        truncate_after(path, resumed_step)
+        self._open_files(resumed_step)
+        if self._out.isatty():
+            self._start_progress(resumed_step)
+
+    def _open_files(self, step: int) -> None:
+        path = self._run_dir / METRICS_FILE
+        truncate_after(path, step)
         self._file = path.open("a", encoding="utf-8")
-        if tensorboard == "on":
+        if self._tensorboard == "on":
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(
-                str(run_dir / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else None
+                str(self._run_dir / "tensorboard"), purge_step=step + 1 if step or self._board is not None else None
             )
-        if self._out.isatty():
-            self._start_progress(resumed_step)
+
+    def rewind(self, step: int) -> None:
+        """Go back to a step: its later lines are cut away, as after a resume.
+
+        Args:
+            step: last step to keep.
+        """
+        if not self._writes:
+            return
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+        self._open_files(step)
+        self.advance(step)
 
     def _start_progress(self, step: int) -> None:
         from rich.console import Console

@@ -22,8 +22,8 @@ WORKER = Path(__file__).with_name("train_save_worker.py")
 LIMIT_S = 120
 
 
-def run(folder: Path, *, phase: str, last: int) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(WORKER), str(folder), phase, str(last)]
+def run(folder: Path, *, phase: str, last: int, mode: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(WORKER), str(folder), phase, str(last), mode]
     return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
 
 
@@ -38,21 +38,26 @@ def read_state(folder: Path) -> tuple[int, dict[str, torch.Tensor]]:
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     folder = tmp_path_factory.mktemp("unbroken")
-    done = run(folder, phase="never", last=5)
+    done = run(folder, phase="never", last=5, mode="sync")
     assert done.returncode == 0, done.stderr
     step, tensors = read_state(folder)
     assert step == 5
     return tensors
 
 
+FOUND = {"captured": 2, "written": 2, "checked": 2, "committed": 3, "pruned": 3}
+"""The step that is there after a kill in this phase of the save of step 3."""
+
+
 @pytest.mark.parametrize(
-    ("phase", "found"), [("captured", 2), ("written", 2), ("checked", 2), ("committed", 3), ("pruned", 3)]
+    ("mode", "phase"), [*(("async", phase) for phase in FOUND), ("sync", "written"), ("sync", "committed")]
 )
-def test_killed_in_each_phase(tmp_path: Path, unbroken: dict[str, torch.Tensor], phase: str, found: int) -> None:
-    assert run(tmp_path, phase=phase, last=3).returncode == -signal.SIGKILL
+def test_killed_in_each_phase(tmp_path: Path, unbroken: dict[str, torch.Tensor], mode: str, phase: str) -> None:
+    found = FOUND[phase]
+    assert run(tmp_path, phase=phase, last=3, mode=mode).returncode == -signal.SIGKILL
     assert read_state(tmp_path)[0] == found
     assert load_weights(str(tmp_path))[1]["step"] == found
-    done = run(tmp_path, phase="never", last=5)
+    done = run(tmp_path, phase="never", last=5, mode=mode)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"from {found}\n")
     step, tensors = read_state(tmp_path)
@@ -61,13 +66,13 @@ def test_killed_in_each_phase(tmp_path: Path, unbroken: dict[str, torch.Tensor],
     assert list(find_steps(str(tmp_path))) == [4, 5]
 
 
-def test_killed_at_random_moments(tmp_path: Path, unbroken: dict[str, torch.Tensor]) -> None:
+def test_killed_at_random_moments(tmp_path: Path) -> None:
     """Kills at moments drawn from a seed, many of which fall inside a file's write."""
     moments = random.Random(20)
     seen = 0
     for _ in range(6):
         with subprocess.Popen(
-            [sys.executable, str(WORKER), str(tmp_path), "never", "400"], stdout=subprocess.PIPE, text=True
+            [sys.executable, str(WORKER), str(tmp_path), "never", "400", "async"], stdout=subprocess.PIPE, text=True
         ) as child:
             assert child.stdout is not None
             assert child.stdout.readline().startswith("from ")

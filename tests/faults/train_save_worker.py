@@ -1,7 +1,8 @@
 """Saves checkpoints of a small model, and may be killed at a named moment of a save.
 
-Usage: train_save_worker.py FOLDER PHASE STEPS: trains to each step, saves, and dies of SIGKILL when the save of the
-last one passes PHASE (`never` to live). Resumes by itself. Ranks come from the launcher, if there is one.
+Usage: train_save_worker.py FOLDER PHASE STEPS MODE: trains to each step, saves, and dies of SIGKILL when the save of
+the last one passes PHASE (`never` to live). In MODE async the next step is trained while the save goes on. Resumes by
+itself. Ranks come from the launcher, if there is one.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -21,6 +22,7 @@ from train.checkpoint import CheckpointStore
 from train.config import RunConfig
 from train.distributed import init_world
 from train.engine import TorchEngine, build_engine
+from train.saver import Saver
 
 CONFIG = RunConfig.model_validate(
     {
@@ -47,17 +49,25 @@ class Wide(nn.Module):
         return Output((images_BCHW - noise_BN).square().mean())
 
 
+def report(saver: Saver) -> None:
+    saved = saver.finish()
+    if saved is not None:
+        print(f"saved {saved.step}", flush=True)
+
+
 def main() -> None:
     folder, phase, last = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    mode: Literal["async", "sync"] = "async" if sys.argv[4] == "async" else "sync"
     torch.set_num_threads(1)
     world = init_world(CONFIG)
 
     def die(passed: str) -> None:
-        if passed == phase and engine_step[0] == last:
+        if passed == phase and saving[0] == last:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    engine_step = [0]
+    saving = [0]
     store = CheckpointStore(folder, keep_last=2, on_phase=die)
+    saver = Saver(store, world=world, mode=mode)
     state = store.latest(world)
     torch.manual_seed(0)
     engine = build_engine(CONFIG, model=Wide(), resume=state, world=world)
@@ -67,9 +77,12 @@ def main() -> None:
         generator = torch.Generator().manual_seed(step)
         engine.forward_backward(torch.randn(2, 512, generator=generator), torch.randn(2, 512, generator=generator))
         engine.step(0.01)
-        engine_step[0] = step + 1
-        store.save(step + 1, engine, {"position": step + 1}, world=world)
-        print(f"saved {step + 1}", flush=True)
+        report(saver)
+        saving[0] = step + 1
+        saver.start(step + 1, engine, {"position": step + 1})
+        if mode == "sync":
+            report(saver)
+    report(saver)
     world.end()
 
 

@@ -233,8 +233,9 @@ def test_a_loss_that_is_not_finite_ends_with_code_5_and_names_the_batch(data: Da
     done = alone(data, run_dir, optim__base_lr="1e30", optim__grad_clip="0")
     assert done.returncode == 5, done.stderr
     names = list(run_dir.glob("nonfinite-step-*-rank-0.json"))
-    assert len(names) == 1
-    assert len(json.loads(names[0].read_text())["sample_ids"]) == 4
+    assert len(names) == 5, "one for each step that was skipped"
+    assert all(len(json.loads(path.read_text())["sample_ids"]) == 16 for path in names)
+    assert "no checkpoint from before" in done.stderr
 
 
 def test_a_run_folder_in_use_is_refused(data: Data, tmp_path: Path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -279,22 +280,29 @@ def failing_save(folder: Path) -> None:
         make_store(folder).save(6, engine, {}, world=WORLD)
 
 
-@pytest.fixture
+@contextmanager
 def small_disk() -> Iterator[None]:
-    """Let this process write files of 600 bytes at most: the kernel refuses more, as a full disk does."""
+    """Let this process write files of 600 bytes at most: the kernel refuses more, as a full disk does.
+
+    The limit is the whole process's: a log that pytest writes to meanwhile would be cut too.
+    """
     import resource
     import signal
 
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (600, old[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, old)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_full_disk_leaves_no_trace_and_the_last_good_one(saved: Path, small_disk: None) -> None:
-    failing_save(saved)
+def test_a_full_disk_leaves_no_trace_and_the_last_good_one(saved: Path) -> None:
+    engine = make_engine()
+    with pytest.raises(CheckpointWriteError, match="was not saved"), small_disk():
+        make_store(saved).save(6, engine, {}, world=WORLD)
     assert list(find_steps(str(saved))) == [2, 4]
     state = make_store(saved).latest(WORLD)
     assert state is not None

@@ -112,7 +112,7 @@ def test_all_mistakes_of_all_sources_come_at_once(tmp_path: Path):
         "engine.zero_stage = '7'",
         "image_size 65",
         "--optim.beta9",
-        "train.global_batch_size 128 is not a multiple",
+        "train.global_batch_size 64 is not a multiple",
         "'stray'",
         "data.train is not set",
     ):
@@ -144,7 +144,7 @@ def test_an_unknown_recipe_names_the_nearest():
     ("words", "part"),
     [
         (("--train.steps", "5", "--train.epochs", "5"), "exactly one of train.steps and train.epochs"),
-        (("--train.steps", "60"), "optim.warmup_steps 60"),
+        (("--train.steps", "60", "--optim.warmup-steps", "60"), "optim.warmup_steps 60"),
         (("--train.steps",), "--train.steps needs a value"),
         (("--config",), "--config needs the path"),
         (("--config", "/nowhere/run.toml"), "no such file"),
@@ -158,10 +158,11 @@ def test_what_cannot_work_is_refused_with_its_name(words, part):
 
 
 def test_batch_and_ranks_must_fit():
-    text = problems_of("demo", *DATA, env={"WORLD_SIZE": "3"})
+    sizes = ("--train.global-batch-size", "128", "--train.micro-batch-size", "32")
+    text = problems_of("demo", *DATA, *sizes, env={"WORLD_SIZE": "3"})
     assert "x 3 ranks" in text
     assert "use 192" in text
-    assert parse("demo", *DATA, env={"WORLD_SIZE": "2"}).train.global_batch_size == 128
+    assert parse("demo", *DATA, *sizes, env={"WORLD_SIZE": "2"}).train.global_batch_size == 128
 
 
 def test_a_file_that_is_no_toml_is_named(tmp_path: Path):

@@ -1,0 +1,100 @@
+"""One rank of a real run, in which things go wrong on purpose.
+
+Usage: train_run_worker.py PLAN.json [--local_rank=N], with the settings of `train.pretrain` under "words" and any of
+
+    "scale": [{"rank": R or null, "first": A, "last": B, "factor": F}]  images of micro-batches A to B are multiplied
+    "flip": {"rank": R, "after": N}                       one bit of one weight flips after micro-batch N
+    "kill": {"rank": R, "step": S} or {"rank": R, "phase": P, "save": N}  SIGKILL after step S, or in the N-th save
+
+Micro-batches and saves are counted from 0 and from 1 within this start of the program.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+
+import train.opening
+import train.pretrain
+from train.checkpoint import CheckpointStore
+from train.cli import parse_run
+from train.engine import Engine
+from train.outcome import Outcome, rank_of_environment
+
+RANK = rank_of_environment()
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def is_mine(fault: dict[str, Any]) -> bool:
+    return fault["rank"] in (None, RANK)
+
+
+def spoil(engine: Engine, plan: dict[str, Any]) -> Engine:
+    """Let the engine meet what the plan says."""
+    count = 0
+    forward_backward = engine.forward_backward
+
+    def spoiled(images_BCHW: torch.Tensor, noise_BN: torch.Tensor) -> torch.Tensor:
+        nonlocal count
+        for fault in plan.get("scale", []):
+            if is_mine(fault) and fault["first"] <= count <= fault["last"]:
+                images_BCHW = images_BCHW * fault["factor"]
+        loss = forward_backward(images_BCHW, noise_BN)
+        flip = plan.get("flip")
+        if flip and is_mine(flip) and count == flip["after"]:
+            weight = engine.module.get_parameter("blocks.0.mlp.fc1.weight")
+            weight.data.view(torch.int32)[1, 2] ^= 1
+        count += 1
+        return loss
+
+    engine.forward_backward = spoiled  # type: ignore[method-assign]
+    return engine
+
+
+def install(plan: dict[str, Any]) -> None:
+    build_engine = train.opening.build_engine
+    train.opening.build_engine = lambda *args, **words: spoil(build_engine(*args, **words), plan)
+    kill = plan.get("kill")
+    if kill is None or not is_mine(kill):
+        return
+    if "step" in kill:
+
+        class Deadly(Outcome):
+            def __setattr__(self, name: str, value: Any) -> None:
+                super().__setattr__(name, value)
+                if name == "step" and value == kill["step"]:
+                    die()
+
+        train.pretrain.Outcome = Deadly  # type: ignore[misc]
+        return
+    saves = 0
+
+    def on_phase(phase: str) -> None:
+        nonlocal saves
+        saves += phase == "captured"
+        if phase == kill["phase"] and saves == kill["save"]:
+            die()
+
+    train.opening.CheckpointStore = partial(CheckpointStore, on_phase=on_phase)  # type: ignore[assignment, misc]
+
+
+def main() -> int:
+    plan = json.loads(Path(sys.argv[1]).read_text())
+    install(plan)
+    return train.pretrain.run(parse_run(plan["words"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
