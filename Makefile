@@ -7,6 +7,8 @@ PY := .venv/bin/python
 STAMP := .venv/.setup-stamp
 PYTEST := $(PY) -m pytest
 # Tests run small models: more threads than cores would only fight over them.
+# Two at a time: many tests start ranks of their own. Set to 0 to debug in one process.
+WORKERS ?= 2
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONFAULTHANDLER=1
 
 help: ## show this list
