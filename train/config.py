@@ -115,6 +115,8 @@ class EngineSection(Settings):
     """Where optimizer state lives (ZeRO 1-3)."""
     offload_parameters: Literal["none", "cpu"] = "none"
     """Where sharded weights live (ZeRO 3)."""
+    device_memory_gib: float = Field(default=0.0, ge=0)
+    """Memory of one GPU in GiB, for the advice of `--dry-run`; 0: what nvidia-smi says."""
     timeout_s: float = Field(default=600.0, gt=0)
     """Seconds a rank waits for the others, or a step may take, before the run ends with the stacks of all ranks."""
 

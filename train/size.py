@@ -9,10 +9,11 @@ from pipeline.errors import MaelstromError
 from pipeline.manifest import open_dataset
 from train.checks import world_size_of
 from train.config import RunConfig
+from train.fit import describe_fit, device_bytes_of
 
 
 def describe_size(config: RunConfig) -> list[str]:
-    """Describe steps, batches, parameters and operations of a run.
+    """Describe steps, batches, parameters, operations and memory of a run.
 
     Args:
         config: checked settings; with `data.train` the dataset's index is opened, without it epochs stay epochs.
@@ -36,7 +37,7 @@ def describe_size(config: RunConfig) -> list[str]:
         f"training operations: {flops / 1e9:.1f} GFLOP an image, {flops * batch / 1e12:.2f} TFLOP a step",
         f"checkpoints: {config.checkpoint_dir}, every {config.checkpoint.every_steps} steps",
     ]
-    return lines
+    return [*lines, *describe_fit(config, world_size=world_size, device_bytes=device_bytes_of(config))]
 
 
 def _steps_line(config: RunConfig) -> str:
