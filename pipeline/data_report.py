@@ -6,6 +6,7 @@ import json
 import threading
 from collections import Counter, deque
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 from pipeline import storage
@@ -123,3 +124,29 @@ class DataReport:
     def write(self, uri: str) -> None:
         """Write the report as JSON."""
         storage.write_atomic(uri, json.dumps(self.to_json(), indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def merge_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Add up the reports of several ranks, or of one run before and after a stop.
+
+    Args:
+        reports: As `DataReport.to_json` gives them.
+
+    Returns:
+        One report of the same form; the first hundred bad samples are those of the reports in turn.
+    """
+    reasons: Counter[str] = Counter()
+    shards: Counter[str] = Counter()
+    for report in reports:
+        reasons.update(report["reasons"])
+        shards.update(report["shards"])
+    # In turn, so that no rank's list hides another's.
+    in_turn = [entry for row in zip_longest(*(report["first"] for report in reports)) for entry in row if entry]
+    unique = {(entry["shard"], entry["key"], entry["reason"]): entry for entry in in_turn}
+    return {
+        "num_seen": sum(report["num_seen"] for report in reports),
+        "num_bad": sum(report["num_bad"] for report in reports),
+        "reasons": dict(reasons.most_common()),
+        "shards": dict(shards.most_common(_KEPT)),
+        "first": list(unique.values())[:_KEPT],
+    }

@@ -374,7 +374,7 @@ def describe_change(dataset: Manifest, fingerprint: str, trained_on: DatasetInfo
         what += f" in {len(changed)} of {dataset.info.num_shards} shards: {', '.join(changed[:_NAMED])}{more}"
     elif trained_on and trained_on.fingerprint == fingerprint:
         what += " places: the same shards are in another order"
-    return f"{what}. Restore the old shards, or start a new run"
+    return f"{what}. Restore the old shards, start a new run, or accept them with data.on_change next-epoch"
 
 
 def _open_reader(dataset: Manifest, settings: LoaderConfig) -> ShardReader:

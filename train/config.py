@@ -29,6 +29,9 @@ class DataSection(Settings):
     """Training shards. Required."""
     val: str = ""
     """Held-out shards, for pictures and the held-out loss. Empty: none."""
+    on_change: Literal["refuse", "next-epoch"] = "refuse"
+    """Where the training shards are not those that the run was started on: stop and name them, or go on with them
+    from the next epoch."""
 
 
 class TrainSection(Settings):

@@ -5,7 +5,6 @@ Shapes: B images, C channels, H height, W width, N patches.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import torch
 
 from model.mae import MaskedAutoencoder
 from pipeline.augment import mask_noise
+from pipeline.errors import DataError
 from pipeline.loader import Batch
 from pipeline.storage import redact
 from train.checkpoint import CheckpointWriteError
@@ -42,6 +42,7 @@ from train.outcome import Outcome, write_json
 from train.pictures import complete, draw_loss, draw_reconstruction, spread_ids
 from train.preemption import Preemption
 from train.replicas import check_replicas
+from train.run_data import DATA_REPORT_FILE, collect_data_report, leave_data_report
 from train.run_lease import RunLease
 from train.watchdog import Watchdog
 
@@ -69,6 +70,9 @@ def train(config: RunConfig, outcome: Outcome) -> None:
             try:
                 with Watchdog(timeout_s=config.engine.timeout_s, folder=run_dir, rank=world.rank) as watchdog:
                     _loop(run, preemption, watchdog)
+            except DataError:
+                leave_data_report(run.loader.report, run_dir=run_dir, rank=world.rank)
+                raise
             finally:
                 run.reporter.close()
                 run.loader.close()
@@ -280,6 +284,7 @@ def _save(run: Run, done: int, *, wait: bool) -> None:
         "images_seen": done * run.config.train.global_batch_size,
         "total_steps": run.total_steps,
         "loader": run.loader.state_dict(),
+        "data_report": _data_report(run),
     }
     run.saver.start(done, run.engine, client)
     if wait or run.config.checkpoint.mode == "sync":
@@ -332,18 +337,21 @@ def _memory_gib(device: torch.device) -> float:
     return float(psutil.Process().memory_info().rss) / 2**30
 
 
+def _data_report(run: Run) -> dict[str, Any]:
+    return collect_data_report(run.loader.report, run_dir=run.run_dir, world=run.world, earlier=run.earlier_data_report)
+
+
 def _close(run: Run) -> None:
-    """Say where the time went."""
+    """Say where the time went. All ranks enter."""
+    report = _data_report(run)
     if not run.world.is_main:
         return
     summary = throughput_summary(run.meter.total, run.loader.stats.snapshot(), world_size=run.world.world_size)
     lines: list[dict[str, Any]] = read_metrics(run.run_dir)
     final_loss = lines[-1]["loss"] if lines else None
-    report = run.loader.report.to_json()
     more = {"final_loss": final_loss, "bad_samples": report["num_bad"], "world_size": run.world.world_size}
     write_json(run.run_dir / SUMMARY_FILE, {**summary, **more})
     if report["num_bad"]:
-        (run.run_dir / "data-report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-        run.reporter.say(f"{report['num_bad']} bad samples were replaced: see {run.run_dir}/data-report.json")
+        run.reporter.say(f"{report['num_bad']} bad samples were replaced: see {run.run_dir}/{DATA_REPORT_FILE}")
     run.reporter.say(summary_table(summary))
     run.reporter.say(f"done: {run.total_steps} steps; {run.run_dir}/{METRICS_FILE}, {run.run_dir}/{LOSS_PICTURE}")

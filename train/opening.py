@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from train.engine import Engine, build_engine, render_deepspeed_config
 from train.guard import SkipGuard, SpikeGuard
 from train.metrics import Meter, Reporter
 from train.outcome import Outcome, write_json
+from train.run_data import keep_description, kept_description
 from train.saver import Saver
 from train.settings_text import to_toml
 
@@ -42,6 +44,7 @@ class Run:
     spikes: SpikeGuard
     first_step: int
     total_steps: int
+    earlier_data_report: dict[str, Any] | None
     failed_saves: int = 0
 
 
@@ -63,9 +66,12 @@ def open_run(config: RunConfig, *, world: World, outcome: Outcome) -> Run | None
     torch.manual_seed(config.train.seed)
     engine = build_engine(config, model=MaskedAutoencoder(config.model), resume=state, world=world)
     if state is not None:
-        loader.load_state_dict(state.client["loader"])
+        place = state.client["loader"]
+        trained_on = kept_description(config.checkpoint_dir, place["fingerprint"])
+        loader.load_state_dict(place, trained_on=trained_on, on_change=config.data.on_change)
     run_dir = Path(config.run_dir)
     if world.is_main:
+        keep_description(config.checkpoint_dir, dataset.info)
         _write_settings(config, run_dir, world_size=world.world_size)
     reporter = Reporter(
         run_dir,
@@ -93,6 +99,7 @@ def open_run(config: RunConfig, *, world: World, outcome: Outcome) -> Run | None
         spikes=SpikeGuard(factor=config.guard.spike_factor),
         first_step=first_step,
         total_steps=total_steps,
+        earlier_data_report=state.client.get("data_report") if state is not None else None,
     )
 
 

@@ -57,5 +57,11 @@ def collect_data_report(
     return merged
 
 
+def leave_data_report(report: DataReport, *, run_dir: Path, rank: int) -> None:
+    """Write this rank's report alone, where a run ends early and the ranks do not meet any more."""
+    if report.num_bad:
+        report.write(str(run_dir / f"data_report-rank-{rank}.json"))
+
+
 def _description_uri(checkpoint_dir: str, fingerprint: str) -> str:
     return storage.join(checkpoint_dir, f"dataset-{fingerprint[:16]}.json")
