@@ -1,0 +1,180 @@
+"""Loader-only throughput: `python -m pipeline.bench URI`; beside other loaders: `python -m pipeline.bench --peers`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import psutil
+import torch
+import tyro
+
+from pipeline.bench_subjects import PixelLoader, Setup
+from pipeline.command import run_command, say, say_json
+from pipeline.config import LoaderConfig, OrderConfig, ViewConfig
+from pipeline.errors import ConfigError
+from pipeline.loader import Loader
+from pipeline.manifest import open_dataset
+
+_WARM_UP_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Measure how fast a dataset is read and decoded, without a model.
+
+    Order, boxes and flips are those of a training run. CPU time counts all threads of this process.
+    """
+
+    uri: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URI")] = ""
+    """Folder of the dataset: a path, s3://, gs:// or az://. Not with --peers."""
+    decoder: Literal["auto", "dali", "turbo"] = "auto"
+    """Decoder, as loader.decoder."""
+    interpolation: Literal["bicubic", "bilinear", "area"] = "bicubic"
+    """Resize filter, as in the view's settings."""
+    output: Literal["uint8", "normalised"] = "uint8"
+    """uint8: pixels as they leave the host of a GPU. normalised: float32, also where the CPU must compute it."""
+    size: int = 224
+    """Height and width of the images in pixels."""
+    batch_size: int = 64
+    """Images of a batch."""
+    num_threads: int = 0
+    """Decoding threads. 0: as many as there are cores."""
+    seconds: float = 10.0
+    """Length of the measurement; with --peers, of each of its repeats (2 where not given)."""
+    device: str = ""
+    """Where batches are wanted. Empty: cuda where there is one, cpu otherwise."""
+    peers: bool = False
+    """Compare with other loaders on photographs that are made for it: torch, webdataset, DALI, FFCV."""
+    repeats: int = 5
+    """--peers: rounds."""
+    folder: Path = Path("runs/bench")
+    """--peers: where the photographs and datasets are made and kept (0.6 GB)."""
+    report: Path | None = None
+    """--peers: Markdown file whose measured part is written anew, with a chart beside it."""
+    json: bool = False
+    """Write the result to stdout as JSON: images_per_s, cpu_ms_per_image, stages."""
+
+
+def measure(arguments: Arguments) -> dict[str, Any]:
+    """Run the loader for some seconds and return what it did.
+
+    Returns:
+        images_per_s (wall), cpu_ms_per_image, first_batch_s (from the opened dataset to the first batch), rss_mib,
+        and `stages`: items, busy_s, wait_s and bytes of each stage.
+
+    Raises:
+        ConfigError: The settings cannot work.
+        DataError: The dataset cannot be read.
+    """
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dataset = open_dataset(arguments.uri)
+    kind = PixelLoader if arguments.output == "uint8" else Loader
+    start_s = time.perf_counter()
+    with kind(
+        dataset,
+        ViewConfig(height=arguments.size, width=arguments.size, interpolation=arguments.interpolation),
+        OrderConfig(),
+        LoaderConfig(decoder=arguments.decoder, num_threads=arguments.num_threads),
+        seed=0,
+        global_batch_size=arguments.batch_size,
+        micro_batch_size=arguments.batch_size,
+        device=device,
+    ) as loader:
+        batches = iter(loader)
+        next(batches)
+        first_batch_s = time.perf_counter() - start_s
+        for _ in range(_WARM_UP_BATCHES):
+            next(batches)
+        before = loader.stats.snapshot()
+        cpu_s, start_s, images = time.process_time(), time.perf_counter(), 0
+        while time.perf_counter() - start_s < arguments.seconds:
+            images += next(batches).images_BCHW.shape[0]
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        wall_s, cpu_s = time.perf_counter() - start_s, time.process_time() - cpu_s
+        after = loader.stats.snapshot()
+        num_bad = loader.report.num_bad
+    stages = {
+        stage: {name: value - before[stage][name] for name, value in counters.items()}
+        for stage, counters in after.items()
+    }
+    return {
+        "images_per_s": images / wall_s,
+        "cpu_ms_per_image": 1e3 * cpu_s / images,
+        "first_batch_s": first_batch_s,
+        "rss_mib": psutil.Process().memory_info().rss / 2**20,
+        "num_images": images,
+        "num_bad": num_bad,
+        "device": str(device),
+        "stages": stages,
+    }
+
+
+def _say_measured(found: dict[str, Any]) -> None:
+    say(
+        f"bench: {found['images_per_s']:,.0f} images/s, {found['cpu_ms_per_image']:.3f} CPU-ms an image, first batch "
+        f"after {found['first_batch_s']:.2f} s, {found['rss_mib']:,.0f} MiB"
+    )
+    for stage, counters in found["stages"].items():
+        say(
+            f"  {stage:<7} busy {counters['busy_s']:7.2f} s, waited {counters['wait_s']:7.2f} s, "
+            f"{counters['items']:,.0f} images, {counters['bytes'] / 1e6:,.1f} MB"
+        )
+
+
+def _run_peers(arguments: Arguments) -> int:
+    # matplotlib and the peers are imported where they are used.
+    from pipeline.bench_peers import machine, measure_peers
+    from pipeline.bench_report import as_table, write_report
+    from pipeline.bench_sources import make_sources
+
+    folder = arguments.folder.resolve()
+    make_sources(folder)
+    num_threads = arguments.num_threads or len(os.sched_getaffinity(0))
+    about = {**machine(), "num_threads": num_threads, "batch_size": arguments.batch_size}
+    found = measure_peers(
+        Setup(folder, num_threads, arguments.batch_size),
+        repeats=arguments.repeats,
+        seconds=arguments.seconds if arguments.seconds != Arguments.seconds else 2.0,
+    )
+    result = {"machine": about, "subjects": [subject.to_json() for subject in found]}
+    (folder / "peers.json").write_text(json.dumps(result, indent=1) + "\n")
+    if arguments.report is not None:
+        write_report(arguments.report, found, about)
+    if arguments.json:
+        say_json(result)
+    else:
+        say(as_table(found))
+    return 0
+
+
+def _run(arguments: Arguments) -> int:
+    if bool(arguments.uri) == arguments.peers:
+        raise ConfigError("bench: give either a dataset's URI or --peers.")
+    if arguments.seconds <= 0 or arguments.batch_size < 1 or arguments.repeats < 1 or arguments.num_threads < 0:
+        raise ConfigError("bench: --seconds must be above 0, --batch-size and --repeats 1 or more, --num-threads 0 up.")
+    if arguments.peers:
+        return _run_peers(arguments)
+    found = measure(arguments)
+    if arguments.json:
+        say_json(found)
+    else:
+        _say_measured(found)
+    return 0
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    arguments = tyro.cli(Arguments, args=args, prog="python -m pipeline.bench", config=(tyro.conf.FlagCreatePairsOff,))
+    return run_command(lambda: _run(arguments), interrupted="bench: stopped.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
