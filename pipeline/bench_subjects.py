@@ -129,7 +129,7 @@ def bare_loop(setup: Setup, subject: Subject) -> Batches:
             if subject.resize_filter == "area":
                 cv2.resize(cut_HW3, (SIZE, SIZE), dst=out_HW3, interpolation=cv2.INTER_AREA)
             else:
-                cut_1CHW = torch.from_numpy(cut_HW3.copy()).permute(2, 0, 1).unsqueeze(0)
+                cut_1CHW = torch.from_numpy(cut_HW3.copy()).unsqueeze(0).permute(0, 3, 1, 2)
                 resized_1CHW = torch.nn.functional.interpolate(
                     cut_1CHW, size=(SIZE, SIZE), mode=subject.resize_filter, antialias=True
                 )
