@@ -1,7 +1,7 @@
 # Every target that runs something sets up .venv first; once that is done it costs nothing.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-gpu check freeze clean
+.PHONY: help setup demo test test-unit test-gpu bench check freeze clean
 
 PY := .venv/bin/python
 STAMP := .venv/.setup-stamp
@@ -32,6 +32,9 @@ test-unit: $(STAMP) ## the fast tests, under a minute
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device
 	$(PYTEST) -m gpu tests/gpu $(ARGS)
+
+bench: $(STAMP) ## this loader beside torch, webdataset, DALI and FFCV: five minutes of an idle machine
+	$(PY) -m pipeline.bench --peers --folder runs/bench --report runs/bench/loaders.md $(ARGS)
 
 check: $(STAMP) ## lint, format, types, import arrows, shell scripts, Dockerfile
 	$(PY) -m ruff check .
