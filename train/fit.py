@@ -201,7 +201,7 @@ def describe_fit(config: RunConfig, *, world_size: int, device_bytes: int | None
     lines = [
         f"memory of a rank as set: {own.total / GIB:.1f} GiB = "
         + " + ".join(f"{part} {getattr(own, part) / GIB:.1f}" for part in parts),
-        f"estimates in GiB a rank ({world_size} ranks, micro batch {config.train.micro_batch_size}, {engine.precision}) "
+        f"GiB a rank ({world_size} ranks, micro batch {config.train.micro_batch_size}, {engine.precision}; estimates) "
         "by ZeRO stage and activation checkpointing:",
         f"{'':>8}" + "".join(f"{mode:>11}" for mode in modes),
     ]

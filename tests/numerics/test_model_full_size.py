@@ -1,0 +1,65 @@
+"""ViT-H/14 at its full size, through the files of an export and back: 657 million parameters, no scaled-down stand-in.
+
+Needs about 10 GB of memory; one model at a time is held where that is possible.
+"""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors import safe_open
+
+from model.config import SIZES, ModelConfig
+from model.mae import MaskedAutoencoder
+from model.weights import load_published
+from train.config import RunConfig
+from train.export import export
+from train.saved_model import SavedModel
+
+transformers = pytest.importorskip("transformers")
+
+NEEDED_BYTES = 11 * 10**9
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(psutil.virtual_memory().available < NEEDED_BYTES, reason="needs 11 GB of free memory")
+def test_vit_h_in_transformers_computes_our_loss_and_comes_back_unchanged(tmp_path: Path) -> None:
+    config = ModelConfig(**{**SIZES["vit_h_14"].model_dump(), "norm_pix_loss": True})
+    torch.manual_seed(0)
+    model = MaskedAutoencoder(config).eval()
+    assert sum(parameter.numel() for parameter in model.parameters()) == 657_074_508
+    images, noise = torch.randn(1, 3, 224, 224), torch.rand(1, config.num_patches)
+    with torch.no_grad():
+        ours = model(images, noise)
+    run = RunConfig.model_validate({"recipe": "mae_vit_h_14", "model": config.model_dump()})
+    files = export(SavedModel(model, run, 0, "memory"), tmp_path, to="hf")
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    del model
+    gc.collect()
+
+    with safe_open(files[0], framework="pt") as exported:
+        assert len(exported.keys()) == 654
+    theirs, report = transformers.ViTMAEForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        assert not report[kind], kind
+    assert sum(parameter.numel() for parameter in theirs.parameters()) == 657_074_508
+    with torch.no_grad():
+        expected = theirs.eval()(pixel_values=images, noise=noise)
+    torch.testing.assert_close(ours.mask_BN, expected.mask, rtol=0, atol=0)
+    torch.testing.assert_close(ours.loss, expected.loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(ours.prediction_BNP, expected.logits, rtol=1e-4, atol=1e-4)
+    del theirs
+    gc.collect()
+
+    with torch.device("meta"):
+        revived = MaskedAutoencoder(config)
+    revived = revived.to_empty(device="cpu")
+    with safe_open(files[0], framework="pt") as exported:
+        load_published(revived, {name: exported.get_tensor(name) for name in exported.keys()})  # noqa: SIM118 - no dict
+    found = revived.state_dict()
+    assert len(found) == len(state) == 494
+    assert all(torch.equal(found[name], value) for name, value in state.items())
