@@ -25,7 +25,7 @@ import numpy as np
 import tyro
 
 from pipeline import storage
-from pipeline.cache import ShardCache
+from pipeline.cache import PART_BYTES, ShardCache
 from pipeline.command import run_command, say, say_json
 from pipeline.config import OrderConfig
 from pipeline.errors import ConfigError
@@ -42,7 +42,6 @@ from pipeline.storage_bench_clients import (
     write_bench_dataset,
 )
 
-_RANGE_BYTES = 8 * 2**20
 _IMAGENET = (1000, 1281)
 """Shards and samples a shard of ImageNet-1k's training set: 1.28 million images."""
 _OUR_BATCH = "our first batch (dataset opened, order, index, samples)"
@@ -125,9 +124,9 @@ class _Throughput:
 
     def _ours(self) -> int:
         jobs = [
-            (self._dataset.shard_uri(s), start, min(_RANGE_BYTES, self._dataset.shard_bytes(s) - start))
+            (self._dataset.shard_uri(s), start, min(PART_BYTES, self._dataset.shard_bytes(s) - start))
             for s in range(self._dataset.info.num_shards)
-            for start in range(0, self._dataset.shard_bytes(s), _RANGE_BYTES)
+            for start in range(0, self._dataset.shard_bytes(s), PART_BYTES)
         ]
         with ThreadPoolExecutor(self._arguments.streams) as pool:
             return sum(pool.map(lambda job: len(storage.read_view(*job)), jobs))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -185,6 +186,31 @@ def test_a_process_killed_while_it_fills_the_cache_leaves_nothing_that_is_served
     assert cache.path(2).read_bytes() == storage.read_bytes(remote.shard_uri(2))
     assert not list(tmp_path.rglob(".partial-*"))
     cache.close()
+
+
+def test_closing_in_the_middle_of_a_download_is_no_failure(remote, through_proxy, tmp_path, monkeypatch):
+    """Parts that wait are cancelled, the ones under way end; no thread dies of it and nothing is left."""
+    # Three parts a shard, all asked for at once, two under way.
+    monkeypatch.setattr("pipeline.cache.PART_BYTES", max(remote.info.shards.columns["size_bytes"]) // 3 + 1)
+    monkeypatch.setattr("pipeline.cache._PARTS_AT_ONCE", 2)
+    failures: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", failures.append)
+    proxy = through_proxy()
+    proxy.plan("hang", times=8, match=r"\.tar")
+    cache = ShardCache(remote, folder=tmp_path, max_bytes=2**30)
+    cache.need(range(4))
+    cache.begin()
+    assert proxy.hanging.wait(60)
+    closing = threading.Thread(target=cache.close)
+    closing.start()
+    with cache._changed:
+        assert cache._changed.wait_for(lambda: cache._closed, timeout=60)
+    proxy.released.set()
+    closing.join(60)
+    assert not closing.is_alive()
+    assert failures == []
+    assert cache.counters.failed_shards == 0
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "cache.lock"]
 
 
 @pytest.mark.parametrize("point", ["begin", "download", "commit"])
