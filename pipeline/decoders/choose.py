@@ -17,7 +17,7 @@ def build_decoder(
     """Build the decoder that `loader.decoder` names.
 
     `auto` takes DALI on a CUDA device where it is installed and has the filter: the GPU decodes. On a CPU it takes
-    turbo, which needs half of DALI's time for every filter and size (docs/benchmarks/loaders.md).
+    turbo, which needs less than half of DALI's CPU time for bicubic pixels (docs/benchmarks/loaders.md).
 
     Raises:
         ConfigError: the decoder is not installed, or lacks the filter that the view asks for.

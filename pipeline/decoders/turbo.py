@@ -30,7 +30,7 @@ class TurboDecoder:
     """Decode JPEG with libjpeg-turbo on a thread pool; formats that it does not read with Pillow.
 
     `bicubic` and `bilinear` are Pillow's filters, which widen when they shrink an image as those of the published
-    recipes do. torch computes them on AVX2 to within rounding, bicubic 4.7 times as fast as Pillow
+    recipes do. torch computes them on AVX2 to within rounding, bicubic in a fifth of Pillow's time or less
     (docs/benchmarks/loaders.md); where the CPU lacks AVX2, Pillow does. `area` is OpenCV's INTER_AREA, which is what
     FFCV's loader uses too.
 
