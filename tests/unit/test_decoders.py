@@ -7,6 +7,7 @@ import io
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from PIL import Image
 
@@ -14,6 +15,7 @@ from pipeline.augment import draw_boxes
 from pipeline.config import LoaderConfig, ViewConfig
 from pipeline.decoders.base import decode_single
 from pipeline.decoders.choose import build_decoder
+from pipeline.decoders.dali import _route
 from pipeline.decoders.turbo import TurboDecoder
 from pipeline.errors import ConfigError
 
@@ -195,7 +197,8 @@ def damaged(image):
     size = len(image)
     cut = [image[:keep] for keep in (1, 3, 20, size // 4, size // 2, size - 40, size - 3, size - 2, size - 1)]
     flipped = []
-    for place in (size // 3, size // 2, 2 * size // 3, size - 30):
+    # Into the header too: segment lengths, quantisation and Huffman tables, the frame, the scan.
+    for place in (5, 20, 90, 167, 177, 396, 428, 609, size // 3, size // 2, 2 * size // 3, size - 30):
         changed = bytearray(image)
         changed[place] ^= 0x55
         flipped.append(bytes(changed))
@@ -215,3 +218,20 @@ def test_every_decoder_gives_up_on_the_same_damaged_images(crops, make_decoder):
             expected.append(i)
     assert 20 < len(expected) < len(images) - 4
     assert sorted(make_decoder(view).decode(as_arrays(images), boxes).bad) == expected
+
+
+def test_dali_never_sees_a_jpeg_whose_header_is_damaged(crops):
+    # It has ended the whole process on such images: no test could catch that, so what it is given is looked at.
+    good = np.frombuffer(crops[0], np.uint8)
+    assert _route(good) == "encoded"
+    refused = 0
+    for place in range(2, 600):
+        changed = good.copy()
+        changed[place] ^= 0xFF
+        try:
+            simplejpeg.decode_jpeg_header(changed)
+        except ValueError:
+            refused += 1
+            assert _route(changed) == "pillow"
+    assert refused > 20
+    assert [_route(image) for image in (good[:-2], good[:0], as_raw(crops[0]))] == ["pillow", "pillow", "raw"]
