@@ -28,7 +28,7 @@ from pipeline.manifest import Manifest
 logger = logging.getLogger(__name__)
 
 PART_BYTES = 16 * 2**20
-"""Size of one ranged read of a shard: at 8 at once 16 MiB came to 91% of the fastest plain client, 8 MiB to 82%, 4 MiB
+"""Size of one ranged read of a shard: at 8 at once 16 MiB came to 90% of the fastest plain client, 8 MiB to 82%, 4 MiB
 to 68% (docs/benchmarks/storage.md)."""
 _PARTS_AT_ONCE = 8
 _SHARDS_AT_ONCE = 2
