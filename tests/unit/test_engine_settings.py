@@ -13,6 +13,7 @@ from torch import nn
 
 from pipeline.errors import ConfigError
 from train.config import RunConfig
+from train.deepspeed_state import is_above_floor, keep_going_at_lowest_scale
 from train.distributed import World
 from train.engine import build_engine, check_engine_settings, render_deepspeed_config
 from train.named_state import list_tensors
@@ -92,6 +93,34 @@ def test_importing_the_engine_does_not_import_deepspeed() -> None:
     code = "import sys, train.engine; print('deepspeed' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.slow
+def test_deepspeeds_loss_scaler_is_at_fault_only_at_its_floor_and_never_ends_the_program(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The real scaler, outside an engine: DeepSpeed refuses fp16 on the CPU."""
+    from types import SimpleNamespace
+
+    from deepspeed.runtime.fp16 import loss_scaler
+
+    monkeypatch.setattr(loss_scaler, "dist", SimpleNamespace(get_rank=lambda: 1))
+    scaler = loss_scaler.DynamicLossScaler(
+        init_scale=8,
+        scale_window=1000,
+        min_scale=1,
+        delayed_shift=1,
+        consecutive_hysteresis=False,
+        dtype=torch.bfloat16,
+    )
+    engine = SimpleNamespace(optimizer=SimpleNamespace(loss_scaler=scaler))
+    keep_going_at_lowest_scale(engine)
+    searching = []
+    for _ in range(5):
+        scaler.update_scale(True)
+        searching.append(is_above_floor(engine))
+    assert searching == [True, True, False, False, False]
+    assert not is_above_floor(SimpleNamespace(optimizer=SimpleNamespace()))
 
 
 def test_tensors_are_shared_out_evenly_and_alike_on_every_rank() -> None:

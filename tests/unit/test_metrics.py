@@ -48,6 +48,18 @@ def test_a_resumed_run_writes_no_step_twice(tmp_path: Path):
     assert [entry["loss"] for entry in lines] == [1, 1, 0.5, 0.5, 0.5]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_run_that_goes_back_writes_no_step_twice(tmp_path: Path, rank: int):
+    with reporter(tmp_path, rank=rank) as run:
+        for step in (2, 4, 6):
+            run.log(line(step))
+        run.rewind(3)
+        for step in (4, 6):
+            run.log(line(step, loss=0.5))
+    expected = [(2, 1), (4, 0.5), (6, 0.5)] if rank == 0 else []
+    assert [(entry["step"], entry["loss"]) for entry in read_metrics(tmp_path)] == expected
+
+
 def test_a_fresh_start_drops_an_older_runs_lines(tmp_path: Path):
     (tmp_path / METRICS_FILE).write_text(json.dumps(line(5)) + "\n")
     assert truncate_after(tmp_path / METRICS_FILE, 0) == 1
