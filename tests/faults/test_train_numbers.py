@@ -45,7 +45,7 @@ def test_steps_that_are_not_finite_on_one_rank_are_skipped_gone_back_from_and_pa
     record = json.loads((run_dir / names[0]).read_text())
     assert (record["step"], record["rank"], record["losses"]) == (10, 1, [None])
     assert len(record["sample_ids"]) == len(record["epochs"]) == 6
-    # No checkpoint was made of weights under suspicion (step 12 comes by twice); the last one is six batches further on.
+    # No checkpoint of weights under suspicion (step 12 comes by twice); the last one is six batches further on.
     assert done.stdout.count("saved step 12 ") == 1
     assert list(find_steps(str(run_dir / "checkpoints"))) == [4, 8, 12, 16, 20]
     loader = load_weights(str(run_dir))[1]["client"]["loader"]
