@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import simplejpeg
 import torch
 
 from pipeline.augment import Boxes, draw_boxes
@@ -17,10 +18,12 @@ from pipeline.decoders.base import Decoder
 from pipeline.errors import DataError
 from pipeline.manifest import Manifest, Rows
 from pipeline.philox import I64
+from pipeline.screen import probe
 from pipeline.shard_reader import U8, ShardReader
 
 _SUBSTITUTES = 64
 """Samples that are tried in place of a bad one before giving up."""
+_JPEG_START = b"\xff\xd8\xff"
 _EMPTY = np.zeros(0, dtype=np.uint8)
 
 
@@ -100,8 +103,8 @@ class SampleSource:
     def _fetch(self, sample_ids_B: I64, *, named_by_B: I64, epochs_B: I64) -> Encoded:
         rows = self._dataset.lookup(sample_ids_B)
         bad = self._screen(rows)
-        images, mismatched = self._reader.read(rows)
-        bad = {**mismatched, **bad}
+        images, mismatched = self._reader.read(rows, skip=bad.keys())
+        bad = {**self._screen_headers(images, rows), **mismatched, **bad}
         for i in bad:
             images[i] = _EMPTY
         boxes = draw_boxes(
@@ -120,6 +123,20 @@ class SampleSource:
         bad = {int(i): "is not an image" for i in np.flatnonzero(pixels_B <= 0)}
         bad |= {int(i): "too many pixels" for i in np.flatnonzero(pixels_B > self._settings.max_pixels)}
         bad |= {int(i): "too many bytes" for i in np.flatnonzero(rows.sizes_B > self._settings.max_bytes)}
+        return bad
+
+    def _screen_headers(self, images: list[U8], rows: Rows) -> dict[int, str]:
+        """Refuse what is not of the size that the manifest says, before it is decoded: 2 microseconds a JPEG.
+
+        A flipped bit or an exchanged file may declare gigabytes of pixels, and a larger image would be cut elsewhere.
+        """
+        bad = {}
+        for i, (image, width, height) in enumerate(
+            zip(images, rows.widths_B.tolist(), rows.heights_B.tolist(), strict=True)
+        ):
+            declared = _declared_size(image) if image.ndim == 1 else None
+            if declared is not None and declared != (width, height):
+                bad[i] = "is not of the size that the manifest says"
         return bad
 
     def _substitute(self, encoded: Encoded, i: int, decoder: Decoder) -> tuple[torch.Tensor, int]:
@@ -142,3 +159,15 @@ class SampleSource:
             f"data: sample {int(sample_id[0])} of {self._dataset.shard_name(shard)} cannot be used, nor can the "
             f"{min(size - 1, _SUBSTITUTES)} after it: check the shard with pipeline.verify --full"
         )
+
+
+def _declared_size(image: U8) -> tuple[int, int] | None:
+    """Return the width and height in an image's header; None where it cannot be read, which the decoder will say."""
+    if image[:3].tobytes() == _JPEG_START:
+        try:
+            height, width = simplejpeg.decode_jpeg_header(image)[:2]
+        except ValueError:
+            return None
+        return int(width), int(height)
+    found = probe(image.tobytes()) if len(image) else ""
+    return None if isinstance(found, str) else (found.width, found.height)

@@ -10,7 +10,7 @@ import os
 import resource
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -82,8 +82,12 @@ class ShardReader:
             for shard in [shard for shard in self._maps if shard not in keep]:
                 del self._maps[shard]
 
-    def read(self, rows: Rows) -> tuple[list[U8], dict[int, str]]:
+    def read(self, rows: Rows, *, skip: Collection[int] = ()) -> tuple[list[U8], dict[int, str]]:
         """Read the encoded images of some samples.
+
+        Args:
+            rows: where they lie.
+            skip: places that are not read: what is refused already may be of any size. They come out empty.
 
         Returns:
             One uint8 array a sample (a view of a mapped shard where that is local), and the reason of each that does
@@ -97,6 +101,9 @@ class ShardReader:
         for i, (shard, offset, size) in enumerate(
             zip(rows.shards_B.tolist(), rows.offsets_B.tolist(), rows.sizes_B.tolist(), strict=True)
         ):
+            if i in skip:
+                images.append(np.empty(0, dtype=np.uint8))
+                continue
             mapped = self._mapped(shard)
             if mapped is not None:
                 images.append(mapped[offset : offset + size])
@@ -110,7 +117,7 @@ class ShardReader:
         bad = {
             i: "hash mismatch"
             for i, image in enumerate(done)
-            if (self._verify or isinstance(images[i], Future)) and not _matches(image, rows, i)
+            if i not in skip and (self._verify or isinstance(images[i], Future)) and not _matches(image, rows, i)
         }
         return done, bad
 

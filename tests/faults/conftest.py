@@ -17,7 +17,7 @@ from typing import Literal
 
 import pytest
 
-Kind = Literal["503", "500", "reset", "cut", "cut_reset", "slow", "flip", "hang"]
+Kind = Literal["503", "500", "403", "reset", "cut", "cut_reset", "slow", "flip", "hang"]
 Body = Literal["any", "ranged", "full"]
 _PASSED_ON = ("content-type", "content-range", "etag", "last-modified", "accept-ranges")
 
@@ -26,7 +26,8 @@ _PASSED_ON = ("content-type", "content-range", "etag", "last-modified", "accept-
 class Fault:
     """Something to do to the next GETs of objects.
 
-    `503`, `500`: answer so. `reset`: RST before a reply. `cut`, `cut_reset`: end (FIN, RST) in the middle of the body.
+    `503`, `500`, `403`: answer so. `reset`: RST before a reply.
+    `cut`, `cut_reset`: end (FIN, RST) in the middle of the body.
     `slow`: the body in twenty pieces with pauses. `flip`: one bit of the body is another, under the store's headers.
     `hang`: half of the body, and the rest when the proxy is released.
     """
@@ -92,8 +93,8 @@ class _Handler(BaseHTTPRequestHandler):
         kind = self.proxy.take(path.path, is_ranged="Range" in self.headers) if is_object else ""
         if kind == "reset":
             self._reset()
-        elif kind in ("500", "503"):
-            code = {"500": "InternalError", "503": "SlowDown"}[kind]
+        elif kind in ("403", "500", "503"):
+            code = {"403": "AccessDenied", "500": "InternalError", "503": "SlowDown"}[kind]
             text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>not now</Message></Error>".encode()
             self._head(int(kind), {"Content-Type": "application/xml"}, len(text))
             self.wfile.write(text)

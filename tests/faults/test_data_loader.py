@@ -61,7 +61,7 @@ def test_a_thread_that_dies_names_the_samples_in_flight(make_dataset, crops):
 def test_a_reading_thread_that_dies_names_them_too(make_dataset, monkeypatch):
     dataset = open_dataset(make_dataset())
 
-    def broken(*_):
+    def broken(*_, **__):
         raise TypeError("not a row")
 
     with make_loader(dataset) as loader:

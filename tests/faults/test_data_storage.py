@@ -151,6 +151,14 @@ def test_what_is_not_there_names_the_uri(s3_bucket, remote, monkeypatch):
     s3fs.S3FileSystem.clear_instance_cache()
 
 
+def test_what_is_not_allowed_is_said_at_once(remote, through_proxy, tmp_path):
+    proxy = through_proxy()
+    proxy.plan("403", times=10_000)
+    with pytest.raises(InfrastructureError, match=r"crops/dataset\.json.*permission denied.*credentials"):
+        open_dataset(remote.uri)
+    assert proxy.done["403"] <= 4, "what is not allowed was asked for again and again"
+
+
 STAGE = """
 import sys
 from pathlib import Path

@@ -203,3 +203,12 @@ def test_a_missing_shard_is_named(remote, tmp_path):
     with pytest.raises(DataError, match=Path(remote.shard_name(2)).name):
         reader.read(remote.lookup(np.array([first])))
     reader.close()
+
+
+def test_what_is_refused_already_is_not_read(remote, tmp_path):
+    reader = ShardReader(remote, cache_dir=tmp_path)
+    images, bad = reader.read(remote.lookup(np.arange(4)), skip={1, 2})
+    reader.close()
+    assert reader.counters.read_through == 2
+    assert [bool(image.size) for image in images] == [True, False, False, True]
+    assert bad == {}

@@ -1,0 +1,161 @@
+"""Strange images under the real loader: decoded as documented by every decoder, or replaced before they cost memory."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import subprocess
+import sys
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.config import LoaderConfig, ViewConfig
+from pipeline.loader import read_samples
+from pipeline.manifest import open_dataset
+
+DECODERS = ["dali", "turbo"]
+VIEW = ViewConfig(height=48, width=48, crop="center")
+CPU = torch.device("cpu")
+
+
+def encode(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def write_tar(folder: Path, members: dict[str, bytes]) -> str:
+    folder.mkdir()
+    with tarfile.open(folder / "photos.tar", "w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return str(folder)
+
+
+def declaring(image: bytes, width: int, height: int) -> bytes:
+    """Give a JPEG whose header tells of another size."""
+    at = image.index(b"\xff\xc0") + 5
+    return image[:at] + struct.pack(">HH", height, width) + image[at + 4 :]
+
+
+def png_declaring(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(9))) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def expected_pixels(image: Image.Image) -> np.ndarray:
+    """Cut the largest centred square and resize it, as the view does, with Pillow alone."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.convert("RGB").crop((left, top, left + side, top + side))
+    return np.asarray(square.resize((48, 48), Image.Resampling.BICUBIC)).astype(float)
+
+
+def seen_pixels(images_BCHW: torch.Tensor) -> np.ndarray:
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return ((images_BCHW.permute(0, 2, 3, 1) * std + mean) * 255).numpy()
+
+
+@pytest.fixture
+def strange(crops):
+    """Give members of a tar by name, and what each shows: stored pixels, transparency dropped, the first frame."""
+    photo = Image.open(io.BytesIO(crops[20])).convert("RGB")
+    grey = photo.convert("L")
+    sixteen = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    clear = photo.copy()
+    clear.putalpha(Image.linear_gradient("L").resize(photo.size))
+    palette = photo.quantize(64)
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    flipped = photo.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    return {
+        "cmyk.jpg": (encode(photo.convert("CMYK"), "JPEG", quality=95), photo, 8.0),
+        "grey.jpg": (encode(grey, "JPEG", quality=95), grey, 3.0),
+        "sixteen.png": (encode(sixteen, "PNG"), grey, 1.5),
+        "palette.png": (encode(palette, "PNG", transparency=3), palette.convert("RGB"), 1.5),
+        "alpha.png": (encode(clear, "PNG"), photo, 1.5),
+        "rotated.jpg": (encode(photo, "JPEG", quality=95, exif=rotated.tobytes()), photo, 3.0),
+        "animated.webp": (
+            encode(photo, "WEBP", save_all=True, append_images=[flipped], lossless=True),
+            photo,
+            1.5,
+        ),
+        "really_a_png.JPEG": (encode(photo, "PNG"), photo, 1.5),
+        "UPPER.JPG": (encode(photo, "JPEG", quality=95), photo, 3.0),
+        "größe_写真.jpg": (encode(photo, "JPEG", quality=95), photo, 3.0),
+        "progressive.jpg": (encode(photo, "JPEG", quality=95, progressive=True), photo, 3.0),
+    }
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_strange_images_show_what_is_documented(strange, tmp_path, decoder):
+    folder = write_tar(tmp_path / "data", {name: data for name, (data, _, _) in strange.items()})
+    dataset = open_dataset(folder, cache_dir=tmp_path / "cache")
+    assert dataset.info.num_samples == len(strange)
+    keys = dataset.keys(np.arange(len(strange)))
+    assert keys == [name.rsplit(".", 1)[0] for name in strange]
+    batch = read_samples(dataset, np.arange(len(strange)), VIEW, LoaderConfig(decoder=decoder), device=CPU)
+    for name, seen in zip(strange, seen_pixels(batch.images_BCHW), strict=True):
+        _, shown, tolerance = strange[name]
+        assert np.abs(seen - expected_pixels(shown)).mean() < tolerance, name
+
+
+LOAD = """
+import json, resource, sys
+import numpy as np
+import torch
+from pipeline.config import LoaderConfig, ViewConfig
+from pipeline.loader import read_samples
+from pipeline.manifest import open_dataset
+
+def peak_mb():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+def load(ids):
+    settings = LoaderConfig(decoder=sys.argv[2], num_threads=2)
+    return read_samples(dataset, np.array(ids), ViewConfig(height=48, width=48), settings, device=torch.device("cpu"))
+
+dataset = open_dataset(sys.argv[1])
+load([1])
+before_mb = peak_mb()
+ids = list(range(dataset.info.num_samples))
+batch = load(ids)
+print(json.dumps({"rise_mb": peak_mb() - before_mb, "shape": list(batch.images_BCHW.shape)}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("manifest", ["true", "false"])
+def test_bombs_are_replaced_before_they_are_decoded(crops, make_dataset, tmp_path, decoder, manifest):
+    """Both where the manifest tells of the size, and where the file was exchanged for a bomb behind its back."""
+    bombs = {0: declaring(crops[0], 20_000, 20_000), 2: png_declaring(30_000, 30_000)}
+    bombs |= {4: declaring(crops[4], 20_000, 20_000), 6: png_declaring(30_000, 30_000)}
+    if manifest == "true":
+        images = {f"{n:03d}.jpg": bombs.get(n, crops[n]) for n in range(8)}
+        folder = write_tar(tmp_path / "data", images)
+        open_dataset(folder, cache_dir=tmp_path / "cache")
+    else:
+        folder = make_dataset((8,), replace=bombs)
+    command = [sys.executable, "-c", LOAD, folder, decoder]
+    env = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    import os
+
+    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["shape"] == [8, 3, 48, 48]
+    assert found["rise_mb"] < 300
