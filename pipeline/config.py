@@ -70,7 +70,7 @@ class LoaderConfig(Settings):
 
     decoder: Literal["auto", "dali", "turbo"] = "auto"
     """`dali`: NVIDIA DALI, on the GPU when there is one. `turbo`: a thread pool over libjpeg-turbo and OpenCV.
-    `auto`: DALI where it is installed, turbo otherwise."""
+    `auto`: DALI on a CUDA device, turbo on a CPU (docs/benchmarks/loaders.md)."""
     num_threads: int = Field(default=0, ge=0)
     """Decoding threads of one rank. 0 means the cores this process may use, divided by the ranks on this node."""
     prefetch_batches: int = Field(default=3, ge=1)

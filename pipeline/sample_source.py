@@ -16,6 +16,7 @@ from pipeline.config import LoaderConfig, ViewConfig
 from pipeline.data_report import DataReport
 from pipeline.decoders.base import Decoder
 from pipeline.errors import DataError
+from pipeline.formats.ffcv import shape_raw
 from pipeline.manifest import Manifest, Rows
 from pipeline.philox import I64
 from pipeline.screen import probe
@@ -104,6 +105,7 @@ class SampleSource:
         rows = self._dataset.lookup(sample_ids_B)
         bad = self._screen(rows)
         images, mismatched = self._reader.read(rows, skip=bad.keys())
+        shape_raw(images, rows)
         bad = {**self._screen_headers(images, rows), **mismatched, **bad}
         for i in bad:
             images[i] = _EMPTY
