@@ -114,7 +114,7 @@ def test_strange_images_show_what_is_documented(strange, tmp_path, decoder):
 
 
 LOAD = """
-import json, resource, sys
+import json, pathlib, sys
 import numpy as np
 import torch
 from pipeline.config import LoaderConfig, ViewConfig
@@ -122,7 +122,8 @@ from pipeline.loader import read_samples
 from pipeline.manifest import open_dataset
 
 def peak_mb():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    # Not ru_maxrss: a child starts with its parent's, which would hide a rise.
+    return int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) // 1024
 
 def load(ids):
     settings = LoaderConfig(decoder=sys.argv[2], num_threads=2)
