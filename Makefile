@@ -25,7 +25,7 @@ demo: $(STAMP) ## convert, pre-train, resume and paint on this machine (settings
 	$(PY) -m train.demo $(if $(SRC),--src '$(SRC)') $(if $(URI),--uri '$(URI)') --run-dir '$(or $(OUT),runs/demo)'
 
 test: $(STAMP) ## all tests that need no GPU
-	$(TEST_ENV) $(PYTEST) -m "not gpu" --durations=12 --durations-min=5 $(ARGS)
+	$(TEST_ENV) $(PYTEST) -m "not gpu" -n $(WORKERS) --dist loadfile --durations=12 --durations-min=5 $(ARGS)
 
 test-unit: $(STAMP) ## the fast tests, under a minute
 	$(TEST_ENV) $(PYTEST) tests/unit -m "not slow and not gpu and not slurm" $(ARGS)
@@ -33,8 +33,9 @@ test-unit: $(STAMP) ## the fast tests, under a minute
 test-gpu: $(STAMP) ## the tests that need a CUDA device
 	$(PYTEST) -m gpu tests/gpu $(ARGS)
 
-bench: $(STAMP) ## this loader beside torch, webdataset, DALI and FFCV: five minutes of an idle machine
+bench: $(STAMP) ## loader and storage beside their peers: seven minutes of an idle machine
 	$(PY) -m pipeline.bench --peers --folder runs/bench --report runs/bench/loaders.md $(ARGS)
+	$(PY) -m pipeline.storage_bench --runs 5
 
 check: $(STAMP) ## lint, format, types, import arrows, shell scripts, Dockerfile
 	$(PY) -m ruff check .
