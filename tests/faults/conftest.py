@@ -29,6 +29,7 @@ class Fault:
     `503`, `500`, `403`: answer so. `reset`: RST before a reply.
     `cut`, `cut_reset`: end (FIN, RST) in the middle of the body.
     `slow`: the body in twenty pieces with pauses. `flip`: one bit of the body is another, under the store's headers.
+    Where in the body, as a share of it, is `at`.
     `hang`: half of the body, and the rest when the proxy is released.
     """
 
@@ -36,6 +37,7 @@ class Fault:
     times: int
     match: str
     body: Body
+    at: float = 0.5
 
     def applies(self, path: str, *, is_ranged: bool) -> bool:
         wanted = {"any": True, "ranged": is_ranged, "full": not is_ranged}[self.body]
@@ -61,11 +63,11 @@ class FaultProxy:
         self._lock = threading.Lock()
         self.url = ""
 
-    def plan(self, kind: Kind, *, times: int = 1, match: str = "", body: Body = "any") -> None:
+    def plan(self, kind: Kind, *, times: int = 1, match: str = "", body: Body = "any", at: float = 0.5) -> None:
         """Do something to the next `times` GETs whose path holds `match` and that ask for such a body."""
-        self._faults.append(Fault(kind, times, match, body))
+        self._faults.append(Fault(kind, times, match, body, at))
 
-    def take(self, path: str, *, is_ranged: bool) -> str:
+    def take(self, path: str, *, is_ranged: bool) -> Fault | None:
         """Note a GET of an object and say which fault it meets."""
         with self._lock:
             self.requests.append(path)
@@ -73,8 +75,8 @@ class FaultProxy:
                 if fault.applies(path, is_ranged=is_ranged):
                     fault.times -= 1
                     self.done[fault.kind] += 1
-                    return fault.kind
-        return ""
+                    return fault
+        return None
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -90,7 +92,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = urllib.parse.urlsplit(self.path)
         is_object = path.path.count("/") > 1 and not path.path.endswith("/") and "list-type" not in path.query
-        kind = self.proxy.take(path.path, is_ranged="Range" in self.headers) if is_object else ""
+        fault = self.proxy.take(path.path, is_ranged="Range" in self.headers) if is_object else None
+        kind = fault.kind if fault else ""
         if kind == "reset":
             self._reset()
         elif kind in ("403", "500", "503"):
@@ -99,24 +102,24 @@ class _Handler(BaseHTTPRequestHandler):
             self._head(int(kind), {"Content-Type": "application/xml"}, len(text))
             self.wfile.write(text)
         else:
-            self._forward(kind)
+            self._forward(fault)
 
     def do_HEAD(self) -> None:
-        self._forward("")
+        self._forward(None)
 
     def do_PUT(self) -> None:
-        self._forward("")
+        self._forward(None)
 
     def do_POST(self) -> None:
-        self._forward("")
+        self._forward(None)
 
     def do_DELETE(self) -> None:
-        self._forward("")
+        self._forward(None)
 
     def log_message(self, format: str, *args: object) -> None:
         pass
 
-    def _forward(self, kind: str) -> None:
+    def _forward(self, fault: Fault | None) -> None:
         """Ask the store with the headers as they came, Host too, so that the request's signature holds."""
         sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         upstream = http.client.HTTPConnection(self.proxy.upstream.hostname or "", self.proxy.upstream.port, timeout=60)
@@ -135,7 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
         size = int(reply.headers.get("Content-Length") or 0) if self.command == "HEAD" else len(data)
         self._head(reply.status, headers, size)
         if self.command != "HEAD" and reply.status != 204:
-            self._body(data, kind)
+            self._body(data, fault)
 
     def _head(self, status: int, headers: dict[str, str], size: int) -> None:
         self.send_response_only(status)
@@ -144,8 +147,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(size))
         self.end_headers()
 
-    def _body(self, data: bytes, kind: str) -> None:
-        half = len(data) // 2
+    def _body(self, data: bytes, fault: Fault | None) -> None:
+        kind = fault.kind if fault else ""
+        half = int(len(data) * fault.at) if fault else 0
         if kind == "flip":
             data = data[:half] + bytes([data[half] ^ 1]) + data[half + 1 :]
         if kind == "slow":

@@ -72,31 +72,39 @@ def seen_pixels(images_BCHW: torch.Tensor) -> np.ndarray:
 @pytest.fixture
 def strange(crops):
     """Give members of a tar by name, and what each shows: stored pixels, transparency dropped, the first frame."""
-    photo = Image.open(io.BytesIO(crops[20])).convert("RGB")
-    grey = photo.convert("L")
-    sixteen = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
-    clear = photo.copy()
-    clear.putalpha(Image.linear_gradient("L").resize(photo.size))
-    palette = photo.quantize(64)
-    rotated = Image.Exif()
-    rotated[0x0112] = 6
-    flipped = photo.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    # One photograph each: a substitute would be another picture.
+    photos = [Image.open(io.BytesIO(crop)).convert("RGB") for crop in crops[::5]]
+    grey = photos[1].convert("L")
+    sixteen = photos[2].convert("L")
+    palette = photos[3].quantize(64)
+    clear = photos[4].copy()
+    clear.putalpha(Image.linear_gradient("L").resize(clear.size))
+    # A square: any other shape, turned, would lie outside its box, and a fallback would hide that it was turned.
+    photos[5] = photos[5].crop((0, 0, 60, 60))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    upside_down = photos[6].transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+
+    def jpeg(number: int, **options: object) -> tuple[bytes, Image.Image, float]:
+        return encode(photos[number], "JPEG", quality=95, **options), photos[number], 4.0
+
+    def lossless(image: Image.Image, shown: Image.Image, kind: str = "PNG", **options: object):
+        return encode(image, kind, **options), shown, 1.5
+
     return {
-        "cmyk.jpg": (encode(photo.convert("CMYK"), "JPEG", quality=95), photo, 8.0),
-        "grey.jpg": (encode(grey, "JPEG", quality=95), grey, 3.0),
-        "sixteen.png": (encode(sixteen, "PNG"), grey, 1.5),
-        "palette.png": (encode(palette, "PNG", transparency=3), palette.convert("RGB"), 1.5),
-        "alpha.png": (encode(clear, "PNG"), photo, 1.5),
-        "rotated.jpg": (encode(photo, "JPEG", quality=95, exif=rotated.tobytes()), photo, 3.0),
-        "animated.webp": (
-            encode(photo, "WEBP", save_all=True, append_images=[flipped], lossless=True),
-            photo,
-            1.5,
+        "cmyk.jpg": (encode(photos[0].convert("CMYK"), "JPEG", quality=95), photos[0], 8.0),
+        "grey.jpg": (encode(grey, "JPEG", quality=95), grey, 4.0),
+        "sixteen.png": lossless(Image.fromarray(np.asarray(sixteen).astype(np.uint16) * 257), sixteen),
+        "palette.png": lossless(palette, palette.convert("RGB"), transparency=3),
+        "alpha.png": lossless(clear, photos[4]),
+        "rotated.jpg": jpeg(5, exif=turned.tobytes()),
+        "animated.webp": lossless(
+            photos[6], photos[6], "WEBP", save_all=True, append_images=[upside_down], lossless=True
         ),
-        "really_a_png.JPEG": (encode(photo, "PNG"), photo, 1.5),
-        "UPPER.JPG": (encode(photo, "JPEG", quality=95), photo, 3.0),
-        "größe_写真.jpg": (encode(photo, "JPEG", quality=95), photo, 3.0),
-        "progressive.jpg": (encode(photo, "JPEG", quality=95, progressive=True), photo, 3.0),
+        "really_a_png.JPEG": lossless(photos[7], photos[7]),
+        "UPPER.JPG": jpeg(8),
+        "größe_写真.jpg": jpeg(9),
+        "progressive.jpg": jpeg(10, progressive=True),
     }
 
 

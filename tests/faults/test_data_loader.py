@@ -12,6 +12,7 @@ import torch
 
 from pipeline.config import LoaderConfig, OrderConfig, ViewConfig
 from pipeline.errors import DataError
+from pipeline.formats.webdataset import WebDatasetWriter, index_shard
 from pipeline.loader import Loader
 from pipeline.manifest import open_dataset
 
@@ -112,7 +113,6 @@ def test_one_flipped_bit_in_one_image_makes_another_dataset(make_dataset, crops,
     other = bytearray(crops[30])
     other[-10] ^= 1
     folder = Path(make_dataset(uri=str(tmp_path / "other")))
-    from pipeline.formats.webdataset import WebDatasetWriter
     from pipeline.manifest import FinishedShard, write_dataset
     from pipeline.screen import probe
 
@@ -133,14 +133,39 @@ def test_one_flipped_bit_in_one_image_makes_another_dataset(make_dataset, crops,
         loader.load_state_dict(state, trained_on=before.info)
 
 
-def test_bad_samples_past_the_limit_end_the_run_with_reasons_and_shards(make_dataset):
-    junk = dict.fromkeys(range(13, 30), b"\xff\xd8junk" * 20)
+def test_bad_samples_in_a_row_end_the_run_with_reasons_and_shards(make_dataset):
+    junk = dict.fromkeys((n for n in range(60) if n % 10), b"\xff\xd8junk" * 20)  # there is a substitute for each
     dataset = open_dataset(make_dataset(replace=junk))
-    with make_loader(dataset, max_bad_in_a_row=3, max_bad_share=1.0) as loader:
+    with make_loader(dataset, max_bad_in_a_row=5, max_bad_share=1.0) as loader:
         stream = iter(loader)
-        with pytest.raises(DataError, match=r"bad samples in a row|cannot be used") as caught:
+        with pytest.raises(DataError, match=r"5 bad samples in a row \(limit 5\).*Reasons: .*Shards: train-") as caught:
             list(islice(stream, 200))
-    assert "train-000001.tar" in str(caught.value)
+    assert "pipeline.verify --full" in str(caught.value)
+
+
+def test_a_shard_with_nothing_good_is_named(make_dataset):
+    dataset = open_dataset(make_dataset(replace=dict.fromkeys(range(13, 30), b"\xff\xd8junk" * 20)))
+    with make_loader(dataset, max_bad_share=1.0, max_bad_in_a_row=1000) as loader:
+        stream = iter(loader)
+        with pytest.raises(DataError, match=r"of train-000001\.tar cannot be used, nor can the 16 after it"):
+            list(islice(stream, 200))
+
+
+@pytest.mark.parametrize("part", ["data", "padding"])
+def test_a_tar_cut_inside_a_member_is_told_with_the_counts(make_dataset, part):
+    dataset = open_dataset(make_dataset())
+    rows = dataset.lookup(np.array([15]))  # the third sample of the second shard
+    begin, size = int(rows.offsets_B[0]), int(rows.sizes_B[0])
+    cut = begin + 100 if part == "data" else begin + size + 1
+    path = Path(dataset.uri) / dataset.shard_name(1)
+    path.write_bytes(path.read_bytes()[:cut])
+    wanted, came = (size, 100) if part == "data" else (-size % 512, 1)
+    with pytest.raises(
+        DataError,
+        match=rf"train-000001\.tar: the file ends inside the {part} of '000015\.jpg': expected {wanted} bytes, "
+        rf"got {came} at byte .*after \d+ whole members",
+    ):
+        index_shard(str(path))
 
 
 def test_a_batch_keeps_its_size_and_its_place_whatever_is_bad(make_dataset):
