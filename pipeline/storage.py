@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -76,6 +77,10 @@ def _file_system(scheme: str, use: Literal["read", "any"] = "any") -> Any:
     if scheme in ("s3", "gs", "az"):
         options["use_listings_cache"] = False  # another process may have written since
     if scheme == "s3":
+        # fsspec keeps instances by their arguments: named here, another endpoint is another instance.
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        if endpoint and os.environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower() != "true":
+            options["endpoint_url"] = endpoint
         # A hung socket must end inside the retry budget.
         options["config_kwargs"] = {"connect_timeout": 10, "read_timeout": 60}
         if use == "read":

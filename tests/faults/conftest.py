@@ -189,7 +189,7 @@ class _Server(ThreadingHTTPServer):
 
 
 @pytest.fixture
-def fault_proxy(s3_server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+def fault_proxy(s3_server) -> Iterator[FaultProxy]:
     """Run the proxy before the session's S3 server. `AWS_ENDPOINT_URL` names it once `through_proxy` is asked for."""
     proxy = FaultProxy(s3_server.endpoint_url)
     handler = type("Handler", (_Handler,), {"proxy": proxy})
@@ -205,15 +205,11 @@ def fault_proxy(s3_server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultPro
 
 
 @pytest.fixture
-def through_proxy(fault_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], FaultProxy]]:
+def through_proxy(fault_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Callable[[], FaultProxy]:
     """Give a function that sends this process's S3 calls through the proxy from then on."""
-    import s3fs
 
     def switch() -> FaultProxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", fault_proxy.url)
-        s3fs.S3FileSystem.clear_instance_cache()
         return fault_proxy
 
-    yield switch
-    monkeypatch.undo()
-    s3fs.S3FileSystem.clear_instance_cache()
+    return switch
