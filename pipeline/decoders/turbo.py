@@ -109,7 +109,7 @@ class TurboDecoder:
         try:
             return simplejpeg.decode_jpeg(image, "RGB", buffer=self._scratch(height * width * 3))
         except ValueError:
-            # Damaged, or of a kind that libjpeg-turbo's own interface refuses, such as CMYK.
+            # Damaged: Pillow has the last word, so that every decoder gives up on the same images.
             return None
 
     def _scratch(self, num_bytes: int) -> U8:
