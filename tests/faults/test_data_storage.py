@@ -285,7 +285,8 @@ def test_a_full_cache_disk_is_emptied_and_then_read_around(remote, tmp_path):
     sizes = [remote.shard_bytes(shard) for shard in range(4)]
     two = f"size={(sizes[0] + sizes[1]) // 1024 + 24}k"
     through, staged, evicted, no_room = read_on_small_disk(remote.uri, tmp_path, two)
-    assert (through, staged, no_room) == (20, 4, 0)
+    assert (staged, no_room) == (4, 0)
+    assert 5 <= through <= 20  # the first shard's for certain; a later one may be staged before it is read
     assert evicted >= 2
     through, staged, evicted, no_room = read_on_small_disk(remote.uri, tmp_path, "size=24k")
     assert (through, staged, evicted) == (20, 0, 0)
