@@ -15,7 +15,7 @@ import psutil
 import torch
 import tyro
 
-from pipeline.bench_subjects import PixelLoader, Setup
+from pipeline.bench_subjects import Setup
 from pipeline.command import run_command, say, say_json
 from pipeline.config import LoaderConfig, OrderConfig, ViewConfig
 from pipeline.errors import ConfigError
@@ -75,9 +75,8 @@ def measure(arguments: Arguments) -> dict[str, Any]:
     """
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dataset = open_dataset(arguments.uri)
-    kind = PixelLoader if arguments.output == "uint8" else Loader
     start_s = time.perf_counter()
-    with kind(
+    with Loader(
         dataset,
         ViewConfig(height=arguments.size, width=arguments.size, interpolation=arguments.interpolation),
         OrderConfig(),
@@ -86,6 +85,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
         global_batch_size=arguments.batch_size,
         micro_batch_size=arguments.batch_size,
         device=device,
+        dtype=torch.uint8 if arguments.output == "uint8" else torch.float32,
     ) as loader:
         batches = iter(loader)
         next(batches)

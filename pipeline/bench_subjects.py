@@ -25,33 +25,12 @@ from pipeline.augment import draw_boxes
 from pipeline.config import LoaderConfig, OrderConfig, ViewConfig
 from pipeline.loader import Loader
 from pipeline.manifest import open_dataset
-from pipeline.pixels import DeviceCopier
 from pipeline.shard_reader import ShardReader
 
 SIZE = 224
 MIN_AREA = 0.2
 Filter = Literal["bicubic", "bilinear", "area"]
 Batches = Iterator[int]
-
-
-class PixelCopier(DeviceCopier):
-    """Hand over uint8 pixels as they are: what leaves the host of a GPU, where normalising is the device's work."""
-
-    def normalise(self, pixels_BHW3: torch.Tensor) -> torch.Tensor:
-        """Return the pixels with their channels in front; nothing is computed."""
-        if self._stream is not None:
-            current = torch.cuda.current_stream(self._device)
-            current.wait_stream(self._stream)
-            pixels_BHW3.record_stream(current)
-        return pixels_BHW3.permute(0, 3, 1, 2)
-
-
-class PixelLoader(Loader):
-    """The loader, ending in uint8 pixels."""
-
-    def __init__(self, *args: Any, device: torch.device, **settings: Any) -> None:
-        super().__init__(*args, device=device, **settings)
-        self._copier = PixelCopier(device=device, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -62,11 +41,13 @@ class Setup:
         folder: Where the datasets are.
         num_threads: Threads, or worker processes, of each subject.
         batch_size: Images of a batch.
+        device: Where batches are wanted.
     """
 
     folder: Path
     num_threads: int
     batch_size: int
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -86,11 +67,11 @@ class Subject:
     build: Callable[[Setup, Subject], Batches]
 
 
-def ours(decoder: Literal["turbo", "dali"]) -> Callable[[Setup, Subject], Batches]:
+def ours(decoder: Literal["turbo", "dali", "ffcv"]) -> Callable[[Setup, Subject], Batches]:
     """Return a builder of this loader with a decoder."""
 
     def build(setup: Setup, subject: Subject) -> Batches:
-        loader = PixelLoader(
+        loader = Loader(
             open_dataset(str(setup.folder / subject.dataset)),
             ViewConfig(interpolation=subject.resize_filter),  # type: ignore[arg-type]
             OrderConfig(),
@@ -98,7 +79,8 @@ def ours(decoder: Literal["turbo", "dali"]) -> Callable[[Setup, Subject], Batche
             seed=0,
             global_batch_size=setup.batch_size,
             micro_batch_size=setup.batch_size,
-            device=torch.device("cpu"),
+            device=torch.device(setup.device),
+            dtype=torch.uint8,
         )
         return (batch.images_BCHW.shape[0] for batch in loader)
 

@@ -68,13 +68,22 @@ class OrderConfig(Settings):
 class LoaderConfig(Settings):
     """How batches are read and decoded. Never changes which samples, boxes or flips a run sees."""
 
-    decoder: Literal["auto", "dali", "turbo"] = "auto"
-    """`dali`: NVIDIA DALI, on the GPU when there is one. `turbo`: a thread pool over libjpeg-turbo and OpenCV.
-    `auto`: DALI on a CUDA device, turbo on a CPU (docs/benchmarks/loaders.md)."""
+    decoder: Literal["auto", "dali", "turbo", "ffcv"] = "auto"
+    """`dali`: NVIDIA DALI, on the GPU when there is one. `turbo`: threads over libjpeg-turbo and torch's and OpenCV's
+    resize kernels. `ffcv`: threads over FFCV's kernels, filter `area` only. Each reads tars and betons. `auto`: what
+    `tuning_file` says, else DALI on a CUDA device and turbo on a CPU (docs/benchmarks/loaders.md)."""
+    tuning_file: str = ""
+    """TOML file of `python -m pipeline.bench URI --tune`: what it found best on this machine decides `decoder` where
+    that is `auto`, and `num_threads`, `dali_depth` and `hw_decoder_load` where they are 0."""
     num_threads: int = Field(default=0, ge=0)
     """Decoding threads of one rank. 0 means the cores this process may use, divided by the ranks on this node."""
     prefetch_batches: int = Field(default=3, ge=1)
     """Micro-batches that are decoded ahead of the one in use."""
+    dali_depth: int = Field(default=0, ge=0, le=16)
+    """Batches in DALI's hands at once. 0 means the tuning file's, or 2."""
+    hw_decoder_load: float = Field(default=0.0, ge=0, le=1)
+    """Share of the JPEGs that a GPU's own JPEG engine decodes for DALI; the rest is decoded by its cores. 0 means the
+    tuning file's, or DALI's own 0.65."""
     verify_hashes: Literal["off", "on"] = "off"
     """`on`: check each sample's bytes against the manifest's hash before decoding."""
     cache_dir: str = ""

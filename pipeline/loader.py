@@ -9,8 +9,9 @@ Shapes: B images of one micro-batch, C H W channels, height and width, N patches
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypedDict
@@ -22,17 +23,16 @@ from pipeline.augment import Boxes
 from pipeline.channel import Channel, ChannelClosedError
 from pipeline.config import LoaderConfig, OrderConfig, ViewConfig
 from pipeline.data_report import DataReport
-from pipeline.decoders.base import Decoder
-from pipeline.decoders.choose import build_decoder, threads_of_rank
+from pipeline.decoders.base import Decoder, Pending
+from pipeline.decoders.choose import build_decoder
 from pipeline.errors import ConfigError, DataError, MaelstromError
-from pipeline.manifest import DatasetInfo, Manifest, diff
+from pipeline.manifest import DatasetInfo, Manifest, describe_change
 from pipeline.order import Cursor, Order, Share
 from pipeline.philox import I64
-from pipeline.pixels import DeviceCopier
+from pipeline.pixels import DeviceCopier, HostBuffers
 from pipeline.sample_source import Encoded, SampleSource
 from pipeline.shard_reader import ShardReader
 from pipeline.stats import PipelineStats
-from pipeline.storage import redact
 
 _NAMED = 10
 """Shards that an error names at most."""
@@ -71,12 +71,13 @@ class Batch:
 
 @dataclass
 class _Work:
-    """A micro-batch on its way through the threads."""
+    """A micro-batch on its way through the threads, with the host buffer that its pixels lie in, if they do."""
 
     encoded: Encoded
     start: Cursor
     end: Cursor | None
     pixels_BHW3: torch.Tensor | None = None
+    buffer_BHW3: torch.Tensor | None = None
 
 
 class Loader:
@@ -94,7 +95,8 @@ class Loader:
         global_batch_size: images of one optimizer step over all ranks.
         micro_batch_size: images of one batch that this loader yields.
         device: where batches are wanted.
-        dtype: type of the images.
+        dtype: type of the images. uint8 gives the pixels as they are decoded; on a CPU such a batch stays valid
+            until the next but one is asked for, for its memory is used again. Every other batch is the caller's.
 
     Raises:
         ConfigError: where the sizes cannot work together, or a decoder is not installed.
@@ -142,10 +144,12 @@ class Loader:
             settings,
             view=view,
             max_batch_size=micro_batch_size,
-            num_threads=threads_of_rank(settings, local_world_size=local_world_size),
+            local_world_size=local_world_size,
             device=device,
         )
         self._copier = DeviceCopier(device=device, dtype=dtype)
+        self._buffers = HostBuffers((micro_batch_size, view.height, view.width, 3), pinned=device.type == "cuda")
+        self._lent: deque[torch.Tensor] = deque()
         self._prefetch = settings.prefetch_batches
         self._cursor = Cursor()
         self._encoded: Channel[_Work] = Channel(settings.prefetch_batches)
@@ -218,6 +222,7 @@ class Loader:
                 labels_B = torch.from_numpy(encoded.labels_B).to(images_BCHW.device)
             if work.end is not None:
                 self._cursor = work.end
+            self._recycle(work)
             yield Batch(
                 images_BCHW,
                 labels_B,
@@ -270,21 +275,52 @@ class Loader:
         except BaseException as error:  # noqa: BLE001 - whatever it is, the caller must meet it
             self._encoded.fail(error)
 
+    def _recycle(self, work: _Work) -> None:
+        """Let the buffer of a batch that is handed over be used again when the caller can no longer look at it."""
+        if work.buffer_BHW3 is None:
+            return
+        self._lent.append(work.buffer_BHW3)
+        while len(self._lent) > (2 if self._copier.keeps_pixels else 0):
+            self._buffers.give_back(self._lent.popleft())
+
     def _decode_ahead(self) -> None:
+        pending: deque[tuple[_Work, Pending]] = deque()
         try:
             while True:
-                with self.stats.waiting("decode"):
-                    work = self._encoded.get()
-                ids_B = work.encoded.sample_ids_B
-                with self.stats.busy("decode", items=len(ids_B)), self._naming("decode", ids_B):
-                    pixels_BHW3 = self._source.decode(work.encoded, self._decoder, self.report)
-                    work = replace(work, pixels_BHW3=self._copier.begin(pixels_BHW3))
-                self.stats.add("decode", num_bytes=pixels_BHW3.numel())
-                self._decoded.put(work)
+                # Finished work is not held back for a read that is slow.
+                while not pending or (len(pending) < self._decoder.depth and len(self._encoded)):
+                    with self.stats.waiting("decode"):
+                        work = self._encoded.get()
+                    pending.append(self._begin_decode(work))
+                self._decoded.put(self._end_decode(*pending.popleft()))
         except ChannelClosedError:
             pass
         except BaseException as error:  # noqa: BLE001 - whatever it is, the caller must meet it
             self._decoded.fail(error)
+        finally:
+            # What still writes into buffers must be over before they are let go.
+            for _, wait in pending:
+                with suppress(Exception):
+                    wait()
+
+    def _begin_decode(self, work: _Work) -> tuple[_Work, Pending]:
+        encoded = work.encoded
+        on_host = self._decoder.device.type == "cpu"
+        with self.stats.busy("decode"), self._naming("decode", encoded.sample_ids_B):
+            buffer_BHW3 = self._buffers.take() if on_host else None
+            wait = self._decoder.submit(encoded.images, encoded.boxes, buffer_BHW3)
+        return replace(work, buffer_BHW3=buffer_BHW3), wait
+
+    def _end_decode(self, work: _Work, wait: Pending) -> _Work:
+        ids_B = work.encoded.sample_ids_B
+        with self.stats.busy("decode", items=len(ids_B)), self._naming("decode", ids_B):
+            pixels_BHW3 = self._source.replace_bad(work.encoded, wait(), self._decoder, self.report)
+            on_device_BHW3, copied = self._copier.begin(pixels_BHW3)
+        self.stats.add("decode", num_bytes=pixels_BHW3.numel())
+        if work.buffer_BHW3 is not None and copied is not None:
+            self._buffers.give_back(work.buffer_BHW3, after=copied)
+            work.buffer_BHW3 = None
+        return replace(work, pixels_BHW3=on_device_BHW3)
 
     def _shards_ahead(self, share: Share) -> list[int]:
         """List the shards that are read now, then those that each lane comes to one shard later."""
@@ -340,13 +376,13 @@ def read_samples(
             settings,
             view=view,
             max_batch_size=max(len(ids_B), 1),
-            num_threads=threads_of_rank(settings, local_world_size=1),
+            local_world_size=1,
             device=device,
         )
         source = SampleSource(dataset, reader, view=view, settings=settings, seed=seed)
         copier = DeviceCopier(device=device, dtype=dtype)
         encoded = source.fetch(ids_B, epochs_B)
-        pixels_BHW3 = copier.begin(source.decode(encoded, decoder, DataReport(max_bad_share=1.0)))
+        pixels_BHW3, _ = copier.begin(source.decode(encoded, decoder, DataReport(max_bad_share=1.0)))
         images_BCHW = copier.normalise(pixels_BHW3)
     finally:
         reader.close()
@@ -354,27 +390,6 @@ def read_samples(
             decoder.close()
     labels_B = torch.from_numpy(encoded.labels_B).to(device)
     return Batch(images_BCHW, labels_B, ids_B, epochs_B, encoded.boxes, epoch, 0)
-
-
-def describe_change(dataset: Manifest, fingerprint: str, trained_on: DatasetInfo | None) -> str:
-    """Say that a dataset is not the one a run was started on, and in which shards.
-
-    Args:
-        dataset: what is there now.
-        fingerprint: of what the run was started on.
-        trained_on: its description, where it was kept.
-    """
-    what = (
-        f"dataset: {redact(dataset.uri)} has fingerprint {dataset.info.fingerprint[:16]}, the run was started on "
-        f"{fingerprint[:16]}: its samples changed"
-    )
-    changed = diff(trained_on, dataset.info) if trained_on and trained_on.fingerprint == fingerprint else []
-    if changed:
-        more = f" and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
-        what += f" in {len(changed)} of {dataset.info.num_shards} shards: {', '.join(changed[:_NAMED])}{more}"
-    elif trained_on and trained_on.fingerprint == fingerprint:
-        what += " places: the same shards are in another order"
-    return f"{what}. Restore the old shards, start a new run, or accept them with data.on_change next-epoch"
 
 
 def _open_reader(dataset: Manifest, settings: LoaderConfig) -> ShardReader:

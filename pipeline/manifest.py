@@ -33,6 +33,9 @@ from pipeline.dataset_writer import FinishedShard, write_dataset
 from pipeline.errors import DataError
 from pipeline.shard_table import FORMATS, MODES, NO_LABEL, SCHEMA, ShardTable, key_list
 
+_NAMED = 10
+"""Changed shards that an error names at most."""
+
 __all__ = [
     "DATASET_FILE",
     "FORMATS",
@@ -320,3 +323,24 @@ def diff(a: DatasetInfo, b: DatasetInfo) -> list[str]:
         for name in [*first, *(name for name in second if name not in first)]
         if first.get(name) != second.get(name)
     ]
+
+
+def describe_change(dataset: Manifest, fingerprint: str, trained_on: DatasetInfo | None) -> str:
+    """Say that a dataset is not the one a run was started on, and in which shards.
+
+    Args:
+        dataset: what is there now.
+        fingerprint: of what the run was started on.
+        trained_on: its description, where it was kept.
+    """
+    what = (
+        f"dataset: {storage.redact(dataset.uri)} has fingerprint {dataset.info.fingerprint[:16]}, the run was started on "
+        f"{fingerprint[:16]}: its samples changed"
+    )
+    changed = diff(trained_on, dataset.info) if trained_on and trained_on.fingerprint == fingerprint else []
+    if changed:
+        more = f" and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
+        what += f" in {len(changed)} of {dataset.info.num_shards} shards: {', '.join(changed[:_NAMED])}{more}"
+    elif trained_on and trained_on.fingerprint == fingerprint:
+        what += " places: the same shards are in another order"
+    return f"{what}. Restore the old shards, start a new run, or accept them with data.on_change next-epoch"

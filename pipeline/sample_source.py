@@ -14,7 +14,7 @@ import torch
 from pipeline.augment import Boxes, draw_boxes
 from pipeline.config import LoaderConfig, ViewConfig
 from pipeline.data_report import DataReport
-from pipeline.decoders.base import Decoder
+from pipeline.decoders.base import Decoded, Decoder
 from pipeline.errors import DataError
 from pipeline.formats.ffcv import shape_raw
 from pipeline.manifest import Manifest, Rows
@@ -84,7 +84,10 @@ class SampleSource:
         Raises:
             DataError: too much is bad (see `DataReport`), or nothing near a bad sample is good.
         """
-        decoded = decoder.decode(encoded.images, encoded.boxes)
+        return self.replace_bad(encoded, decoder.decode(encoded.images, encoded.boxes), decoder, report)
+
+    def replace_bad(self, encoded: Encoded, decoded: Decoded, decoder: Decoder, report: DataReport) -> torch.Tensor:
+        """Replace what is bad in a decoded batch, count and report it (see `decode`)."""
         bad = {**decoded.bad, **encoded.bad}
         for i in sorted(bad):
             decoded.pixels_BHW3[i], encoded.labels_B[i] = self._substitute(encoded, i, decoder)

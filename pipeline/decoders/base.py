@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -41,17 +41,36 @@ class Decoded:
     bad: dict[int, str] = field(default_factory=dict)
 
 
-class Decoder(Protocol):
-    """Turns encoded images and boxes into one batch of equal size."""
+Pending = Callable[[], Decoded]
+"""A batch that is being decoded: waits for it and returns it. To be called once."""
 
-    def decode(self, images_B: Sequence[U8], boxes: Boxes) -> Decoded:
-        """Decode, cut, resize and mirror.
+
+class Decoder(Protocol):
+    """Turns encoded images and boxes into one batch of equal size.
+
+    Attributes:
+        depth: batches that are worth submitting before the first of them is waited for.
+        device: where the pixels come out.
+    """
+
+    depth: int
+    device: torch.device
+
+    def submit(self, images_B: Sequence[U8], boxes: Boxes, out_BHW3: torch.Tensor | None = None) -> Pending:
+        """Begin to decode, cut, resize and mirror a batch.
+
+        Batches are waited for in the order in which they were submitted.
 
         Args:
             images_B: each image as a uint8 array: encoded bytes (one dimension), or the pixels themselves where they
                 are stored raw, (height, width, 3).
             boxes: one box and flip an image, in pixels of the stored image.
+            out_BHW3: uint8 host memory for the pixels, where they come out on the host. Without it, new memory.
         """
+        ...
+
+    def decode(self, images_B: Sequence[U8], boxes: Boxes) -> Decoded:
+        """Decode a batch now, into new memory; allowed while others are pending."""
         ...
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Which decoder serves a run, and how many threads it gets."""
+"""Which decoder serves a run, and what it gets: threads, depth, share of the JPEG engine."""
 
 from __future__ import annotations
 
@@ -9,29 +9,77 @@ import torch
 
 from pipeline.config import LoaderConfig, ViewConfig
 from pipeline.decoders.base import Decoder
+from pipeline.tuning import read_tuning
+
+DALI_DEPTH = 2
+"""Batches in DALI's hands where nothing else is set."""
+HW_DECODER_LOAD = 0.65
+"""DALI's own default for the GPU's JPEG engine."""
 
 
 def build_decoder(
-    settings: LoaderConfig, *, view: ViewConfig, max_batch_size: int, num_threads: int, device: torch.device
+    settings: LoaderConfig, *, view: ViewConfig, max_batch_size: int, local_world_size: int, device: torch.device
 ) -> Decoder:
     """Build the decoder that `loader.decoder` names.
 
-    `auto` takes DALI on a CUDA device where it is installed and has the filter: the GPU decodes. On a CPU it takes
-    turbo, which needs less than half of DALI's CPU time for bicubic pixels (docs/benchmarks/loaders.md).
+    `auto` takes what the tuning file found best, where there is one. Else it takes DALI on a CUDA device where DALI is
+    installed and has the filter: the GPU decodes. On a CPU it takes turbo, which needs less than half of DALI's CPU
+    time for bicubic pixels (docs/benchmarks/loaders.md).
+
+    Args:
+        settings: what is asked for.
+        view: output size and filter.
+        max_batch_size: most images of a batch.
+        local_world_size: ranks that share this machine's cores.
+        device: where the pixels are wanted.
 
     Raises:
-        ConfigError: the decoder is not installed, or lacks the filter that the view asks for.
+        ConfigError: the decoder is not installed, or lacks the filter that the view asks for; the tuning file cannot
+            be read or is another machine's.
     """
+    settings = with_tuning(settings, device=device)
+    num_threads = threads_of_rank(settings, local_world_size=local_world_size)
     has_dali = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
     fits = has_dali and device.type == "cuda" and view.interpolation != "area"
     if settings.decoder == "dali" or (settings.decoder == "auto" and fits):
         # DALI takes a second to import: only where it is used.
         from pipeline.decoders.dali import DaliDecoder
 
-        return DaliDecoder(view=view, max_batch_size=max_batch_size, num_threads=num_threads, device=device)
+        return DaliDecoder(
+            view=view,
+            max_batch_size=max_batch_size,
+            num_threads=num_threads,
+            device=device,
+            depth=settings.dali_depth or DALI_DEPTH,
+            hw_decoder_load=settings.hw_decoder_load or HW_DECODER_LOAD,
+        )
+    if settings.decoder == "ffcv":
+        from pipeline.decoders.ffcv import FfcvDecoder
+
+        return FfcvDecoder(view=view, num_threads=num_threads)
     from pipeline.decoders.turbo import TurboDecoder
 
     return TurboDecoder(view=view, num_threads=num_threads)
+
+
+def with_tuning(settings: LoaderConfig, *, device: torch.device) -> LoaderConfig:
+    """Fill in from the tuning file what the settings leave open.
+
+    Raises:
+        ConfigError: the file cannot be read, or was written on another kind of machine.
+    """
+    if not settings.tuning_file:
+        return settings
+    found = read_tuning(settings.tuning_file, device=device)
+    decoder = found.decoder if settings.decoder == "auto" else settings.decoder
+    return settings.model_copy(
+        update={
+            "decoder": decoder,
+            "num_threads": settings.num_threads or found.num_threads,
+            "dali_depth": settings.dali_depth or found.dali_depth,
+            "hw_decoder_load": settings.hw_decoder_load or found.hw_decoder_load,
+        }
+    )
 
 
 def threads_of_rank(settings: LoaderConfig, *, local_world_size: int) -> int:

@@ -9,6 +9,8 @@ Shapes: B images, H W height and width of the output.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
 
@@ -19,7 +21,8 @@ import torch.utils.dlpack
 
 from pipeline.augment import Boxes
 from pipeline.config import ViewConfig
-from pipeline.decoders.base import U8, Decoded, decode_single
+from pipeline.decoders.base import U8, Decoded, Pending, decode_single
+from pipeline.decoders.jpeg import is_whole_jpeg
 from pipeline.errors import ConfigError
 from pipeline.screen import probe
 
@@ -28,9 +31,7 @@ Stored = Literal["encoded", "raw"]
 _STORED: tuple[Stored, ...] = ("encoded", "raw")
 Route = Literal["encoded", "raw", "pillow"]
 """Which pipeline takes an image, or Pillow, which takes what DALI must not see."""
-_JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
-_TAIL_BYTES = 4096
-"""Where the end of a JPEG is looked for: some cameras write a little behind it."""
+_JPEG_START = b"\xff\xd8\xff"
 _FILTERS = {"bicubic": "INTERP_CUBIC", "bilinear": "INTERP_LINEAR"}
 
 
@@ -44,33 +45,48 @@ def _route(image: U8) -> Route:
     if image.ndim == 3:
         return "raw"
     if image[:3].tobytes() == _JPEG_START:
-        whole = image[-2:].tobytes() == _JPEG_END or _JPEG_END in image[-_TAIL_BYTES:].tobytes()
-        try:
-            simplejpeg.decode_jpeg_header(image)
-        except ValueError:
-            whole = False
+        whole = is_whole_jpeg(image)
     else:
         whole = not isinstance(probe(image.tobytes()), str)
     return "encoded" if whole else "pillow"
 
 
+@dataclass
+class _Ahead:
+    """A pipeline that has several batches in hand."""
+
+    pipeline: Any
+    is_broken: bool = False
+
+
 class DaliDecoder:
     """Decode batches with a DALI pipeline that is fed from outside.
 
-    One bad image makes DALI lose the whole batch without saying which it was. Such a batch is run again image by image
-    on a fresh pipeline, so that only the bad one is lost.
+    One bad image makes DALI lose the whole batch without saying which it was. Such a batch is run again image by image,
+    so that only the bad one is lost; what was submitted behind it is run again too.
 
     Args:
         view: output size and filter.
         max_batch_size: most images that are decoded at once.
         num_threads: DALI's CPU threads.
         device: where the pixels are wanted; a CUDA device decodes there ("mixed").
+        depth: batches in DALI's hands at once.
+        hw_decoder_load: share of the JPEGs that the GPU's own JPEG engine decodes, where it has one.
 
     Raises:
         ConfigError: DALI is not installed, or it does not have the filter.
     """
 
-    def __init__(self, *, view: ViewConfig, max_batch_size: int, num_threads: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        *,
+        view: ViewConfig,
+        max_batch_size: int,
+        num_threads: int,
+        device: torch.device,
+        depth: int = 2,
+        hw_decoder_load: float = 0.65,
+    ) -> None:
         if view.interpolation not in _FILTERS:
             raise ConfigError(
                 f"view.interpolation {view.interpolation!r}: DALI has bicubic and bilinear; "
@@ -79,11 +95,39 @@ class DaliDecoder:
         self._view = view
         self._max_batch_size = max_batch_size
         self._num_threads = num_threads
-        self._device = device
-        self._pipelines: dict[Stored, Any] = {"encoded": self._build("encoded")}
+        self._hw_decoder_load = hw_decoder_load
+        self.depth = depth
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._ahead: dict[Stored, _Ahead] = {"encoded": _Ahead(self._build("encoded", depth))}
+        self._alone: dict[Stored, Any] = {}
+
+    def submit(self, images_B: Sequence[U8], boxes: Boxes, out_BHW3: torch.Tensor | None = None) -> Pending:
+        """Begin to decode a batch (see `Decoder.submit`). One that DALI must not see whole is decoded at once."""
+        routes = {_route(image) for image in images_B}
+        stored = next(iter(routes)) if len(routes) == 1 else "pillow"
+        if stored == "pillow":
+            decoded = self.decode(images_B, boxes)
+            return lambda: decoded
+        if stored not in self._ahead:
+            self._ahead[stored] = _Ahead(self._build(stored, self.depth))
+        ahead = self._ahead[stored]
+        _feed(ahead.pipeline, images_B, boxes)
+
+        def wait() -> Decoded:
+            if not ahead.is_broken:
+                try:
+                    return Decoded(self._outputs(ahead.pipeline, out_BHW3))
+                except RuntimeError:
+                    # What was submitted behind this batch is lost with it, and is run again when it is waited for.
+                    ahead.is_broken = True
+                    self._ahead.pop(stored, None)
+            return self._decode_alike(images_B, boxes, stored)
+
+        return wait
 
     def decode(self, images_B: Sequence[U8], boxes: Boxes) -> Decoded:
-        """Decode, cut, resize and mirror (see `Decoder.decode`)."""
+        """Decode a batch now (see `Decoder.decode`)."""
         places: dict[Route, list[int]] = {"encoded": [], "raw": [], "pillow": []}
         for i, image in enumerate(images_B):
             places[_route(image)].append(i)
@@ -94,7 +138,7 @@ class DaliDecoder:
         for stored in _STORED:
             if some := places[stored]:
                 part = self._decode_alike([images_B[i] for i in some], boxes.take(np.array(some)), stored)
-                decoded.pixels_BHW3[torch.tensor(some, device=self._device)] = part.pixels_BHW3
+                decoded.pixels_BHW3[torch.tensor(some, device=self.device)] = part.pixels_BHW3
                 decoded.bad.update({some[i]: reason for i, reason in part.bad.items()})
         for i in places["pillow"]:
             self._with_pillow(images_B[i], boxes.take(slice(i, i + 1)), decoded, i)
@@ -102,24 +146,22 @@ class DaliDecoder:
 
     def close(self) -> None:
         """Release the pipelines."""
-        self._pipelines.clear()
+        self._ahead.clear()
+        self._alone.clear()
 
     def _zeros(self, count: int) -> Decoded:
         shape = (count, self._view.height, self._view.width, 3)
-        return Decoded(torch.zeros(shape, dtype=torch.uint8, device=self._device))
+        return Decoded(torch.zeros(shape, dtype=torch.uint8, device=self.device))
 
     def _decode_alike(self, images_B: Sequence[U8], boxes: Boxes, stored: Stored) -> Decoded:
-        try:
-            return Decoded(self._run(images_B, boxes, stored))
-        except RuntimeError:
-            self._pipelines.pop(stored)
+        with suppress(RuntimeError):
+            return Decoded(self._run_alone(images_B, boxes, stored))
         decoded = self._zeros(len(images_B))
         for i, image in enumerate(images_B):
             box = boxes.take(slice(i, i + 1))
             try:
-                decoded.pixels_BHW3[i] = self._run([image], box, stored)[0]
+                decoded.pixels_BHW3[i] = self._run_alone([image], box, stored)[0]
             except RuntimeError:
-                self._pipelines.pop(stored)
                 self._with_pillow(image, box, decoded, i)
         return decoded
 
@@ -130,25 +172,36 @@ class DaliDecoder:
         except ValueError as error:
             decoded.bad[i] = str(error)
 
-    def _run(self, images_B: Sequence[U8], boxes: Boxes, stored: Stored) -> torch.Tensor:
-        if stored not in self._pipelines:
-            self._pipelines[stored] = self._build(stored)
-        pipeline = self._pipelines[stored]
-        pipeline.feed_input("images", list(images_B))
-        pipeline.feed_input("starts", np.stack([boxes.tops_B, boxes.lefts_B], axis=1))
-        pipeline.feed_input("sizes", np.stack([boxes.heights_B, boxes.widths_B], axis=1))
-        pipeline.feed_input("flips", boxes.flips_B.astype(np.int32))
-        pipeline.schedule_run()
+    def _run_alone(self, images_B: Sequence[U8], boxes: Boxes, stored: Stored) -> torch.Tensor:
+        """Run a batch on a pipeline that has nothing else in hand."""
+        if stored not in self._alone:
+            self._alone[stored] = self._build(stored, 1)
+        try:
+            _feed(self._alone[stored], images_B, boxes)
+            return self._outputs(self._alone[stored], None)
+        except RuntimeError:
+            del self._alone[stored]
+            raise
+
+    def _outputs(self, pipeline: Any, out_BHW3: torch.Tensor | None) -> torch.Tensor:
+        """Wait for a pipeline's next batch. The buffer is DALI's and is used again, so the pixels are copied out."""
         (output,) = pipeline.share_outputs()
         try:
-            # The buffer is DALI's and is used again, so the pixels are copied out of it.
-            if self._device.type == "cuda":
-                return torch.utils.dlpack.from_dlpack(output.as_tensor()).clone()
-            return torch.from_numpy(np.array(output.as_tensor()))
+            if self._stream is not None:
+                # On a stream of its own, not behind the step that is running; and over before the buffer goes back.
+                with torch.cuda.stream(self._stream):
+                    copy_BHW3 = torch.utils.dlpack.from_dlpack(output.as_tensor()).clone()
+                self._stream.synchronize()
+                return copy_BHW3
+            pixels_BHW3 = np.asarray(output.as_tensor())
+            if out_BHW3 is None:
+                return torch.from_numpy(pixels_BHW3.copy())
+            np.copyto(out_BHW3.numpy(), pixels_BHW3)
+            return out_BHW3
         finally:
             pipeline.release_outputs()
 
-    def _build(self, stored: Stored) -> Any:
+    def _build(self, stored: Stored, depth: int) -> Any:
         try:
             dali: Any = import_module("nvidia.dali")
             fn: Any = import_module("nvidia.dali.fn")
@@ -158,12 +211,12 @@ class DaliDecoder:
                 "loader.decoder 'dali' needs NVIDIA DALI, which is not installed. "
                 "Install the extra: pip install -e '.[dali]' -c constraints.txt, or choose loader.decoder 'turbo'"
             ) from error
-        on_gpu = self._device.type == "cuda"
+        on_gpu = self.device.type == "cuda"
         pipeline = dali.Pipeline(
             batch_size=self._max_batch_size,
             num_threads=self._num_threads,
-            device_id=(self._device.index or 0) if on_gpu else None,
-            prefetch_queue_depth=1,
+            device_id=(self.device.index or 0) if on_gpu else None,
+            prefetch_queue_depth=depth,
         )
         with pipeline:
             layout = {"ndim": 1} if stored == "encoded" else {"layout": "HWC"}
@@ -180,6 +233,7 @@ class DaliDecoder:
                     device="mixed" if on_gpu else "cpu",
                     output_type=types.RGB,
                     adjust_orientation=False,
+                    **({"hw_decoder_load": self._hw_decoder_load} if on_gpu else {}),
                 )
             else:
                 # Cut on the host, so that only the box crosses the bus.
@@ -193,4 +247,30 @@ class DaliDecoder:
             )
             pipeline.set_outputs(fn.flip(pixels, horizontal=flips))
         pipeline.build()
+        _start(pipeline, stored, depth)
         return pipeline
+
+
+def _start(pipeline: Any, stored: Stored, depth: int) -> None:
+    """Run small images through a new pipeline: its first `schedule_run` wants all the batches it may hold at once."""
+    pixels_HW3 = np.full((16, 16, 3), 128, dtype=np.uint8)
+    image = pixels_HW3 if stored == "raw" else np.frombuffer(simplejpeg.encode_jpeg(pixels_HW3), dtype=np.uint8)
+    zero, side = np.zeros(1, dtype=np.int32), np.full(1, 16, dtype=np.int32)
+    for _ in range(depth):
+        _feed_inputs(pipeline, [image], Boxes(zero, zero, side, side, zero.astype(np.bool_)))
+    pipeline.schedule_run()
+    for _ in range(depth):
+        pipeline.share_outputs()
+        pipeline.release_outputs()
+
+
+def _feed(pipeline: Any, images_B: Sequence[U8], boxes: Boxes) -> None:
+    _feed_inputs(pipeline, images_B, boxes)
+    pipeline.schedule_run()
+
+
+def _feed_inputs(pipeline: Any, images_B: Sequence[U8], boxes: Boxes) -> None:
+    pipeline.feed_input("images", list(images_B))
+    pipeline.feed_input("starts", np.stack([boxes.tops_B, boxes.lefts_B], axis=1))
+    pipeline.feed_input("sizes", np.stack([boxes.heights_B, boxes.widths_B], axis=1))
+    pipeline.feed_input("flips", boxes.flips_B.astype(np.int32))

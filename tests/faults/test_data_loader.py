@@ -36,10 +36,12 @@ class Poisoned:
     def __init__(self, decoder, poison: bytes) -> None:
         self._decoder, self._poison = decoder, poison
 
-    def decode(self, images_B, boxes):
+        self.depth, self.device = decoder.depth, decoder.device
+
+    def submit(self, images_B, boxes, out_BHW3=None):
         if any(image.tobytes() == self._poison for image in images_B):
             raise RuntimeError("codec state corrupted")
-        return self._decoder.decode(images_B, boxes)
+        return self._decoder.submit(images_B, boxes, out_BHW3)
 
     def close(self):
         self._decoder.close()

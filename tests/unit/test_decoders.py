@@ -45,7 +45,7 @@ def make_decoder(request):
 
     def make(view):
         decoder = build_decoder(
-            LoaderConfig(decoder=request.param), view=view, max_batch_size=64, num_threads=2, device=CPU
+            LoaderConfig(decoder=request.param), view=view, max_batch_size=64, local_world_size=1, device=CPU
         )
         made.append(decoder)
         return decoder
@@ -72,8 +72,8 @@ def test_pixels_are_pillows(crops, make_decoder, interpolation):
 def test_area_is_opencvs_and_dali_names_the_alternatives(crops):
     view = ViewConfig(height=32, width=32, interpolation="area")
     with pytest.raises(ConfigError, match=r"bicubic and bilinear.*'turbo'"):
-        build_decoder(LoaderConfig(decoder="dali"), view=view, max_batch_size=1, num_threads=1, device=CPU)
-    decoder = build_decoder(LoaderConfig(decoder="auto"), view=view, max_batch_size=8, num_threads=1, device=CPU)
+        build_decoder(LoaderConfig(decoder="dali"), view=view, max_batch_size=1, local_world_size=1, device=CPU)
+    decoder = build_decoder(LoaderConfig(decoder="auto"), view=view, max_batch_size=8, local_world_size=1, device=CPU)
     boxes = boxes_for(crops[:8], view)
     pixels_BHW3 = decoder.decode(as_arrays(crops[:8]), boxes).pixels_BHW3.numpy()
     decoder.close()
@@ -169,7 +169,7 @@ def test_a_raw_image_smaller_than_its_box_is_named(crops, make_decoder):
 def test_flips_mirror_whole_images(crops):
     for interpolation in ("area", "bicubic"):
         view = ViewConfig(height=40, width=40, crop="center", interpolation=interpolation)
-        decoder = build_decoder(LoaderConfig(decoder="turbo"), view=view, max_batch_size=2, num_threads=1, device=CPU)
+        decoder = build_decoder(LoaderConfig(decoder="turbo"), view=view, max_batch_size=2, local_world_size=1, device=CPU)
         boxes = boxes_for([crops[0], crops[0]], view)
         boxes = dataclasses.replace(boxes, flips_B=np.array([False, True]))
         pixels_BHW3 = decoder.decode(as_arrays([crops[0], crops[0]]), boxes).pixels_BHW3
@@ -180,14 +180,14 @@ def test_flips_mirror_whole_images(crops):
 def test_scratch_memory_of_a_large_image_is_given_back(photos):
     image = np.frombuffer(photos["astronaut"], np.uint8)
     view = ViewConfig(height=32, width=32, crop="center")
-    decoder = TurboDecoder(view=view, num_threads=1)
+    decoder = TurboDecoder(view=view, num_threads=1, regions=False)
     large = io.BytesIO()
     Image.new("RGB", (6000, 5000), "teal").save(large, "JPEG")
     images = [image, np.frombuffer(large.getvalue(), np.uint8)]
     decoded = decoder.decode(images, boxes_for([photos["astronaut"], large.getvalue()], view))
     assert not decoded.bad
     assert np.abs(decoded.pixels_BHW3[1].numpy().astype(int) - [0, 128, 128]).max() <= 3
-    held = decoder._pool.submit(lambda: decoder._local.scratch.size).result()
+    held = decoder._pool.submit(lambda: decoder._local.kernels._cutter._scratch.size).result()
     decoder.close()
     assert held == 512 * 512 * 3
 

@@ -1,0 +1,124 @@
+"""A pool of threads that decodes batches image by image: what the decoders on the CPU share.
+
+Shapes: B images, H W height and width of the output, 3 RGB.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import torch
+
+from pipeline.augment import Boxes
+from pipeline.config import ViewConfig
+from pipeline.decoders.base import U8, Decoded, Pending, decode_single
+
+_PIECES_PER_THREAD = 4
+"""More pieces than threads, so that one with large images does not leave the others idle."""
+
+
+class Kernels(Protocol):
+    """What one thread decodes and resizes with."""
+
+    def cut(self, image: U8, *, top: int, left: int, height: int, width: int) -> U8 | None:
+        """Return a box of an encoded image as RGB, None where Pillow must have a look; see `JpegCutter.cut`."""
+        ...
+
+    def resize(self, cut_HW3: U8, out_HW3: U8, *, flip: bool) -> None:
+        """Resize a cut into its place in the batch, mirrored where asked for."""
+        ...
+
+
+class ThreadedDecoder:
+    """Decode batches on a pool of threads; what its kernels do not read is left to Pillow.
+
+    Args:
+        view: output size and filter.
+        num_threads: decoding threads.
+        kernels: makes what one thread works with.
+    """
+
+    depth = 2  # so that no thread idles while a batch's last images are decoded
+    device = torch.device("cpu")
+
+    def __init__(self, *, view: ViewConfig, num_threads: int, kernels: Callable[[], Kernels]) -> None:
+        self._view = view
+        self._num_threads = num_threads
+        self._kernels = kernels
+        self._local = threading.local()
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode", initializer=self._begin_thread)
+
+    def submit(self, images_B: Sequence[U8], boxes: Boxes, out_BHW3: torch.Tensor | None = None) -> Pending:
+        """Begin to decode a batch (see `Decoder.submit`)."""
+        count = len(images_B)
+        if out_BHW3 is None:
+            out_BHW3 = torch.empty((count, self._view.height, self._view.width, 3), dtype=torch.uint8)
+        pixels_BHW3 = out_BHW3
+        size = -(-count // (_PIECES_PER_THREAD * self._num_threads)) or 1
+        pieces = [
+            self._pool.submit(
+                self._decode_piece, range(first, min(first + size, count)), images_B, boxes, pixels_BHW3.numpy()
+            )
+            for first in range(0, count, size)
+        ]
+
+        def wait() -> Decoded:
+            bad: dict[int, str] = {}
+            for piece in pieces:
+                bad.update(piece.result())
+            return Decoded(pixels_BHW3, bad)
+
+        return wait
+
+    def decode(self, images_B: Sequence[U8], boxes: Boxes) -> Decoded:
+        """Decode a batch now (see `Decoder.decode`)."""
+        return self.submit(images_B, boxes)()
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _begin_thread(self) -> None:
+        # Autograd's bookkeeping is switched off by thread, and would cost as much as the flip.
+        torch.set_grad_enabled(False)
+        self._local.kernels = self._kernels()
+
+    def _decode_piece(self, piece: range, images_B: Sequence[U8], boxes: Boxes, out_BHW3: U8) -> dict[int, str]:
+        kernels: Kernels = self._local.kernels
+        bad: dict[int, str] = {}
+        part = slice(piece.start, piece.stop)
+        rows = zip(
+            piece,
+            boxes.tops_B[part].tolist(),
+            boxes.lefts_B[part].tolist(),
+            boxes.heights_B[part].tolist(),
+            boxes.widths_B[part].tolist(),
+            boxes.flips_B[part].tolist(),
+            strict=True,
+        )
+        for i, top, left, height, width, flip in rows:
+            image = images_B[i]
+            try:
+                if image.ndim == 3:
+                    cut_HW3: U8 | None = _cut_raw(image, top, left, height, width)
+                else:
+                    cut_HW3 = kernels.cut(image, top=top, left=left, height=height, width=width)
+                if cut_HW3 is None:
+                    out_BHW3[i] = decode_single(image, boxes.take(slice(i, i + 1)), self._view)
+                else:
+                    kernels.resize(cut_HW3, out_BHW3[i], flip=flip)
+            except ValueError as error:
+                out_BHW3[i] = 0
+                bad[i] = str(error)
+        return bad
+
+
+def _cut_raw(image_HW3: U8, top: int, left: int, height: int, width: int) -> U8:
+    if top + height > image_HW3.shape[0] or left + width > image_HW3.shape[1]:
+        raise ValueError(
+            f"is {image_HW3.shape[1]} x {image_HW3.shape[0]} pixels, smaller than the manifest says"
+        )
+    return image_HW3[top : top + height, left : left + width]

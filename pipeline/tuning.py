@@ -1,0 +1,68 @@
+"""The tuning file: which decoder and settings were fastest on a machine, as `pipeline.bench --tune` wrote them."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field, ValidationError
+
+from pipeline.config import Settings
+from pipeline.errors import ConfigError
+
+
+class Tuning(Settings):
+    """The `[loader]` table of a tuning file; every name and unit is that of the loader's settings."""
+
+    decoder: Literal["dali", "turbo", "ffcv"]
+    num_threads: int = Field(ge=1)
+    dali_depth: int = Field(default=0, ge=0, le=16)
+    hw_decoder_load: float = Field(default=0.0, ge=0, le=1)
+
+
+def describe_machine(device: torch.device) -> str:
+    """Name what a tuning is good for: the device's model and the cores this process may use."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+
+
+def write_tuning(path: Path, tuning: Tuning, *, device: torch.device, comment: str) -> None:
+    """Write a tuning file.
+
+    Args:
+        path: where to.
+        tuning: what was best.
+        device: what it was measured on.
+        comment: how it was measured, lines of text.
+    """
+    lines = [f"# {line}".rstrip() for line in comment.splitlines()]
+    lines += [f'machine = "{describe_machine(device)}"', "", "[loader]"]
+    for name, value in tuning.model_dump(exclude_defaults=True).items():
+        lines.append(f'{name} = "{value}"' if isinstance(value, str) else f"{name} = {value}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+
+
+def read_tuning(path: str, *, device: torch.device) -> Tuning:
+    """Read a tuning file.
+
+    Raises:
+        ConfigError: it cannot be read, or was written on another kind of machine.
+    """
+    try:
+        content = tomllib.loads(Path(path).expanduser().read_text())
+        tuning = Tuning(**content.get("loader", {}))
+    except (OSError, tomllib.TOMLDecodeError, ValidationError) as error:
+        raise ConfigError(
+            f"loader.tuning_file {path}: cannot be used ({error}). Write it with python -m pipeline.bench URI --tune"
+        ) from error
+    here = describe_machine(device)
+    if content.get("machine") != here:
+        raise ConfigError(
+            f"loader.tuning_file {path}: is of {content.get('machine')!r}, this is {here!r}. Tune again here with "
+            "python -m pipeline.bench URI --tune, or leave the setting empty"
+        )
+    return tuning
