@@ -33,7 +33,7 @@ def pair(make_dataset: Callable[..., str], tmp_path: Path) -> tuple[Manifest, Ma
 def make_loader(dataset, *, rank=0, world=1, decoder="turbo", state=None, **settings):
     loader = Loader(
         dataset,
-        VIEW,
+        VIEW.model_copy(update={"interpolation": "area"}) if decoder == "ffcv" else VIEW,
         OrderConfig(lanes=4, window=2),
         LoaderConfig(decoder=decoder, num_threads=1, **settings),
         seed=7,
@@ -60,7 +60,7 @@ def take(loader, batches, *, world=1):
     return seen, torch.cat(pixels)
 
 
-@pytest.mark.parametrize("decoder", ["turbo", "dali"])
+@pytest.mark.parametrize("decoder", ["turbo", "dali", "ffcv"])
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_tars_and_betons_give_the_same_batches(pair, world, decoder):
     for rank in range(world):
@@ -112,7 +112,7 @@ def test_a_damaged_image_in_a_beton_is_replaced_and_named(crops, tmp_path):
     assert named == {("train-000000.beton", "000005")}
 
 
-@pytest.mark.parametrize("decoder", ["turbo", "dali"])
+@pytest.mark.parametrize("decoder", ["turbo", "dali", "ffcv"])
 @pytest.mark.parametrize("write_mode", ["raw", "smart"])
 def test_raw_pixels_are_cut_like_lossless_files(make_dataset, crops, tmp_path, decoder, write_mode):
     settings = ConvertSettings(format="ffcv", write_mode=write_mode, smart_threshold_bytes=90 * 90 * 3)
@@ -129,4 +129,5 @@ def test_raw_pixels_are_cut_like_lossless_files(make_dataset, crops, tmp_path, d
         assert loader.report.num_bad == 0
     (raw_records, raw_pixels), (png_records, png_pixels) = taken
     assert raw_records == png_records
-    assert (raw_pixels - png_pixels).abs().mean() < 0.01  # PNG goes through Pillow in some decoders
+    # PNG goes through Pillow in some decoders; its area filter weighs the pixels at the edges of areas another way.
+    assert (raw_pixels - png_pixels).abs().mean() < (0.05 if decoder == "ffcv" else 0.01)

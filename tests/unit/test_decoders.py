@@ -39,13 +39,20 @@ def as_arrays(images):
     return [np.frombuffer(image, dtype=np.uint8) for image in images]
 
 
-@pytest.fixture(params=["dali", "turbo"])
-def make_decoder(request):
+@pytest.fixture(params=["dali", "turbo", "ffcv"])
+def decoder_name(request):
+    return request.param
+
+
+@pytest.fixture
+def make_decoder(decoder_name):
     made = []
 
     def make(view):
+        if decoder_name == "ffcv":  # its one filter
+            view = view.model_copy(update={"interpolation": "area"})
         decoder = build_decoder(
-            LoaderConfig(decoder=request.param), view=view, max_batch_size=64, local_world_size=1, device=CPU
+            LoaderConfig(decoder=decoder_name), view=view, max_batch_size=64, local_world_size=1, device=CPU
         )
         made.append(decoder)
         return decoder
@@ -56,7 +63,7 @@ def make_decoder(request):
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_pixels_are_pillows(crops, make_decoder, interpolation):
+def test_pixels_are_pillows(crops, make_decoder, decoder_name, interpolation):
     view = ViewConfig(height=48, width=64, interpolation=interpolation)
     boxes = boxes_for(crops, view)
     decoded = make_decoder(view).decode(as_arrays(crops), boxes)
@@ -64,6 +71,9 @@ def test_pixels_are_pillows(crops, make_decoder, interpolation):
     assert decoded.pixels_BHW3.shape == (len(crops), 48, 64, 3)
     plain = [decode_single(image, boxes.take(slice(i, i + 1)), view) for i, image in enumerate(as_arrays(crops))]
     difference = np.abs(decoded.pixels_BHW3.numpy().astype(int) - np.stack(plain).astype(int))
+    if decoder_name == "ffcv":  # averages over areas, and its JPEG transforms are the coarse ones
+        assert difference.mean() < 4
+        return
     # Inverse cosine transforms and chroma upsampling may round differently; boxes, filters and flips may not.
     assert difference.mean() < 0.5
     assert np.percentile(difference, 99.9) <= 8
@@ -143,7 +153,7 @@ def as_raw(image):
 
 
 @pytest.mark.parametrize("raw_places", [[0, 1, 2, 3], [1, 3]])
-def test_raw_pixels_are_cut_like_encoded_images(crops, make_decoder, raw_places):
+def test_raw_pixels_are_cut_like_encoded_images(crops, make_decoder, decoder_name, raw_places):
     view = ViewConfig(height=40, width=40)
     png = [reencoded(image, "PNG") for image in crops[:4]]  # lossless: the same pixels either way
     images = as_arrays(png)
@@ -155,7 +165,8 @@ def test_raw_pixels_are_cut_like_encoded_images(crops, make_decoder, raw_places)
     raw = make_decoder(view).decode(images, boxes)
     assert not raw.bad
     difference = raw.pixels_BHW3.int() - encoded.pixels_BHW3.int()
-    assert difference.abs().float().mean() < 0.1  # Pillow decoded the PNGs, and resized them in some decoders
+    # Pillow decoded the PNGs, and resized them: in ffcv with a filter that rounds the edges of areas to whole pixels.
+    assert difference.abs().float().mean() < (2.5 if decoder_name == "ffcv" else 0.1)
 
 
 def test_a_raw_image_smaller_than_its_box_is_named(crops, make_decoder):
