@@ -1,7 +1,7 @@
 # Every target that runs something sets up .venv first; once that is done it costs nothing.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-gpu bench check freeze clean
+.PHONY: help setup demo test test-unit test-gpu bench bench-gpu check freeze clean
 
 PY := .venv/bin/python
 STAMP := .venv/.setup-stamp
@@ -36,6 +36,9 @@ test-gpu: $(STAMP) ## the tests that need a CUDA device
 bench: $(STAMP) ## loader and storage beside their peers: seven minutes of an idle machine
 	$(PY) -m pipeline.bench --peers --folder runs/bench --report runs/bench/loaders.md $(ARGS)
 	$(PY) -m pipeline.storage_bench --runs 5
+
+bench-gpu: $(STAMP) ## the loader on a CUDA device, by decoder and share of the JPEG engine: four minutes
+	$(PY) -m pipeline.bench --peers --device cuda --batch-size 256 --folder runs/bench --report runs/bench/loaders-gpu.md $(ARGS)
 
 check: $(STAMP) ## lint, format, types, import arrows, shell scripts, Dockerfile
 	$(PY) -m ruff check .

@@ -19,12 +19,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import psutil
+import torch
 
-from pipeline.bench_subjects import SUBJECTS, Batches, Setup, Subject
+from pipeline.bench_subjects import GPU_SUBJECTS, SUBJECTS, Batches, Setup, Subject
 from pipeline.command import say
 
 _START_LIMIT_S = 120.0
 _WARM_UP_BATCHES = 4
+_ALL = (*SUBJECTS, *GPU_SUBJECTS)
+"""A subject's process finds it by its number in here."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def measure_peers(
         seconds: Length of one measurement.
         subjects: What to measure.
     """
-    runners = [_Runner(setup, SUBJECTS.index(subject), subject) for subject in subjects]
+    runners = [_Runner(setup, _ALL.index(subject), subject) for subject in subjects]
     try:
         for runner in runners:  # one after the other: a start must not be measured against another's
             runner.start()
@@ -96,7 +99,8 @@ class _Runner:
 
     def start(self) -> None:
         """Start the process and wait for its first batch."""
-        words = (str(self._number), str(self._setup.folder), str(self._setup.num_threads), str(self._setup.batch_size))
+        setup = self._setup
+        words = map(str, (self._number, setup.folder, setup.num_threads, setup.batch_size, setup.device))
         self._process = subprocess.Popen(
             [sys.executable, "-m", "pipeline.bench_peers", *words],
             stdin=subprocess.PIPE,
@@ -160,6 +164,7 @@ def machine() -> dict[str, Any]:
         model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
     return {
         "cpu": model,
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
         "system": platform.platform(),
@@ -198,12 +203,14 @@ def _rss_bytes() -> int:
     return total
 
 
-def _measure_once(batches: Batches, seconds: float) -> dict[str, float]:
+def _measure_once(batches: Batches, seconds: float, device: str) -> dict[str, float]:
     for _ in range(_WARM_UP_BATCHES):  # what was prefetched while others were measured
         next(batches)
     cpu_s, start_s, images = _cpu_s(), time.perf_counter(), 0
     while time.perf_counter() - start_s < seconds:
         images += next(batches)
+    if device != "cpu":
+        torch.cuda.synchronize()
     wall_s = time.perf_counter() - start_s
     return {"images": images, "wall_s": wall_s, "cpu_s": _cpu_s() - cpu_s, "rss_bytes": _rss_bytes()}
 
@@ -220,17 +227,21 @@ def _serve(subject: Subject, setup: Setup, commands: TextIO, answers: TextIO) ->
     except ImportError as error:
         answer({"problem": f"not installed ({error.name})"})
         return
+    except Exception as error:  # noqa: BLE001 - a peer that does not run here is a row of the table
+        answer({"problem": f"does not run here ({type(error).__name__}: {error})".splitlines()[0]})
+        return
     answer({"first_batch_s": time.perf_counter() - start_s})
     for line in commands:
-        answer(_measure_once(batches, float(line)))
+        answer(_measure_once(batches, float(line), setup.device))
 
 
 def _main() -> None:
-    number, folder, num_threads, batch_size = sys.argv[1:]
+    number, folder, num_threads, batch_size, device = sys.argv[1:]
     # Whatever a library prints goes to stderr; answers have the real stdout to themselves.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    _serve(SUBJECTS[int(number)], Setup(Path(folder), int(num_threads), int(batch_size)), sys.stdin, answers)
+    setup = Setup(Path(folder), int(num_threads), int(batch_size), device)
+    _serve(_ALL[int(number)], setup, sys.stdin, answers)
     os._exit(0)  # some of the libraries hang when they are asked to end
 
 

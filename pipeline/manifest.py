@@ -334,8 +334,8 @@ def describe_change(dataset: Manifest, fingerprint: str, trained_on: DatasetInfo
         trained_on: its description, where it was kept.
     """
     what = (
-        f"dataset: {storage.redact(dataset.uri)} has fingerprint {dataset.info.fingerprint[:16]}, the run was started on "
-        f"{fingerprint[:16]}: its samples changed"
+        f"dataset: {storage.redact(dataset.uri)} has fingerprint {dataset.info.fingerprint[:16]}, the run was started "
+        f"on {fingerprint[:16]}: its samples changed"
     )
     changed = diff(trained_on, dataset.info) if trained_on and trained_on.fingerprint == fingerprint else []
     if changed:

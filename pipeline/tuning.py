@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +22,35 @@ class Tuning(Settings):
     num_threads: int = Field(ge=1)
     dali_depth: int = Field(default=0, ge=0, le=16)
     hw_decoder_load: float = Field(default=0.0, ge=0, le=1)
+
+
+def candidates(*, device: torch.device, interpolation: str) -> list[Tuning]:
+    """List what is worth trying on a machine: every decoder that is installed and has the filter.
+
+    Args:
+        device: where batches are wanted.
+        interpolation: the view's filter.
+    """
+    cores = len(os.sched_getaffinity(0))
+    threads = sorted({max(1, cores // 4), max(1, cores // 2), cores})
+    ways = [Tuning(decoder="turbo", num_threads=count) for count in threads]
+    if interpolation == "area" and find_spec("ffcv") is not None:
+        ways += [Tuning(decoder="ffcv", num_threads=count) for count in threads]
+    if interpolation == "area" or find_spec("nvidia") is None or find_spec("nvidia.dali") is None:
+        return ways
+    if device.type != "cuda":
+        return ways + [Tuning(decoder="dali", num_threads=count) for count in threads]
+    return ways + [
+        Tuning(decoder="dali", num_threads=count, dali_depth=depth, hw_decoder_load=load)
+        for count in threads
+        for depth in (2, 3)
+        for load in (0.5, 0.65, 0.8, 1.0)
+    ]
+
+
+def describe(tuning: Tuning) -> str:
+    """Say what a tuning sets, in a line."""
+    return ", ".join(f"{name} {value}" for name, value in tuning.model_dump(exclude_defaults=True).items())
 
 
 def describe_machine(device: torch.device) -> str:

@@ -118,7 +118,5 @@ class ThreadedDecoder:
 
 def _cut_raw(image_HW3: U8, top: int, left: int, height: int, width: int) -> U8:
     if top + height > image_HW3.shape[0] or left + width > image_HW3.shape[1]:
-        raise ValueError(
-            f"is {image_HW3.shape[1]} x {image_HW3.shape[0]} pixels, smaller than the manifest says"
-        )
+        raise ValueError(f"is {image_HW3.shape[1]} x {image_HW3.shape[0]} pixels, smaller than the manifest says")
     return image_HW3[top : top + height, left : left + width]

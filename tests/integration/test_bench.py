@@ -7,12 +7,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.bench import main
 from pipeline.bench_peers import Measured, machine, measure_peers
 from pipeline.bench_report import BARS, as_table, bars_table, write_report
 from pipeline.bench_sources import VARIANTS, make_sources
 from pipeline.bench_subjects import SUBJECTS, Setup
+from pipeline.tuning import read_tuning
 
 
 @pytest.mark.parametrize(
@@ -38,8 +40,20 @@ def test_mistakes_are_refused(make_dataset, capsys):
     assert main([]) == 2
     assert main([make_dataset(), "--peers"]) == 2
     assert main([make_dataset(), "--seconds", "0"]) == 2
-    assert "either a dataset's URI or --peers" in capsys.readouterr().err
+    assert "either a dataset's URI, with or without --tune, or --peers" in capsys.readouterr().err
     assert main(["nowhere"]) == 3
+
+
+def test_tuning_writes_what_the_loader_reads(make_dataset, tmp_path, capsys):
+    folder, path = make_dataset(), tmp_path / "deep" / "tuned.toml"
+    shape = ["--seconds", "0.05", "--batch-size", "8", "--size", "32", "--repeats", "1", "--interpolation", "area"]
+    assert main([folder, "--tune", "--device", "cpu", "--tuning-file", str(path), *shape, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    rates = [entry["rates"][0] for entry in found["images_per_s"]]
+    assert rates == sorted(rates, reverse=True)
+    assert {entry["decoder"] for entry in found["images_per_s"]} == {"turbo", "ffcv"}
+    tuned = read_tuning(str(path), device=torch.device("cpu"))
+    assert tuned.model_dump() == found["best"]
 
 
 def test_every_bar_compares_what_is_measured():
@@ -68,18 +82,20 @@ def test_the_report_is_written_anew_between_its_marks(tmp_path: Path):
     assert as_table(found) in text
     assert bars_table(found) in text
     assert "| webdataset + PIL | originals | bicubic | not installed (webdataset) | | | |" in text
-    assert "| turbo / bare loop | originals, bicubic | 0.83 (0.83-0.83) | 1.10 | met |" in text
+    assert "| turbo / bare loop | CPU time | originals, bicubic | 0.83 (0.83-0.83) | <= 1.10 | met |" in text
+    assert "| turbo / FFCV Loader | images/s | beton-256, area | 1.00 (1.00-1.00) | >= 1.40 | not met |" in text
     assert (tmp_path / "loaders.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
 def test_peers_are_measured_in_processes_that_end(tmp_path: Path):
-    make_sources(tmp_path, num_images=48)
+    make_sources(tmp_path, num_images=48, variants=("originals", "beton-256"))
     wanted = {
         ("torch DataLoader + PIL", "images"),
         ("webdataset + PIL", "originals"),
         ("DALI's own pipeline", "originals"),
         ("maelstrom turbo", "beton-256"),
+        ("maelstrom ffcv", "beton-256"),
         ("bare loop", "originals"),
     }
     subjects = [subject for subject in SUBJECTS if (subject.name, subject.dataset) in wanted]

@@ -41,7 +41,9 @@ def kinds(photos):
         "progressive": jpeg(whole, progressive=True),
         "restarts": jpeg(whole, restart_marker_blocks=3),
         "grey": jpeg(whole[:, :, 0]),
-        "thumbnail inside": np.concatenate([jpeg(whole)[:2], _application_part(jpeg(whole[:40, :40])), jpeg(whole)[2:]]),
+        "thumbnail inside": np.concatenate(
+            [jpeg(whole)[:2], _application_part(jpeg(whole[:40, :40])), jpeg(whole)[2:]]
+        ),
     }
 
 
@@ -161,21 +163,24 @@ def test_host_buffers_are_used_again_only_when_given_back():
 
 def test_a_tuning_file_decides_what_is_left_open(tmp_path):
     path = tmp_path / "tuned.toml"
-    write_tuning(path, Tuning(decoder="ffcv", num_threads=3, hw_decoder_load=0.5), device=CPU, comment="measured\ntwice")
+    write_tuning(
+        path, Tuning(decoder="ffcv", num_threads=3, hw_decoder_load=0.5), device=CPU, comment="measured\ntwice"
+    )
     tuned = with_tuning(LoaderConfig(tuning_file=str(path)), device=CPU)
     assert (tuned.decoder, tuned.num_threads, tuned.hw_decoder_load, tuned.dali_depth) == ("ffcv", 3, 0.5, 0)
     kept = with_tuning(LoaderConfig(tuning_file=str(path), decoder="dali", num_threads=1), device=CPU)
     assert (kept.decoder, kept.num_threads) == ("dali", 1)
     with pytest.raises(ConfigError, match="FFCV has only area"):
-        build_decoder(
-            LoaderConfig(tuning_file=str(path)), view=VIEW, max_batch_size=1, local_world_size=1, device=CPU
-        )
+        build_decoder(LoaderConfig(tuning_file=str(path)), view=VIEW, max_batch_size=1, local_world_size=1, device=CPU)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("machine = 'Other GPU, 4 cores'\n[loader]\ndecoder = 'turbo'\nnum_threads = 2\n", "is of 'Other GPU, 4 cores'"),
+        (
+            "machine = 'Other GPU, 4 cores'\n[loader]\ndecoder = 'turbo'\nnum_threads = 2\n",
+            "is of 'Other GPU, 4 cores'",
+        ),
         ("[loader]\ndecoder = 'fast'\nnum_threads = 2\n", "cannot be used"),
         ("[loader\n", "cannot be used"),
     ],

@@ -180,7 +180,9 @@ def test_a_raw_image_smaller_than_its_box_is_named(crops, make_decoder):
 def test_flips_mirror_whole_images(crops):
     for interpolation in ("area", "bicubic"):
         view = ViewConfig(height=40, width=40, crop="center", interpolation=interpolation)
-        decoder = build_decoder(LoaderConfig(decoder="turbo"), view=view, max_batch_size=2, local_world_size=1, device=CPU)
+        decoder = build_decoder(
+            LoaderConfig(decoder="turbo"), view=view, max_batch_size=2, local_world_size=1, device=CPU
+        )
         boxes = boxes_for([crops[0], crops[0]], view)
         boxes = dataclasses.replace(boxes, flips_B=np.array([False, True]))
         pixels_BHW3 = decoder.decode(as_arrays([crops[0], crops[0]]), boxes).pixels_BHW3
