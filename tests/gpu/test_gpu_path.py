@@ -18,23 +18,24 @@ pytestmark = pytest.mark.gpu
 VIEW = ViewConfig(height=64, width=64)
 
 
-def first_batches(dataset, *, decoder, device, count=3):
+def first_batches(dataset, *, decoder, device, count=3, dtype=torch.float32):
     loader = Loader(
         dataset,
-        VIEW,
+        VIEW.model_copy(update={"interpolation": "area"}) if decoder == "ffcv" else VIEW,
         OrderConfig(lanes=4, window=2),
         LoaderConfig(decoder=decoder),
         seed=0,
         global_batch_size=16,
         micro_batch_size=16,
         device=torch.device(device),
+        dtype=dtype,
     )
     with loader:
         stream = iter(loader)
         return [next(stream) for _ in range(count)]
 
 
-@pytest.mark.parametrize("decoder", ["dali", "turbo"])
+@pytest.mark.parametrize("decoder", ["dali", "turbo", "ffcv"])
 def test_batches_on_the_device_are_those_of_the_cpu(make_dataset, decoder):
     dataset = open_dataset(make_dataset())
     on_cpu = first_batches(dataset, decoder=decoder, device="cpu")
@@ -44,6 +45,19 @@ def test_batches_on_the_device_are_those_of_the_cpu(make_dataset, decoder):
         assert gpu.sample_ids_B.tolist() == cpu.sample_ids_B.tolist()
         # The GPU's inverse transform and resize round differently; 0.05 is about 3 of 255 levels.
         assert (gpu.images_BCHW.cpu() - cpu.images_BCHW).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize("decoder", ["dali", "turbo"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float16])
+def test_every_batch_on_the_device_is_the_callers(make_dataset, decoder, dtype):
+    """Host buffers are used again while copies run on a stream of their own: held batches must not change."""
+    dataset = open_dataset(make_dataset())
+    held = first_batches(dataset, decoder=decoder, device="cuda:0", count=12, dtype=dtype)
+    torch.cuda.synchronize()
+    for number, batch in enumerate(first_batches(dataset, decoder=decoder, device="cuda:0", count=12, dtype=dtype)):
+        torch.cuda.synchronize()
+        assert batch.images_BCHW.dtype == dtype
+        assert torch.equal(batch.images_BCHW, held[number].images_BCHW)
 
 
 def test_a_bad_image_in_a_mixed_batch_is_replaced(make_dataset):
