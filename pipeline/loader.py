@@ -118,7 +118,6 @@ class Loader:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        per_rank = global_batch_size // world_size
         if micro_batch_size < 1 or global_batch_size % (micro_batch_size * world_size):
             raise ConfigError(
                 f"train.global_batch_size {global_batch_size} is not a multiple of train.micro_batch_size "
@@ -127,7 +126,6 @@ class Loader:
         self._dataset = dataset
         self._seed = seed
         self._micro = micro_batch_size
-        self._accumulation = per_rank // micro_batch_size
         self._order = Order(
             dataset.shard_sizes,
             config=order,

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import simplejpeg
 
 from pipeline.config import ViewConfig
 from pipeline.decoders.base import U8
+from pipeline.decoders.jpeg import read_header
 from pipeline.decoders.threads import ThreadedDecoder
 from pipeline.errors import ConfigError
 
@@ -51,14 +51,10 @@ class _FfcvKernels:
 
     def cut(self, image: U8, *, top: int, left: int, height: int, width: int) -> U8 | None:
         """Decode an image whole into scratch memory and return its box (see `Kernels.cut`)."""
-        try:
-            image_height, image_width, colours, _ = simplejpeg.decode_jpeg_header(image)
-        except ValueError:
+        header = read_header(image, bottom=top + height, right=left + width)
+        if header is None or header[2] not in ("YCbCr", "Gray"):
             return None
-        if top + height > image_height or left + width > image_width:
-            raise ValueError(f"is {image_width} x {image_height} pixels, smaller than the manifest says")
-        if colours not in ("YCbCr", "Gray"):
-            return None
+        image_height, image_width, _ = header
         num_bytes = image_height * image_width * 3
         if self._scratch.size < num_bytes:
             self._scratch = np.empty(num_bytes, dtype=np.uint8)

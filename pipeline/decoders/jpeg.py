@@ -44,6 +44,21 @@ def is_whole_jpeg(image: U8) -> bool:
     return True
 
 
+def read_header(image: U8, *, bottom: int, right: int) -> tuple[int, int, str] | None:
+    """Return a JPEG's height, width and colours ("YCbCr", "Gray", "CMYK", ...); None where the file is no JPEG.
+
+    Raises:
+        ValueError: the image is smaller than its box.
+    """
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
+    except ValueError:
+        return None
+    if bottom > height or right > width:
+        raise ValueError(f"is {width} x {height} pixels, smaller than the manifest says")
+    return height, width, colours
+
+
 class JpegCutter:
     """Cut boxes out of JPEGs. Holds scratch memory: one for each thread.
 
@@ -74,13 +89,11 @@ class JpegCutter:
         Raises:
             ValueError: the image is smaller than its box.
         """
-        try:
-            image_height, image_width, colours, _ = simplejpeg.decode_jpeg_header(image)
-        except ValueError:
-            return None
         bottom, right = top + height, left + width
-        if bottom > image_height or right > image_width:
-            raise ValueError(f"is {image_width} x {image_height} pixels, smaller than the manifest says")
+        header = read_header(image, bottom=bottom, right=right)
+        if header is None:
+            return None
+        image_height, image_width, colours = header
         num_pixels = image_height * image_width
         if (
             self._codec is not None
