@@ -33,11 +33,12 @@ test-unit: $(STAMP) ## the fast tests, under a minute
 test-gpu: $(STAMP) ## the tests that need a CUDA device
 	$(PYTEST) -m gpu tests/gpu $(ARGS)
 
-bench: $(STAMP) ## loader and storage beside their peers: seven minutes of an idle machine
+bench: $(STAMP) ## loader, storage and conversion beside their peers, on an idle machine
 	$(PY) -m pipeline.bench --peers --folder runs/bench --report runs/bench/loaders.md $(ARGS)
 	$(PY) -m pipeline.storage_bench --runs 5
+	$(PY) -m pipeline.convert_bench
 
-bench-gpu: $(STAMP) ## the loader on a CUDA device, by decoder and share of the JPEG engine: four minutes
+bench-gpu: $(STAMP) ## the loader on a CUDA device by decoder and share of the JPEG engine; the training step by model and mode
 	$(PY) -m pipeline.bench --peers --device cuda --batch-size 256 --folder runs/bench --report runs/bench/loaders-gpu.md $(ARGS)
 
 check: $(STAMP) ## lint, format, types, import arrows, shell scripts, Dockerfile
