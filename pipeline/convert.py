@@ -68,7 +68,7 @@ def convert(src: str, dst: str, settings: ConvertSettings | None = None, *, work
     """
     settings = settings or ConvertSettings()
     check_places(src, dst)
-    listing = open_source(src, labels=settings.labels).listing()
+    listing = open_source(src, settings).listing()
     plan = make_plan(listing, settings)
     done = find_finished(dst, plan)
     if done is not None:
@@ -112,7 +112,7 @@ def _make_parts(listing: Listing, dst: str, plan: Plan, *, workers: int) -> list
             stem=plan.shard_stem(shard),
             identity=identity,
             settings=plan.settings,
-            names=pick(listing.names, places),
+            wanted=listing.wanted(places),
             keys=pick(keys, places),
             labels=listing.labels[places].tolist(),
             classes=listing.classes,
@@ -299,7 +299,7 @@ def _settings(arguments: Arguments) -> ConvertSettings:
 
 def _dry_run(arguments: Arguments, settings: ConvertSettings) -> dict[str, Any]:
     check_places(arguments.src, arguments.dst)
-    listing = open_source(arguments.src, labels=settings.labels).listing()
+    listing = open_source(arguments.src, settings).listing()
     plan = make_plan(listing, settings)
     found = find_finished(arguments.dst, plan)
     return {

@@ -12,8 +12,6 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.synchronize import Event
@@ -31,11 +29,10 @@ from pipeline.formats.ffcv_writer import BetonWriter, storable
 from pipeline.formats.webdataset import WebDatasetWriter
 from pipeline.screen import Probe, screen
 from pipeline.shard_table import ShardTable, TableBuilder
-from pipeline.sources import Source, SourceKind, open_source
+from pipeline.sources import SourceKind, Wanted, open_source
 
 PARTS_FOLDER = "_parts"
 _STORED_FORMATS = ("jpeg", "png", "webp")
-_REMOTE_READERS = 16
 _PART_KEY = b"maelstrom"
 
 
@@ -49,12 +46,12 @@ class ShardTask:
 
     Args:
         source: URI of the source.
-        source_kind: A folder of images, or a dataset.
+        source_kind: What the source is.
         target: URI of the dataset's folder.
         stem: The shard's name without extension.
         identity: Of the plan it belongs to.
         settings: Of the conversion.
-        names: Images in stored order, as paths below the source.
+        wanted: Images in stored order.
         keys: Their keys.
         labels: Their class numbers.
         classes: Class names.
@@ -66,7 +63,7 @@ class ShardTask:
     stem: str
     identity: str
     settings: ConvertSettings
-    names: list[str]
+    wanted: Wanted
     keys: list[str]
     labels: list[int]
     classes: list[str] | None
@@ -138,15 +135,15 @@ def make_shard(task: ShardTask, stop: Event | None = None) -> Part:
     """
     rejected: list[tuple[str, str]] = []
     size_read = 0
-    source = open_source(task.source, labels=task.settings.labels, kind=task.source_kind)
+    source = open_source(task.source, task.settings, kind=task.source_kind)
     uri = storage.join(task.target, task.stem + suffix_of(task.settings.format))
     with BetonWriter(uri) if task.settings.format == "ffcv" else WebDatasetWriter(uri) as writer:
-        for place, data in enumerate(_read_all(source, task)):
+        for place, data in enumerate(source.read_all(task.wanted)):
             if stop is not None and stop.is_set():
                 raise StoppedError("stopped")
-            size_read += len(data)
-            name = task.names[place]
-            found, stored = _prepare(data, task.settings)
+            name = storage.redact(task.wanted.names[place])
+            size_read += 0 if isinstance(data, str) else len(data)
+            found, stored = (data, b"") if isinstance(data, str) else _prepare(data, task.settings)
             if isinstance(found, str):
                 if task.settings.strict:
                     raise DataError(f"convert: {name}: {found}. Without --strict it would be left out.")
@@ -154,7 +151,8 @@ def make_shard(task: ShardTask, stop: Event | None = None) -> Part:
                 continue
             label = task.labels[place]
             known = task.classes is not None and 0 <= label < len(task.classes)
-            about = source.about(name, class_name=task.classes[label] if task.classes and known else None)
+            class_name = task.classes[label] if task.classes and known else None
+            about = source.about(task.wanted.names[place], class_name=class_name)
             writer.add(task.keys[place], stored, found, label=label, metadata=about)
         if len(writer):
             written = writer.close()
@@ -163,7 +161,7 @@ def make_shard(task: ShardTask, stop: Event | None = None) -> Part:
             table, size_bytes, sha256 = written.table, written.size_bytes, written.sha256
         else:
             table, size_bytes, sha256 = TableBuilder().build(), 0, ""
-    part = Part(task.stem, len(table), size_bytes, sha256, len(task.names), size_read, rejected)
+    part = Part(task.stem, len(table), size_bytes, sha256, len(task.wanted), size_read, rejected)
     _write_part(task, part, table)
     return part
 
@@ -200,16 +198,6 @@ def _as_pixels(found: Probe, settings: ConvertSettings) -> bool:
         found.width, found.height, short_side=settings.resize, long_side=settings.max_resolution
     )
     return width * height * 3 <= settings.smart_threshold_bytes
-
-
-def _read_all(source: Source, task: ShardTask) -> Iterator[bytes]:
-    """Yield the images in order; several reads are under way at a time where each is a request to a server."""
-    if storage.is_local(task.source):
-        yield from map(source.read, task.names)
-        return
-    with ThreadPoolExecutor(_REMOTE_READERS, thread_name_prefix="read") as pool:
-        for start in range(0, len(task.names), 4 * _REMOTE_READERS):
-            yield from pool.map(source.read, task.names[start : start + 4 * _REMOTE_READERS])
 
 
 def _write_part(task: ShardTask, part: Part, table: ShardTable) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, runtime_checkable
 
 from pipeline.errors import DataError
 
@@ -35,6 +35,14 @@ class Stream(Protocol):
 
     def read(self, size: int = ..., /) -> bytes:
         """Return up to `size` bytes."""
+
+
+@runtime_checkable
+class SkippingStream(Protocol):
+    """A stream that can pass over bytes without reading them: of an archive's members only the headers are read."""
+
+    def skip(self, size: int, /) -> int:
+        """Pass over up to `size` bytes; return how many there were."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +149,16 @@ class TarScanner:
             yield part
 
     def _finish_member(self) -> None:
+        if isinstance(self._stream, SkippingStream) and self._pending:
+            start, size = self._at, self._pending
+            skipped = self._stream.skip(size)
+            self._at += skipped
+            self._pending = self._data_left = 0
+            if skipped != size:
+                raise self.error(
+                    f"the file ends inside the data of {self._name!r}: expected {size} bytes, got {skipped}",
+                    offset=start,
+                )
         for _ in self.read_chunks():
             pass
         if self._pending:

@@ -23,7 +23,7 @@ from pipeline.encode import CANNOT_DECODE, reencode
 from pipeline.errors import ConfigError, DataError
 from pipeline.manifest import open_dataset
 from pipeline.screen import Probe, probe
-from pipeline.sources import FolderSource, Listing, sample_keys
+from pipeline.sources import FolderSource, Listing, SourceSettings, sample_keys
 
 FEW = ConvertSettings(samples_per_shard=5)
 
@@ -163,7 +163,7 @@ def test_images_beside_class_folders_need_a_word(source: Path) -> None:
     next(source.rglob("*.jpg")).rename(source / "stray.jpg")
     with pytest.raises(ConfigError, match=r"1 images beside its folders \(such as stray\.jpg\).*--labels none"):
         FolderSource(str(source)).listing()
-    assert FolderSource(str(source), labels="none").listing().classes is None
+    assert FolderSource(str(source), SourceSettings(labels="none")).listing().classes is None
 
 
 def test_hidden_and_other_files_are_passed_over(source: Path) -> None:
