@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import connection
 from multiprocessing.synchronize import Event
 
@@ -27,6 +27,7 @@ from pipeline.errors import DataError, MaelstromError
 from pipeline.formats.container import suffix_of
 from pipeline.formats.ffcv_writer import BetonWriter, storable
 from pipeline.formats.webdataset import WebDatasetWriter
+from pipeline.pixel_sums import PixelSums
 from pipeline.screen import Probe, screen
 from pipeline.shard_table import ShardTable, TableBuilder
 from pipeline.sources import SourceKind, Wanted, open_source
@@ -81,6 +82,7 @@ class Part:
         num_images: Images looked at.
         read_bytes: Bytes of those images.
         rejected: (file name, reason) of those that were refused.
+        pixels: Sums over the stored images, where the settings ask for them.
     """
 
     stem: str
@@ -90,6 +92,7 @@ class Part:
     num_images: int
     read_bytes: int
     rejected: list[tuple[str, str]]
+    pixels: PixelSums | None = None
 
 
 def part_uri(target: str, stem: str) -> str:
@@ -108,6 +111,7 @@ def read_part(target: str, stem: str, *, identity: str) -> tuple[Part, ShardTabl
     if head.pop("identity") != identity:
         return None
     head["rejected"] = [(name, reason) for name, reason in head["rejected"]]
+    head["pixels"] = PixelSums(**head["pixels"]) if head.get("pixels") else None
     return Part(**head), ShardTable.from_arrow(table)
 
 
@@ -135,6 +139,7 @@ def make_shard(task: ShardTask, stop: Event | None = None) -> Part:
     """
     rejected: list[tuple[str, str]] = []
     size_read = 0
+    pixels = PixelSums() if task.settings.stats else None
     source = open_source(task.source, task.settings, kind=task.source_kind)
     uri = storage.join(task.target, task.stem + suffix_of(task.settings.format))
     with BetonWriter(uri) if task.settings.format == "ffcv" else WebDatasetWriter(uri) as writer:
@@ -143,7 +148,7 @@ def make_shard(task: ShardTask, stop: Event | None = None) -> Part:
                 raise StoppedError("stopped")
             name = storage.redact(task.wanted.names[place])
             size_read += 0 if isinstance(data, str) else len(data)
-            found, stored = (data, b"") if isinstance(data, str) else _prepare(data, task.settings)
+            found, stored = (data, b"") if isinstance(data, str) else prepare(data, task.settings)
             if isinstance(found, str):
                 if task.settings.strict:
                     raise DataError(f"convert: {name}: {found}. Without --strict it would be left out.")
@@ -153,6 +158,8 @@ def make_shard(task: ShardTask, stop: Event | None = None) -> Part:
             known = task.classes is not None and 0 <= label < len(task.classes)
             class_name = task.classes[label] if task.classes and known else None
             about = source.about(task.wanted.names[place], class_name=class_name)
+            if pixels is not None:
+                pixels.add(stored, found)
             writer.add(task.keys[place], stored, found, label=label, metadata=about)
         if len(writer):
             written = writer.close()
@@ -161,12 +168,12 @@ def make_shard(task: ShardTask, stop: Event | None = None) -> Part:
             table, size_bytes, sha256 = written.table, written.size_bytes, written.sha256
         else:
             table, size_bytes, sha256 = TableBuilder().build(), 0, ""
-    part = Part(task.stem, len(table), size_bytes, sha256, len(task.wanted), size_read, rejected)
+    part = Part(task.stem, len(table), size_bytes, sha256, len(task.wanted), size_read, rejected, pixels)
     _write_part(task, part, table)
     return part
 
 
-def _prepare(data: bytes, settings: ConvertSettings) -> tuple[Probe | str, bytes]:
+def prepare(data: bytes, settings: ConvertSettings) -> tuple[Probe | str, bytes]:
     """Return (what the header says, bytes to store), or (reason, nothing)."""
     found = screen(data, settings.limits)
     if isinstance(found, str):
@@ -210,6 +217,7 @@ def _write_part(task: ShardTask, part: Part, table: ShardTable) -> None:
         "num_images": part.num_images,
         "read_bytes": part.read_bytes,
         "rejected": part.rejected,
+        "pixels": None if part.pixels is None else asdict(part.pixels),
     }
     rows = table.to_arrow().replace_schema_metadata({_PART_KEY: json.dumps(head).encode()})
     buffer = io.BytesIO()

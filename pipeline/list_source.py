@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import posixpath
 from collections.abc import Iterator
 from typing import Any
@@ -100,7 +101,7 @@ class ListSource:
             else:
                 delimiter = "\t" if self.uri.endswith(".tsv") else ","
                 options = pa_csv.ParseOptions(delimiter=delimiter)
-                table = pa_csv.read_csv(pa.BufferReader(storage.read_bytes(self.uri)), parse_options=options)
+                table = pa_csv.read_csv(io.BytesIO(storage.read_bytes(self.uri)), parse_options=options)
         except pa.ArrowException as error:
             raise DataError(f"convert: {where} cannot be read as a table ({error}).") from error
         asked = self._settings.image_column
@@ -119,8 +120,9 @@ class ListSource:
         if self._settings.labels != "none":
             asked = self._settings.label_column
             label = choose_column(table.column_names, LABEL_COLUMNS, asked, option="--label-column", where=where)
-        labels = table[label] if label else pa.chunked_array([np.full(len(table), NO_LABEL, np.int32)])
-        return table, pa.concat_arrays(values.cast(pa.string()).chunks), labels
+        labels: Any = table[label] if label else pa.chunked_array([np.full(len(table), NO_LABEL, np.int32)])
+        names: Any = pa.concat_arrays(values.cast(pa.string()).chunks)
+        return table, names, labels
 
     def _sizes(self, table: pa.Table, names: pa.StringArray) -> npt.NDArray[np.int64]:
         """Return the sizes given, those of local files, and a guess for the rest: only the shards' bounds need them.
@@ -137,7 +139,8 @@ class ListSource:
                     sizes[place] = 0  # reading it will say what is wrong
         given = choose_column(table.column_names, SIZE_COLUMNS, None, option="", where="")
         if given and pa.types.is_integer(table[given].type):
-            return table[given].fill_null(_UNKNOWN_SIZE_BYTES).to_numpy().astype(np.int64)
+            column: Any = table[given]
+            return np.asarray(column.fill_null(_UNKNOWN_SIZE_BYTES).to_numpy(), np.int64)
         return sizes
 
 

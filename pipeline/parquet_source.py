@@ -130,7 +130,8 @@ def label_numbers(
 ) -> tuple[npt.NDArray[np.int32], list[str] | None]:
     """Return class numbers and names of a column: numbers are kept, names are numbered in sorted order."""
     if pa.types.is_integer(values.type):
-        numbers = values.fill_null(NO_LABEL).to_numpy().astype(np.int64)
+        given: Any = values
+        numbers = given.fill_null(NO_LABEL).to_numpy().astype(np.int64)
         if len(numbers) and (numbers.min() < -1 or numbers.max() >= 2**31):
             raise DataError(f"convert: labels run from {numbers.min()} to {numbers.max()}; expected 0 and above.")
         return numbers.astype(np.int32), class_names
@@ -227,7 +228,7 @@ class ParquetSource:
         plain = pa.array([f"{PurePosixPath(file.name).stem}/{row:08d}" for row in range(count)], pa.string())
         if table is not None and columns.path:
             paths = pc.struct_field(table[columns.path.partition(".")[0]], [0]).combine_chunks().cast(pa.string())
-            plain = pc.if_else(pc.equal(pc.utf8_length(pc.fill_null(paths, "")), 0), plain, paths)
+            plain = pc.if_else(pc.invert(pc.match_substring_regex(pc.fill_null(paths, ""), ".")), plain, paths)
         if isinstance(plain, pa.ChunkedArray):
             plain = pa.concat_arrays(plain.chunks)
         rows = [np.arange(n) | number << _FILE_SHIFT | g << _GROUP_SHIFT for g, n in enumerate(counts.tolist())]

@@ -245,10 +245,12 @@ class ListingBuilder:
         order = pc.sort_indices(names)
         names = names.take(order)
         rows = order.to_numpy()
+        found: tuple[npt.NDArray[np.int32], list[str] | None]
         if settings.ground_truth is not None and settings.labels != "none":
-            labels, classes = read_ground_truth(settings.ground_truth, settings.synsets).label(names)
+            found = read_ground_truth(settings.ground_truth, settings.synsets).label(names)
         else:
-            labels, classes = label_by_folder(uri, names, settings.labels)
+            found = label_by_folder(uri, names, settings.labels)
+        labels, classes = found
         return Listing(
             uri=uri,
             names=names,

@@ -401,7 +401,7 @@ def test_a_damaged_leftover_is_made_again(
     whole, dst = tmp_path / "whole", tmp_path / "dst"
     convert(str(source), str(whole), FEW, workers=1)
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.convert.write_dataset", stop)
+        patch.setattr("pipeline.convert_commit.write_dataset", stop)
         with pytest.raises(KeyboardInterrupt):
             convert(str(source), str(dst), FEW, workers=1)
     part, tar = dst / "_parts" / "train-000001.parquet", dst / "train-000001.tar"
