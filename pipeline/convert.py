@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from pipeline import storage
 from pipeline.command import run_command, say, say_json
 from pipeline.convert_commit import REJECTED_FILE, STATS_FILE, commit
-from pipeline.convert_engines import Crew, Engine, cores, make_shards
+from pipeline.convert_engines import Crew, Engine, cores, make_shards, warm_up
 from pipeline.convert_plan import Container, ConvertSettings, Plan, WriteMode, make_plan, parse_size
 from pipeline.convert_target import (
     Share,
@@ -92,6 +92,7 @@ def convert_share(
     """
     settings, share, crew = settings or ConvertSettings(), share or Share(), crew or Crew()
     check_places(src, dst)
+    warm_up(crew)
     listing = open_source(src, settings).listing()
     plan = make_plan(listing, settings)
     done = find_finished(dst, plan)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,10 +73,23 @@ def make_shards(
     return _in_processes(shards, task, workers)
 
 
+def _context() -> Any:
+    """Return the way to start processes: not by fork, for the caller may run threads, which do not survive one."""
+    methods = multiprocessing.get_all_start_methods()
+    return multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+
+
+def warm_up(crew: Crew) -> None:
+    """Begin to import, in a process beside this one, what workers need: they are forked off it and start at once."""
+    context = _context()
+    if crew.engine == "local" and (crew.workers or cores()) > 1 and context.get_start_method() == "forkserver":
+        context.set_forkserver_preload(["pipeline.convert_task"])
+        forkserver.ensure_running()
+
+
 def _in_processes(shards: Sequence[int], task: Callable[[int], ShardTask], workers: int) -> Iterator[tuple[int, Part]]:
     """Work in a pool of processes. A failure stops the rest at the next image."""
-    # spawn: the caller may run threads (CUDA, fsspec), which do not survive a fork.
-    context = multiprocessing.get_context("spawn")
+    context = _context()
     stop = context.Event()
     waiting: dict[Future[Part], int] = {}
     left = iter(shards)

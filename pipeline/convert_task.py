@@ -146,7 +146,9 @@ def make_shard(task: ShardTask, stop: Event | None = None) -> Part:
         for place, data in enumerate(source.read_all(task.wanted)):
             if stop is not None and stop.is_set():
                 raise StoppedError("stopped")
-            name = storage.redact(task.wanted.names[place])
+            name = task.wanted.names[place]
+            if "://" in name:
+                name = storage.redact(name)
             size_read += 0 if isinstance(data, str) else len(data)
             found, stored = (data, b"") if isinstance(data, str) else prepare(data, task.settings)
             if isinstance(found, str):

@@ -147,7 +147,7 @@ def read_each(uri: str, read: Callable[[int], bytes | str], count: int) -> Itera
 
 def name_and_class(name: str, class_name: str | None) -> dict[str, Any]:
     """Return what is stored beside an image of which no more is known."""
-    about = {"filename": storage.redact(name)}
+    about = {"filename": storage.redact(name) if "://" in name else name}
     return about if class_name is None else {**about, "class": class_name}
 
 
@@ -167,9 +167,8 @@ class FolderSource:
 
     def read_all(self, wanted: Wanted) -> Iterator[bytes | str]:
         """Yield the files' bytes."""
-        return read_each(
-            self.uri, lambda i: storage.read_bytes(storage.join(self.uri, wanted.names[i])), len(wanted.names)
-        )
+        read = storage.reader_below(self.uri)
+        return read_each(self.uri, lambda i: read(wanted.names[i]), len(wanted))
 
     def about(self, name: str, *, class_name: str | None) -> dict[str, Any] | None:
         """Return the file's name, and its class where it has one."""

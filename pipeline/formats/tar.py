@@ -286,25 +286,19 @@ def make_header(name: str, size: int) -> bytes:
     return _ustar(b"PaxHeader", len(body), b"x") + body + bytes(-len(body) % BLOCK_BYTES) + _ustar(plain, size, b"0")
 
 
+_OWNER = b"0000644\0" + b"0000000\0" * 2
+_TIME = b"\0" + b"00000000000\0"
+_REST = bytes(100) + b"ustar\x0000" + bytes(32 * 2) + b"0000000\0" * 2 + bytes(155 + 12)
+_FIXED_SUM = sum(_OWNER + _TIME + b" " * 8 + _REST)
+"""What is the same in every header that is written: mode and owner, time, and all that follows the type."""
+
+
 def _ustar(name: bytes, size: int, kind: bytes) -> bytes:
     if size >= 8**11:
         raise DataError(f"{name!r}: {size} bytes do not fit a tar header (limit {8**11 - 1}).")
-    fields = (
-        name.ljust(100, b"\0"),
-        b"0000644\0",
-        b"0000000\0" * 2,
-        f"{size:011o}\0".encode(),
-        b"00000000000\0",
-        b" " * 8,
-        kind,
-        bytes(100),
-        b"ustar\x0000",
-        bytes(32 * 2),
-        b"0000000\0" * 2,
-        bytes(155 + 12),
-    )
-    header = b"".join(fields)
-    return header[:148] + f"{sum(header):06o}\0 ".encode() + header[156:]
+    digits = b"%011o" % size
+    checksum = sum(name) + sum(digits) + sum(kind) + _FIXED_SUM  # of all bytes, its own field taken as blanks
+    return b"".join((name.ljust(100, b"\0"), _OWNER, digits, _TIME, b"%06o\0 " % checksum, kind, _REST))
 
 
 def end_mark(size_bytes: int) -> bytes:
