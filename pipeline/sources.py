@@ -25,7 +25,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".b
 LabelMode = Literal["auto", "folders", "none"]
 SourceKind = Literal["folder", "dataset", "tar", "parquet", "list"]
 _REMOTE_READERS = 16
-_LISTED_AT_ONCE = 65_536
+_LISTED_AT_ONCE = 16_384
 
 
 class SourceSettings(Settings):
