@@ -193,6 +193,10 @@ def test_a_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert (found["num_images"], found["num_shards"], found["num_classes"], found["finished"]) == (80, 3, 4, False)
+    size = sum(path.stat().st_size for path in source.rglob("*.jpg"))
+    assert size < found["estimated_bytes"] < 3 * size + 80 * 4096
+    assert found["estimated_s"] < LIMIT_S
+    assert (found["tried"], found["refused"]) == (48, 0)
     assert not (tmp_path / "dst").exists()
 
 

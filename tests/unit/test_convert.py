@@ -136,6 +136,31 @@ def test_a_limit_takes_the_first_of_the_stored_order(source: Path, tmp_path: Pat
     assert open_dataset("memory://convert-limit/b").keys(np.arange(7)) == whole[:7]
 
 
+def test_statistics_are_those_of_the_pixels(source: Path, tmp_path: Path) -> None:
+    with Image.open(source / "astronaut" / "000.jpg") as image:
+        image.convert("L").save(source / "astronaut" / "grey.jpg")
+        image.save(source / "astronaut" / "p.png")
+    (source / "astronaut" / "broken.png").write_bytes((source / "astronaut" / "p.png").read_bytes()[:-900] + bytes(900))
+    settings = FEW.model_copy(update={"stats": True})
+    info = convert(str(source), str(tmp_path / "dst"), settings, workers=1)
+    found = json.loads((tmp_path / "dst" / "stats.json").read_text())
+    images = []
+    for path in source.rglob("*.*"):
+        if path.name != "broken.png":
+            with Image.open(path) as image:
+                images.append(np.asarray(image.convert("RGB"), np.float64) / 255)
+    mean = np.mean([image.mean((0, 1)) for image in images], 0)
+    square = np.mean([(image**2).mean((0, 1)) for image in images], 0)
+    assert (found["num_images"], found["num_undecodable"]) == (14, info.num_samples - 14)
+    np.testing.assert_allclose(found["mean"], mean, atol=1e-3)
+    np.testing.assert_allclose(found["std"], np.sqrt(square - mean**2), atol=1e-3)
+    assert sum(found["class_counts"].values()) == info.num_samples
+    assert found["class_counts"]["chelsea"] == 4
+    assert found["height"] == [64] * 7
+    convert(str(source), str(tmp_path / "again"), settings, workers=2)
+    assert (tmp_path / "again" / "stats.json").read_bytes() == (tmp_path / "dst" / "stats.json").read_bytes()
+
+
 # ------------------------------------------------------------------------------------------------ sources
 
 
