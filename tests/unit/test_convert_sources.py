@@ -238,7 +238,7 @@ def test_a_shard_reads_few_row_groups(folder: Path, tmp_path: Path) -> None:
     assert [len(found) for found in groups] == [2, 2, 2]
     assert sorted(plan.order.tolist()) == list(range(12))
     assert plan.order.tolist() != sorted(plan.order.tolist())
-    assert (np.diff(plan.order[:4]) != 1).any(), "a shard is shuffled in itself"
+    assert (np.diff(plan.order.reshape(-1, 2)) != 1).any(), "a shard is shuffled in itself"
     assert make_plan(listing, ConvertSettings(shuffle_seed=1)).order.tolist() != plan.order.tolist()
     assert make_plan(listing, ConvertSettings(shuffle_seed=None)).order.tolist() == list(range(12))
 
