@@ -50,7 +50,7 @@ def make_sources(
     images = folder / "images"
     done = folder / f"images-{num_images}.done"
     if not done.exists():
-        for number, data in enumerate(_crops(num_images)):
+        for number, data in enumerate(make_crops(num_images)):
             path = images / f"{number % 10}" / f"{number:05d}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
@@ -62,7 +62,7 @@ def make_sources(
     return made
 
 
-def _crops(count: int) -> Iterator[bytes]:
+def make_crops(count: int) -> Iterator[bytes]:
     """Yield JPEGs of about 500 x 375 pixels: pieces of the photographs at scales from 0.7 to 1.3."""
     from PIL import Image
 

@@ -6,57 +6,55 @@ goes on where it was stopped and makes only the missing shards, byte for byte wh
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import os
 import sys
-import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import tyro
 from pydantic import ValidationError
 
 from pipeline import storage
 from pipeline.command import run_command, say, say_json
-from pipeline.convert_plan import Container, ConvertSettings, Plan, WriteMode, make_plan, parse_size, tool_version
-from pipeline.convert_target import check_places, claim, clean_up, find_finished, list_target, lock_target
-from pipeline.convert_task import (
-    PARTS_FOLDER,
-    Part,
-    ShardTask,
-    finished_shard,
-    make_shard,
-    make_shard_in_worker,
-    read_part,
-    start_worker,
+from pipeline.convert_commit import REJECTED_FILE, STATS_FILE, commit
+from pipeline.convert_engines import Crew, Engine, cores, make_shards, warm_up
+from pipeline.convert_plan import Container, ConvertSettings, Plan, WriteMode, make_plan, parse_size
+from pipeline.convert_target import (
+    Share,
+    check_places,
+    claim,
+    clean_up,
+    find_finished,
+    list_target,
+    lock_target,
+    parse_share,
 )
+from pipeline.convert_task import PARTS_FOLDER, Part, ShardTask, prepare, read_part
 from pipeline.dataset_info import DatasetInfo
-from pipeline.dataset_writer import FinishedShard, write_dataset
-from pipeline.errors import ConfigError, DataError, InfrastructureError
+from pipeline.errors import ConfigError, DataError, MaelstromError
 from pipeline.formats.container import suffix_of
 from pipeline.manifest import PLAN_FILE
 from pipeline.progress import Progress
 from pipeline.sources import LabelMode, Listing, open_source, pick, sample_keys
 
-REJECTED_FILE = "rejected.parquet"
+_TRIED_IMAGES = 48
+"""Images that a dry run prepares to tell how long all of them will take."""
+_OVERHEAD_BYTES = 2_600
+"""What a tar adds to an image: three headers, paddings, label and JSON."""
 
 
-def convert(src: str, dst: str, settings: ConvertSettings | None = None, *, workers: int = 0) -> DatasetInfo:
-    """Make a dataset of a folder of images, or finish one that was begun.
+def convert(
+    src: str, dst: str, settings: ConvertSettings | None = None, *, workers: int = 0, crew: Crew | None = None
+) -> DatasetInfo:
+    """Make a dataset of a collection of images, or finish one that was begun.
 
     Args:
-        src: Folder of class folders, a flat folder without labels, or a dataset; a path or a URI.
+        src: What `open_source` knows; a path or a URI.
         dst: Folder of the shards; new, empty, or this conversion's own.
         settings: What to make.
         workers: Processes; 0 means the cores this process may use.
+        crew: Who works, where it is not so many processes of this machine.
 
     Returns:
         What `dataset.json` says.
@@ -66,41 +64,79 @@ def convert(src: str, dst: str, settings: ConvertSettings | None = None, *, work
         DataError: No usable image.
         InfrastructureError: Reading or writing failed; the same call goes on later.
     """
-    settings = settings or ConvertSettings()
+    info = convert_share(src, dst, settings, crew=crew or Crew(workers=workers))
+    if info is None:
+        raise DataError(f"convert: shards have vanished from {storage.redact(dst)}. Run the same command again.")
+    return info
+
+
+def convert_share(
+    src: str, dst: str, settings: ConvertSettings | None = None, *, share: Share | None = None, crew: Crew | None = None
+) -> DatasetInfo | None:
+    """Make one share of a dataset's shards; whoever finds all of them made commits the dataset.
+
+    Committing is idempotent: where two find that at the same time, both write the same bytes.
+
+    Args:
+        src: As for `convert`.
+        dst: As for `convert`; one folder that all invocations see.
+        settings: What to make; the same in all of them.
+        share: Which shards; nothing means all.
+        crew: Who works.
+
+    Returns:
+        What `dataset.json` says, or nothing where other invocations have shards to make.
+
+    Raises:
+        As `convert` does.
+    """
+    settings, share, crew = settings or ConvertSettings(), share or Share(), crew or Crew()
     check_places(src, dst)
-    listing = open_source(src, labels=settings.labels).listing()
+    warm_up(crew)
+    listing = open_source(src, settings).listing()
     plan = make_plan(listing, settings)
     done = find_finished(dst, plan)
     if done is not None:
         say(f"convert: {dst} is finished already: {done.num_samples:,} images in {done.num_shards:,} shards")
         if storage.exists(storage.join(dst, PLAN_FILE)):  # killed between the commit and cleaning up
-            with lock_target(dst):
-                clean_up(dst)
+            clean_up(dst)
         return done
-    with lock_target(dst):
-        claim(dst, plan)
-        parts = _make_parts(listing, dst, plan, workers=workers or _cores())
-        info = _commit(listing, dst, plan, parts)
+    with lock_target(dst, share):
+        try:
+            claim(dst, plan, share)
+            parts = _make_parts(listing, dst, plan, share, crew)
+            if parts is None:
+                return None
+            info = commit(listing, dst, plan, parts)
+        except MaelstromError:
+            done = None if share.is_whole else find_finished(dst, plan)
+            if done is None:
+                raise
+            return done  # another share's invocation has committed, and cleaned up under our feet
         clean_up(dst)
     return info
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _make_parts(listing: Listing, dst: str, plan: Plan, *, workers: int) -> list[Part]:
-    """Make every shard that is not there yet; return all parts in order."""
+def _find_parts(dst: str, plan: Plan, shards: Iterable[int]) -> dict[int, Part]:
+    """Return the parts of the shards that are finished."""
     identity = plan.identity()
     sizes = {file.name: file.size_bytes for file in list_target(dst)}
-    parts: dict[int, Part] = {}
-    for shard in range(plan.num_shards):
+    found: dict[int, Part] = {}
+    for shard in shards:
         stem = plan.shard_stem(shard)
         if f"{PARTS_FOLDER}/{stem}.parquet" in sizes:
-            found = read_part(dst, stem, identity=identity)
-            if found is not None and found[0].size_bytes == sizes.get(stem + suffix_of(plan.settings.format), 0):
-                parts[shard] = found[0]
-    missing = [shard for shard in range(plan.num_shards) if shard not in parts]
+            read = read_part(dst, stem, identity=identity)
+            if read is not None and read[0].size_bytes == sizes.get(stem + suffix_of(plan.settings.format), 0):
+                found[shard] = read[0]
+    return found
+
+
+def _make_parts(listing: Listing, dst: str, plan: Plan, share: Share, crew: Crew) -> list[Part] | None:
+    """Make every shard of the share that is not there yet; return all parts in order, or nothing where some lack."""
+    identity = plan.identity()
+    mine = [shard for shard in range(plan.num_shards) if shard in share]
+    parts = _find_parts(dst, plan, mine)
+    missing = [shard for shard in mine if shard not in parts]
     keys = sample_keys(listing.names) if listing.keys is None else listing.keys
 
     def task(shard: int) -> ShardTask:
@@ -112,127 +148,42 @@ def _make_parts(listing: Listing, dst: str, plan: Plan, *, workers: int) -> list
             stem=plan.shard_stem(shard),
             identity=identity,
             settings=plan.settings,
-            names=pick(listing.names, places),
+            wanted=listing.wanted(places),
             keys=pick(keys, places),
             labels=listing.labels[places].tolist(),
             classes=listing.classes,
         )
 
-    with Progress(f"Converting to {storage.name_of(dst)}", total=len(plan.order)) as progress:
+    total = sum(int(plan.bounds[shard + 1] - plan.bounds[shard]) for shard in mine)
+    with Progress(f"Converting to {storage.name_of(dst)}", total=total) as progress:
         for part in parts.values():
             progress.skip(part.num_images)
-        made = _in_processes if workers > 1 and len(missing) > 1 and not dst.startswith("memory:") else _in_this_process
-        for shard, part in made([(shard, task) for shard in missing], workers=min(workers, len(missing))):
+        for shard, part in make_shards(missing, task, crew, target=dst):
             parts[shard] = part
             progress.advance(part.num_images, size_bytes=part.read_bytes)
-    return [parts[shard] for shard in range(plan.num_shards)]
-
-
-def _in_this_process(jobs: list[tuple[int, Callable[[int], ShardTask]]], *, workers: int) -> Iterator[tuple[int, Part]]:
-    for shard, task in jobs:
-        yield shard, make_shard(task(shard))
-
-
-def _in_processes(jobs: list[tuple[int, Callable[[int], ShardTask]]], *, workers: int) -> Iterator[tuple[int, Part]]:
-    """Yield parts as they are finished. A failure stops the rest at the next image."""
-    # spawn: the caller may run threads (CUDA, fsspec), which do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    stop = context.Event()
-    waiting: dict[Future[Part], int] = {}
-    left = iter(jobs)
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(stop,)) as pool:
-        try:
-            while True:
-                while len(waiting) < 2 * workers and (job := next(left, None)) is not None:
-                    waiting[pool.submit(make_shard_in_worker, job[1](job[0]))] = job[0]
-                if not waiting:
-                    return
-                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                    yield waiting.pop(future), future.result()
-        except BrokenProcessPool as error:
-            raise InfrastructureError(
-                "convert: a worker process was killed, most likely for want of memory. Run the same command again with "
-                f"fewer --workers (now {workers}); finished shards are kept."
-            ) from error
-        finally:
-            stop.set()
-            for future in waiting:
-                future.cancel()
-
-
-def _commit(listing: Listing, dst: str, plan: Plan, parts: list[Part]) -> DatasetInfo:
-    """Write what neighbours read, the list of refused images, the manifest, and last `dataset.json`."""
-    reasons = Counter(reason for part in parts for _, reason in part.rejected)
-    kept = [part for part in parts if part.num_samples]
-    if not kept:
-        seen = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
-        raise DataError(
-            f"convert: none of the {len(plan.order)} images in {storage.redact(listing.uri)} can be used: {seen}. "
-            f"Check the source; {storage.redact(dst)} holds no dataset."
+    parts |= _find_parts(dst, plan, (shard for shard in range(plan.num_shards) if shard not in share))
+    if len(parts) < plan.num_shards:
+        say(
+            f"convert: {len(mine):,} shards are made; {plan.num_shards - len(parts):,} of other --shards are not. "
+            "Whichever is last writes dataset.json; so does any of these commands when it is run again."
         )
-    if reasons:
-        _write_rejected(dst, parts)
-    for name, content in _neighbour_files(plan, kept).items() if plan.settings.format == "webdataset" else ():
-        storage.write_atomic(storage.join(dst, name), json.dumps(content, indent=1).encode() + b"\n")
-
-    def shards() -> Iterator[FinishedShard]:
-        for part in kept:
-            shard = finished_shard(dst, part.stem, identity=plan.identity(), container=plan.settings.format)
-            if shard is not None:
-                yield shard
-
-    return write_dataset(
-        dst,
-        shards=shards(),
-        name=plan.settings.split,
-        container=plan.settings.format,
-        classes=listing.classes,
-        made_by={"tool": "pipeline.convert", "version": tool_version(), "plan": plan.describe()},
-        versions={"pyarrow": pa.__version__, **plan.describe()["versions"]},
-    )
-
-
-def _write_rejected(dst: str, parts: Sequence[Part]) -> None:
-    rows = [row for part in parts for row in part.rejected]
-    table = pa.table({"key": [name for name, _ in rows], "reason": [reason for _, reason in rows]})
-    with tempfile.TemporaryDirectory(prefix="maelstrom-rejected-") as folder:
-        path = Path(folder) / REJECTED_FILE
-        pq.write_table(table, path)
-        storage.put_file(path, storage.join(dst, REJECTED_FILE))
-
-
-def _neighbour_files(plan: Plan, kept: Sequence[Part]) -> dict[str, Any]:
-    """Return what the wids library (`*-wids.json`) and timm (`_info.json`) read beside the tars."""
-    split = plan.settings.split
-    names = [part.stem + suffix_of(plan.settings.format) for part in kept]
-    counts = [part.num_samples for part in kept]
-    shards = [
-        {"url": name, "nsamples": count, "filesize": part.size_bytes}
-        for name, count, part in zip(names, counts, kept, strict=True)
-    ]
-    info = {"name": split, "num_samples": sum(counts), "filenames": names, "shard_lengths": counts}
-    return {
-        f"{split}-wids.json": {
-            "__kind__": "wids-shard-index-v1",
-            "wids_version": 1,
-            "name": split,
-            "shardlist": shards,
-        },
-        "_info.json": {"splits": {split: info}},
-    }
+        return None
+    return [parts[shard] for shard in range(plan.num_shards)]
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Turn a folder of images, or a dataset, into shards with an index.
+    """Turn any collection of images into shards with an index.
 
-    SRC is a folder of class folders (labels are the sorted folder names), a flat folder (no labels), or a dataset of
-    tars or betons, which keeps its order, keys, labels and shards. DST becomes the dataset: shards, manifest.parquet,
-    dataset.json. Stop and run again as you like: the same command goes on.
+    SRC is a folder of class folders (labels are the sorted folder names) or a flat one (no labels); a tar of images or
+    of class tars, such as ILSVRC2012_img_train.tar; Parquet files with images in them, by folder or as
+    "data/train-*.parquet"; a .csv, .tsv or .parquet list of URIs and labels; or a dataset of tars or betons, which
+    keeps its order, keys, labels and shards. DST becomes the dataset: shards, manifest.parquet, dataset.json. Stop and
+    run again as you like: the same command goes on.
     """
 
     src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
-    """Folder of images or dataset: a path, s3://, gs:// or az://."""
+    """Images: a path, s3://, gs:// or az://; files also https://."""
     dst: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """Folder of the shards: new, empty, or this conversion's own."""
     format: Container = "webdataset"
@@ -252,7 +203,13 @@ class Arguments:
     quality: int = 90
     """JPEG quality (1-100) of images that are shrunk."""
     workers: int = 0
-    """Processes. 0: as many as there are cores. The result does not depend on it."""
+    """Processes. 0: as many as there are cores. The result does not depend on it, nor on the engine."""
+    engine: Engine = "local"
+    """local: processes of this machine. ray: Ray tasks, one a shard; SRC and DST must be the same on every node."""
+    ray_address: str | None = None
+    """Cluster to use, such as auto or ray://head:10001. None: Ray is started on this machine."""
+    shards: str | None = None
+    """I/N: make only shards I, I + N, ... (I from 0), for an array of jobs. The last to finish commits the dataset."""
     shuffle_seed: str = "0"
     """Seed of the order images are stored in, or none: by name. A dataset keeps its order."""
     split: str = "train"
@@ -261,6 +218,16 @@ class Arguments:
     """Images to take, the first in the stored order. None: all."""
     labels: LabelMode = "auto"
     """folders: the first folder is the class. none: no labels. auto: folders, where every image lies in one."""
+    ground_truth: str | None = None
+    """Labels of a flat folder or tar: ImageNet's devkit (.tar.gz or folder), or a text file of classes."""
+    synsets: str | None = None
+    """meta.mat, or a text file of `ILSVRC2012_ID class`, for a --ground-truth of numbers."""
+    image_column: str | None = None
+    """Column of images or URIs in a table. None: found by its name."""
+    label_column: str | None = None
+    """Column of labels in a table. None: found by its name."""
+    stats: bool = False
+    """Decode what is stored and write stats.json: mean and deviation of the pixels, sizes, class counts."""
     dry_run: bool = False
     """Say what would be made, and write nothing."""
     strict: bool = False
@@ -287,6 +254,11 @@ def _settings(arguments: Arguments) -> ConvertSettings:
             split=arguments.split,
             limit=arguments.limit,
             labels=arguments.labels,
+            ground_truth=arguments.ground_truth,
+            synsets=arguments.synsets,
+            image_column=arguments.image_column,
+            label_column=arguments.label_column,
+            stats=arguments.stats,
             strict=arguments.strict,
         )
     except ValidationError as error:
@@ -299,49 +271,84 @@ def _settings(arguments: Arguments) -> ConvertSettings:
 
 def _dry_run(arguments: Arguments, settings: ConvertSettings) -> dict[str, Any]:
     check_places(arguments.src, arguments.dst)
-    listing = open_source(arguments.src, labels=settings.labels).listing()
+    source = open_source(arguments.src, settings)
+    listing = source.listing()
     plan = make_plan(listing, settings)
     found = find_finished(arguments.dst, plan)
+    start_s = time.perf_counter()
+    tried, stored, refused = 0, 0, 0
+    for data in source.read_all(listing.wanted(plan.order[:_TRIED_IMAGES])):
+        probed, kept = (data, b"") if isinstance(data, str) else prepare(data, settings)
+        tried += 1
+        refused += isinstance(probed, str)
+        stored += len(kept) + _OVERHEAD_BYTES
+    seconds = (time.perf_counter() - start_s) / max(1, tried) * len(plan.order)
     return {
         "num_images": len(plan.order),
         "source_bytes": int(listing.sizes[plan.order].sum()),
         "num_classes": len(listing.classes or []),
         "num_shards": plan.num_shards,
+        "estimated_bytes": round(stored / max(1, tried) * len(plan.order)),
+        "estimated_s": round(seconds / (arguments.workers or cores()), 1),
+        "tried": tried,
+        "refused": refused,
         "passed_over": listing.passed_over,
         "finished": found is not None,
     }
+
+
+def _say_planned(planned: dict[str, Any]) -> None:
+    other = ", ".join(f"{count:,} {suffix}" for suffix, count in planned["passed_over"].items())
+    say(
+        f"convert: would make {planned['num_shards']:,} shards of {planned['num_images']:,} images "
+        f"({planned['source_bytes'] / 1e6:,.1f} MB, {planned['num_classes']:,} classes), about "
+        f"{planned['estimated_bytes'] / 1e6:,.1f} MB in {planned['estimated_s']:,.0f} s (by {planned['tried']} images, "
+        f"{planned['refused']} of them refused)"
+        f"{'; passed over: ' + other if other else ''}; nothing was written"
+    )
 
 
 def _run(arguments: Arguments) -> int:
     settings = _settings(arguments)
     if arguments.workers < 0:
         raise ConfigError(f"convert: --workers {arguments.workers}: at least 0.")
+    if arguments.ray_address is not None and arguments.engine != "ray":
+        raise ConfigError("convert: --ray-address is for --engine ray.")
+    share = parse_share(arguments.shards) if arguments.shards is not None else Share()
     if arguments.dry_run:
         planned = _dry_run(arguments, settings)
         if arguments.json:
             say_json(planned)
         else:
-            say(
-                f"convert: would make {planned['num_shards']:,} shards of {planned['num_images']:,} images "
-                f"({planned['source_bytes'] / 1e6:,.1f} MB, {planned['num_classes']:,} classes); nothing was written"
-            )
+            _say_planned(planned)
         return 0
-    info = convert(arguments.src, arguments.dst, settings, workers=arguments.workers)
+    crew = Crew(arguments.engine, arguments.workers, arguments.ray_address)
+    info = convert_share(arguments.src, arguments.dst, settings, share=share, crew=crew)
+    if info is None:
+        if arguments.json:
+            say_json({"dataset": storage.redact(arguments.dst), "finished": False})
+        return 0
+    _say_made(arguments, info)
+    return 0
+
+
+def _say_made(arguments: Arguments, info: DatasetInfo) -> None:
     num_rejected = info.made_by["plan"]["num_images"] - info.num_samples
     if arguments.json:
         say_json(
             {
                 "dataset": storage.redact(arguments.dst),
+                "finished": True,
                 "num_samples": info.num_samples,
                 "num_shards": info.num_shards,
                 "num_rejected": num_rejected,
                 "fingerprint": info.fingerprint,
             }
         )
-    else:
-        left_out = f"; {num_rejected:,} images left out, see {REJECTED_FILE}" if num_rejected else ""
-        say(f"convert: {info.num_samples:,} images in {info.num_shards:,} shards at {arguments.dst}{left_out}")
-    return 0
+        return
+    left_out = f"; {num_rejected:,} images left out, see {REJECTED_FILE}" if num_rejected else ""
+    stats = f"; see {STATS_FILE}" if arguments.stats else ""
+    say(f"convert: {info.num_samples:,} images in {info.num_shards:,} shards at {arguments.dst}{left_out}{stats}")
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -19,10 +19,9 @@ import PIL
 from PIL import features
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config import Settings
 from pipeline.errors import ConfigError
 from pipeline.screen import ScreenLimits
-from pipeline.sources import LabelMode, Listing
+from pipeline.sources import Listing, SourceSettings
 
 PLAN_VERSION = 1
 _MEMBER_OVERHEAD_BYTES = 3 * 1024
@@ -33,8 +32,11 @@ WriteMode = Literal["jpg", "raw", "smart"]
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-class ConvertSettings(Settings):
-    """What a conversion makes. All but `strict` shapes the bytes, and must be the same to go on."""
+class ConvertSettings(SourceSettings):
+    """What a conversion makes. All but `strict` shapes the bytes, and must be the same to go on.
+
+    Where labels and images are found in the source is not written down: it shows in the listing.
+    """
 
     format: Container = "webdataset"
     """Container of the shards."""
@@ -59,8 +61,8 @@ class ConvertSettings(Settings):
     """Name of the dataset and first part of the shards' names."""
     limit: int | None = Field(default=None, ge=1)
     """Images to take, the first in the stored order."""
-    labels: LabelMode = "auto"
-    """Whether the first folder of a path is the class."""
+    stats: bool = False
+    """Decode every image that is stored, and write the mean and deviation of the pixels, sizes and class counts."""
     strict: bool = False
     """Stop at the first image that cannot be used."""
     limits: ScreenLimits = ScreenLimits()
@@ -88,7 +90,9 @@ class ConvertSettings(Settings):
 
     def describe(self) -> dict[str, Any]:
         """Return what shapes the bytes; settings that do not apply are left out."""
-        left_out = {"strict"}
+        left_out = {"strict", "ground_truth", "synsets", "image_column", "label_column"}
+        if not self.stats:
+            left_out.add("stats")
         if self.max_resolution is None:
             left_out.add("max_resolution")
         if self.format != "ffcv":
@@ -168,14 +172,20 @@ def make_plan(listing: Listing, settings: ConvertSettings) -> Plan:
     A dataset keeps its order, and its shards unless `samples_per_shard` says otherwise: with the same bytes, what comes
     out has the same fingerprint.
     """
+    seed = settings.shuffle_seed
     kept = listing.bounds is not None
-    order = _order(len(listing), None if kept else settings.shuffle_seed)
+    if listing.runs is not None and seed is not None:
+        order = _order_of_runs(listing.runs, seed)
+    else:
+        order = _order(len(listing), None if kept else seed)
     if settings.limit is not None:
         order = order[: settings.limit]
     if listing.bounds is not None and settings.samples_per_shard is None:
         bounds = np.unique(np.minimum(listing.bounds, len(order)))
     else:
         bounds = _bounds(listing.sizes[order], settings)
+    if listing.runs is not None and seed is not None:
+        order = _shuffle_shards(order, bounds, seed)
     return Plan(settings, listing.digest(), order, bounds)
 
 
@@ -185,6 +195,19 @@ def _order(count: int, seed: int | None) -> npt.NDArray[np.int64]:
     # Philox's raw words are fixed for all time; numpy's own permutation may change with its version.
     words = np.random.Philox(key=seed).random_raw(count)
     return np.argsort(words, kind="stable").astype(np.int64)
+
+
+def _order_of_runs(runs: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int64]:
+    """Shuffle runs of images that are read together."""
+    pieces = [np.arange(runs[run], runs[run + 1]) for run in _order(len(runs) - 1, seed).tolist()]
+    return np.concatenate(pieces).astype(np.int64)
+
+
+def _shuffle_shards(order: npt.NDArray[np.int64], bounds: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int64]:
+    """Shuffle the images of each shard in itself."""
+    words = np.random.Philox(key=[seed, 1]).random_raw(len(order))  # another stream than the runs'
+    shard = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+    return order[np.lexsort((words, shard))]
 
 
 def _bounds(sizes: npt.NDArray[np.int64], settings: ConvertSettings) -> npt.NDArray[np.int64]:

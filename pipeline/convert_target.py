@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -20,7 +22,44 @@ from pipeline.manifest import PLAN_FILE
 from pipeline.retry import explain
 
 _LOCK_FILE = "_lock"
-_OWN_FILES = (PLAN_FILE, _LOCK_FILE)
+_SHARE_LOCK = re.compile(r"_lock-\d+-of-\d+")
+_WAIT_FOR_SIBLINGS_S = 5.0
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which shards one of several invocations makes: every `count`-th, from `index` on."""
+
+    index: int = 0
+    count: int = 1
+
+    def __contains__(self, shard: object) -> bool:
+        return isinstance(shard, int) and shard % self.count == self.index
+
+    @property
+    def is_whole(self) -> bool:
+        """Return whether these are all shards."""
+        return self.count == 1
+
+    @property
+    def lock_file(self) -> str:
+        """Return the name of the lock that this share's invocation holds."""
+        return _LOCK_FILE if self.is_whole else f"{_LOCK_FILE}-{self.index}-of-{self.count}"
+
+
+def parse_share(text: str) -> Share:
+    """Read `I/N`, with I from 0 to N - 1.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    found = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+    if not found or not int(found[1]) < int(found[2]):
+        raise ConfigError(
+            f"convert: --shards {text!r}: write I/N with I from 0 to N - 1, such as 0/16; in a Slurm array of 0-15 "
+            "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT."
+        )
+    return Share(int(found[1]), int(found[2]))
 
 
 def check_places(src: str, dst: str) -> None:
@@ -72,22 +111,37 @@ def _differences(other: Any, plan: Plan) -> str:
     return "; ".join(found[:5]) or "in its layout"
 
 
-def lock_target(dst: str) -> AbstractContextManager[Any]:
-    """Return a lock on a local target: two conversions into one folder would undo each other's work."""
+@contextmanager
+def lock_target(dst: str, share: Share) -> Iterator[None]:
+    """Lock a local target: two conversions of the same shards would undo each other's work.
+
+    Shares hold a lock each; one that makes everything waits for none of them, and they not for it.
+    """
     if not storage.is_local(dst):
-        return nullcontext()
+        yield
+        return
     storage.make_folder(dst)
-    path = storage.local_path(dst) / _LOCK_FILE
-    lock = FileLock(path, blocking=False)
-    try:
-        return lock.acquire()
-    except Timeout:
-        raise ConfigError(f"convert: another conversion is writing to {dst}. Wait for it, or stop it.") from None
-    except OSError as error:
-        raise explain("write", str(path), error) from error
+    folder = storage.local_path(dst)
+    taken = f"convert: another conversion is writing to {dst}. Wait for it, or stop it."
+    with ExitStack() as held:
+        try:
+            held.enter_context(FileLock(folder / share.lock_file, blocking=False))
+            if share.is_whole:
+                others = [path for path in folder.iterdir() if _SHARE_LOCK.fullmatch(path.name)]
+            else:
+                others = [folder / _LOCK_FILE]
+            for path in others:
+                # Siblings look in the same moment, and hold it no longer than that.
+                with FileLock(path, timeout=0 if share.is_whole else _WAIT_FOR_SIBLINGS_S):
+                    pass
+        except Timeout:
+            raise ConfigError(taken) from None
+        except OSError as error:
+            raise explain("write", str(folder / share.lock_file), error) from error
+        yield
 
 
-def claim(dst: str, plan: Plan) -> None:
+def claim(dst: str, plan: Plan, share: Share) -> None:
     """Mark the target as this conversion's; refuse one that is somebody else's.
 
     Raises:
@@ -95,10 +149,10 @@ def claim(dst: str, plan: Plan) -> None:
     """
     uri = storage.join(dst, PLAN_FILE)
     if storage.put_if_absent(uri, plan.to_json()):
-        foreign = [file.name for file in list_target(dst) if file.name not in _OWN_FILES and TMP_MARK not in file.name]
+        foreign = [file.name for file in list_target(dst) if not _is_own(file.name)]
         if foreign:
             storage.delete(uri)
-            _removelock_target(dst)
+            _remove_locks(dst)
             raise ConfigError(
                 f"convert: {storage.redact(dst)} is not empty and holds no conversion (there is {foreign[0]!r}). "
                 "Choose a new or empty folder; nothing was changed."
@@ -106,8 +160,9 @@ def claim(dst: str, plan: Plan) -> None:
         return
     text = storage.read_bytes(uri)
     if text == plan.to_json():
-        say(f"convert: going on with the conversion in {dst}")
-        _remove_unfinished(dst)
+        if share.is_whole:
+            say(f"convert: going on with the conversion in {dst}")
+        _remove_unfinished(dst, share)
         return
     try:
         other = json.loads(text)
@@ -124,27 +179,34 @@ def list_target(dst: str) -> Iterator[storage.FileInfo]:
     return storage.list_files(dst, recursive=True)
 
 
-def _remove_unfinished(dst: str) -> None:
-    """Remove the temporary files of a run that was killed; no other run can be writing, for this one has the lock."""
+def _is_own(name: str) -> bool:
+    return name in (PLAN_FILE, _LOCK_FILE) or bool(_SHARE_LOCK.fullmatch(name)) or TMP_MARK in name
+
+
+def _remove_unfinished(dst: str, share: Share) -> None:
+    """Remove the temporary files of a run that was killed: those of shards that no other run can be writing."""
+    if not storage.is_local(dst):
+        return
+    for file in list(list_target(dst)):
+        shard = re.search(rf"-(\d+)\.\w+{re.escape(TMP_MARK)}", file.name)
+        if TMP_MARK in file.name and (share.is_whole or (shard and int(shard[1]) in share)):
+            storage.delete(file.uri)
+
+
+def _remove_locks(dst: str) -> None:
     if storage.is_local(dst):
-        for file in list(list_target(dst)):
-            if TMP_MARK in file.name:
+        for file in list(storage.list_files(dst)):
+            if file.name == _LOCK_FILE or _SHARE_LOCK.fullmatch(file.name):
                 storage.delete(file.uri)
 
 
-def _removelock_target(dst: str) -> None:
-    if storage.is_local(dst):
-        storage.delete(storage.join(dst, _LOCK_FILE))
-
-
 def clean_up(dst: str) -> None:
-    """Remove what only an unfinished conversion needs; the marker goes last."""
+    """Remove what only an unfinished conversion needs; the marker goes last. Two may do this at the same time."""
     for file in list(list_target(dst)):
-        if file.name.startswith(f"{PARTS_FOLDER}/"):
+        if file.name.startswith(f"{PARTS_FOLDER}/") or TMP_MARK in file.name:
             storage.delete(file.uri)
     storage.delete(storage.join(dst, PLAN_FILE))
     if storage.is_local(dst):
-        parts = storage.local_path(dst) / PARTS_FOLDER
-        if parts.is_dir() and not any(parts.iterdir()):
-            parts.rmdir()
-        _removelock_target(dst)
+        with suppress(OSError):
+            (storage.local_path(dst) / PARTS_FOLDER).rmdir()
+        _remove_locks(dst)

@@ -12,9 +12,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import connection
 from multiprocessing.synchronize import Event
 
@@ -29,13 +27,13 @@ from pipeline.errors import DataError, MaelstromError
 from pipeline.formats.container import suffix_of
 from pipeline.formats.ffcv_writer import BetonWriter, storable
 from pipeline.formats.webdataset import WebDatasetWriter
+from pipeline.pixel_sums import PixelSums
 from pipeline.screen import Probe, screen
 from pipeline.shard_table import ShardTable, TableBuilder
-from pipeline.sources import Source, SourceKind, open_source
+from pipeline.sources import SourceKind, Wanted, open_source
 
 PARTS_FOLDER = "_parts"
 _STORED_FORMATS = ("jpeg", "png", "webp")
-_REMOTE_READERS = 16
 _PART_KEY = b"maelstrom"
 
 
@@ -49,12 +47,12 @@ class ShardTask:
 
     Args:
         source: URI of the source.
-        source_kind: A folder of images, or a dataset.
+        source_kind: What the source is.
         target: URI of the dataset's folder.
         stem: The shard's name without extension.
         identity: Of the plan it belongs to.
         settings: Of the conversion.
-        names: Images in stored order, as paths below the source.
+        wanted: Images in stored order.
         keys: Their keys.
         labels: Their class numbers.
         classes: Class names.
@@ -66,7 +64,7 @@ class ShardTask:
     stem: str
     identity: str
     settings: ConvertSettings
-    names: list[str]
+    wanted: Wanted
     keys: list[str]
     labels: list[int]
     classes: list[str] | None
@@ -84,6 +82,7 @@ class Part:
         num_images: Images looked at.
         read_bytes: Bytes of those images.
         rejected: (file name, reason) of those that were refused.
+        pixels: Sums over the stored images, where the settings ask for them.
     """
 
     stem: str
@@ -93,6 +92,7 @@ class Part:
     num_images: int
     read_bytes: int
     rejected: list[tuple[str, str]]
+    pixels: PixelSums | None = None
 
 
 def part_uri(target: str, stem: str) -> str:
@@ -111,6 +111,7 @@ def read_part(target: str, stem: str, *, identity: str) -> tuple[Part, ShardTabl
     if head.pop("identity") != identity:
         return None
     head["rejected"] = [(name, reason) for name, reason in head["rejected"]]
+    head["pixels"] = PixelSums(**head["pixels"]) if head.get("pixels") else None
     return Part(**head), ShardTable.from_arrow(table)
 
 
@@ -138,15 +139,18 @@ def make_shard(task: ShardTask, stop: Event | None = None) -> Part:
     """
     rejected: list[tuple[str, str]] = []
     size_read = 0
-    source = open_source(task.source, labels=task.settings.labels, kind=task.source_kind)
+    pixels = PixelSums() if task.settings.stats else None
+    source = open_source(task.source, task.settings, kind=task.source_kind)
     uri = storage.join(task.target, task.stem + suffix_of(task.settings.format))
     with BetonWriter(uri) if task.settings.format == "ffcv" else WebDatasetWriter(uri) as writer:
-        for place, data in enumerate(_read_all(source, task)):
+        for place, data in enumerate(source.read_all(task.wanted)):
             if stop is not None and stop.is_set():
                 raise StoppedError("stopped")
-            size_read += len(data)
-            name = task.names[place]
-            found, stored = _prepare(data, task.settings)
+            name = task.wanted.names[place]
+            if "://" in name:
+                name = storage.redact(name)
+            size_read += 0 if isinstance(data, str) else len(data)
+            found, stored = (data, b"") if isinstance(data, str) else prepare(data, task.settings)
             if isinstance(found, str):
                 if task.settings.strict:
                     raise DataError(f"convert: {name}: {found}. Without --strict it would be left out.")
@@ -154,7 +158,10 @@ def make_shard(task: ShardTask, stop: Event | None = None) -> Part:
                 continue
             label = task.labels[place]
             known = task.classes is not None and 0 <= label < len(task.classes)
-            about = source.about(name, class_name=task.classes[label] if task.classes and known else None)
+            class_name = task.classes[label] if task.classes and known else None
+            about = source.about(task.wanted.names[place], class_name=class_name)
+            if pixels is not None:
+                pixels.add(stored, found)
             writer.add(task.keys[place], stored, found, label=label, metadata=about)
         if len(writer):
             written = writer.close()
@@ -163,12 +170,12 @@ def make_shard(task: ShardTask, stop: Event | None = None) -> Part:
             table, size_bytes, sha256 = written.table, written.size_bytes, written.sha256
         else:
             table, size_bytes, sha256 = TableBuilder().build(), 0, ""
-    part = Part(task.stem, len(table), size_bytes, sha256, len(task.names), size_read, rejected)
+    part = Part(task.stem, len(table), size_bytes, sha256, len(task.wanted), size_read, rejected, pixels)
     _write_part(task, part, table)
     return part
 
 
-def _prepare(data: bytes, settings: ConvertSettings) -> tuple[Probe | str, bytes]:
+def prepare(data: bytes, settings: ConvertSettings) -> tuple[Probe | str, bytes]:
     """Return (what the header says, bytes to store), or (reason, nothing)."""
     found = screen(data, settings.limits)
     if isinstance(found, str):
@@ -202,16 +209,6 @@ def _as_pixels(found: Probe, settings: ConvertSettings) -> bool:
     return width * height * 3 <= settings.smart_threshold_bytes
 
 
-def _read_all(source: Source, task: ShardTask) -> Iterator[bytes]:
-    """Yield the images in order; several reads are under way at a time where each is a request to a server."""
-    if storage.is_local(task.source):
-        yield from map(source.read, task.names)
-        return
-    with ThreadPoolExecutor(_REMOTE_READERS, thread_name_prefix="read") as pool:
-        for start in range(0, len(task.names), 4 * _REMOTE_READERS):
-            yield from pool.map(source.read, task.names[start : start + 4 * _REMOTE_READERS])
-
-
 def _write_part(task: ShardTask, part: Part, table: ShardTable) -> None:
     head = {
         "identity": task.identity,
@@ -222,6 +219,7 @@ def _write_part(task: ShardTask, part: Part, table: ShardTable) -> None:
         "num_images": part.num_images,
         "read_bytes": part.read_bytes,
         "rejected": part.rejected,
+        "pixels": None if part.pixels is None else asdict(part.pixels),
     }
     rows = table.to_arrow().replace_schema_metadata({_PART_KEY: json.dumps(head).encode()})
     buffer = io.BytesIO()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,27 +11,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import storage
-from pipeline.dataset_info import DATASET_FILE
 from pipeline.encode import as_png
-from pipeline.formats.container import SUFFIXES
 from pipeline.formats.ffcv import read_metas
 from pipeline.formats.tar import TarScanner
 from pipeline.formats.webdataset import split_key
 from pipeline.manifest import FORMATS, Manifest, open_dataset
 from pipeline.shard_table import NO_LABEL
-from pipeline.sources import LabelMode, Listing, sample_keys
+from pipeline.sources import Listing, SourceSettings, Wanted, read_each, sample_keys
 
 _UNFIT_KEY = r"[.][^/]*$|\s|^__[^/]*__"
 """Keys that a WebDataset cannot hold: a dot in the last part, blanks, the library's own names."""
 _MAX_TEXT_BYTES = 2**20
-
-
-def is_dataset(uri: str) -> bool:
-    """Tell whether a folder holds shards that are indexed, or betons, which carry their own index."""
-    if not storage.is_folder(uri):
-        return False
-    found = {suffix for file in storage.list_files(uri) for suffix in SUFFIXES.values() if file.name.endswith(suffix)}
-    return SUFFIXES["ffcv"] in found or (bool(found) and storage.exists(storage.join(uri, DATASET_FILE)))
 
 
 class DatasetSource:
@@ -40,12 +31,12 @@ class DatasetSource:
 
     Args:
         uri: The dataset's folder.
-        labels: `none` drops the labels; otherwise they are kept.
+        settings: Labels `none` drops the labels; otherwise they are kept.
     """
 
-    def __init__(self, uri: str, *, labels: LabelMode = "auto") -> None:
+    def __init__(self, uri: str, settings: SourceSettings | None = None) -> None:
         self.uri = uri
-        self._labels = labels
+        self._labels = (settings or SourceSettings()).labels
         self._opened: Manifest | None = None
         self._texts: dict[int, list[dict[str, Any] | None]] = {}
 
@@ -84,8 +75,11 @@ class DatasetSource:
             fingerprint=manifest.info.fingerprint,
         )
 
-    def read(self, name: str) -> bytes:
-        """Return one image's file."""
+    def read_all(self, wanted: Wanted) -> Iterator[bytes | str]:
+        """Yield the images' files."""
+        return read_each(self.uri, lambda i: self._read(wanted.names[i]), len(wanted))
+
+    def _read(self, name: str) -> bytes:
         s, row = _place(name)
         manifest = self._manifest()
         table = manifest.shard_table(s)

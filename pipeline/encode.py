@@ -9,7 +9,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from pipeline.screen import Probe
 
-_DECODER_ERRORS = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+DECODER_ERRORS = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 """Pillow has no one exception for a broken file; these are what its decoders raise."""
 CANNOT_DECODE = "cannot be decoded"
 NEEDS_RESIZE = "format needs --resize"
@@ -38,7 +38,7 @@ def reencode(
         buffer = io.BytesIO()
         _shrunk(data, short_side, long_side).save(buffer, "JPEG", quality=quality)
         return buffer.getvalue()
-    except _DECODER_ERRORS:
+    except DECODER_ERRORS:
         return CANNOT_DECODE
 
 
@@ -50,7 +50,7 @@ def to_pixels(data: bytes, *, short_side: int | None, long_side: int | None) -> 
     """
     try:
         image = _shrunk(data, short_side, long_side).convert("RGB")
-    except _DECODER_ERRORS:
+    except DECODER_ERRORS:
         return CANNOT_DECODE
     return Probe("raw", image.width, image.height, "RGB"), image.tobytes()
 

@@ -121,6 +121,8 @@ def list_local(uri: str, root: Path, *, recursive: bool) -> Iterator[FileInfo]:
     while waiting:
         folder, prefix = waiting.pop()
         try:
+            if prefix and not folder.exists():
+                continue  # taken away while this goes on
             status = folder.stat()
             if (status.st_dev, status.st_ino) in seen:
                 continue
@@ -135,5 +137,8 @@ def list_local(uri: str, root: Path, *, recursive: bool) -> Iterator[FileInfo]:
                     if recursive:
                         waiting.append((Path(entry.path), name + "/"))
                 elif entry.is_file():
-                    stat = entry.stat()
+                    try:
+                        stat = entry.stat()
+                    except FileNotFoundError:
+                        continue  # likewise
                     yield FileInfo(name, join(uri, name), stat.st_size, str(stat.st_mtime_ns))

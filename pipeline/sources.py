@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Literal, Protocol
 
@@ -14,18 +16,56 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import storage
+from pipeline.config import Settings
 from pipeline.errors import ConfigError, DataError
 from pipeline.shard_table import NO_LABEL
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 """File names that are taken for images, in any case. What the file really is, its content tells."""
 LabelMode = Literal["auto", "folders", "none"]
-SourceKind = Literal["folder", "dataset"]
+SourceKind = Literal["folder", "dataset", "tar", "parquet", "list"]
+_REMOTE_READERS = 16
+_LISTED_AT_ONCE = 16_384
+
+
+class SourceSettings(Settings):
+    """What a source needs to be told. None of it shapes a shard but through names and labels, which the plan holds."""
+
+    labels: LabelMode = "auto"
+    """`folders`: the first folder is the class. `none`: no labels. `auto`: classes where every image lies in one."""
+    ground_truth: str | None = None
+    """URI of the labels of a flat folder or tar: ImageNet's devkit, or a text file."""
+    synsets: str | None = None
+    """URI of a text file or `meta.mat` that names the class of each ILSVRC2012_ID."""
+    image_column: str | None = None
+    """Column of a table that holds the images or their URIs."""
+    label_column: str | None = None
+    """Column of a table that holds the labels."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Images to read, in the order asked for.
+
+    Args:
+        names: As the listing has them.
+        places: Where each lies, as the listing has it; empty where names are enough.
+        sizes: Bytes of each, as the listing has them.
+        files: What the places point into.
+    """
+
+    names: list[str]
+    places: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    files: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The images of a source, sorted by name.
+    """The images of a source, in an order that depends on the source alone.
 
     Args:
         uri: Where the source is.
@@ -38,6 +78,9 @@ class Listing:
         keys: The samples' keys where they are given, not made from the names.
         bounds: Where shards begin and end, in a source that has shards.
         fingerprint: Of the content, where the source knows it.
+        places: Where each image lies, in the source's own count, where its name does not tell.
+        files: What the places point into.
+        runs: Bounds of the runs of images that can only be read together, such as Parquet's row groups.
     """
 
     uri: str
@@ -50,6 +93,18 @@ class Listing:
     keys: pa.StringArray | None = None
     bounds: npt.NDArray[np.int64] | None = None
     fingerprint: str = ""
+    places: npt.NDArray[np.int64] | None = None
+    files: tuple[str, ...] = ()
+    runs: npt.NDArray[np.int64] | None = None
+
+    def wanted(self, rows: npt.NDArray[np.int64]) -> Wanted:
+        """Return what `read_all` needs to know of some of the images."""
+        return Wanted(
+            names=pick(self.names, rows),
+            places=[] if self.places is None else self.places[rows].tolist(),
+            sizes=self.sizes[rows].tolist(),
+            files=self.files,
+        )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -73,11 +128,27 @@ class Source(Protocol):
     def listing(self) -> Listing:
         """Return what there is."""
 
-    def read(self, name: str) -> bytes:
-        """Return one image's bytes."""
+    def read_all(self, wanted: Wanted) -> Iterator[bytes | str]:
+        """Yield the images' bytes in the order asked for, or the reason why one is not there."""
 
     def about(self, name: str, *, class_name: str | None) -> dict[str, Any] | None:
         """Return what is stored as JSON beside one image."""
+
+
+def read_each(uri: str, read: Callable[[int], bytes | str], count: int) -> Iterator[bytes | str]:
+    """Yield `read(0)`, `read(1)` and so on; several are under way at a time where each is a request to a server."""
+    if storage.is_local(uri):
+        yield from map(read, range(count))
+        return
+    with ThreadPoolExecutor(_REMOTE_READERS, thread_name_prefix="read") as pool:
+        for start in range(0, count, 4 * _REMOTE_READERS):
+            yield from pool.map(read, range(start, min(count, start + 4 * _REMOTE_READERS)))
+
+
+def name_and_class(name: str, class_name: str | None) -> dict[str, Any]:
+    """Return what is stored beside an image of which no more is known."""
+    about = {"filename": storage.redact(name) if "://" in name else name}
+    return about if class_name is None else {**about, "class": class_name}
 
 
 class FolderSource:
@@ -87,21 +158,21 @@ class FolderSource:
 
     Args:
         uri: The folder.
-        labels: `folders`: the first folder is the class. `none`: no labels. `auto`: classes where every image lies in a
-            folder, none where no image does.
+        settings: Where labels come from.
     """
 
-    def __init__(self, uri: str, *, labels: LabelMode = "auto") -> None:
+    def __init__(self, uri: str, settings: SourceSettings | None = None) -> None:
         self.uri = uri
-        self._labels = labels
+        self._settings = settings or SourceSettings()
 
-    def read(self, name: str) -> bytes:
-        """Return one image's bytes."""
-        return storage.read_bytes(storage.join(self.uri, name))
+    def read_all(self, wanted: Wanted) -> Iterator[bytes | str]:
+        """Yield the files' bytes."""
+        read = storage.reader_below(self.uri)
+        return read_each(self.uri, lambda i: read(wanted.names[i]), len(wanted))
 
     def about(self, name: str, *, class_name: str | None) -> dict[str, Any] | None:
         """Return the file's name, and its class where it has one."""
-        return {"filename": name} if class_name is None else {"filename": name, "class": class_name}
+        return name_and_class(name, class_name)
 
     def listing(self) -> Listing:
         """Return the folder's images by name.
@@ -111,71 +182,143 @@ class FolderSource:
             ConfigError: Whether there are classes cannot be told.
         """
         if storage.exists(self.uri) and not storage.is_folder(self.uri):
-            raise ConfigError(f"convert: {storage.redact(self.uri)} is a file. Give the folder that holds the images.")
-        names: list[str] = []
-        sizes: list[int] = []
-        other: Counter[str] = Counter()
-        for file in storage.list_files(self.uri, recursive=True):
-            suffix = PurePosixPath(file.name).suffix.lower()
-            hidden = file.name.startswith((".", "__MACOSX/")) or "/." in file.name
-            if hidden or suffix not in IMAGE_SUFFIXES:
-                other["hidden" if hidden else suffix or "no extension"] += 1
-            elif not _is_utf8(file.name):
-                other["name is not UTF-8"] += 1
-            else:
-                names.append(file.name)
-                sizes.append(file.size_bytes)
-        if not names:
-            seen = ", ".join(f"{count} {suffix}" for suffix, count in other.most_common(5)) or "nothing"
-            raise DataError(
-                f"convert: no image in {storage.redact(self.uri)}; seen: {seen}. Looked for "
-                f"{', '.join(IMAGE_SUFFIXES)}. (A folder of WebDataset tars can be trained on as it is; to convert it, "
-                "first index it with pipeline.verify --write-manifest.)"
+            raise ConfigError(
+                f"convert: {storage.redact(self.uri)} is a file. Give the folder that holds the images, or a .tar, "
+                ".parquet, .csv or .tsv file."
             )
-        table = pa.array(names, pa.string())
-        del names
-        order = pc.sort_indices(table)
-        sorted_names = table.take(order)
-        labels, classes = self._label(sorted_names)
+        found = ListingBuilder()
+        for file in storage.list_files(self.uri, recursive=True):
+            found.add(file.name, file.size_bytes)
+        if not len(found):
+            raise DataError(
+                f"convert: no image in {storage.redact(self.uri)}; seen: {found.seen()}. Looked for "
+                f"{', '.join(IMAGE_SUFFIXES)}, tars, betons and Parquet files."
+            )
+        return found.build(self.uri, self._settings, kind="folder")
+
+
+class ListingBuilder:
+    """Collects named images as they are met, in any order; a million take some hundred megabytes at most."""
+
+    def __init__(self) -> None:
+        self.passed_over: Counter[str] = Counter()
+        self._names: list[str] = []
+        self._sizes: list[int] = []
+        self._places: list[int] = []
+        self._chunks: list[tuple[pa.StringArray, npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
+
+    def __len__(self) -> int:
+        return len(self._names) + sum(len(chunk[0]) for chunk in self._chunks)
+
+    def add(self, name: str, size_bytes: int, *, place: int = -1) -> None:
+        """Take a file where its name is an image's, and count it where it is not."""
+        suffix = PurePosixPath(name).suffix.lower()
+        hidden = name.startswith((".", "__MACOSX/")) or "/." in name
+        if hidden or suffix not in IMAGE_SUFFIXES:
+            self.passed_over["hidden" if hidden else suffix or "no extension"] += 1
+        elif not _is_utf8(name):
+            self.passed_over["name is not UTF-8"] += 1
+        else:
+            self._names.append(name)
+            self._sizes.append(size_bytes)
+            self._places.append(place)
+            if len(self._names) == _LISTED_AT_ONCE:
+                self._close_chunk()
+
+    def _close_chunk(self) -> None:
+        self._chunks.append(
+            (pa.array(self._names, pa.string()), np.array(self._sizes, np.int64), np.array(self._places, np.int64))
+        )
+        self._names, self._sizes, self._places = [], [], []
+
+    def seen(self) -> str:
+        """Return what was passed over, for an error message."""
+        return ", ".join(f"{count} {suffix}" for suffix, count in self.passed_over.most_common(5)) or "nothing"
+
+    def build(self, uri: str, settings: SourceSettings, *, kind: SourceKind, files: tuple[str, ...] = ()) -> Listing:
+        """Return the images sorted by name, labelled as the settings say."""
+        from pipeline.ground_truth import read_ground_truth  # it needs this module's names
+
+        self._close_chunk()
+        names = pa.concat_arrays([chunk[0] for chunk in self._chunks])
+        order = pc.sort_indices(names)
+        names = names.take(order)
+        rows = order.to_numpy()
+        found: tuple[npt.NDArray[np.int32], list[str] | None]
+        if settings.ground_truth is not None and settings.labels != "none":
+            found = read_ground_truth(settings.ground_truth, settings.synsets).label(names)
+        else:
+            found = label_by_folder(uri, names, settings.labels)
+        labels, classes = found
         return Listing(
-            self.uri, sorted_names, np.array(sizes, np.int64)[order.to_numpy()], labels, classes, dict(other)
+            uri=uri,
+            names=names,
+            sizes=np.concatenate([chunk[1] for chunk in self._chunks])[rows],
+            labels=labels,
+            classes=classes,
+            passed_over=dict(self.passed_over),
+            kind=kind,
+            places=np.concatenate([chunk[2] for chunk in self._chunks])[rows] if files else None,
+            files=files,
         )
 
-    def _label(self, names: pa.StringArray) -> tuple[npt.NDArray[np.int32], list[str] | None]:
-        in_folder = pc.match_substring(names, "/")
-        num_nested = int(np.count_nonzero(in_folder.to_numpy(zero_copy_only=False)))
-        mode = self._labels
-        if mode != "none" and 0 < num_nested < len(names):
-            loose = names.filter(pc.invert(in_folder))
-            raise ConfigError(
-                f"convert: {storage.redact(self.uri)} has {len(loose)} images beside its folders (such as {loose[0]}) "
-                f"and {num_nested} in them, so the classes cannot be told. Move them, or give --labels none."
-            )
-        if mode == "folders" and not num_nested:
-            raise ConfigError(f"convert: {storage.redact(self.uri)} has no folders to take classes from.")
-        if mode == "none" or not num_nested:
-            return np.full(len(names), NO_LABEL, np.int32), None
-        folders = pc.replace_substring_regex(names, "/.*", "").dictionary_encode()
-        found = [str(name) for name in folders.dictionary.to_pylist()]
-        classes = sorted(found)
-        number = {name: place for place, name in enumerate(classes)}
-        codes = np.array([number[name] for name in found], np.int32)
-        return codes[folders.indices.to_numpy()], classes
+
+def label_by_folder(uri: str, names: pa.StringArray, mode: LabelMode) -> tuple[npt.NDArray[np.int32], list[str] | None]:
+    """Return class numbers and names, where the first folder of a path is its class.
+
+    Raises:
+        ConfigError: Some images lie in folders and some do not.
+    """
+    in_folder = pc.match_substring(names, "/")
+    num_nested = int(np.count_nonzero(in_folder.to_numpy(zero_copy_only=False)))
+    if mode != "none" and 0 < num_nested < len(names):
+        loose = names.filter(pc.invert(in_folder))
+        raise ConfigError(
+            f"convert: {storage.redact(uri)} has {len(loose)} images beside its folders (such as {loose[0]}) "
+            f"and {num_nested} in them, so the classes cannot be told. Move them, or give --labels none."
+        )
+    if mode == "folders" and not num_nested:
+        raise ConfigError(f"convert: {storage.redact(uri)} has no folders to take classes from.")
+    if mode == "none" or not num_nested:
+        return np.full(len(names), NO_LABEL, np.int32), None
+    return number_classes(pc.replace_substring_regex(names, "/.*", ""))
 
 
-def open_source(uri: str, *, labels: LabelMode, kind: SourceKind | None = None) -> Source:
-    """Return the source at a URI: a dataset, or a folder of images.
+def number_classes(texts: pa.Array[Any]) -> tuple[npt.NDArray[np.int32], list[str]]:
+    """Return class numbers and names: names in sorted order, -1 where there is none."""
+    encoded = texts.dictionary_encode()
+    found = [str(name) for name in encoded.dictionary.to_pylist()]
+    classes = sorted(found)
+    number = {name: place for place, name in enumerate(classes)}
+    codes = np.array([*(number[name] for name in found), NO_LABEL], np.int32)
+    return codes[encoded.indices.fill_null(len(found)).to_numpy(zero_copy_only=False)], classes
+
+
+def open_source(uri: str, settings: SourceSettings | None = None, *, kind: SourceKind | None = None) -> Source:
+    """Return the source at a URI.
 
     Args:
-        uri: A dataset has shards in it and `dataset.json`; betons need no `dataset.json`.
-        labels: Where labels come from.
+        uri: A folder of images; a dataset; a tar of images or of class tars; Parquet files, by folder, file or pattern;
+            a CSV, TSV or Parquet list of URIs.
+        settings: Where labels come from, and which columns of a table are meant.
         kind: What it is, where that is known.
     """
-    from pipeline.dataset_source import DatasetSource, is_dataset  # they need this module's names
+    # They need this module's names.
+    from pipeline.dataset_source import DatasetSource
+    from pipeline.list_source import ListSource
+    from pipeline.parquet_source import ParquetSource
+    from pipeline.source_kind import find_kind
+    from pipeline.tar_source import TarSource
 
-    if kind is None:
-        kind = "dataset" if is_dataset(uri) else "folder"
-    return DatasetSource(uri, labels=labels) if kind == "dataset" else FolderSource(uri, labels=labels)
+    kinds: dict[SourceKind, Callable[[str, SourceSettings], Source]] = {
+        "folder": FolderSource,
+        "dataset": DatasetSource,
+        "tar": TarSource,
+        "parquet": ParquetSource,
+        "list": ListSource,
+    }
+    settings = settings or SourceSettings()
+    return kinds[kind or find_kind(uri, settings)](uri, settings)
 
 
 def sample_keys(names: pa.StringArray) -> pa.StringArray:

@@ -36,6 +36,7 @@ __all__ = [
     "read_bytes",
     "read_twice",
     "read_view",
+    "reader_below",
     "redact",
     "size_of",
     "write_atomic",
@@ -223,6 +224,22 @@ def read_view(
             "The file is shorter than its index says, or the server ignores ranges: check it with pipeline.verify."
         )
     return data
+
+
+def reader_below(uri: str) -> Callable[[str], bytes]:
+    """Return a function that reads whole files below a folder; it takes a local folder's URI apart only once."""
+    if not is_local(uri):
+        return lambda name: read_bytes(join(uri, name))
+    root = str(local_path(uri))
+
+    def read(name: str) -> bytes:
+        try:
+            with open(f"{root}/{name}", "rb", buffering=0) as file:  # noqa: PTH123 - a Path costs as much as the read
+                return file.read()
+        except OSError as error:
+            raise explain("read", join(uri, name), error) from error
+
+    return read
 
 
 def read_twice(uri: str) -> bytes:

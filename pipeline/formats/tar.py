@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, runtime_checkable
 
 from pipeline.errors import DataError
 
@@ -35,6 +35,14 @@ class Stream(Protocol):
 
     def read(self, size: int = ..., /) -> bytes:
         """Return up to `size` bytes."""
+
+
+@runtime_checkable
+class SkippingStream(Protocol):
+    """A stream that can pass over bytes without reading them: of an archive's members only the headers are read."""
+
+    def skip(self, size: int, /) -> int:
+        """Pass over up to `size` bytes; return how many there were."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +149,16 @@ class TarScanner:
             yield part
 
     def _finish_member(self) -> None:
+        if isinstance(self._stream, SkippingStream) and self._pending:
+            start, size = self._at, self._pending
+            skipped = self._stream.skip(size)
+            self._at += skipped
+            self._pending = self._data_left = 0
+            if skipped != size:
+                raise self.error(
+                    f"the file ends inside the data of {self._name!r}: expected {size} bytes, got {skipped}",
+                    offset=start,
+                )
         for _ in self.read_chunks():
             pass
         if self._pending:
@@ -268,25 +286,19 @@ def make_header(name: str, size: int) -> bytes:
     return _ustar(b"PaxHeader", len(body), b"x") + body + bytes(-len(body) % BLOCK_BYTES) + _ustar(plain, size, b"0")
 
 
+_OWNER = b"0000644\0" + b"0000000\0" * 2
+_TIME = b"\0" + b"00000000000\0"
+_REST = bytes(100) + b"ustar\x0000" + bytes(32 * 2) + b"0000000\0" * 2 + bytes(155 + 12)
+_FIXED_SUM = sum(_OWNER + _TIME + b" " * 8 + _REST)
+"""What is the same in every header that is written: mode and owner, time, and all that follows the type."""
+
+
 def _ustar(name: bytes, size: int, kind: bytes) -> bytes:
     if size >= 8**11:
         raise DataError(f"{name!r}: {size} bytes do not fit a tar header (limit {8**11 - 1}).")
-    fields = (
-        name.ljust(100, b"\0"),
-        b"0000644\0",
-        b"0000000\0" * 2,
-        f"{size:011o}\0".encode(),
-        b"00000000000\0",
-        b" " * 8,
-        kind,
-        bytes(100),
-        b"ustar\x0000",
-        bytes(32 * 2),
-        b"0000000\0" * 2,
-        bytes(155 + 12),
-    )
-    header = b"".join(fields)
-    return header[:148] + f"{sum(header):06o}\0 ".encode() + header[156:]
+    digits = b"%011o" % size
+    checksum = sum(name) + sum(digits) + sum(kind) + _FIXED_SUM  # of all bytes, its own field taken as blanks
+    return b"".join((name.ljust(100, b"\0"), _OWNER, digits, _TIME, b"%06o\0 " % checksum, kind, _REST))
 
 
 def end_mark(size_bytes: int) -> bytes:

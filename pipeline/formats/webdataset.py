@@ -37,6 +37,7 @@ _MEMBER = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 _META = re.compile(r"^__[^/]*__($|/)")
 _MAX_IMAGE_BYTES = 2**30
 _MAX_TEXT_BYTES = 2**20
+_to_json = json.JSONEncoder(ensure_ascii=False, sort_keys=True).encode
 _EXTENSION_OF = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 
 
@@ -287,13 +288,20 @@ class WebDatasetWriter:
         if label != NO_LABEL:
             members.append(("cls", str(label).encode()))
         if metadata is not None:
-            members.append(("json", json.dumps(metadata, ensure_ascii=False, sort_keys=True).encode()))
+            members.append(("json", _to_json(metadata).encode()))
         components = []
+        small = b""  # what stands around the image goes out in one piece: calls cost more than bytes here
         for part, data in members:
-            self._write(make_header(f"{key}.{part}", len(data)))
-            components.append((part, self._at, len(data), f"{key}.{part}"))
-            self._write(data)
-            self._write(bytes(-len(data) % 512))
+            name = f"{key}.{part}"
+            small += make_header(name, len(data))
+            components.append((part, self._at + len(small), len(data), name))
+            if data is image:
+                self._write(small)
+                self._write(data)
+                small = bytes(-len(data) % 512)
+            else:
+                small += data + bytes(-len(data) % 512)
+        self._write(small)
         self._components.append(components)
         self._rows.add(
             key,

@@ -38,8 +38,11 @@ class Fault:
     match: str
     body: Body
     at: float = 0.5
+    method: str = "GET"
 
-    def applies(self, path: str, *, is_ranged: bool) -> bool:
+    def applies(self, path: str, *, is_ranged: bool, method: str) -> bool:
+        if method != self.method:
+            return False
         wanted = {"any": True, "ranged": is_ranged, "full": not is_ranged}[self.body]
         return self.times > 0 and wanted and re.search(self.match, path) is not None
 
@@ -63,16 +66,26 @@ class FaultProxy:
         self._lock = threading.Lock()
         self.url = ""
 
-    def plan(self, kind: Kind, *, times: int = 1, match: str = "", body: Body = "any", at: float = 0.5) -> None:
-        """Do something to the next `times` GETs whose path holds `match` and that ask for such a body."""
-        self._faults.append(Fault(kind, times, match, body, at))
+    def plan(
+        self,
+        kind: Kind,
+        *,
+        times: int = 1,
+        match: str = "",
+        body: Body = "any",
+        at: float = 0.5,
+        method: str = "GET",
+    ) -> None:
+        """Do something to the next `times` requests whose path holds `match` and that ask for such a body."""
+        self._faults.append(Fault(kind, times, match, body, at, method))
 
-    def take(self, path: str, *, is_ranged: bool) -> Fault | None:
-        """Note a GET of an object and say which fault it meets."""
+    def take(self, path: str, *, is_ranged: bool, method: str = "GET") -> Fault | None:
+        """Note a GET of an object and say which fault a request meets."""
         with self._lock:
-            self.requests.append(path)
+            if method == "GET":
+                self.requests.append(path)
             for fault in self._faults:
-                if fault.applies(path, is_ranged=is_ranged):
+                if fault.applies(path, is_ranged=is_ranged, method=method):
                     fault.times -= 1
                     self.done[fault.kind] += 1
                     return fault
@@ -97,10 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "reset":
             self._reset()
         elif kind in ("403", "500", "503"):
-            code = {"403": "AccessDenied", "500": "InternalError", "503": "SlowDown"}[kind]
-            text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>not now</Message></Error>".encode()
-            self._head(int(kind), {"Content-Type": "application/xml"}, len(text))
-            self.wfile.write(text)
+            self._refuse(kind)
         else:
             self._forward(fault)
 
@@ -108,10 +118,20 @@ class _Handler(BaseHTTPRequestHandler):
         self._forward(None)
 
     def do_PUT(self) -> None:
-        self._forward(None)
+        fault = self.proxy.take(urllib.parse.urlsplit(self.path).path, is_ranged=False, method=self.command)
+        if fault is None:
+            self._forward(None)
+            return
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self._refuse(fault.kind)
 
-    def do_POST(self) -> None:
-        self._forward(None)
+    do_POST = do_PUT
+
+    def _refuse(self, kind: str) -> None:
+        code = {"403": "AccessDenied", "500": "InternalError", "503": "SlowDown"}[kind]
+        text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>not now</Message></Error>".encode()
+        self._head(int(kind), {"Content-Type": "application/xml"}, len(text))
+        self.wfile.write(text)
 
     def do_DELETE(self) -> None:
         self._forward(None)

@@ -107,6 +107,69 @@ def test_a_killed_converter_goes_on(
 
 
 @pytest.mark.slow
+def test_a_killed_worker_is_said_and_the_rest_is_kept(
+    source: Path, tmp_path: Path, undisturbed: dict[str, str]
+) -> None:
+    target = tmp_path / "dst"
+    args = (source, target, *OPTIONS, "--workers", 2)
+    process = subprocess.Popen(command(*args), cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline_s = time.monotonic() + LIMIT_S
+        while not list(target.glob("_parts/train-*.parquet")):
+            assert process.poll() is None, "the converter ended before a worker could be killed"
+            assert time.monotonic() < deadline_s
+            time.sleep(0.001)
+        # Workers are forked off a process of their own, which imports for all of them.
+        workers = [p for p in psutil.Process(process.pid).children(recursive=True) if p.ppid() != process.pid]
+        workers[0].kill()
+        _, errors = process.communicate(timeout=LIMIT_S)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    assert process.returncode == 76, errors
+    assert "a worker process was killed" in errors
+    assert "Traceback" not in errors
+    assert run(*args).returncode == 0
+    assert hashes(target) == undisturbed
+
+
+def peak_bytes(source: Path, target: Path, *options: str) -> int:
+    """Return the most memory that a conversion's parent had."""
+    # Not ru_maxrss: a child starts with its parent's, which is larger than all that is measured here.
+    peak = "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    script = f"from pipeline.convert import main; code = main(); {peak}; raise SystemExit(code)"
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(source), str(target), *options],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split()[-1]) * 1024
+
+
+@pytest.mark.slow
+def test_a_file_more_costs_little_memory(source: Path, tmp_path: Path) -> None:
+    image = next(source.rglob("*.jpg"))
+    peaks = {}
+    for count in (1_000, 61_000):
+        root = tmp_path / str(count)
+        for number in range(count):
+            folder = root / f"n{number // 1000:08d}"
+            if number % 1000 == 0:
+                folder.mkdir(parents=True)
+                (folder / "first.jpg").write_bytes(image.read_bytes())  # a file has 65,000 names at most
+            os.link(folder / "first.jpg", folder / f"n{number // 1000:08d}_{number}.JPEG")
+        peaks[count] = peak_bytes(root, tmp_path / "dst", "--dry-run")
+    # A million files then take less than 700 MB, all told.
+    assert (peaks[61_000] - peaks[1_000]) / 60_000 < 500
+
+
+@pytest.mark.slow
 def test_what_the_user_gets_wrong_is_said_in_one_line(source: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").mkdir()
@@ -130,6 +193,10 @@ def test_a_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert (found["num_images"], found["num_shards"], found["num_classes"], found["finished"]) == (80, 3, 4, False)
+    size = sum(path.stat().st_size for path in source.rglob("*.jpg"))
+    assert size < found["estimated_bytes"] < 3 * size + 80 * 4096
+    assert found["estimated_s"] < LIMIT_S
+    assert (found["tried"], found["refused"]) == (48, 0)
     assert not (tmp_path / "dst").exists()
 
 

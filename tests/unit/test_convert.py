@@ -23,7 +23,7 @@ from pipeline.encode import CANNOT_DECODE, reencode
 from pipeline.errors import ConfigError, DataError
 from pipeline.manifest import open_dataset
 from pipeline.screen import Probe, probe
-from pipeline.sources import FolderSource, Listing, sample_keys
+from pipeline.sources import FolderSource, Listing, SourceSettings, sample_keys
 
 FEW = ConvertSettings(samples_per_shard=5)
 
@@ -136,6 +136,31 @@ def test_a_limit_takes_the_first_of_the_stored_order(source: Path, tmp_path: Pat
     assert open_dataset("memory://convert-limit/b").keys(np.arange(7)) == whole[:7]
 
 
+def test_statistics_are_those_of_the_pixels(source: Path, tmp_path: Path) -> None:
+    with Image.open(source / "astronaut" / "000.jpg") as image:
+        image.convert("L").save(source / "astronaut" / "grey.jpg")
+        image.save(source / "astronaut" / "p.png")
+    (source / "astronaut" / "broken.png").write_bytes((source / "astronaut" / "p.png").read_bytes()[:-900] + bytes(900))
+    settings = FEW.model_copy(update={"stats": True})
+    info = convert(str(source), str(tmp_path / "dst"), settings, workers=1)
+    found = json.loads((tmp_path / "dst" / "stats.json").read_text())
+    images = []
+    for path in source.rglob("*.*"):
+        if path.name != "broken.png":
+            with Image.open(path) as image:
+                images.append(np.asarray(image.convert("RGB"), np.float64) / 255)
+    mean = np.mean([image.mean((0, 1)) for image in images], 0)
+    square = np.mean([(image**2).mean((0, 1)) for image in images], 0)
+    assert (found["num_images"], found["num_undecodable"]) == (14, info.num_samples - 14)
+    np.testing.assert_allclose(found["mean"], mean, atol=1e-3)
+    np.testing.assert_allclose(found["std"], np.sqrt(square - mean**2), atol=1e-3)
+    assert sum(found["class_counts"].values()) == info.num_samples
+    assert found["class_counts"]["chelsea"] == 4
+    assert found["height"] == [64] * 7
+    convert(str(source), str(tmp_path / "again"), settings, workers=2)
+    assert (tmp_path / "again" / "stats.json").read_bytes() == (tmp_path / "dst" / "stats.json").read_bytes()
+
+
 # ------------------------------------------------------------------------------------------------ sources
 
 
@@ -163,7 +188,7 @@ def test_images_beside_class_folders_need_a_word(source: Path) -> None:
     next(source.rglob("*.jpg")).rename(source / "stray.jpg")
     with pytest.raises(ConfigError, match=r"1 images beside its folders \(such as stray\.jpg\).*--labels none"):
         FolderSource(str(source)).listing()
-    assert FolderSource(str(source), labels="none").listing().classes is None
+    assert FolderSource(str(source), SourceSettings(labels="none")).listing().classes is None
 
 
 def test_hidden_and_other_files_are_passed_over(source: Path) -> None:
@@ -401,7 +426,7 @@ def test_a_damaged_leftover_is_made_again(
     whole, dst = tmp_path / "whole", tmp_path / "dst"
     convert(str(source), str(whole), FEW, workers=1)
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.convert.write_dataset", stop)
+        patch.setattr("pipeline.convert_commit.write_dataset", stop)
         with pytest.raises(KeyboardInterrupt):
             convert(str(source), str(dst), FEW, workers=1)
     part, tar = dst / "_parts" / "train-000001.parquet", dst / "train-000001.tar"

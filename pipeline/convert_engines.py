@@ -1,0 +1,225 @@
+"""Who makes the shards: this process, a pool of processes, or Ray. The bytes are the same whoever does."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.convert_task import Part, ShardTask, make_shard, make_shard_in_worker, start_worker
+from pipeline.errors import ConfigError, InfrastructureError, MaelstromError
+
+Engine = Literal["local", "ray"]
+_RETRIES = 3
+_LOOK_EVERY_S = 2.0
+_OVERDUE_FACTOR = 3.0
+_OVERDUE_LEAST_S = 30.0
+_OBJECT_STORE_BYTES = 80 * 2**20
+"""Ray's shared memory: tasks and parts are small, images never pass through it."""
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Who works.
+
+    Args:
+        engine: `local`: processes of this machine. `ray`: Ray Core tasks, one a shard.
+        workers: Processes, or tasks at a time; 0 means the cores that there are.
+        ray_address: Of a cluster that runs, such as `auto` or `ray://head:10001`; nothing starts Ray on this machine.
+    """
+
+    engine: Engine = "local"
+    workers: int = 0
+    ray_address: str | None = None
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def make_shards(
+    shards: Sequence[int], task: Callable[[int], ShardTask], crew: Crew, *, target: str
+) -> Iterator[tuple[int, Part]]:
+    """Make shards and yield their parts as they are finished.
+
+    Args:
+        shards: Their numbers.
+        task: Tells what a shard is made of; called as work is handed out.
+        crew: Who works.
+        target: Where the shards go.
+
+    Raises:
+        InfrastructureError: A worker was killed, or kept failing.
+    """
+    if not shards:
+        return iter(())
+    if crew.engine == "ray":
+        if target.startswith("memory:"):
+            raise ConfigError("convert: memory:// is of one process; Ray's workers cannot write there.")
+        return _in_ray(shards, task, crew)
+    workers = min(crew.workers or cores(), len(shards))
+    if workers == 1 or target.startswith("memory:"):
+        return ((shard, make_shard(task(shard))) for shard in shards)
+    return _in_processes(shards, task, workers)
+
+
+def _context() -> Any:
+    """Return the way to start processes: not by fork, for the caller may run threads, which do not survive one."""
+    methods = multiprocessing.get_all_start_methods()
+    return multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+
+
+def warm_up(crew: Crew) -> None:
+    """Begin to import, in a process beside this one, what workers need: they are forked off it and start at once."""
+    context = _context()
+    if crew.engine == "local" and (crew.workers or cores()) > 1 and context.get_start_method() == "forkserver":
+        context.set_forkserver_preload(["pipeline.convert_task"])
+        forkserver.ensure_running()
+
+
+def _in_processes(shards: Sequence[int], task: Callable[[int], ShardTask], workers: int) -> Iterator[tuple[int, Part]]:
+    """Work in a pool of processes. A failure stops the rest at the next image."""
+    context = _context()
+    stop = context.Event()
+    waiting: dict[Future[Part], int] = {}
+    left = iter(shards)
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(stop,)) as pool:
+        try:
+            while True:
+                while len(waiting) < 2 * workers and (shard := next(left, None)) is not None:
+                    waiting[pool.submit(make_shard_in_worker, task(shard))] = shard
+                if not waiting:
+                    return
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    yield waiting.pop(future), future.result()
+        except BrokenProcessPool as error:
+            raise InfrastructureError(
+                "convert: a worker process was killed, most likely for want of memory. Run the same command again with "
+                f"fewer --workers (now {workers}); finished shards are kept."
+            ) from error
+        finally:
+            stop.set()
+            for future in waiting:
+                future.cancel()
+
+
+def _in_ray(shards: Sequence[int], task: Callable[[int], ShardTask], crew: Crew) -> Iterator[tuple[int, Part]]:
+    """Work as Ray tasks: what a lost worker did is done again, and a straggler gets a second copy; the first counts."""
+    ray = _start_ray(crew)
+    try:
+        remote = ray.remote(make_shard).options(
+            num_cpus=1,
+            max_retries=_RETRIES,
+            retry_exceptions=[InfrastructureError],
+            scheduling_strategy="SPREAD",
+        )
+        yield from _gather(ray, remote, shards, task, limit=_places(ray, crew))
+    except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, MaelstromError):
+            raise cause from None
+        raise InfrastructureError(
+            f"convert: Ray gave up after {_RETRIES} retries ({type(error).__name__}: {str(error).strip()[-500:]}). "
+            "Run the same command again; finished shards are kept."
+        ) from error
+    finally:
+        ray.shutdown()
+
+
+def _start_ray(crew: Crew) -> Any:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # A task without a GPU keeps the node's CUDA_VISIBLE_DEVICES; Ray warns of a change of that default otherwise.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray
+    except ImportError:
+        raise ConfigError(
+            "convert: --engine ray needs the package ray, which is not installed. "
+            "Install it with: pip install -e '.[ray]' -c constraints.txt"
+        ) from None
+    root = str(Path(__file__).resolve().parent.parent)
+    options: dict[str, Any]
+    if crew.ray_address is not None:
+        # The nodes need the packages, not the repository: this one is sent to them.
+        options = {"address": crew.ray_address, "runtime_env": {"py_modules": [f"{root}/pipeline"]}}
+    else:
+        os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+        options = {
+            "num_cpus": crew.workers or cores(),
+            "include_dashboard": False,
+            "object_store_memory": _OBJECT_STORE_BYTES,
+        }
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=False, **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = f"at {crew.ray_address}" if crew.ray_address else "on this machine"
+        raise InfrastructureError(f"convert: Ray cannot be used {where} ({error}). Check --ray-address.") from error
+    return ray
+
+
+def _places(ray: Any, crew: Crew) -> int:
+    return crew.workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def _gather(
+    ray: Any, remote: Any, shards: Sequence[int], task: Callable[[int], ShardTask], *, limit: int
+) -> Iterator[tuple[int, Part]]:
+    """Hand out as many tasks as there are places, so that the time since then is the time they have run."""
+    left = iter(shards)
+    running: dict[Any, tuple[int, float]] = {}
+    took_s: list[float] = []
+    try:
+        while True:
+            while len(running) < limit and (shard := next(left, None)) is not None:
+                running[remote.remote(task(shard))] = shard, time.monotonic()
+            if not running:
+                return
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=_LOOK_EVERY_S)
+            for ref in ready:
+                if ref not in running:
+                    continue  # a copy of a shard that came in the same moment
+                shard, start_s = running.pop(ref)
+                copies = [other for other, (number, _) in running.items() if number == shard]
+                try:
+                    part = ray.get(ref)
+                except ray.exceptions.RayError:
+                    if copies:
+                        continue  # the other copy may yet succeed
+                    raise
+                took_s.append(time.monotonic() - start_s)
+                for other in copies:
+                    running.pop(other)
+                    ray.cancel(other, force=True)
+                yield shard, part
+            for shard in overdue(list(running.values()), took_s, now_s=time.monotonic(), places=limit):
+                running[remote.remote(task(shard))] = shard, time.monotonic()
+    finally:
+        for ref in running:
+            ray.cancel(ref, force=True)
+
+
+def overdue(running: Sequence[tuple[int, float]], took_s: Sequence[float], *, now_s: float, places: int) -> list[int]:
+    """Return the shards that have run so much longer than others that a second copy should race them.
+
+    Args:
+        running: (shard, when it was handed out) of all tasks that are under way, copies too.
+        took_s: Seconds that finished shards took.
+        now_s: The time now, of the same clock.
+        places: Tasks that can run at a time; copies take free places only.
+    """
+    if not took_s:
+        return []
+    limit_s = max(_OVERDUE_LEAST_S, _OVERDUE_FACTOR * statistics.median(took_s))
+    numbers = [shard for shard, _ in running]
+    late = [shard for shard, start_s in running if now_s - start_s > limit_s and numbers.count(shard) == 1]
+    return late[: max(0, places - len(running))]
