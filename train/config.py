@@ -120,6 +120,8 @@ class EngineSection(Settings):
     """Where sharded weights live (ZeRO 3)."""
     device_memory_gib: float = Field(default=0.0, ge=0)
     """Memory of one GPU in GiB, for the advice of `--dry-run`; 0: what nvidia-smi says."""
+    device_tflops: float = Field(default=0.0, ge=0)
+    """Dense 16-bit peak of one GPU in 10^12 operations a second, for the MFU of the log; 0: by the device's name."""
     timeout_s: float = Field(default=600.0, gt=0)
     """Seconds a rank waits for the others, or a step may take, before the run ends with the stacks of all ranks."""
 

@@ -44,6 +44,7 @@ from train.preemption import Preemption
 from train.replicas import check_replicas
 from train.run_data import DATA_REPORT_FILE, collect_data_report, leave_data_report
 from train.run_lease import RunLease
+from train.utilisation import utilisation
 from train.watchdog import Watchdog
 
 SAVE_FAILURES_ALLOWED = 3
@@ -177,6 +178,9 @@ def _log(run: Run, done: int, *, lr: float, mean_loss: torch.Tensor) -> bool:
             "lr": lr,
             "grad_norm": run.engine.grad_norm(),
             **rates,
+            **utilisation(
+                config.model, images_per_s=rates["images_per_s"], world_size=world.world_size, peak=run.peak_tflops
+            ),
             "skipped_steps": run.engine.skipped_steps,
             "roll_backs": run.skips.roll_backs,
             "loss_scale": run.engine.loss_scale,

@@ -266,6 +266,8 @@ class Reporter:
     def _show(self, step: int, line: Mapping[str, float | int | None]) -> None:
         loss, rate, wait = line.get("loss"), line.get("images_per_s"), line.get("data_wait_share")
         text = f"loss {loss:.4f}  {rate:,.0f} images/s  data wait {100 * (wait or 0):.0f}%" if loss is not None else ""
+        if line.get("mfu"):
+            text += f"  MFU {100 * (line['mfu'] or 0):.1f}%"
         if self._progress is not None:
             self._progress.update(self._task, completed=step, text=text)
             return

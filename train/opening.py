@@ -23,6 +23,7 @@ from train.outcome import Outcome, write_json
 from train.run_data import keep_description, kept_description
 from train.saver import Saver
 from train.settings_text import to_toml
+from train.utilisation import peak_tflops
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Run:
     first_step: int
     total_steps: int
     earlier_data_report: dict[str, Any] | None
+    peak_tflops: float | None = None
     failed_saves: int = 0
 
 
@@ -100,7 +102,14 @@ def open_run(config: RunConfig, *, world: World, outcome: Outcome) -> Run | None
         first_step=first_step,
         total_steps=total_steps,
         earlier_data_report=state.client.get("data_report") if state is not None else None,
+        peak_tflops=_peak_tflops(config, world.device),
     )
+
+
+def _peak_tflops(config: RunConfig, device: torch.device) -> float | None:
+    if config.engine.device_tflops:
+        return config.engine.device_tflops
+    return peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def _open_loader(config: RunConfig, dataset: Manifest, *, world: World) -> Loader:
