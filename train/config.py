@@ -171,6 +171,16 @@ class LogSection(Settings):
     """Held-out images that are drawn and measured."""
     tensorboard: Literal["on", "off"] = "on"
     """Write TensorBoard event files into the run folder."""
+    wandb: Literal["on", "off"] = "off"
+    """Show the run in Weights & Biases (extra `tracking`); WANDB_MODE=offline in the environment keeps it local."""
+    wandb_project: str = Field(default="maelstrom", min_length=1)
+    """Project it is shown in."""
+    mlflow: Literal["on", "off"] = "off"
+    """Show the run in MLflow (extra `tracking`)."""
+    mlflow_uri: str = ""
+    """MLflow's server or local folder. Empty: MLFLOW_TRACKING_URI, else `<run.dir>/mlruns`."""
+    mlflow_experiment: str = Field(default="maelstrom", min_length=1)
+    """Experiment it is shown in."""
 
 
 class RunConfig(Settings):

@@ -119,7 +119,8 @@ def _build_theirs(ours: MaskedAutoencoder) -> nn.Module:
             "--peer transformers needs it installed: pip install -c constraints.txt transformers"
         ) from error
     state, settings = to_hf(ours.state_dict(), ours.config, names="v5")
-    theirs: nn.Module = ViTMAEForPreTraining(ViTMAEConfig(**settings, attn_implementation="sdpa"))
+    chosen = {**settings, "attn_implementation": "sdpa"}
+    theirs: nn.Module = ViTMAEForPreTraining(ViTMAEConfig(**chosen))
     theirs.load_state_dict(state, strict=True)
     return theirs
 
