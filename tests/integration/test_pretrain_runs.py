@@ -219,15 +219,6 @@ def test_damaged_images_end_both_ranks_with_code_3(data: Data, tmp_path: Path):
     assert "train-0000" in status["reason"]
 
 
-def test_another_model_is_refused_with_code_4(data: Data, tmp_path: Path):
-    run_dir = tmp_path / "run"
-    assert alone(data, run_dir, train__steps="5", log__num_pictures="0").returncode == 0
-    done = alone(data, run_dir, train__steps="8", model__depth="3")
-    assert done.returncode == 4, done.stderr
-    assert "blocks.2" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 def test_a_loss_that_is_not_finite_ends_with_code_5_and_names_the_batch(data: Data, tmp_path: Path):
     run_dir = tmp_path / "run"
     done = alone(data, run_dir, optim__base_lr="1e30", optim__grad_clip="0")
@@ -236,22 +227,6 @@ def test_a_loss_that_is_not_finite_ends_with_code_5_and_names_the_batch(data: Da
     assert len(names) == 5, "one for each step that was skipped"
     assert all(len(json.loads(path.read_text())["sample_ids"]) == 16 for path in names)
     assert "no checkpoint from before" in done.stderr
-
-
-def test_a_run_folder_in_use_is_refused(data: Data, tmp_path: Path):
-    run_dir = tmp_path / "run"
-    command = [sys.executable, "-m", "train.pretrain", *words(data, run_dir, train__steps="4000")]
-    process = subprocess.Popen(command, env=env(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        wait_until(at_step(run_dir, 2), process)
-        second = alone(data, run_dir)
-        assert second.returncode == 2, second.stderr
-        assert "works here" in second.stderr
-        assert process.poll() is None
-        assert read_status(run_dir)["state"] == "running", "the refused start overwrote the running one's status"
-    finally:
-        process.terminate()
-        assert process.wait(LIMIT_S) == 75
 
 
 @pytest.mark.remote
