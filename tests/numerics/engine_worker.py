@@ -73,6 +73,8 @@ def make_config(case: dict[str, Any], *, world: World) -> RunConfig:
                 "precision": case.get("precision", "fp32"),
                 "kind": case.get("kind", "deepspeed"),
                 "activation_checkpointing": case.get("activation_checkpointing", "none"),
+                "decoder_activation_checkpointing": case.get("activation_checkpointing", "none"),
+                "compile": case.get("compile", "off"),
                 "offload_optimizer": case.get("offload_optimizer", "none"),
             },
         }
