@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -16,11 +17,20 @@ STEPS = 20
 SETTINGS = {"train.steps": str(STEPS), "checkpoint.every-steps": "4"}
 
 
-def train(folder: Path, data: str, *, stage: int, precision: str = "fp32", ranks: int = 2, kill: int = 0) -> None:
+def train(
+    folder: Path,
+    data: str,
+    *,
+    stage: int,
+    precision: str = "fp32",
+    ranks: int = 2,
+    kill: int = 0,
+    launcher: Literal["torchrun", "deepspeed"] = "deepspeed",
+) -> None:
     """Go on in a folder to the end, or until a rank is killed after a step."""
     plan = {"kill": {"rank": ranks - 1, "step": kill}} if kill else {}
     settings = {**SETTINGS, "engine.zero-stage": str(stage), "engine.precision": precision}
-    done = start(folder, plan, data=data, ranks=ranks, settings=settings, launcher="deepspeed")
+    done = start(folder, plan, data=data, ranks=ranks, settings=settings, launcher=launcher)
     assert (done.returncode == 0) == (not kill), done.stdout + done.stderr
 
 
@@ -43,13 +53,14 @@ def test_a_rank_killed_under_the_deepspeed_launcher(
 
 
 def elsewhere(folder: Path, data: str, *, expected: dict[int, float]) -> None:
-    """The same run on two ranks at stage 1, then on one at stage 3, then on two at stage 2, killed in between.
+    """The same run on two ranks at stage 1, then on one at stage 3, then on two at stage 2, killed in between;
+    under torchrun and plain python.
 
     A crop box, a flip, a mask or an image of another sample would change the loss by far more than rounding.
     """
-    train(folder, data, stage=1, kill=6)
-    train(folder, data, stage=3, ranks=1, kill=14)
-    train(folder, data, stage=2)
+    train(folder, data, stage=1, kill=6, launcher="torchrun")
+    train(folder, data, stage=3, ranks=1, kill=14, launcher="torchrun")
+    train(folder, data, stage=2, launcher="torchrun")
     found = losses(folder / "run")
     assert list(found) == list(expected)
     assert max(abs(found[step] - loss) / loss for step, loss in expected.items()) <= 1e-6

@@ -137,11 +137,14 @@ def test_two_ranks_stopped_and_resumed_lose_what_an_unbroken_run_loses(data: Dat
 
 def test_a_finished_run_leaves_what_the_contract_names(data: Data, tmp_path: Path):
     run_dir = tmp_path / "run"
-    done = alone(data, run_dir, train__steps="6", log__every_steps="4")
+    done = alone(data, run_dir, train__steps="6", log__every_steps="4", engine__device_tflops="0.5")
     assert done.returncode == 0, done.stderr
     assert [line["step"] for line in read_metrics(run_dir)] == [4, 6]
     line = read_metrics(run_dir)[-1]
     assert {"step", "epoch", "images_seen", "loss", "lr", "images_per_s", "data_wait_share"} <= set(line)
+    assert line["mfu"] == pytest.approx(line["tflops_per_device"] / 0.5) > 0
+    assert line["bad_samples"] == 0
+    assert "MFU" in done.stdout
     assert (line["images_seen"], line["epoch"]) == (96, pytest.approx(96 / 80))
     for name in ("status.json", "summary.json", "config.toml", "ds_config.json", "loss.png", "reconstruction.png"):
         assert (run_dir / name).is_file(), name

@@ -100,22 +100,20 @@ def test_one_rank_resumes_exactly_at_every_stage(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_another_world_size_and_stage_go_on_with_the_losses_of_the_unbroken_run(tmp_path: Path) -> None:
+def test_another_world_size_stage_and_precision_go_on_with_the_losses_of_the_unbroken_run(tmp_path: Path) -> None:
+    """From two ranks to one; tests/faults/test_train_elsewhere.py goes back to two as well."""
     root = str(tmp_path / "checkpoints")
-    first = {"name": "a", "zero_stage": 1, "steps": 6, "save": root, "save_at": 6}
-    second = {"name": "b", "zero_stage": 3, "steps": 6, "resume": root, "save": root, "save_at": 12}
-    third = {"name": "c", "zero_stage": 2, "steps": 8, "resume": root}
-    losses = [
-        *run_cases([first], tmp_path / "a", world_size=2)["a"]["losses"],
-        *run_cases([second], tmp_path / "b", world_size=1)["b"]["losses"],
-        *run_cases([third], tmp_path / "c", world_size=2)["c"]["losses"],
+    first = {"name": "first", "zero_stage": 1, "steps": 6, "save": root, "save_at": 6}
+    begun = run_cases([first], tmp_path / "a", world_size=2)["first"]["losses"]
+    cases: list[Case] = [
+        {"name": "oracle", "kind": "torch", "steps": 20},
+        {"name": "zero3", "zero_stage": 3, "steps": 14, "resume": root},
+        {"name": "zero2", "zero_stage": 2, "steps": 14, "resume": root},
+        {"name": "plain", "kind": "torch", "steps": 14, "resume": root},
+        {"name": "low", "zero_stage": 3, "precision": "bf16", "steps": 14, "resume": root},
     ]
-    # The same files in bf16, and in plain torch; and plain torch from the start, unbroken.
-    oracle = {"name": "oracle", "kind": "torch", "steps": 20}
-    low = {"name": "low", "zero_stage": 3, "precision": "bf16", "steps": 8, "resume": root}
-    plain = {"name": "plain", "kind": "torch", "steps": 8, "resume": root}
-    results = run_cases([oracle, low, plain], tmp_path / "d", world_size=1)
+    results = run_cases(cases, tmp_path / "b", world_size=1)
     expected = results["oracle"]["losses"]
-    assert largest_difference(losses, expected) <= 1e-6
-    assert largest_difference(results["low"]["losses"], expected[12:]) <= 5e-3
-    assert largest_difference(results["plain"]["losses"], expected[12:]) <= 1e-6
+    for name in ("zero3", "zero2", "plain"):
+        assert largest_difference([*begun, *results[name]["losses"]], expected) <= 1e-6, name
+    assert largest_difference(results["low"]["losses"], expected[6:]) <= 5e-3
