@@ -43,7 +43,8 @@ class Attention(nn.Module):
         """
         B, S, D = tokens_BSD.shape
         qkv = self.qkv(tokens_BSD).view(B, S, 3, self.num_heads, D // self.num_heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        # Taken apart before the heads move forward: the gradients are then put together in the projection's own order.
+        query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
         mixed = F.scaled_dot_product_attention(query, key, value)
         out_BSD: Tensor = self.proj(mixed.transpose(1, 2).reshape(B, S, D))
         return out_BSD

@@ -62,7 +62,8 @@ class Measurement:
         stall_s: seconds that training waited for a save.
         stall_min_s, stall_max_s: its range.
         write_s: seconds from the copy's end to the commit.
-        copy_s: seconds for a copy of the same bytes from memory to memory, measured in between.
+        copy_s: seconds for a copy of the same bytes from memory to memory, measured before each save.
+        stall_over_copy: median over the saves of the wait through the copy just before.
         step_s, step_while_writing_s: seconds of a training step without and during a write; None where no step fell
             into one.
     """
@@ -76,6 +77,7 @@ class Measurement:
     stall_max_s: float
     write_s: float
     copy_s: float
+    stall_over_copy: float
     step_s: float
     step_while_writing_s: float | None
 
@@ -96,10 +98,13 @@ def measure(name: str, uri: str, mode: Mode, *, saves: int, images: int) -> Meas
     step = _stepper(engine, config.model, images=images)
     step()
     saver = Saver(CheckpointStore(uri, keep_last=1), world=world, mode=mode)
+    copy = _copier(engine)
     stalls, writes, copies, quiet, busy = [], [], [], [], []
     for number in range(1, saves + 2):
+        # A step before either, so that both find the caches as training leaves them.
+        step()
+        copies.append(_seconds(copy))
         quiet.append(_seconds(step))
-        copies.append(_copy_seconds(engine))
         begun = time.perf_counter()
         saver.start(number, engine, {})
         stalls.append(time.perf_counter() - begun)
@@ -121,6 +126,7 @@ def measure(name: str, uri: str, mode: Mode, *, saves: int, images: int) -> Meas
         stall_max_s=max(stalls[1:]),
         write_s=statistics.median(writes[1:]),
         copy_s=statistics.median(copies[1:]),
+        stall_over_copy=statistics.median(stall / alone for stall, alone in zip(stalls[1:], copies[1:], strict=True)),
         step_s=statistics.median(quiet[1:]),
         step_while_writing_s=statistics.median(busy) if busy else None,
     )
@@ -163,8 +169,8 @@ def _seconds(action: Callable[[], None]) -> float:
     return time.perf_counter() - begun
 
 
-def _copy_seconds(engine: Engine) -> float:
-    """Time the copy that no save can do without: as many bytes, in one piece, into memory that is there already."""
+def _copier(engine: Engine) -> Callable[[], None]:
+    """Give the copy that no save can do without: as many bytes, in one piece, into memory that is there already."""
     values = _state_bytes(engine) // 4
     source = torch.ones(values, device=engine.device)
     target = torch.ones(values, pin_memory=engine.device.type == "cuda")
@@ -172,7 +178,7 @@ def _copy_seconds(engine: Engine) -> float:
     def copy() -> None:
         target.copy_(source)
 
-    return _seconds(copy)
+    return copy
 
 
 def _remove(uri: str) -> None:
@@ -184,14 +190,16 @@ def _remove(uri: str) -> None:
 def render(measurements: Sequence[Measurement]) -> str:
     """Lay measurements out as a Markdown table."""
     lines = [
-        "| model | state | to | mode | training waits (range) | copy alone | writing | step | step while writing |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | state | to | mode | training waits (range) | copy alone | waits / copy | writing | step "
+        "| step while writing |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for one in measurements:
         busy = "" if one.step_while_writing_s is None else f"{1e3 * one.step_while_writing_s:,.0f} ms"
         lines.append(
             f"| {one.model} | {one.state_mb:,.0f} MB | {one.place} | {one.mode} | **{1e3 * one.stall_s:,.0f} ms** "
             f"({1e3 * one.stall_min_s:,.0f}-{1e3 * one.stall_max_s:,.0f}) | {1e3 * one.copy_s:,.0f} ms "
+            f"| {one.stall_over_copy:.2f} "
             f"| {1e3 * one.write_s:,.0f} ms | {1e3 * one.step_s:,.0f} ms | {busy} |"
         )
     return "\n".join(lines)

@@ -120,6 +120,8 @@ class EngineSection(Settings):
     """Where sharded weights live (ZeRO 3)."""
     device_memory_gib: float = Field(default=0.0, ge=0)
     """Memory of one GPU in GiB, for the advice of `--dry-run`; 0: what nvidia-smi says."""
+    device_tflops: float = Field(default=0.0, ge=0)
+    """Dense 16-bit peak of one GPU in 10^12 operations a second, for the MFU of the log; 0: by the device's name."""
     timeout_s: float = Field(default=600.0, gt=0)
     """Seconds a rank waits for the others, or a step may take, before the run ends with the stacks of all ranks."""
 
@@ -169,6 +171,16 @@ class LogSection(Settings):
     """Held-out images that are drawn and measured."""
     tensorboard: Literal["on", "off"] = "on"
     """Write TensorBoard event files into the run folder."""
+    wandb: Literal["on", "off"] = "off"
+    """Show the run in Weights & Biases (extra `tracking`); WANDB_MODE=offline in the environment keeps it local."""
+    wandb_project: str = Field(default="maelstrom", min_length=1)
+    """Project it is shown in."""
+    mlflow: Literal["on", "off"] = "off"
+    """Show the run in MLflow (extra `tracking`)."""
+    mlflow_uri: str = ""
+    """MLflow's server or local folder. Empty: MLFLOW_TRACKING_URI, else `<run.dir>/mlruns`."""
+    mlflow_experiment: str = Field(default="maelstrom", min_length=1)
+    """Experiment it is shown in."""
 
 
 class RunConfig(Settings):

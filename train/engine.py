@@ -78,6 +78,12 @@ class DeepSpeedEngine(Engine):
         return self._module
 
     @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Groups of the inner AdamW; what wraps it hands them through."""
+        groups: list[dict[str, Any]] = self._engine.optimizer.param_groups
+        return groups
+
+    @property
     def skipped_steps(self) -> int:
         """Steps without an update."""
         return int(self._engine.skipped_steps) + self._skipped_by_us
@@ -105,7 +111,7 @@ class DeepSpeedEngine(Engine):
     def step(self, lr: float) -> None:
         """Take one step."""
         self._check_micro_batches()
-        set_lr(self._engine.optimizer.param_groups, lr)
+        set_lr(self.param_groups, lr)
         if self._checks_itself:
             self._check_gradients()
         self._engine.step()

@@ -44,6 +44,7 @@ from train.preemption import Preemption
 from train.replicas import check_replicas
 from train.run_data import DATA_REPORT_FILE, collect_data_report, leave_data_report
 from train.run_lease import RunLease
+from train.utilisation import utilisation
 from train.watchdog import Watchdog
 
 SAVE_FAILURES_ALLOWED = 3
@@ -167,7 +168,8 @@ def _log(run: Run, done: int, *, lr: float, mean_loss: torch.Tensor) -> bool:
     config, world, loader = run.config, run.world, run.loader
     window = run.meter.close_window(wait_s=loader.wait_s)
     rates = window.rates()
-    loss, rates["data_wait_share"] = world.mean([float(mean_loss), rates["data_wait_share"]])
+    means = world.mean([float(mean_loss), rates["data_wait_share"], float(loader.report.num_bad)])
+    loss, rates["data_wait_share"], bad_samples = means
     run.reporter.log(
         {
             "step": done,
@@ -177,6 +179,10 @@ def _log(run: Run, done: int, *, lr: float, mean_loss: torch.Tensor) -> bool:
             "lr": lr,
             "grad_norm": run.engine.grad_norm(),
             **rates,
+            **utilisation(
+                config.model, images_per_s=rates["images_per_s"], world_size=world.world_size, peak=run.peak_tflops
+            ),
+            "bad_samples": round(bad_samples * world.world_size),
             "skipped_steps": run.engine.skipped_steps,
             "roll_backs": run.skips.roll_backs,
             "loss_scale": run.engine.loss_scale,

@@ -10,10 +10,13 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
+
+if TYPE_CHECKING:
+    from train.trackers import Background
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
@@ -164,6 +167,7 @@ class Reporter:
         tensorboard: Literal["on", "off"] = "on",
         out: TextIO | None = None,
     ) -> None:
+        self._trackers: Sequence[Background] = ()
         self._out = out or sys.stdout
         self._writes = rank == 0
         self._total_steps = total_steps
@@ -178,6 +182,10 @@ class Reporter:
         self._open_files(resumed_step)
         if self._out.isatty():
             self._start_progress(resumed_step)
+
+    def show_on(self, trackers: Sequence[Background]) -> None:
+        """Show what comes from here on in other places too; they are closed with the reporter."""
+        self._trackers = trackers
 
     def _open_files(self, step: int) -> None:
         path = self._run_dir / METRICS_FILE
@@ -261,11 +269,15 @@ class Reporter:
             for name, value in line.items():
                 if name != "step" and value is not None:
                     self._board.add_scalar(f"train/{name}", value, step)
+        for tracker in self._trackers:
+            tracker.log(step, clean)
         self._show(step, line)
 
     def _show(self, step: int, line: Mapping[str, float | int | None]) -> None:
         loss, rate, wait = line.get("loss"), line.get("images_per_s"), line.get("data_wait_share")
         text = f"loss {loss:.4f}  {rate:,.0f} images/s  data wait {100 * (wait or 0):.0f}%" if loss is not None else ""
+        if line.get("mfu"):
+            text += f"  MFU {100 * (line['mfu'] or 0):.1f}%"
         if self._progress is not None:
             self._progress.update(self._task, completed=step, text=text)
             return
@@ -275,7 +287,9 @@ class Reporter:
         self.say(f"step {step}/{self._total_steps}  {text}  lr {lr:.2e}  ETA {format_duration(left_s)}")
 
     def picture(self, name: str, path: Path, step: int) -> None:
-        """Show a written PNG in TensorBoard too."""
+        """Show a written PNG in TensorBoard and the trackers too."""
+        for tracker in self._trackers:
+            tracker.picture(step, name, path)
         if self._board is None:
             return
         import numpy as np
@@ -290,6 +304,8 @@ class Reporter:
             self._progress = None
         if self._board is not None:
             self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
         if self._file is not None:
             self._file.close()
             self._file = None

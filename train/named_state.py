@@ -169,7 +169,9 @@ def set_adam_step(optimizer: torch.optim.Optimizer, adam_step: int) -> None:
 
 def read_adam_step(optimizer: torch.optim.Optimizer) -> int:
     """Return the step count, which all tensors share; 0 before the first step."""
-    return max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
+    counts = (state["step"] for state in optimizer.state.values() if "step" in state)
+    # Only one is read: a fused kernel keeps each on the GPU, and every look there waits for it.
+    return int(next(counts, 0))
 
 
 def list_tensors(module: nn.Module, *, parts: int) -> list[NamedTensor]:

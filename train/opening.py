@@ -23,6 +23,8 @@ from train.outcome import Outcome, write_json
 from train.run_data import keep_description, kept_description
 from train.saver import Saver
 from train.settings_text import to_toml
+from train.trackers import check_trackers, start_trackers
+from train.utilisation import peak_tflops
 
 
 @dataclass
@@ -45,11 +47,13 @@ class Run:
     first_step: int
     total_steps: int
     earlier_data_report: dict[str, Any] | None
+    peak_tflops: float | None = None
     failed_saves: int = 0
 
 
 def open_run(config: RunConfig, *, world: World, outcome: Outcome) -> Run | None:
     """Open data, model, engine and reports at the newest checkpoint; None where the run is finished already."""
+    check_trackers(config)
     dataset = _open_together(config.data.train, world=world)
     held_out = _open_together(config.data.val, world=world) if config.data.val else None
     loader = _open_loader(config, dataset, world=world)
@@ -80,6 +84,8 @@ def open_run(config: RunConfig, *, world: World, outcome: Outcome) -> Run | None
         resumed_step=first_step,
         tensorboard=config.log.tensorboard,
     )
+    if world.is_main:
+        reporter.show_on(start_trackers(config, run_dir, warn=reporter.say))
     reporter.say(_opening_line(config, world, dataset, state, total_steps=total_steps))
     if world.world_size > 1 and config.engine.zero_stage == 3 and config.guard.checksum_every_steps:
         reporter.say("weights are not compared between ranks: at engine.zero_stage 3 each rank keeps its own part")
@@ -100,7 +106,14 @@ def open_run(config: RunConfig, *, world: World, outcome: Outcome) -> Run | None
         first_step=first_step,
         total_steps=total_steps,
         earlier_data_report=state.client.get("data_report") if state is not None else None,
+        peak_tflops=_peak_tflops(config, world.device),
     )
+
+
+def _peak_tflops(config: RunConfig, device: torch.device) -> float | None:
+    if config.engine.device_tflops:
+        return config.engine.device_tflops
+    return peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def _open_loader(config: RunConfig, dataset: Manifest, *, world: World) -> Loader:

@@ -66,6 +66,11 @@ class Engine(ABC):
 
     @property
     @abstractmethod
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Groups of the optimizer that takes the steps."""
+
+    @property
+    @abstractmethod
     def skipped_steps(self) -> int:
         """Steps without an update, because a gradient was not finite, since this process started."""
 
@@ -188,6 +193,11 @@ class TorchEngine(Engine):
         return self._module
 
     @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """AdamW's groups."""
+        return self._optimizer.param_groups
+
+    @property
     def skipped_steps(self) -> int:
         """Steps without an update."""
         return self._skipped_steps
@@ -204,7 +214,7 @@ class TorchEngine(Engine):
     def step(self, lr: float) -> None:
         """Take one step."""
         self._check_micro_batches()
-        set_lr(self._optimizer.param_groups, lr)
+        set_lr(self.param_groups, lr)
         limit = self.config.optim.grad_clip or float("inf")
         self._grad_norm = float(nn.utils.clip_grad_norm_(self._trained, limit))
         if torch.isfinite(torch.tensor(self._grad_norm)):

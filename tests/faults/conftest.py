@@ -9,6 +9,7 @@ import re
 import socket
 import struct
 import threading
+import time
 import urllib.parse
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -64,7 +65,22 @@ class FaultProxy:
         self.hanging = threading.Event()
         self._faults: list[Fault] = []
         self._lock = threading.Lock()
+        self._outage: tuple[str, float] | None = None
+        self._back_at = 0.0
         self.url = ""
+
+    def plan_outage(self, seconds: float, *, match: str) -> None:
+        """Answer 503 to every request for so long, from the next PUT on whose path holds `match`."""
+        self._outage = (match, seconds)
+
+    def is_out(self, method: str, path: str) -> bool:
+        """Tell whether a request meets an outage, which it may begin."""
+        with self._lock:
+            if self._outage and method == "PUT" and re.search(self._outage[0], path):
+                self._back_at, self._outage = time.monotonic() + self._outage[1], None
+            out = time.monotonic() < self._back_at
+            self.done["outage"] += out
+            return out
 
     def plan(
         self,
@@ -103,6 +119,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def do_GET(self) -> None:
+        if self._is_out():
+            return
         path = urllib.parse.urlsplit(self.path)
         is_object = path.path.count("/") > 1 and not path.path.endswith("/") and "list-type" not in path.query
         fault = self.proxy.take(path.path, is_ranged="Range" in self.headers) if is_object else None
@@ -114,10 +132,27 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._forward(fault)
 
+    def _refuse(self, kind: str) -> None:
+        code = {"403": "AccessDenied", "500": "InternalError", "503": "SlowDown"}[kind]
+        text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>not now</Message></Error>".encode()
+        self._head(int(kind), {"Content-Type": "application/xml"}, len(text))
+        if self.command != "HEAD":
+            self.wfile.write(text)
+
+    def _is_out(self) -> bool:
+        out = self.proxy.is_out(self.command, self.path)
+        if out:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self._refuse("503")
+        return out
+
     def do_HEAD(self) -> None:
-        self._forward(None)
+        if not self._is_out():
+            self._forward(None)
 
     def do_PUT(self) -> None:
+        if self._is_out():
+            return
         fault = self.proxy.take(urllib.parse.urlsplit(self.path).path, is_ranged=False, method=self.command)
         if fault is None:
             self._forward(None)
@@ -127,14 +162,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_POST = do_PUT
 
-    def _refuse(self, kind: str) -> None:
-        code = {"403": "AccessDenied", "500": "InternalError", "503": "SlowDown"}[kind]
-        text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>not now</Message></Error>".encode()
-        self._head(int(kind), {"Content-Type": "application/xml"}, len(text))
-        self.wfile.write(text)
-
     def do_DELETE(self) -> None:
-        self._forward(None)
+        if not self._is_out():
+            self._forward(None)
 
     def log_message(self, format: str, *args: object) -> None:
         pass

@@ -14,11 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.faults.train_runs import start
-from train.checkpoint import PHASES, CheckpointStore
+from tests.faults.train_runs import final_state, losses, start
+from train.checkpoint import PHASES
 from train.checkpoint_files import find_steps
-from train.distributed import World
-from train.metrics import read_metrics
 from train.named_state import KINDS
 from train.outcome import read_status
 
@@ -28,15 +26,6 @@ STEPS, SAVE_EVERY = 200, 10
 SETTINGS = {"train.steps": str(STEPS), "checkpoint.every-steps": str(SAVE_EVERY), "checkpoint.keep-last": "3"}
 KILLS = int(os.environ.get("CHAOS_KILLS", "6"))
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
-
-
-def final_state(run_dir: Path) -> dict[str, torch.Tensor]:
-    state = CheckpointStore(str(run_dir / "checkpoints"), keep_last=9).latest(World())
-    assert state is not None
-    assert state.step == STEPS
-    return {f"{row.name}/{kind}": state.tensor(row.name, kind) for row in state.table for kind in row.kinds} | {
-        "adam_step": torch.tensor(state.engine["adam_step"])
-    }
 
 
 def draw_kill(dice: random.Random, *, done: int, number: int) -> dict[str, Any]:
@@ -52,10 +41,6 @@ def draw_kill(dice: random.Random, *, done: int, number: int) -> dict[str, Any]:
 def newest(run_dir: Path) -> int:
     steps = find_steps(str(run_dir / "checkpoints"))
     return max((step for step, names in steps.items() if "MANIFEST.json" in names), default=0)
-
-
-def losses(run_dir: Path) -> list[tuple[int, float]]:
-    return [(line["step"], line["loss"]) for line in read_metrics(run_dir)]
 
 
 def test_a_run_that_is_killed_again_and_again_ends_as_the_run_left_alone(
@@ -78,13 +63,10 @@ def test_a_run_that_is_killed_again_and_again_ends_as_the_run_left_alone(
     print(*story, sep="\n")
 
     assert read_status(folder / "run")["state"] == "done"
-    expected, found = final_state(tmp_path / "alone" / "run"), final_state(folder / "run")
+    expected, found = (final_state(path / "run", step=STEPS) for path in (tmp_path / "alone", folder))
     assert set(found) == set(expected)
     assert len(found) > 100
     assert len(KINDS) == 3
     differing = [name for name, value in expected.items() if not torch.equal(found[name], value)]
     assert not differing, f"{differing[:5]} differ after {story}"
-    losses = [
-        {line["step"]: line["loss"] for line in read_metrics(path / "run")} for path in (tmp_path / "alone", folder)
-    ]
-    assert losses[0] == losses[1]
+    assert losses(folder / "run") == losses(tmp_path / "alone" / "run")

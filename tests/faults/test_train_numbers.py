@@ -17,7 +17,13 @@ from train.outcome import read_status
 pytestmark = pytest.mark.slow
 
 NAN = float("nan")
-SETTINGS = {"train.steps": "20", "checkpoint.every-steps": "4", "engine.zero-stage": "1"}
+SETTINGS = {
+    "train.steps": "20",
+    "checkpoint.every-steps": "4",
+    "engine.zero-stage": "2",
+    # Where weights are equal on all ranks nothing is said of them, also around skipped steps and going back.
+    "guard.checksum-every-steps": "1",
+}
 
 
 def test_steps_that_are_not_finite_on_one_rank_are_skipped_gone_back_from_and_passed_over(
@@ -55,11 +61,12 @@ def test_steps_that_are_not_finite_on_one_rank_are_skipped_gone_back_from_and_pa
 def test_a_run_that_keeps_going_wrong_stops_with_code_5(make_dataset: Callable[..., str], tmp_path: Path):
     """With two skipped steps a time: back to 8, again to the one before it, then no more."""
     plan = {"scale": [{"rank": 0, "first": 9, "last": 999, "factor": NAN}]}
-    settings = {**SETTINGS, "guard.skipped-in-a-row": "2", "guard.roll-backs": "2"}
+    settings = {**SETTINGS, "guard.skipped-in-a-row": "2", "guard.roll-backs": "2", "engine.zero-stage": "3"}
     done = start(tmp_path, plan, data=make_dataset(), settings=settings)
     assert done.returncode != 0
     status = read_status(tmp_path / "run")
     assert (status["state"], status["exit_code"]) == ("failed", 5), done.stderr
+    assert "weights are not compared between ranks: at engine.zero_stage 3" in done.stdout
     assert "went back 2 times already" in status["reason"]
     assert "back to the weights of step 8 (1 of 2 times)" in done.stdout
     assert "back to the weights of step 4 (2 of 2 times)" in done.stdout
@@ -84,14 +91,6 @@ def test_a_replica_with_one_wrong_bit_is_named(make_dataset: Callable[..., str],
     assert done.returncode != 0
     status = read_status(tmp_path / "run")
     assert (status["state"], status["exit_code"], status["step"]) == ("failed", 5, 6), done.stderr
+    assert "step 3" not in status["reason"], "the weights were equal still"
     assert "step 6: the weights are not equal on all ranks: rank 1 (" in status["reason"]
     assert "blocks.0.mlp.fc1.weight" in status["reason"]
-
-
-def test_replicas_that_are_equal_pass_at_every_stage_that_has_them(make_dataset: Callable[..., str], tmp_path: Path):
-    data = make_dataset()
-    for stage in ("0", "2", "3"):
-        settings = {**SETTINGS, "train.steps": "6", "engine.zero-stage": stage, "engine.precision": "bf16"}
-        done = start(tmp_path / stage, {}, data=data, settings={**settings, "guard.checksum-every-steps": "1"})
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert ("weights are not compared between ranks" in done.stdout) == (stage == "3")

@@ -14,6 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.faults.train_runs import command_of, environment, find_free_port, losses
+from tests.faults.train_runs import start as train
+from train.outcome import read_status
+
 pytestmark = pytest.mark.slow
 
 WORKER = str(Path(__file__).with_name("train_stop_worker.py"))
@@ -30,14 +34,6 @@ def wait_for(paths: list[Path]) -> None:
     while not all(path.exists() for path in paths):
         assert time.monotonic() < deadline_s, f"still missing: {[str(path) for path in paths if not path.exists()]}"
         time.sleep(0.02)
-
-
-def find_free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture
@@ -129,3 +125,33 @@ def test_ctrl_c_on_the_deepspeed_command_stops_both_ranks_in_order(tmp_path: Pat
     assert stopped[0]["step"] == stopped[1]["step"]
     process.wait(LIMIT_S)
     check_ranks_ended(tmp_path, ranks=2)
+
+
+def test_a_rank_that_hangs_ends_the_run_with_stacks_and_the_run_goes_on(
+    make_dataset: Callable[..., str], tmp_path: Path
+) -> None:
+    data, run_dir = make_dataset(), tmp_path / "run"
+    settings = {"train.steps": "4000", "checkpoint.every-steps": "1", "engine.timeout-s": "5"}
+    command = command_of(tmp_path, {}, data=data, settings={**settings, "checkpoint.keep-last": "2"})
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for([run_dir / "checkpoints" / "step-000003" / "MANIFEST.json"])
+    ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if not child.children()]
+    ranks = [child for child in ranks if "train_run_worker.py" in " ".join(child.cmdline())]
+    assert len(ranks) == 2
+    ranks[0].suspend()
+    stacks = [run_dir / f"stacks-rank-0000{rank}.txt" for rank in (0, 1)]
+    deadline_s = time.monotonic() + LIMIT_S
+    while not any(path.exists() for path in stacks):
+        assert time.monotonic() < deadline_s, "nobody noticed"
+        time.sleep(0.05)
+    ranks[0].resume()  # so that torchrun, which asks it to end first, need not wait
+    assert process.wait(LIMIT_S) != 0
+    psutil.wait_procs(ranks, timeout=LIMIT_S)
+    text = next(path for path in stacks if path.exists()).read_text()
+    assert "more than engine.timeout_s 5" in text
+    assert "train/loop.py" in text
+    done = read_status(run_dir)["step"]
+    again = train(tmp_path, {}, data=data, settings={**settings, "train.steps": str(done + 2)})
+    assert again.returncode == 0, again.stderr
+    assert "resumed from step" in again.stdout
+    assert list(losses(run_dir)) == list(range(1, done + 3))

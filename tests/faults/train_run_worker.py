@@ -1,6 +1,6 @@
 """One rank of a real run, in which things go wrong on purpose.
 
-Usage: train_run_worker.py PLAN.json [--local_rank=N], with the settings of `train.pretrain` under "words" and any of
+Usage: train_run_worker.py [--local_rank=N] PLAN.json, with the settings of `train.pretrain` under "words" and any of
 
     "scale": [{"rank": R or null, "first": A, "last": B, "factor": F}]  images of micro-batches A to B are multiplied
     "flip": {"rank": R, "after": N}                       one bit of one weight flips after micro-batch N
@@ -91,7 +91,7 @@ def install(plan: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    plan = json.loads(Path(sys.argv[1]).read_text())
+    plan = json.loads(Path(sys.argv[-1]).read_text())
     install(plan)
     return train.pretrain.run(parse_run(plan["words"]))
 

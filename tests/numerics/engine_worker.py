@@ -73,6 +73,8 @@ def make_config(case: dict[str, Any], *, world: World) -> RunConfig:
                 "precision": case.get("precision", "fp32"),
                 "kind": case.get("kind", "deepspeed"),
                 "activation_checkpointing": case.get("activation_checkpointing", "none"),
+                "decoder_activation_checkpointing": case.get("activation_checkpointing", "none"),
+                "compile": case.get("compile", "off"),
                 "offload_optimizer": case.get("offload_optimizer", "none"),
             },
         }
@@ -141,14 +143,14 @@ def run_case(case: dict[str, Any], *, world: World) -> dict[str, Any]:
             store = CheckpointStore(case["save"], keep_last=9, keep_every=0)
             store.save(step + 1, engine, {"position": step + 1}, world=world)
     result["skipped_steps"] = engine.skipped_steps
+    result["eval_loss"] = eval_loss(engine, world=world)
+    result["hashes"] = gather_hashes(engine, world=world)
     if case.get("roll_back"):
         rolled = CheckpointStore(case["roll_back"], keep_last=9, keep_every=0).latest(world)
         assert rolled is not None
         engine.restore(rolled)
         steps = range(rolled.step, rolled.step + 2)
         result["rolled_back"] = [train_step(engine, step, config=config, world=world) for step in steps]
-    result["eval_loss"] = eval_loss(engine, world=world)
-    result["hashes"] = gather_hashes(engine, world=world)
     return result
 
 

@@ -41,11 +41,18 @@ TWO_RANKS = make_grid((("fp32", 1), ("fp32", 2), ("bf16", 1), ("bf16", 2), ("aut
 ONE_RANK = make_grid((("fp32", 2), ("bf16", 2), ("autocast", 1)))
 SAME_NUMBERS: Grid = [
     {"name": f"{name}-zero{stage}", "zero_stage": stage, "steps": STEPS, **settings}
-    for name, settings in (
-        ("recomputed", {"activation_checkpointing": "full"}),
-        ("offloaded", {"offload_optimizer": "cpu"}),
+    for name, stage, settings in (
+        ("recomputed", 1, {"activation_checkpointing": "full"}),
+        ("partly-recomputed", 2, {"activation_checkpointing": "selective"}),
+        ("recomputed", 3, {"activation_checkpointing": "full"}),
+        ("offloaded", 1, {"offload_optimizer": "cpu"}),
+        ("offloaded", 2, {"offload_optimizer": "cpu"}),
+        ("offloaded", 3, {"offload_optimizer": "cpu"}),
     )
-    for stage in (1, 2, 3)
+]
+COMPILED: Grid = [
+    {"name": "compiled", "kind": "torch", "compile": "on", "steps": STEPS},
+    {"name": "compiled-zero2", "zero_stage": 2, "compile": "on", "activation_checkpointing": "full", "steps": STEPS},
 ]
 CLIP = {"steps": STEPS, "optim": {"grad_clip": 0.5}}
 CLIPPED: Grid = [{"name": f"clipped-zero{stage}", "zero_stage": stage, **CLIP} for stage in STAGES]
@@ -57,7 +64,7 @@ ORACLES: Grid = [
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return run_cases([*ORACLES, *ONE_RANK], tmp_path_factory.mktemp("alone"), world_size=1)
+    return run_cases([*ORACLES, *ONE_RANK, *COMPILED], tmp_path_factory.mktemp("alone"), world_size=1)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +92,10 @@ def test_one_rank_at_every_stage_is_plain_torch(alone: Results) -> None:
 
 def test_recomputing_activations_and_offloading_change_nothing(alone: Results, together: Results) -> None:
     check(SAME_NUMBERS, together, alone["oracle"])
+
+
+def test_compiling_changes_nothing(alone: Results) -> None:
+    check(COMPILED, alone, alone["oracle"])
 
 
 def test_clipping_is_torchs(alone: Results, together: Results) -> None:
