@@ -36,7 +36,7 @@ def reencode(
         return data
     try:
         buffer = io.BytesIO()
-        _shrunk(data, short_side, long_side).save(buffer, "JPEG", quality=quality)
+        _shrunk(data, short_side, long_side, upright=_is_upright(found)).save(buffer, "JPEG", quality=quality)
         return buffer.getvalue()
     except DECODER_ERRORS:
         return CANNOT_DECODE
@@ -73,12 +73,16 @@ def shrunk_size(width: int, height: int, *, short_side: int | None, long_side: i
     return (max(1, round(width * scale)), max(1, round(height * scale))) if scale < 1 else (width, height)
 
 
-def _shrunk(data: bytes, short_side: int | None, long_side: int | None) -> Image.Image:
-    """Decode an image: upright, 8-bit sRGB or grey, shrunk."""
+def _is_upright(found: Probe) -> bool:
+    return found.format == "jpeg" and found.orientation == 1  # of other formats the probe reads no orientation
+
+
+def _shrunk(data: bytes, short_side: int | None, long_side: int | None, *, upright: bool = False) -> Image.Image:
+    """Decode an image: upright, 8-bit sRGB or grey, shrunk. One that is known to be upright is not copied for it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of sizes that the screen has already let through
         with Image.open(io.BytesIO(data)) as image:
-            plain = _plain(ImageOps.exif_transpose(image))
+            plain = _plain(image if upright else ImageOps.exif_transpose(image))
             size = shrunk_size(*plain.size, short_side=short_side, long_side=long_side)
             # A fully decoded copy: the file is closed on return.
             return plain.resize(size, Image.Resampling.BICUBIC) if size != plain.size else plain.copy()
