@@ -37,6 +37,7 @@ from pipeline.formats.container import suffix_of
 from pipeline.manifest import PLAN_FILE
 from pipeline.progress import Progress
 from pipeline.sources import LabelMode, Listing, open_source, pick, sample_keys
+from pipeline.uri import absolute
 
 _TRIED_IMAGES = 48
 """Images that a dry run prepares to tell how long all of them will take."""
@@ -92,6 +93,8 @@ def convert_share(
     """
     settings, share, crew = settings or ConvertSettings(), share or Share(), crew or Crew()
     check_places(src, dst)
+    # A worker may have another working folder, as those of a Ray cluster do.
+    src, dst = absolute(src), absolute(dst)
     warm_up(crew)
     listing = open_source(src, settings).listing()
     plan = make_plan(listing, settings)

@@ -140,6 +140,9 @@ def _start_ray(crew: Crew) -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # A task without a GPU keeps the node's CUDA_VISIBLE_DEVICES; Ray warns of a change of that default otherwise.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if crew.ray_address is not None and _has_ray_token():
+        # Ray 2.60 starts a cluster with its token where there is one, and connects without it unless told.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         import ray
     except ImportError:
@@ -155,6 +158,7 @@ def _start_ray(crew: Crew) -> Any:
     else:
         os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         options = {
+            "address": "local",  # not a cluster that happens to run here
             "num_cpus": crew.workers or cores(),
             "include_dashboard": False,
             "object_store_memory": _OBJECT_STORE_BYTES,
@@ -163,8 +167,17 @@ def _start_ray(crew: Crew) -> Any:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=False, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"at {crew.ray_address}" if crew.ray_address else "on this machine"
-        raise InfrastructureError(f"convert: Ray cannot be used {where} ({error}). Check --ray-address.") from error
+        raise InfrastructureError(
+            f"convert: Ray cannot be used {where} ({error}). Check --ray-address, and the cluster's token "
+            "(RAY_AUTH_MODE=token with RAY_AUTH_TOKEN or ~/.ray/auth_token)."
+        ) from error
     return ray
+
+
+def _has_ray_token() -> bool:
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return True
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser().is_file()
 
 
 def _places(ray: Any, crew: Crew) -> int:

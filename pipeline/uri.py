@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
 from pipeline.errors import ConfigError
 
@@ -45,6 +46,12 @@ def join(uri: str, *parts: str) -> str:
         root += "/"
     tail = "/".join(part.strip("/") for part in parts)
     return root + "/".join(part for part in (head, tail) if part)
+
+
+def absolute(uri: str) -> str:
+    """Return a URI that names the same place from every working folder; links are kept."""
+    scheme, path = split_scheme(uri)
+    return uri if scheme not in ("", "file") else str(Path(path).expanduser().absolute())
 
 
 def name_of(uri: str) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -202,6 +204,52 @@ def test_what_ray_left_is_finished_by_processes(source: Path, tmp_path: Path, un
     assert not alive, "Ray outlived the converter"
     assert not (tmp_path / "dst" / "dataset.json").exists()
     convert(str(source), str(tmp_path / "dst"), SETTINGS, workers=2)
+    assert hashes(tmp_path / "dst") == undisturbed
+
+
+@pytest.fixture
+def ray_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Start a cluster of one node with a token, from another folder than the repository's; give its address."""
+    pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "f" * 64)
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
+    command += ["--node-ip-address=127.0.0.1", "--num-cpus=2", "--include-dashboard=false"]
+    head = subprocess.Popen(
+        command, cwd=tmp_path, env={**os.environ, "RAY_AUTH_MODE": "token"}, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert head.stdout is not None
+        seen = []
+        for line in head.stdout:
+            seen.append(line)
+            if "Ray runtime started" in line:
+                break
+        else:
+            pytest.fail("".join(seen))
+        yield f"127.0.0.1:{port}"
+    finally:
+        children = psutil.Process(head.pid).children(recursive=True)
+        head.kill()
+        head.wait()
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        psutil.wait_procs(children, timeout=60)
+
+
+@pytest.mark.slow
+def test_a_cluster_that_runs_already_makes_the_same_bytes(
+    source: Path, tmp_path: Path, undisturbed: dict[str, str], ray_cluster: str
+) -> None:
+    """With its token, and with a relative path, which means nothing in a worker's folder."""
+    command = [sys.executable, "-m", "pipeline.convert", os.path.relpath(source, REPOSITORY), str(tmp_path / "dst")]
+    command += [*OPTIONS, "--engine", "ray", "--ray-address", ray_cluster]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=LIMIT_S)
+    assert done.returncode == 0, done.stderr
     assert hashes(tmp_path / "dst") == undisturbed
 
 
