@@ -40,6 +40,10 @@ bench: $(STAMP) ## loader, storage and conversion beside their peers, on an idle
 
 bench-gpu: $(STAMP) ## the loader on a CUDA device by decoder and share of the JPEG engine; the training step by model and mode
 	$(PY) -m pipeline.bench --peers --device cuda --batch-size 256 --folder runs/bench --report runs/bench/loaders-gpu.md $(ARGS)
+	$(PY) -m train.step_bench --model vit_b_16 vit_l_16 vit_h_14 --images 64 128 256 --precision bf16 fp16 --steps 20
+	$(PY) -m train.step_bench --model vit_l_16 vit_h_14 --images 128 --precision bf16 --compile off on \
+	  --checkpointing none selective full --steps 20
+	$(PY) -m train.step_bench --model vit_h_14 --images 64 --precision bf16 --optimizer fused foreach loops --steps 20
 
 check: $(STAMP) ## lint, format, types, import arrows, shell scripts, Dockerfile
 	$(PY) -m ruff check .

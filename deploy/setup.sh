@@ -2,15 +2,15 @@
 # Make .venv: everything that `make demo`, `make test`, CI and the container image need. Safe to run again at any time.
 #
 #   deploy/setup.sh                          from anywhere; a second run does nothing in well under a second
-#   EXTRAS=dali,s3 deploy/setup.sh           fewer optional parts (default: dali,ffcv,s3,ray,tracking,demo,dev)
-#   EXTRAS=dali,ffcv,s3,ray,tracking,demo,dev,shm ...     also DeepSpeed's shared-memory op for CPUs, built in (see below)
+#   EXTRAS=dali,s3 deploy/setup.sh           fewer optional parts (default: dali,ffcv,s3,ray,demo,dev)
+#   EXTRAS=dali,ffcv,s3,ray,demo,dev,shm ...     also DeepSpeed's shared-memory op for CPUs, built in (see below)
 #   PYTHON=/opt/python3.12/bin/python3       the interpreter (default: the first of python3.11, python3.12, python3 that fits)
 #   TORCH_INDEX_URL=https://...              a package index for torch alone, such as one with CPU-only builds
 #
 # Exit codes: 0 done, 2 something is missing that you must install, 76 a download or a build failed (run it again).
 set -euo pipefail
 
-EXTRAS="${EXTRAS-dali,ffcv,s3,ray,tracking,demo,dev}"
+EXTRAS="${EXTRAS-dali,ffcv,s3,ray,demo,dev}"
 FFCV_VERSION=1.0.2
 EXIT_CONFIG=2
 EXIT_INFRASTRUCTURE=76
