@@ -93,7 +93,9 @@ def _in_processes(shards: Sequence[int], task: Callable[[int], ShardTask], worke
     stop = context.Event()
     waiting: dict[Future[Part], int] = {}
     left = iter(shards)
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(stop,)) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=start_worker, initargs=(stop, dict(os.environ))
+    ) as pool:
         try:
             while True:
                 while len(waiting) < 2 * workers and (shard := next(left, None)) is not None:

@@ -233,9 +233,17 @@ class Worker:
     stop: Event | None = None
 
 
-def start_worker(stop: Event) -> None:
-    """Set up a worker process: Ctrl-C is the parent's business, and the parent's death ends the worker."""
+def start_worker(stop: Event, environment: dict[str, str]) -> None:
+    """Set up a worker process: Ctrl-C is the parent's business, and the parent's death ends the worker.
+
+    Args:
+        stop: When set, workers give up.
+        environment: The parent's. The process that workers are forked off keeps the one it was started with, and
+            credentials may have changed since.
+    """
     Worker.stop = stop
+    os.environ.clear()
+    os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
