@@ -24,6 +24,14 @@ class Tuning(Settings):
     hw_decoder_load: float = Field(default=0.0, ge=0, le=1)
 
 
+def is_installed(package: str) -> bool:
+    """Say whether a package can be imported, without importing it; `a.b` where `a` is missing too is no error."""
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
+
+
 def candidates(*, device: torch.device, interpolation: str) -> list[Tuning]:
     """List what is worth trying on a machine: every decoder that is installed and has the filter.
 
@@ -34,9 +42,9 @@ def candidates(*, device: torch.device, interpolation: str) -> list[Tuning]:
     cores = len(os.sched_getaffinity(0))
     threads = sorted({max(1, cores // 4), max(1, cores // 2), cores})
     ways = [Tuning(decoder="turbo", num_threads=count) for count in threads]
-    if interpolation == "area" and find_spec("ffcv") is not None:
+    if interpolation == "area" and is_installed("ffcv"):
         ways += [Tuning(decoder="ffcv", num_threads=count) for count in threads]
-    if interpolation == "area" or find_spec("nvidia") is None or find_spec("nvidia.dali") is None:
+    if interpolation == "area" or not is_installed("nvidia.dali"):
         return ways
     if device.type != "cuda":
         return ways + [Tuning(decoder="dali", num_threads=count) for count in threads]

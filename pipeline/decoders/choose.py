@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
 
 import torch
 
 from pipeline.config import LoaderConfig, ViewConfig
 from pipeline.decoders.base import Decoder
-from pipeline.tuning import read_tuning
+from pipeline.tuning import is_installed, read_tuning
 
 DALI_DEPTH = 2
 """Batches in DALI's hands where nothing else is set."""
@@ -39,8 +38,7 @@ def build_decoder(
     """
     settings = with_tuning(settings, device=device)
     num_threads = threads_of_rank(settings, local_world_size=local_world_size)
-    has_dali = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
-    fits = has_dali and device.type == "cuda" and view.interpolation != "area"
+    fits = is_installed("nvidia.dali") and device.type == "cuda" and view.interpolation != "area"
     if settings.decoder == "dali" or (settings.decoder == "auto" and fits):
         # DALI takes a second to import: only where it is used.
         from pipeline.decoders.dali import DaliDecoder

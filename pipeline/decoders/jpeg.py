@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import simplejpeg
 
 from pipeline.decoders.base import U8
+from pipeline.tuning import is_installed
 
 _START, _END = b"\xff\xd8\xff", b"\xff\xd9"
 _TAIL_BYTES = 4096
@@ -33,15 +33,19 @@ def is_whole_jpeg(image: U8) -> bool:
     What decodes only a part of an image must ask this first: it would not notice that the rest is missing. And
     nvImageCodec ends the process on some damaged headers, all of which libjpeg-turbo's parser refuses.
     """
-    if image[:3].tobytes() != _START:
-        return False
-    if image[-2:].tobytes() != _END and _END not in image[-_TAIL_BYTES:].tobytes():
+    if not _has_both_ends(image):
         return False
     try:
         simplejpeg.decode_jpeg_header(image)
     except ValueError:
         return False
     return True
+
+
+def _has_both_ends(image: U8) -> bool:
+    if image[:3].tobytes() != _START:
+        return False
+    return image[-2:].tobytes() == _END or _END in image[-_TAIL_BYTES:].tobytes()
 
 
 def read_header(image: U8, *, bottom: int, right: int) -> tuple[int, int, str] | None:
@@ -100,7 +104,7 @@ class JpegCutter:
             and colours == "YCbCr"
             and num_pixels >= _REGION_MIN_PIXELS
             and height * width <= _REGION_MAX_SHARE * num_pixels
-            and is_whole_jpeg(image)
+            and _has_both_ends(image)  # with the header that was read: `is_whole_jpeg`
         ):
             return self._region(image, (top, left, bottom, right))
         try:
@@ -129,4 +133,4 @@ class JpegCutter:
 
 def has_regions() -> bool:
     """Say whether nvImageCodec is installed."""
-    return find_spec("nvidia") is not None and find_spec("nvidia.nvimgcodec") is not None
+    return is_installed("nvidia.nvimgcodec")
