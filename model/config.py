@@ -12,11 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 CHANNELS = 3
 """Colour channels of every image: red, green, blue."""
-
 RATIO_DENOMINATOR = 1_000_000
 """Largest denominator of the fraction that a mask ratio stands for. Large enough for six decimals, small enough
 that 0.8 is 4/5 and not the nearest binary number, which lies a little above."""
-
 ActivationCheckpointing = Literal["none", "selective", "full"]
 """Which blocks recompute their activations in the backward pass.
 

@@ -6,7 +6,7 @@ Shapes: N patches (row by row), D width.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F  # noqa: N812 - the usual name
 from torch import Tensor
 
 BASE = 10000.0

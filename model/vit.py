@@ -9,7 +9,7 @@ D width, P = patch_size^2 * C.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F  # noqa: N812 - the usual name
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

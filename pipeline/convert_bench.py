@@ -24,11 +24,11 @@ import simplejpeg
 import tyro
 from PIL import Image
 
-from pipeline.bench_sources import make_crops
-from pipeline.command import run_command, say, say_json
-from pipeline.convert_engines import cores
-from pipeline.encode import shrunk_size
+from pipeline.bench.photos import make_crops
+from pipeline.console import run_command, say, say_json
+from pipeline.convert.crew import cores
 from pipeline.errors import ConfigError
+from pipeline.images.encode import shrunk_size
 
 _SHARD_MB = 256
 _SIDE = 256

@@ -19,11 +19,12 @@ import tyro
 from PIL import Image
 
 from pipeline import storage
-from pipeline.command import run_command, say, say_json
-from pipeline.decoders.base import to_rgb
+from pipeline.console import run_command, say, say_json
+from pipeline.dataset import Manifest, open_dataset
 from pipeline.errors import ConfigError
-from pipeline.manifest import FORMATS, NO_LABEL, Manifest, open_dataset
-from pipeline.shard_reader import U8, ShardReader
+from pipeline.formats.table import FORMATS, NO_LABEL
+from pipeline.images.encode import to_rgb
+from pipeline.reading.reader import U8, ShardReader
 
 _MAX_SURVEYED_SHARDS = 256
 """Shards whose rows are read for the histograms; more are sampled evenly."""

@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import tyro
 
-from pipeline.command import run_command, say_json
 from pipeline.config import OrderConfig
+from pipeline.console import run_command, say_json
 from pipeline.errors import ConfigError
-from pipeline.order import EpochOrder
-from pipeline.philox import I64, Purpose, permutation
+from pipeline.sampling.order import EpochOrder
+from pipeline.sampling.philox import I64, Purpose, permutation
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,16 @@ import numpy as np
 import tyro
 
 from pipeline import storage
-from pipeline.command import run_command, say, say_json
-from pipeline.dataset_info import DATASET_FILE
-from pipeline.dataset_writer import FinishedShard, write_dataset
+from pipeline.console import Progress, run_command, say, say_json
+from pipeline.dataset import Manifest, open_dataset
+from pipeline.dataset.info import DATASET_FILE, PLAN_FILE
+from pipeline.dataset.scan import list_shards, scan
+from pipeline.dataset.writer import FinishedShard, write_dataset
 from pipeline.errors import ConfigError, DataError
-from pipeline.formats.container import SUFFIXES, IndexedShard, index_shard, suffix_of
-from pipeline.manifest import FORMATS, PLAN_FILE, Manifest, ShardTable, open_dataset
-from pipeline.pixel_check import undecodable
-from pipeline.progress import Progress
-from pipeline.scan import list_shards, scan
+from pipeline.formats.index import index_shard
+from pipeline.formats.records import SUFFIXES, IndexedShard, suffix_of
+from pipeline.formats.table import FORMATS, ShardTable
+from pipeline.images.decodable import undecodable
 
 _THREADS = 8
 

@@ -320,9 +320,9 @@ def make_dataset(crops: list[bytes], tmp_path: Path) -> Callable[..., str]:
     stored in place of a sample's image, by sample id, while the manifest goes on telling of the image.
     """
     from pipeline import storage
-    from pipeline.dataset_writer import FinishedShard, write_dataset
-    from pipeline.formats.webdataset import WebDatasetWriter
-    from pipeline.screen import probe
+    from pipeline.dataset.writer import FinishedShard, write_dataset
+    from pipeline.formats.webdataset_writer import WebDatasetWriter
+    from pipeline.images.header import probe
 
     def make(
         shard_sizes: tuple[int, ...] = (13, 17, 11, 19), *, uri: str = "", replace: dict[int, bytes] | None = None

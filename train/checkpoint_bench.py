@@ -23,15 +23,16 @@ import torch
 import tyro
 
 from model.config import SIZES, ModelConfig
-from model.mae import MaskedAutoencoder
+from model.objectives.mae import MaskedAutoencoder
 from pipeline import storage
-from pipeline.command import run_command
-from train.checkpoint import CheckpointStore
-from train.checkpoint_files import find_steps
+from pipeline.console import run_command
+from train.checkpoint.files import find_steps
+from train.checkpoint.saver import Saver
+from train.checkpoint.store import CheckpointStore
 from train.config import RunConfig
-from train.distributed import World
-from train.engine import Engine, build_engine
-from train.saver import Saver
+from train.engine.base import Engine
+from train.engine.build import build_engine
+from train.process.world import World
 
 Mode = Literal["sync", "async"]
 

@@ -14,16 +14,15 @@ import tyro
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.mae import is_decoder_name
-from model.weights import WeightsError, to_detectron2, to_hf, to_mae, to_timm
+from model.exchange.weights import WeightsError, to_detectron2, to_hf, to_mae, to_timm
+from model.objectives.mae import is_decoder_name
 from pipeline.errors import ConfigError, InfrastructureError, MaelstromError
-from train.outcome import describe
-from train.saved_model import SavedModel, load_model
+from train.evaluation.saved_model import SavedModel, load_model
+from train.process.outcome import describe
 
 Target = Literal["mae", "timm", "hf", "detectron2"]
 Part = Literal["encoder", "full"]
 FileType = Literal["safetensors", "pth"]
-
 DEFAULT_PARTS: Mapping[Target, Part] = {"mae": "full", "timm": "encoder", "hf": "full", "detectron2": "encoder"}
 """What each library can take: timm and Detectron2 have no place for a decoder."""
 

@@ -14,9 +14,10 @@ from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 
 from pipeline.errors import ConfigError
-from train.cli import HelpRequested, parse_command
 from train.config import RunConfig
-from train.outcome import Outcome, rank_of_environment
+from train.process.outcome import Outcome
+from train.process.place import rank_of_environment
+from train.settings.command_line import HelpRequested, parse_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +57,7 @@ def run(config: RunConfig) -> int:
     outcome = Outcome(Path(config.run_dir))
     try:
         share_cores(os.environ)
-        from train.loop import train  # torch comes in here
+        from train.loop.loop import train
 
         train(config, outcome)
     except BaseException as error:  # noqa: BLE001 - whatever it was, the run folder must say so
@@ -90,8 +91,8 @@ def _end_now(code: int) -> None:
 
 def _dry_run(config: RunConfig) -> int:
     """Print what a run would be, as TOML that `--config` reads."""
-    from train.settings_text import to_toml
-    from train.size import describe_size
+    from train.settings.size import describe_size
+    from train.settings.text import to_toml
 
     if rank_of_environment() == 0:
         try:

@@ -13,7 +13,6 @@ from model.config import SIZES
 
 DEMO_MINUTES = 4.0
 """About how long the demo's steps take on two CPU cores, in minutes."""
-
 Recipe = Mapping[str, Mapping[str, Any]]
 
 

@@ -16,14 +16,15 @@ import tyro
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from pipeline.augment import mask_noise
 from pipeline.config import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.dataset import open_dataset
 from pipeline.errors import ConfigError, DataError, MaelstromError
-from pipeline.manifest import open_dataset
-from train.held_out import MASK_SEED, read_held_out
-from train.outcome import describe
-from train.pictures import complete, draw_reconstruction, spread_ids
-from train.saved_model import SavedModel, load_model
+from pipeline.sampling.boxes import mask_noise
+from train.evaluation.held_out import MASK_SEED, read_held_out
+from train.evaluation.saved_model import SavedModel, load_model
+from train.objectives.mae import complete
+from train.process.outcome import describe
+from train.report.drawing import draw_reconstruction, spread_ids
 
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 

@@ -24,13 +24,14 @@ import torch
 import tyro
 
 from model.config import SIZES, ActivationCheckpointing, ModelConfig
-from model.mae import MaskedAutoencoder
-from pipeline.command import run_command
+from model.objectives.mae import MaskedAutoencoder
+from pipeline.console import run_command
+from train.bench.step_peer import Comparison, compare, render_comparisons
 from train.config import RunConfig
-from train.distributed import init_world
-from train.engine import Engine, build_engine
-from train.step_bench_peer import Comparison, compare, render_comparisons
-from train.utilisation import model_tflops, peak_tflops
+from train.engine.base import Engine
+from train.engine.build import build_engine
+from train.process.world import init_world
+from train.report.utilisation import model_tflops, peak_tflops
 
 Precision = Literal["fp32", "autocast", "bf16", "fp16"]
 Optimizer = Literal["fused", "foreach", "loops"]

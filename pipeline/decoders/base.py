@@ -16,11 +16,11 @@ import numpy.typing as npt
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from pipeline.augment import Boxes
 from pipeline.config import ViewConfig
+from pipeline.images.encode import to_rgb
+from pipeline.sampling.boxes import Boxes
 
 U8 = npt.NDArray[np.uint8]
-
 _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -117,14 +117,3 @@ def resize_with_pillow(cut_HW3: U8, view: ViewConfig) -> U8:
     """Resize RGB pixels to the view's size with the view's filter."""
     resized = Image.fromarray(cut_HW3).resize((view.width, view.height), _FILTERS[view.interpolation])
     return np.asarray(resized)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any of Pillow's modes to RGB; 16-bit grey keeps its high byte, transparency is dropped."""
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "I":
-        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("P", "PA") and "transparency" in image.info:
-        return image.convert("RGBA").convert("RGB")
-    return image.convert("RGB")

@@ -8,7 +8,7 @@ import torch
 
 from pipeline.config import LoaderConfig, ViewConfig
 from pipeline.decoders.base import Decoder
-from pipeline.tuning import is_installed, read_tuning
+from pipeline.decoders.tuning import is_installed, read_tuning
 
 DALI_DEPTH = 2
 """Batches in DALI's hands where nothing else is set."""

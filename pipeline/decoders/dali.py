@@ -19,12 +19,12 @@ import simplejpeg
 import torch
 import torch.utils.dlpack
 
-from pipeline.augment import Boxes
 from pipeline.config import ViewConfig
 from pipeline.decoders.base import U8, Decoded, Pending, decode_single
 from pipeline.decoders.jpeg import is_whole_jpeg
 from pipeline.errors import ConfigError
-from pipeline.screen import probe
+from pipeline.images.header import probe
+from pipeline.sampling.boxes import Boxes
 
 Stored = Literal["encoded", "raw"]
 """How an image lies in its shard: as a file, or as bare pixels."""

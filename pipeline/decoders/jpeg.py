@@ -14,7 +14,7 @@ import numpy as np
 import simplejpeg
 
 from pipeline.decoders.base import U8
-from pipeline.tuning import is_installed
+from pipeline.decoders.tuning import is_installed
 
 _START, _END = b"\xff\xd8\xff", b"\xff\xd9"
 _TAIL_BYTES = 4096

@@ -12,9 +12,9 @@ from typing import Protocol
 
 import torch
 
-from pipeline.augment import Boxes
 from pipeline.config import ViewConfig
 from pipeline.decoders.base import U8, Decoded, Pending, decode_single
+from pipeline.sampling.boxes import Boxes
 
 _PIECES_PER_THREAD = 4
 """More pieces than threads, so that one with large images does not leave the others idle."""

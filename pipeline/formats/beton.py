@@ -26,11 +26,9 @@ HEADER = np.dtype(
 FIELD = np.dtype([("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 1024)], align=True)
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 """One run of bytes that belongs to a sample, anywhere in the pages."""
-
 IMAGE_ROW = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 BYTES_ROW = np.dtype([("ptr", "<u8"), ("size", "<u8")])
 _PTR_ROW = np.dtype("<u8")
-
 INT, IMAGE, BYTES, JSON = 1, 2, 3, 5
 FIELD_ROWS: dict[int, np.dtype] = {
     0: np.dtype("<f8"),
@@ -42,7 +40,6 @@ FIELD_ROWS: dict[int, np.dtype] = {
     6: _PTR_ROW,
 }
 """What one sample takes in the table of samples, by type id: float, int, image, bytes, array, JSON, tensor."""
-
 MODE_JPEG, MODE_RAW = 0, 1
 MAX_SIDE = 2**16 - 1
 """Widths and heights are stored in 16 bits."""
@@ -51,7 +48,6 @@ DEFAULT_PAGE_BYTES = 2**23
 """FFCV's own default. A sample lies in one page; the rest of a page that the next one does not fit in stays empty."""
 MAX_PAGE_BYTES = 2**31
 """Page sizes are powers of two in 32 bits."""
-
 OUR_FIELDS = (("image", IMAGE), ("label", INT), ("meta", JSON))
 
 

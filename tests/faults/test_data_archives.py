@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.dataset import open_dataset
 from pipeline.errors import ConfigError, DataError
-from pipeline.manifest import open_dataset
 from pipeline.verify import verify
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.local_files import TMP_MARK
+from pipeline.storage.local import TMP_MARK
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 LIMIT_S = 120.0
@@ -138,7 +138,7 @@ def peak_bytes(source: Path, target: Path, *options: str) -> int:
     """Return the most memory that a conversion's parent had."""
     # Not ru_maxrss: a child starts with its parent's, which is larger than all that is measured here.
     peak = "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
-    script = f"from pipeline.convert import main; code = main(); {peak}; raise SystemExit(code)"
+    script = f"from pipeline.convert.__main__ import main; code = main(); {peak}; raise SystemExit(code)"
     done = subprocess.run(
         [sys.executable, "-c", script, str(source), str(target), *options],
         cwd=REPOSITORY,
@@ -240,7 +240,7 @@ def test_bombs_cost_no_memory(source: Path, tmp_path: Path) -> None:
         (images / f"fine{number}.jpg").write_bytes(whole)
     # Not ru_maxrss: a child starts with its parent's, which is larger than all that is measured here.
     peak = "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
-    script = f"from pipeline.convert import main; code = main(); {peak}; raise SystemExit(code)"
+    script = f"from pipeline.convert.__main__ import main; code = main(); {peak}; raise SystemExit(code)"
     done = subprocess.run(
         [sys.executable, "-c", script, str(images), str(tmp_path / "dst"), "--resize", "32", "--workers", "1"],
         cwd=REPOSITORY,

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from pipeline import storage
-from pipeline.convert import convert
-from pipeline.convert_plan import ConvertSettings
-from pipeline.manifest import open_dataset
+from pipeline.convert.conversion import convert
+from pipeline.convert.plan import ConvertSettings
+from pipeline.dataset import open_dataset
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 SETTINGS = ConvertSettings(samples_per_shard=4)

@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 from pipeline.config import LoaderConfig, ViewConfig
+from pipeline.dataset import open_dataset
 from pipeline.loader import read_samples
-from pipeline.manifest import open_dataset
 
 DECODERS = ["dali", "turbo", "ffcv"]
 VIEW = ViewConfig(height=48, width=48, crop="center")
@@ -130,7 +130,7 @@ import numpy as np
 import torch
 from pipeline.config import LoaderConfig, ViewConfig
 from pipeline.loader import read_samples
-from pipeline.manifest import open_dataset
+from pipeline.dataset import open_dataset
 
 def peak_mb():
     # Not ru_maxrss: a child starts with its parent's, which would hide a rise.

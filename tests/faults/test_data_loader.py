@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from pipeline.config import LoaderConfig, OrderConfig, ViewConfig
+from pipeline.dataset import open_dataset
 from pipeline.errors import DataError
-from pipeline.formats.webdataset import WebDatasetWriter, index_shard
+from pipeline.formats.webdataset_index import index_shard
+from pipeline.formats.webdataset_writer import WebDatasetWriter
 from pipeline.loader import Loader
-from pipeline.manifest import open_dataset
 
 
 def make_loader(dataset, **settings):
@@ -115,8 +116,8 @@ def test_one_flipped_bit_in_one_image_makes_another_dataset(make_dataset, crops,
     other = bytearray(crops[30])
     other[-10] ^= 1
     folder = Path(make_dataset(uri=str(tmp_path / "other")))
-    from pipeline.manifest import FinishedShard, write_dataset
-    from pipeline.screen import probe
+    from pipeline.dataset.writer import FinishedShard, write_dataset
+    from pipeline.images.header import probe
 
     shards = []
     for s in range(4):

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data_report import DataReport, merge_reports
-from train.launching import deepspeed_command, environment, run_training
-from train.metrics import read_metrics
-from train.outcome import read_status
+from pipeline.loader.data_report import DataReport, merge_reports
+from train.demo.launching import deepspeed_command, environment, run_training
+from train.process.outcome import read_status
+from train.report.metrics_file import read_metrics
 
 TINY = {
     "model.image-size": "32",

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from pipeline import storage
-from pipeline.cache import ShardCache
+from pipeline.dataset import open_dataset
 from pipeline.errors import DataError, InfrastructureError
-from pipeline.manifest import open_dataset
-from pipeline.retry import BUDGET_VARIABLE
-from pipeline.shard_reader import ShardReader
+from pipeline.reading.cache import ShardCache
+from pipeline.reading.reader import ShardReader
+from pipeline.storage.retry import BUDGET_VARIABLE
 
 pytestmark = pytest.mark.remote
 
@@ -159,8 +159,8 @@ def test_what_is_not_allowed_is_said_at_once(remote, through_proxy, tmp_path):
 STAGE = """
 import sys
 from pathlib import Path
-from pipeline.cache import ShardCache
-from pipeline.manifest import open_dataset
+from pipeline.reading.cache import ShardCache
+from pipeline.dataset import open_dataset
 
 cache = ShardCache(open_dataset(sys.argv[1]), folder=Path(sys.argv[2]), max_bytes=2**30)
 cache.need(range(4))
@@ -196,8 +196,8 @@ def test_a_process_killed_while_it_fills_the_cache_leaves_nothing_that_is_served
 def test_closing_in_the_middle_of_a_download_is_no_failure(remote, through_proxy, tmp_path, monkeypatch):
     """Parts that wait are cancelled, the ones under way end; no thread dies of it and nothing is left."""
     # Three parts a shard, all asked for at once, two under way.
-    monkeypatch.setattr("pipeline.cache.PART_BYTES", max(remote.info.shards.columns["size_bytes"]) // 3 + 1)
-    monkeypatch.setattr("pipeline.cache._PARTS_AT_ONCE", 2)
+    monkeypatch.setattr("pipeline.reading.cache.PART_BYTES", max(remote.info.shards.columns["size_bytes"]) // 3 + 1)
+    monkeypatch.setattr("pipeline.reading.cache._PARTS_AT_ONCE", 2)
     failures: list[threading.ExceptHookArgs] = []
     monkeypatch.setattr(threading, "excepthook", failures.append)
     proxy = through_proxy()
@@ -251,8 +251,8 @@ READ = """
 import sys
 from pathlib import Path
 import numpy as np
-from pipeline.manifest import open_dataset
-from pipeline.shard_reader import ShardReader
+from pipeline.dataset import open_dataset
+from pipeline.reading.reader import ShardReader
 
 dataset = open_dataset(sys.argv[1])
 reader = ShardReader(dataset, cache_dir=Path(sys.argv[2]), cache_bytes=2**30)

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from tests.faults.train_runs import final_state, losses, start
-from train.checkpoint import PHASES
-from train.checkpoint_files import find_steps
-from train.named_state import KINDS
-from train.outcome import read_status
+from train.checkpoint.files import find_steps
+from train.checkpoint.store import PHASES
+from train.engine.named_state import KINDS
+from train.process.outcome import read_status
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.faults.train_runs import start
-from train.checkpoint import load_weights
-from train.checkpoint_files import find_steps
-from train.metrics import read_metrics
-from train.outcome import read_status
+from train.checkpoint.files import find_steps
+from train.checkpoint.state import load_weights
+from train.process.outcome import read_status
+from train.report.metrics_file import read_metrics
 
 pytestmark = pytest.mark.slow
 

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import storage
-from train.checkpoint import CheckpointStore, CheckpointWriteError, load_weights
-from train.checkpoint_files import MANIFEST_FILE, find_steps, render_manifest
+from train.checkpoint.files import MANIFEST_FILE, find_steps, render_manifest
+from train.checkpoint.state import load_weights
+from train.checkpoint.store import CheckpointStore, CheckpointWriteError
 from train.config import RunConfig
-from train.distributed import World
-from train.engine import Engine, build_engine
-from train.named_state import KINDS
+from train.engine.base import Engine
+from train.engine.build import build_engine
+from train.engine.named_state import KINDS
+from train.process.world import World
 
 pytestmark = [pytest.mark.remote, pytest.mark.slow]
 

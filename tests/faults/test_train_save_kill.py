@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from train.checkpoint import CheckpointStore, load_weights
-from train.checkpoint_files import find_steps
-from train.distributed import World
-from train.named_state import KINDS
+from train.checkpoint.files import find_steps
+from train.checkpoint.state import load_weights
+from train.checkpoint.store import CheckpointStore
+from train.engine.named_state import KINDS
+from train.process.world import World
 
 pytestmark = pytest.mark.slow
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.faults.train_runs import losses, start
-from train.distributed import World
-from train.outcome import read_status
-from train.run_lease import RunLease
+from train.process.lease import RunLease
+from train.process.outcome import read_status
+from train.process.world import World
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,7 @@ import pytest
 
 from tests.faults.train_runs import command_of, environment, find_free_port, losses
 from tests.faults.train_runs import start as train
-from train.outcome import read_status
+from train.process.outcome import read_status
 
 pytestmark = pytest.mark.slow
 
@@ -149,7 +149,7 @@ def test_a_rank_that_hangs_ends_the_run_with_stacks_and_the_run_goes_on(
     psutil.wait_procs(ranks, timeout=LIMIT_S)
     text = next(path for path in stacks if path.exists()).read_text()
     assert "more than engine.timeout_s 5" in text
-    assert "train/loop.py" in text
+    assert "train/loop/loop.py" in text
     done = read_status(run_dir)["step"]
     again = train(tmp_path, {}, data=data, settings={**settings, "train.steps": str(done + 2)})
     assert again.returncode == 0, again.stderr

@@ -23,12 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-import train.opening
+import train.loop.opening
 import train.pretrain
-from train.checkpoint import CheckpointStore
-from train.cli import parse_run
-from train.engine import Engine
-from train.outcome import Outcome, rank_of_environment
+from train.checkpoint.store import CheckpointStore
+from train.engine.base import Engine
+from train.process.outcome import Outcome
+from train.process.place import rank_of_environment
+from train.settings.command_line import parse_run
 
 RANK = rank_of_environment()
 
@@ -64,8 +65,8 @@ def spoil(engine: Engine, plan: dict[str, Any]) -> Engine:
 
 
 def install(plan: dict[str, Any]) -> None:
-    build_engine = train.opening.build_engine
-    train.opening.build_engine = lambda *args, **words: spoil(build_engine(*args, **words), plan)
+    build_engine = train.loop.opening.build_engine
+    train.loop.opening.build_engine = lambda *args, **words: spoil(build_engine(*args, **words), plan)
     kill = plan.get("kill")
     if kill is None or not is_mine(kill):
         return
@@ -87,7 +88,7 @@ def install(plan: dict[str, Any]) -> None:
         if phase == kill["phase"] and saves == kill["save"]:
             die()
 
-    train.opening.CheckpointStore = partial(CheckpointStore, on_phase=on_phase)  # type: ignore[assignment, misc]
+    train.loop.opening.CheckpointStore = partial(CheckpointStore, on_phase=on_phase)  # type: ignore[assignment, misc]
 
 
 def main() -> int:

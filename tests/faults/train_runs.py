@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import torch
 
-from train.checkpoint import CheckpointStore
-from train.distributed import World
-from train.metrics import read_metrics
+from train.checkpoint.store import CheckpointStore
+from train.process.world import World
+from train.report.metrics_file import read_metrics
 
 WORKER = Path(__file__).with_name("train_run_worker.py")
 LIMIT_S = 240

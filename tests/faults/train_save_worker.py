@@ -18,11 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch import Tensor, nn
 
-from train.checkpoint import CheckpointStore
+from train.checkpoint.saver import Saver
+from train.checkpoint.store import CheckpointStore
 from train.config import RunConfig
-from train.distributed import init_world
-from train.engine import TorchEngine, build_engine
-from train.saver import Saver
+from train.engine.build import build_engine
+from train.engine.plain import TorchEngine
+from train.process.world import init_world
 
 CONFIG = RunConfig.model_validate(
     {

@@ -14,9 +14,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from train.config import RunConfig
-from train.distributed import init_world
 from train.errors import Preempted
-from train.preemption import Preemption
+from train.process.preemption import Preemption
+from train.process.world import init_world
 
 
 def main() -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from pipeline.config import LoaderConfig, OrderConfig, ViewConfig
+from pipeline.dataset import open_dataset
 from pipeline.loader import Loader
-from pipeline.manifest import open_dataset
 
 pytestmark = pytest.mark.gpu
 

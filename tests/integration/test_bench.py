@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.bench import main
-from pipeline.bench_peers import Measured, machine, measure_peers
-from pipeline.bench_report import BARS, as_table, bars_table, write_report
-from pipeline.bench_sources import VARIANTS, make_sources
-from pipeline.bench_subjects import SUBJECTS, Setup
-from pipeline.tuning import read_tuning
+from pipeline.bench.__main__ import main
+from pipeline.bench.peers import Measured, machine, measure_peers
+from pipeline.bench.photos import VARIANTS, make_sources
+from pipeline.bench.report import BARS, as_table, bars_table, write_report
+from pipeline.bench.subjects import SUBJECTS, Setup
+from pipeline.decoders.tuning import read_tuning
 
 
 @pytest.mark.parametrize(

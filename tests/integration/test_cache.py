@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from pipeline import storage
-from pipeline.cache import ShardCache
 from pipeline.config import LoaderConfig, OrderConfig, ViewConfig
+from pipeline.dataset import open_dataset
 from pipeline.errors import DataError, InfrastructureError
 from pipeline.loader import Loader
-from pipeline.manifest import open_dataset
-from pipeline.shard_reader import ShardReader
+from pipeline.reading.cache import ShardCache
+from pipeline.reading.reader import ShardReader
 
 pytestmark = pytest.mark.remote
 
@@ -84,7 +84,7 @@ def test_staged_shards_are_the_stores_bytes_and_nothing_else_is_left(remote, tmp
 
 
 def test_shards_are_staged_in_the_order_in_which_they_are_needed(remote, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.cache._SHARDS_AT_ONCE", 1)
+    monkeypatch.setattr("pipeline.reading.cache._SHARDS_AT_ONCE", 1)
     cache = ShardCache(remote, folder=tmp_path, max_bytes=2**30)
     stage(cache, [2, 0, 3, 1])
     cache.close()

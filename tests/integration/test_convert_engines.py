@@ -17,13 +17,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.convert import convert, convert_share
-from pipeline.convert_engines import overdue
-from pipeline.convert_plan import ConvertSettings
-from pipeline.convert_target import Share, parse_share
-from pipeline.dataset_info import DatasetInfo
+from pipeline.convert.conversion import convert, convert_share
+from pipeline.convert.plan import ConvertSettings
+from pipeline.convert.ray_tasks import overdue
+from pipeline.convert.target import Share, parse_share
+from pipeline.dataset import DatasetInfo, open_dataset
 from pipeline.errors import ConfigError
-from pipeline.manifest import open_dataset
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 OPTIONS = ("--samples-per-shard", "4", "--resize", "32")
@@ -103,7 +102,7 @@ def test_any_share_commits_what_nobody_did(
     dst = str(tmp_path / "dst")
     convert_share(str(source), dst, SETTINGS, share=Share(0, 2))
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.convert_commit.write_dataset", stop)
+        patch.setattr("pipeline.convert.commit.write_dataset", stop)
         with pytest.raises(KeyboardInterrupt):
             convert_share(str(source), dst, SETTINGS, share=Share(1, 2))
     (tmp_path / "dst" / ".train-000002.tar.tmp-1-abcdef").write_bytes(b"half a shard")

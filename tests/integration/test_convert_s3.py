@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from pipeline import storage
-from pipeline.convert import convert
-from pipeline.convert_plan import ConvertSettings
+from pipeline.convert.conversion import convert
+from pipeline.convert.plan import ConvertSettings
+from pipeline.dataset import open_dataset
 from pipeline.errors import DataError, InfrastructureError
-from pipeline.manifest import open_dataset
-from pipeline.retry import BUDGET_VARIABLE
+from pipeline.storage.retry import BUDGET_VARIABLE
 from pipeline.verify import verify
 
 pytestmark = pytest.mark.remote

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from pipeline.generated_manifest import generate_manifest
+from pipeline.bench.generated_dataset import generate_manifest
 
 pytestmark = pytest.mark.slow
 
@@ -19,8 +19,8 @@ import json, pathlib, sys, time
 started_s = time.perf_counter()
 import numpy as np
 from pipeline.config import OrderConfig
-from pipeline.manifest import open_dataset
-from pipeline.order import Cursor, Order
+from pipeline.dataset import open_dataset
+from pipeline.sampling.order import Cursor, Order
 
 def peak_bytes():
     # Not ru_maxrss: a child starts with its parent's.

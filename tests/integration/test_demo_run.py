@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from train.metrics import read_metrics
-from train.outcome import read_status
+from train.process.outcome import read_status
+from train.report.metrics_file import read_metrics
 
 LIMIT_S = 280.0
 

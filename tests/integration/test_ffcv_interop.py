@@ -14,10 +14,10 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from pipeline.formats.ffcv import index_shard
-from pipeline.formats.ffcv_writer import BetonWriter
-from pipeline.manifest import FORMATS
-from pipeline.screen import Probe, probe
+from pipeline.formats.beton_index import index_shard
+from pipeline.formats.beton_writer import BetonWriter
+from pipeline.formats.table import FORMATS
+from pipeline.images.header import Probe, probe
 
 pytest.importorskip("ffcv._libffcv", reason="FFCV is not installed")
 pytestmark = pytest.mark.slow

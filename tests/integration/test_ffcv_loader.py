@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from pipeline.config import LoaderConfig, OrderConfig, ViewConfig
-from pipeline.convert import convert
-from pipeline.convert_plan import ConvertSettings
-from pipeline.formats.ffcv_writer import BetonWriter
+from pipeline.convert.conversion import convert
+from pipeline.convert.plan import ConvertSettings
+from pipeline.dataset import Manifest, open_dataset
+from pipeline.dataset.writer import FinishedShard, write_dataset
+from pipeline.formats.beton_writer import BetonWriter
+from pipeline.formats.table import FORMATS
+from pipeline.images.header import probe
 from pipeline.loader import Loader, read_samples
-from pipeline.manifest import FORMATS, FinishedShard, Manifest, open_dataset, write_dataset
-from pipeline.screen import probe
 
 CPU = torch.device("cpu")
 VIEW = ViewConfig(height=32, width=32)

@@ -9,8 +9,8 @@ import sys
 import numpy as np
 from PIL import Image
 
+from pipeline.dataset import open_dataset
 from pipeline.inspect import contact_sheet, summary, survey
-from pipeline.manifest import open_dataset
 
 
 def test_figures_are_the_datasets(make_dataset, crops):

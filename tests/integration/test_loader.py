@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.augment import draw_boxes
 from pipeline.config import LoaderConfig, OrderConfig, ViewConfig
+from pipeline.dataset import open_dataset
 from pipeline.errors import ConfigError, DataError
 from pipeline.loader import Loader, read_samples
-from pipeline.manifest import open_dataset
-from pipeline.pixels import DeviceCopier, scale_fused
+from pipeline.loader.transfer import DeviceCopier, scale_fused
+from pipeline.sampling.boxes import draw_boxes
 
 CPU = torch.device("cpu")
 VIEW = ViewConfig(height=32, width=32)

@@ -16,11 +16,11 @@ import psutil
 import pytest
 
 from pipeline import storage
-from pipeline.convert import convert
-from pipeline.convert_plan import ConvertSettings
-from train.launching import deepspeed_command, environment, run_training
-from train.metrics import read_metrics
-from train.outcome import read_status
+from pipeline.convert.conversion import convert
+from pipeline.convert.plan import ConvertSettings
+from train.demo.launching import deepspeed_command, environment, run_training
+from train.process.outcome import read_status
+from train.report.metrics_file import read_metrics
 
 pytestmark = pytest.mark.slow
 

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from model.config import ModelConfig
-from model.mae import MAEOutput, MaskedAutoencoder
-from train.checkpoint import CheckpointStore
+from model.objectives.mae import MAEOutput, MaskedAutoencoder
+from train.checkpoint.store import CheckpointStore
 from train.config import RunConfig
-from train.distributed import World, init_world
-from train.engine import Engine, build_engine
-from train.optim import lr_at
+from train.engine.base import Engine
+from train.engine.build import build_engine
+from train.engine.optim import lr_at
+from train.process.world import World, init_world
 
 GLOBAL_BATCH_SIZE = 8
 TINY = ModelConfig(

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.augment import draw_boxes
-from pipeline.bench_sources import make_sources
+from pipeline.bench.photos import make_sources
 from pipeline.config import LoaderConfig, ViewConfig
+from pipeline.dataset import open_dataset
 from pipeline.decoders.base import decode_single
 from pipeline.decoders.choose import build_decoder
-from pipeline.manifest import open_dataset
-from pipeline.shard_reader import ShardReader
+from pipeline.reading.reader import ShardReader
+from pipeline.sampling.boxes import draw_boxes
 
 pytestmark = pytest.mark.slow
 COUNT, BATCH = 500, 50

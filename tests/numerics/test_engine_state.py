@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from tests.numerics.engine_cases import Results, largest_difference, run_cases
-from train.deepspeed_state import CHECKED_VERSIONS
+from train.engine.deepspeed_state import CHECKED_VERSIONS
 
 Case = dict[str, Any]
 
 
 def test_deepspeed_is_a_version_this_was_checked_on() -> None:
-    """train/deepspeed_state.py touches internals: on a new release run all of this folder, then add it there."""
+    """train/engine/deepspeed_state.py touches internals: on a new release run all of this folder, then add it there."""
     assert importlib.metadata.version("deepspeed") in CHECKED_VERSIONS
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from model.config import ModelConfig
-from model.mae import MaskedAutoencoder
+from model.objectives.mae import MaskedAutoencoder
 
 CONFIG = ModelConfig(
     image_size=16,

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model.config import SIZES, ModelConfig
-from model.mae import MaskedAutoencoder
-from model.weights import load_published, to_hf
+from model.exchange.weights import load_published, to_hf
+from model.objectives.mae import MaskedAutoencoder
 
 transformers = pytest.importorskip("transformers")
 

@@ -14,11 +14,11 @@ import torch
 from safetensors import safe_open
 
 from model.config import SIZES, ModelConfig
-from model.mae import MaskedAutoencoder
-from model.weights import load_published
+from model.exchange.weights import load_published
+from model.objectives.mae import MaskedAutoencoder
 from train.config import RunConfig
+from train.evaluation.saved_model import SavedModel
 from train.export import export
-from train.saved_model import SavedModel
 
 transformers = pytest.importorskip("transformers")
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.mae import MaskedAutoencoder
+from model.objectives.mae import MaskedAutoencoder
 
 State = dict[str, Tensor]
 

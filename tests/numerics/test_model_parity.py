@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from model.config import SIZES, ModelConfig
-from model.hf_names import rename_from_hf
-from model.mae import MaskedAutoencoder
-from model.weights import to_hf
+from model.exchange.hf_names import rename_from_hf
+from model.exchange.weights import to_hf
+from model.objectives.mae import MaskedAutoencoder
 
 transformers = pytest.importorskip("transformers")
 

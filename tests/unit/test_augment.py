@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.augment import draw_boxes, mask_noise
 from pipeline.config import ViewConfig
+from pipeline.sampling.boxes import draw_boxes, mask_noise
 
 images = st.lists(st.tuples(st.integers(1, 5000), st.integers(1, 5000)), min_size=1, max_size=20)
 

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from pipeline.channel import Channel, ChannelClosedError
+from pipeline.loader.channel import Channel, ChannelClosedError
 
 
 def test_items_arrive_in_order_and_never_more_than_the_capacity_wait():

@@ -17,12 +17,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from train.checkpoint import CheckpointState, CheckpointStore, CheckpointWriteError, load_weights
-from train.checkpoint_files import MANIFEST_FILE, STATE_FILE, find_steps, step_of
+from train.checkpoint.files import MANIFEST_FILE, STATE_FILE, find_steps, step_of
+from train.checkpoint.state import CheckpointState, load_weights
+from train.checkpoint.store import CheckpointStore, CheckpointWriteError
 from train.config import RunConfig
-from train.distributed import World
-from train.engine import Engine, build_engine
+from train.engine.base import Engine
+from train.engine.build import build_engine
 from train.errors import CheckpointError
+from train.process.world import World
 
 WORLD = World()
 CONFIG = RunConfig.model_validate(
@@ -170,7 +172,7 @@ def test_all_damaged_is_an_error_and_not_a_fresh_start(saved: Path) -> None:
 
 
 def test_a_newer_layout_is_named_not_skipped(saved: Path) -> None:
-    from train.checkpoint_files import _hash_json
+    from train.checkpoint.files import _hash_json
 
     path = saved / "step-000004" / MANIFEST_FILE
     content = json.loads(path.read_text())

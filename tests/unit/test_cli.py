@@ -13,9 +13,9 @@ import pytest
 from model.config import SIZES
 from model.flops import train_flops
 from pipeline.errors import ConfigError
-from train.cli import HelpRequested, parse_command, parse_run
 from train.recipes import RECIPES
-from train.settings_text import to_toml
+from train.settings.command_line import HelpRequested, parse_command, parse_run
+from train.settings.text import to_toml
 
 DATA = ("--data.train", "shards")
 ALONE: dict[str, str] = {"PATH": ""}

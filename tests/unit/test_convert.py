@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from pipeline import storage
-from pipeline.convert import convert
-from pipeline.convert_plan import ConvertSettings, make_plan, parse_size
-from pipeline.encode import CANNOT_DECODE, reencode
+from pipeline.convert.conversion import convert
+from pipeline.convert.plan import ConvertSettings, make_plan, parse_size
+from pipeline.dataset import open_dataset
 from pipeline.errors import ConfigError, DataError
-from pipeline.manifest import open_dataset
-from pipeline.screen import Probe, probe
-from pipeline.sources import FolderSource, Listing, SourceSettings, sample_keys
+from pipeline.images.encode import CANNOT_DECODE, reencode
+from pipeline.images.header import Probe, probe
+from pipeline.sources.folder import FolderSource
+from pipeline.sources.listing import Listing, SourceSettings, sample_keys
 
 FEW = ConvertSettings(samples_per_shard=5)
 
@@ -426,7 +427,7 @@ def test_a_damaged_leftover_is_made_again(
     whole, dst = tmp_path / "whole", tmp_path / "dst"
     convert(str(source), str(whole), FEW, workers=1)
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.convert_commit.write_dataset", stop)
+        patch.setattr("pipeline.convert.commit.write_dataset", stop)
         with pytest.raises(KeyboardInterrupt):
             convert(str(source), str(dst), FEW, workers=1)
     part, tar = dst / "_parts" / "train-000001.parquet", dst / "train-000001.tar"

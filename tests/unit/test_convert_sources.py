@@ -14,14 +14,14 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.convert import convert
-from pipeline.convert_plan import ConvertSettings, make_plan
-from pipeline.dataset_info import DatasetInfo
+from pipeline.convert.conversion import convert
+from pipeline.convert.plan import ConvertSettings, make_plan
+from pipeline.dataset import DatasetInfo, open_dataset
 from pipeline.errors import ConfigError, DataError
-from pipeline.ground_truth import read_ground_truth
-from pipeline.list_source import GONE
-from pipeline.manifest import open_dataset
-from pipeline.sources import SourceSettings, open_source
+from pipeline.sources.choose import open_source
+from pipeline.sources.ground_truth import read_ground_truth
+from pipeline.sources.listing import SourceSettings
+from pipeline.sources.table import GONE
 from pipeline.verify import verify
 
 WNIDS = ("n01440764", "n02119789", "n02100735")

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.augment import draw_boxes
 from pipeline.config import LoaderConfig, ViewConfig
 from pipeline.decoders.choose import build_decoder, with_tuning
 from pipeline.decoders.jpeg import JpegCutter, has_regions, is_whole_jpeg
+from pipeline.decoders.tuning import Tuning, write_tuning
 from pipeline.errors import ConfigError
-from pipeline.pixels import HostBuffers
-from pipeline.tuning import Tuning, write_tuning
+from pipeline.loader.transfer import HostBuffers
+from pipeline.sampling.boxes import draw_boxes
 
 CPU = torch.device("cpu")
 VIEW = ViewConfig(height=32, width=32)

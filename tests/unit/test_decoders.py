@@ -11,13 +11,13 @@ import simplejpeg
 import torch
 from PIL import Image
 
-from pipeline.augment import draw_boxes
 from pipeline.config import LoaderConfig, ViewConfig
 from pipeline.decoders.base import decode_single
 from pipeline.decoders.choose import build_decoder
 from pipeline.decoders.dali import _route
 from pipeline.decoders.turbo import TurboDecoder
 from pipeline.errors import ConfigError
+from pipeline.sampling.boxes import draw_boxes
 
 CPU = torch.device("cpu")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pipeline.errors import ConfigError
-from train.distributed import Place, World, find_place, first_slurm_host
+from train.process.place import Place, find_place, first_slurm_host
+from train.process.world import World
 
 TORCHRUN = {
     "RANK": "5",

@@ -13,10 +13,11 @@ from torch import nn
 
 from pipeline.errors import ConfigError
 from train.config import RunConfig
-from train.deepspeed_state import is_above_floor, keep_going_at_lowest_scale
-from train.distributed import World
-from train.engine import build_engine, check_engine_settings, render_deepspeed_config
-from train.named_state import list_tensors
+from train.engine.build import build_engine
+from train.engine.deepspeed_config import check_engine_settings, render_deepspeed_config
+from train.engine.deepspeed_state import is_above_floor, keep_going_at_lowest_scale
+from train.engine.named_state import list_tensors
+from train.process.world import World
 
 
 def make_config(*, micro_batch_size: int = 4, grad_clip: float = 0.0, **engine: Any) -> RunConfig:

@@ -12,13 +12,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from model.config import ModelConfig
-from model.mae import MaskedAutoencoder
+from model.objectives.mae import MaskedAutoencoder
 from pipeline.errors import ConfigError
 from train.config import RunConfig
-from train.evaluate import knn_accuracy
+from train.evaluation.neighbours import knn_accuracy
+from train.evaluation.saved_model import SavedModel
 from train.export import export
-from train.pictures import complete, draw_loss, draw_reconstruction, raw_losses, spread_ids, to_display
-from train.saved_model import SavedModel
+from train.objectives.mae import complete, raw_losses, to_display
+from train.report.drawing import draw_loss, draw_reconstruction, spread_ids
 
 SMALL = ModelConfig(
     image_size=32,
@@ -115,7 +116,7 @@ def test_raw_losses_average_to_the_models_own_loss_on_plain_pixels(saved: SavedM
 
 
 def test_a_perfect_normalised_prediction_has_no_raw_loss():
-    from model.mae import MAEOutput, reconstruction_target
+    from model.objectives.mae import MAEOutput, reconstruction_target
     from model.patches import patchify
 
     model = MaskedAutoencoder(SMALL.model_copy(update={"norm_pix_loss": True}))

@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.convert import convert
-from pipeline.convert import main as convert_main
-from pipeline.convert_plan import ConvertSettings
+from pipeline.convert.__main__ import main as convert_main
+from pipeline.convert.conversion import convert
+from pipeline.convert.plan import ConvertSettings
+from pipeline.dataset import open_dataset
 from pipeline.errors import DataError
 from pipeline.formats import beton
-from pipeline.formats.container import suffix_of
-from pipeline.formats.ffcv import index_shard, read_metas
-from pipeline.formats.ffcv_writer import BetonWriter
-from pipeline.manifest import FORMATS, open_dataset
-from pipeline.screen import Probe, probe
+from pipeline.formats.beton_index import index_shard, read_metas
+from pipeline.formats.beton_writer import BetonWriter
+from pipeline.formats.records import suffix_of
+from pipeline.formats.table import FORMATS
+from pipeline.images.header import Probe, probe
 from pipeline.verify import verify, write_manifest
 
 FEW = {"samples_per_shard": 5}

@@ -11,8 +11,8 @@ import pytest
 from model.config import SIZES
 from model.flops import activation_bytes, parameter_counts
 from train.config import RunConfig
-from train.deepspeed_config import BUCKET_NUMEL
-from train.fit import (
+from train.engine.deepspeed_config import BUCKET_NUMEL
+from train.settings.fit import (
     BUCKETS_NUMEL,
     CONTEXT_BYTES,
     GIB,

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from train.config import RunConfig
-from train.distributed import World
-from train.engine import build_engine
-from train.guard import HISTORY_NEEDED, SkipGuard, SpikeGuard
-from train.replicas import checksums, find_differing
+from train.engine.build import build_engine
+from train.loop.guard import HISTORY_NEEDED, SkipGuard, SpikeGuard
+from train.loop.replicas import checksums, find_differing
+from train.process.world import World
 
 # ------------------------------------------------------------------------------------------------ skipped steps
 

@@ -11,11 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import dataset_writer, manifest, storage
-from pipeline.dataset_info import DATASET_FILE, DatasetInfo, fingerprint_of, parse_dataset_info
+from pipeline import storage
+from pipeline.dataset import DatasetInfo, Manifest, manifest, open_dataset
+from pipeline.dataset import writer as dataset_writer
+from pipeline.dataset.info import DATASET_FILE, fingerprint_of, parse_dataset_info
+from pipeline.dataset.manifest import diff
+from pipeline.dataset.writer import FinishedShard, write_dataset
 from pipeline.errors import DataError
-from pipeline.manifest import FinishedShard, Manifest, ShardTable, diff, open_dataset, write_dataset
-from pipeline.shard_table import FORMATS, MODES, TableBuilder
+from pipeline.formats.table import FORMATS, MODES, ShardTable, TableBuilder
 
 
 def make_table(seed: int, rows: int) -> ShardTable:

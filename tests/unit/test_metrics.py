@@ -10,18 +10,10 @@ import pytest
 
 from pipeline.errors import DataError, InfrastructureError
 from train.errors import Preempted
-from train.metrics import (
-    METRICS_FILE,
-    Meter,
-    Reporter,
-    Window,
-    format_duration,
-    read_metrics,
-    summary_table,
-    throughput_summary,
-    truncate_after,
-)
-from train.outcome import Outcome, read_status, write_json
+from train.process.outcome import Outcome, read_status, write_json
+from train.report.meter import Meter, Window, format_duration, summary_table, throughput_summary
+from train.report.metrics_file import METRICS_FILE, read_metrics, truncate_after
+from train.report.reporter import Reporter
 
 
 def line(step: int, loss: float = 1.0) -> dict[str, float]:
@@ -106,7 +98,7 @@ def test_events_are_written_for_tensorboard(tmp_path: Path):
 
 def test_the_clock_leaves_out_what_is_not_training(monkeypatch: pytest.MonkeyPatch):
     now = [0.0]
-    monkeypatch.setattr("train.metrics.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("train.report.meter.time.perf_counter", lambda: now[0])
     meter = Meter(global_batch_size=32)
     for _ in range(4):
         now[0] += 1.0

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import SIZES, ActivationCheckpointing, ModelConfig
 from model.flops import activation_bytes, forward_flops, parameter_counts, recompute_flops, train_flops
-from model.mae import MaskedAutoencoder
+from model.objectives.mae import MaskedAutoencoder
 
 WIDE = ModelConfig(
     image_size=(32, 48),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.baselines import paint_mean, paint_nearby
 from model.config import SIZES, ActivationCheckpointing, ModelConfig
 from model.flops import parameter_counts
-from model.mae import MaskedAutoencoder, masked_loss, reconstruct, reconstruction_target
+from model.objectives.baselines import paint_mean, paint_nearby
+from model.objectives.mae import MaskedAutoencoder, masked_loss, reconstruct, reconstruction_target
 from model.patches import patchify, unpatchify
 
 TINY = ModelConfig(

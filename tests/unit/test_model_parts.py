@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.config import SIZES, ModelConfig
-from model.mae import MaskedAutoencoder
+from model.exchange.resample import resample_kernel
 from model.masking import gather_rows, mask_patches, unshuffle
+from model.objectives.mae import MaskedAutoencoder
 from model.patches import patchify, unpatchify
 from model.pos_embed import interpolate_table, sincos_table
-from model.resample import resample_kernel
 from model.vit import PatchEmbed
 
 

@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from model.config import ModelConfig
-from model.mae import MaskedAutoencoder, is_decoder_name
-from model.pos_embed import interpolate_table
-from model.weights import (
+from model.exchange.weights import (
     WeightsError,
     expected_shapes,
     fit_weights,
@@ -19,6 +17,8 @@ from model.weights import (
     to_mae,
     to_timm,
 )
+from model.objectives.mae import MaskedAutoencoder, is_decoder_name
+from model.pos_embed import interpolate_table
 
 CONFIG = ModelConfig(
     image_size=32,

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.config import ModelConfig
-from model.mae import MaskedAutoencoder
+from model.objectives.mae import MaskedAutoencoder
 from train.config import RunConfig
-from train.optim import build_optimizer, build_param_groups, lr_at, peak_lr, set_lr
+from train.engine.optim import build_optimizer, build_param_groups, lr_at, peak_lr, set_lr
 
 PAPER = RunConfig.model_validate(
     {"train": {"epochs": 800, "global_batch_size": 4096}, "optim": {"base_lr": 1.5e-4, "warmup_epochs": 40}}

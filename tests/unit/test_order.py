@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.config import OrderConfig
 from pipeline.errors import ConfigError
-from pipeline.order import Cursor, EpochOrder, Order
+from pipeline.sampling.order import Cursor, EpochOrder, Order
 
 sizes = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(sum)
 orders = st.builds(OrderConfig, lanes=st.integers(1, 20), window=st.integers(0, 5))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.philox import Purpose, permutation, philox4x32, random_words, unit_float32
+from pipeline.sampling.philox import Purpose, permutation, philox4x32, random_words, unit_float32
 
 WIDTHS = {
     32: ((0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)),

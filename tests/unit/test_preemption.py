@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from train.distributed import World
-from train.preemption import Preemption, find_launchers
+from train.process.preemption import Preemption, find_launchers
+from train.process.world import World
 
 LIMIT_S = 20.0
 
@@ -58,8 +58,8 @@ def test_a_launchers_second_signal_at_once_counts_as_one() -> None:
 STUCK = """
 import ctypes, sys
 sys.path.insert(0, {root!r})
-from train import preemption
-from train.distributed import World
+from train.process import preemption
+from train.process.world import World
 preemption.REPEAT_AFTER_S = 0.0
 with preemption.Preemption(World()):
     print("ready", flush=True)

@@ -14,9 +14,9 @@ import psutil
 import pytest
 
 from pipeline.errors import ConfigError
-from train import run_lease
-from train.distributed import World
-from train.run_lease import LEASE_FILE, STALE_S, Holder, RunLease
+from train.process import lease as run_lease
+from train.process.lease import LEASE_FILE, STALE_S, Holder, RunLease
+from train.process.world import World
 
 
 def write_lease(folder: Path, **changes: object) -> None:

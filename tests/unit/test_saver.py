@@ -13,14 +13,16 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from train.checkpoint import CheckpointStore, CheckpointWriteError, load_weights
-from train.checkpoint_files import find_steps
+from train.checkpoint.files import find_steps
+from train.checkpoint.host_buffers import HostBuffers, safetensors_header
+from train.checkpoint.saver import Saver
+from train.checkpoint.state import load_weights
+from train.checkpoint.store import CheckpointStore, CheckpointWriteError
 from train.config import RunConfig
-from train.distributed import World
-from train.engine import Engine, build_engine
-from train.host_buffers import HostBuffers, safetensors_header
-from train.named_state import list_tensors
-from train.saver import Saver
+from train.engine.base import Engine
+from train.engine.build import build_engine
+from train.engine.named_state import list_tensors
+from train.process.world import World
 
 WORLD = World()
 CONFIG = RunConfig.model_validate(

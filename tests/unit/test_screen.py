@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.config import LoaderConfig
-from pipeline.data_report import DataReport
 from pipeline.errors import DataError
-from pipeline.screen import (
+from pipeline.images.header import (
     ASPECT,
     DEFAULT_LIMITS,
     EMPTY,
@@ -29,6 +28,7 @@ from pipeline.screen import (
     probe,
     screen,
 )
+from pipeline.loader.data_report import DataReport
 
 
 @pytest.fixture(scope="module")

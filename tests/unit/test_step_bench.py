@@ -7,8 +7,8 @@ import json
 import pytest
 
 from model.config import SIZES, ModelConfig
+from train.bench.step_peer import compare, render_comparisons
 from train.step_bench import main
-from train.step_bench_peer import compare, render_comparisons
 
 TINY = ModelConfig(
     image_size=16,
@@ -37,7 +37,7 @@ def test_each_combination_is_a_row_and_so_is_what_cannot_run(capsys):
 
 def test_a_peer_computes_the_same(monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("transformers")
-    monkeypatch.setattr("train.step_bench_peer.SIZES", {**SIZES, "tiny": TINY})
+    monkeypatch.setattr("train.bench.step_peer.SIZES", {**SIZES, "tiny": TINY})
     found = compare("tiny", images=2, precision="fp32", compiled=False, repeats=2, threads=0)
     assert found.loss_difference < 1e-5
     assert found.ratio_range[0] <= found.ratio <= found.ratio_range[1]

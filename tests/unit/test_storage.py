@@ -12,7 +12,7 @@ import pytest
 
 from pipeline import storage
 from pipeline.errors import ConfigError, DataError, InfrastructureError, MaelstromError
-from pipeline.retry import BUDGET_VARIABLE, explain, with_retries
+from pipeline.storage.retry import BUDGET_VARIABLE, explain, with_retries
 
 
 @pytest.fixture(params=["local", "file", "memory"])

@@ -13,8 +13,9 @@ from PIL import Image
 
 from pipeline.errors import ConfigError
 from train.config import RunConfig
-from train.metrics import Reporter, read_metrics
-from train.trackers import Background, Tracker, check_trackers, start_trackers
+from train.report.metrics_file import read_metrics
+from train.report.reporter import Reporter
+from train.report.trackers import Background, Tracker, check_trackers, start_trackers
 
 SECRET = "https://name:hunter2@host/data?sig=abc"
 
@@ -102,7 +103,7 @@ def test_a_tracker_that_hangs_does_not_hold_the_run(tmp_path: Path, moment: str)
 
 
 def test_a_queue_that_is_full_drops_lines(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("train.trackers.QUEUE_LENGTH", 3)
+    monkeypatch.setattr("train.report.trackers.QUEUE_LENGTH", 3)
     faulty = Faulty("hang in open")
     background = Background(faulty, warn=print, closing_limit_s=0.05)
     for step in range(50):

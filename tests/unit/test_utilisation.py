@@ -6,7 +6,7 @@ import pytest
 
 from model.config import SIZES
 from model.flops import train_flops
-from train.utilisation import peak_tflops, utilisation
+from train.report.utilisation import peak_tflops, utilisation
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.convert import convert
-from pipeline.convert_plan import ConvertSettings
+from pipeline.convert.conversion import convert
+from pipeline.convert.plan import ConvertSettings
+from pipeline.dataset import open_dataset
 from pipeline.errors import ConfigError, DataError
-from pipeline.formats.webdataset import index_shard
-from pipeline.manifest import open_dataset
-from pipeline.pixel_check import undecodable
+from pipeline.formats.webdataset_index import index_shard
+from pipeline.images.decodable import undecodable
 from pipeline.verify import main, verify, write_manifest
 
 

@@ -6,13 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from train.watchdog import Watchdog
+from train.process.watchdog import Watchdog
 
 CODE = """
 import sys, threading
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from train.watchdog import Watchdog
+from train.process.watchdog import Watchdog
 def where_it_hangs():
     threading.Event().wait()
 with Watchdog(timeout_s=0.2, folder=Path({folder!r}), rank=3):

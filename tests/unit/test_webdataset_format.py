@@ -17,10 +17,13 @@ from PIL import Image
 
 from pipeline import storage
 from pipeline.errors import DataError
+from pipeline.formats.records import WrittenShard
+from pipeline.formats.table import FORMATS
 from pipeline.formats.tar import TarScanner, make_header
-from pipeline.formats.webdataset import WebDatasetWriter, WrittenShard, index_shard, split_key
-from pipeline.screen import Probe, probe
-from pipeline.shard_table import FORMATS
+from pipeline.formats.webdataset import split_key
+from pipeline.formats.webdataset_index import index_shard
+from pipeline.formats.webdataset_writer import WebDatasetWriter
+from pipeline.images.header import Probe, probe
 
 BLOCK = 512
 

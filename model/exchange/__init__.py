@@ -1,0 +1,1 @@
+"""Weights in the names and shapes of other libraries."""

@@ -1,0 +1,267 @@
+"""Weights of other libraries: names out, names in, and a strict check on both ways.
+
+Pure functions on dictionaries of tensors; nothing here reads or writes files. Our own names are those of the
+published MAE checkpoints, so most of the work is leaving out what a library does not want.
+
+Shapes: B images, C channels, N patches, D width.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.exchange.hf_names import HFNames, hf_config, rename_from_hf, rename_to_hf
+from model.exchange.resample import resample_kernel
+from model.objectives.mae import MaskedAutoencoder, is_decoder_name
+from model.pos_embed import interpolate_table
+
+State = dict[str, Tensor]
+Part = Literal["encoder", "full"]
+ENCODER_ONLY_HEADS = ("head.", "fc_norm.")
+"""Prefixes of a classifier's own weights, which a masked autoencoder has no place for."""
+_WRAPPERS = ("model", "state_dict")
+_PREFIX = re.compile(r"^(?:module\.|_orig_mod\.)+")
+
+
+class WeightsError(ValueError):
+    """Weights that do not belong to the model: names or shapes differ."""
+
+
+def expected_shapes(config: ModelConfig, part: Part = "full") -> dict[str, tuple[int, ...]]:
+    """List the names and shapes of a model's state dict, without allocating it.
+
+    Args:
+        config: The model.
+        part: `encoder` leaves out the mask token and everything of the decoder.
+
+    Returns:
+        Shapes by name, in the order of the state dict.
+    """
+    with torch.device("meta"):
+        state = MaskedAutoencoder(config).state_dict()
+    return {name: tuple(value.shape) for name, value in state.items() if part == "full" or not is_decoder_name(name)}
+
+
+def check_weights(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], *, source: str) -> None:
+    """Refuse weights whose names or shapes are not exactly those expected.
+
+    Args:
+        state: Tensors by name.
+        expected: Shapes by name.
+        source: What the weights are, for the message.
+
+    Raises:
+        WeightsError: With a table of everything that is missing, unexpected or of another shape.
+    """
+    missing = [name for name in expected if name not in state]
+    unexpected = [name for name in state if name not in expected]
+    mismatched = [name for name in expected if name in state and tuple(state[name].shape) != expected[name]]
+    if not (missing or unexpected or mismatched):
+        return
+    rows = [
+        *(("missing", name, expected[name], "-") for name in missing),
+        *(("unexpected", name, "-", tuple(state[name].shape)) for name in unexpected),
+        *(("shape", name, expected[name], tuple(state[name].shape)) for name in mismatched),
+    ]
+    raise WeightsError(
+        f"{source} does not fit the model: {len(missing)} missing, {len(unexpected)} unexpected, "
+        f"{len(mismatched)} of another shape\n{_table(rows)}\n"
+        "Use the configuration that these weights were trained with."
+    )
+
+
+def to_mae(state: Mapping[str, Tensor], config: ModelConfig, *, part: Part = "full") -> dict[str, State]:
+    """Give weights the form of the published MAE checkpoints.
+
+    Args:
+        state: A full state dict of ours.
+        config: The model it belongs to.
+        part: `full` like `mae_visualize_vit_*.pth`, `encoder` like `mae_pretrain_vit_*.pth`.
+
+    Returns:
+        {"model": tensors by name}; save it as it is.
+
+    Raises:
+        WeightsError: The state does not belong to the configuration.
+    """
+    check_weights(state, expected_shapes(config), source="the state dict to export")
+    return {"model": {name: value for name, value in state.items() if part == "full" or not is_decoder_name(name)}}
+
+
+def to_timm(state: Mapping[str, Tensor], config: ModelConfig) -> State:
+    """Give the encoder the form of a timm VisionTransformer with num_classes=0.
+
+    timm's names are ours. Decoder and mask token are left out: a strict load would refuse them.
+
+    Args:
+        state: A full state dict of ours.
+        config: The model it belongs to.
+
+    Returns:
+        Tensors by name.
+
+    Raises:
+        WeightsError: The state does not belong to the configuration.
+    """
+    return to_mae(state, config, part="encoder")["model"]
+
+
+def to_detectron2(
+    state: Mapping[str, Tensor], config: ModelConfig, *, patch_size: int | None = None
+) -> dict[str, State]:
+    """Give the encoder the form that Detectron2's ViTDet loads with its matching heuristics.
+
+    ViTDet wants 16-pixel patches. For ViT-H/14 ask for patch_size=16: the projection is resampled so that an
+    enlarged patch gives the token the small one gave, and the position table is resampled to the new grid (224-pixel
+    images: 16 x 16 to 14 x 14). How the published 14-to-16 weights were made was not described; ours are not theirs.
+
+    Args:
+        state: A full state dict of ours.
+        config: The model it belongs to.
+        patch_size: Patch size wanted; the model's own if absent.
+
+    Returns:
+        {"model": tensors by name}; save it as it is.
+
+    Raises:
+        WeightsError: The state does not belong to the configuration.
+        ValueError: The patch size does not divide the image.
+    """
+    encoder = to_timm(state, config)
+    if patch_size is None or patch_size == config.patch_size:
+        return {"model": encoder}
+    grid = ModelConfig(**{**config.model_dump(), "patch_size": patch_size}).grid
+    encoder["patch_embed.proj.weight"] = resample_kernel(encoder["patch_embed.proj.weight"], patch_size)
+    encoder["pos_embed"] = interpolate_table(encoder["pos_embed"], config.grid, grid)
+    return {"model": encoder}
+
+
+def to_hf(
+    state: Mapping[str, Tensor], config: ModelConfig, *, names: HFNames = "legacy"
+) -> tuple[State, dict[str, Any]]:
+    """Give weights the form of transformers' ViTMAEForPreTraining.
+
+    Args:
+        state: A full state dict of ours.
+        config: The model it belongs to.
+        names: `legacy` names load in every transformers release (5.x renames them while loading); `v5` names are
+            those of the modules in 5.x, for `load_state_dict`.
+
+    Returns:
+        Tensors by name, and the contents of config.json.
+
+    Raises:
+        WeightsError: The state does not belong to the configuration.
+    """
+    check_weights(state, expected_shapes(config), source="the state dict to export")
+    return rename_to_hf(state, names), hf_config(config)
+
+
+def from_published(state: Mapping[str, Any]) -> State:
+    """Translate a published checkpoint to our names.
+
+    Understands the MAE and timm names, both generations of transformers' names, a `model` or `state_dict` wrapper,
+    and the `module.` and `_orig_mod.` prefixes of wrapped models. A classifier's head is left out.
+
+    Args:
+        state: What was read from the file.
+
+    Returns:
+        Tensors by our names; other names are passed on for `fit_weights` to refuse.
+
+    Raises:
+        WeightsError: Not a dictionary of tensors.
+    """
+    for wrapper in _WRAPPERS:
+        if isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+            break
+    others = sorted(str(name) for name, value in state.items() if not isinstance(value, Tensor))
+    if others or not state:
+        raise WeightsError(
+            f"expected a dictionary of tensors, or one under {' or '.join(map(repr, _WRAPPERS))}; "
+            f"found no tensor under: {', '.join(others[:8]) or 'nothing at all'}"
+        )
+    plain = {_PREFIX.sub("", name): value for name, value in state.items()}
+    if any(name.startswith(("vit.", "embeddings.", "decoder.")) for name in plain):
+        plain = rename_from_hf(plain)
+    return {name: value for name, value in plain.items() if not name.startswith(ENCODER_ONLY_HEADS)}
+
+
+def fit_weights(
+    state: Mapping[str, Tensor],
+    config: ModelConfig,
+    *,
+    part: Part = "full",
+    old_grid: tuple[int, int] | None = None,
+) -> State:
+    """Check weights against a configuration, and resample position tables made for another image size.
+
+    Args:
+        state: Tensors by our names; see `from_published`.
+        config: The model that is to take them.
+        part: What must be there. `encoder` also takes a full state and leaves the decoder out.
+        old_grid: Rows and columns that the position tables were made for; taken as square if absent.
+
+    Returns:
+        Tensors by name, exactly those of the part, for `load_state_dict` (strict for `full`).
+
+    Raises:
+        WeightsError: Names or shapes differ; the message lists all of them.
+    """
+    fitted = {name: value for name, value in state.items() if part == "full" or not is_decoder_name(name)}
+    for name in ("pos_embed", "decoder_pos_embed"):
+        if name in fitted and fitted[name].ndim == 3:
+            grid = old_grid or _square_grid(fitted[name], config)
+            if grid != config.grid:
+                fitted[name] = interpolate_table(fitted[name], grid, config.grid)
+    check_weights(fitted, expected_shapes(config, part), source="the checkpoint")
+    return fitted
+
+
+def load_published(
+    model: MaskedAutoencoder,
+    state: Mapping[str, Any],
+    *,
+    part: Part = "full",
+    old_grid: tuple[int, int] | None = None,
+) -> None:
+    """Load a published checkpoint, full or encoder only, into a model.
+
+    Args:
+        model: Changed in place. With `encoder` its decoder is left as it is.
+        state: What was read from the file; see `from_published`.
+        part: What to load.
+        old_grid: Rows and columns that the position tables were made for; taken as square if absent.
+
+    Raises:
+        WeightsError: Names or shapes differ; nothing was loaded.
+    """
+    fitted = fit_weights(from_published(state), model.config, part=part, old_grid=old_grid)
+    model.load_state_dict(fitted, strict=part == "full")
+
+
+def _square_grid(table: Tensor, config: ModelConfig) -> tuple[int, int]:
+    """The grid a position table was made for: the model's own if the length fits, a square otherwise."""
+    num_patches = table.shape[1] - 1
+    side = round(max(num_patches, 0) ** 0.5)
+    if num_patches == config.num_patches or side * side != num_patches:
+        return config.grid  # a length that is no square is left for the check to report
+    return side, side
+
+
+def _table(rows: Iterable[tuple[object, ...]], limit: int = 20) -> str:
+    """Lay rows out in columns; long lists are cut."""
+    cells = [("problem", "name", "expected", "found"), *(tuple(map(str, row)) for row in rows)]
+    shown = cells[: limit + 1]
+    widths = [max(len(row[column]) for row in shown) for column in range(4)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown]
+    if len(cells) > len(shown):
+        lines.append(f"... and {len(cells) - len(shown)} more")
+    return "\n".join(f"  {line}" for line in lines)

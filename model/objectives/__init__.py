@@ -1,0 +1,1 @@
+"""Models with a loss on top of the encoder; MAE is the first."""

@@ -1,0 +1,67 @@
+"""Two ways to paint hidden patches without learning anything: what a model has to beat.
+
+Both see exactly the visible patches, and give patches of raw (not normalised) pixels for
+`model.objectives.mae.masked_loss` and `model.objectives.mae.reconstruct` with norm_pix_loss off.
+
+Shapes: B images, C channels, H height, W width, N patches, P = patch_size^2 * C.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model.patches import patchify
+
+
+def paint_mean(images_BCHW: Tensor, mask_BN: Tensor, *, patch_size: int) -> Tensor:
+    """Paint every patch in the mean colour of the image's visible patches.
+
+    Args:
+        images_BCHW: Normalised images.
+        mask_BN: 1 for a hidden patch; at least one patch of each image is visible.
+        patch_size: Side of a patch in pixels.
+
+    Returns:
+        prediction_BNP, float32.
+    """
+    visible_BN1 = (1 - mask_BN).unsqueeze(-1)
+    colours_BNC = _patch_colours(images_BCHW, patch_size)
+    mean_B1C = (colours_BNC * visible_BN1).sum(1, keepdim=True) / visible_BN1.sum(1, keepdim=True)
+    return _flat_patches(mean_B1C.expand_as(colours_BNC), patch_size)
+
+
+def paint_nearby(images_BCHW: Tensor, mask_BN: Tensor, *, patch_size: int) -> Tensor:
+    """Paint every hidden patch in the mean of the visible patches' colours, weighted by 1 / distance squared.
+
+    Distances are between patch centres (Shepard's interpolation). A visible patch gets its own mean colour.
+
+    Args:
+        images_BCHW: Normalised images.
+        mask_BN: 1 for a hidden patch; at least one patch of each image is visible.
+        patch_size: Side of a patch in pixels.
+
+    Returns:
+        prediction_BNP, float32.
+    """
+    rows, columns = images_BCHW.shape[2] // patch_size, images_BCHW.shape[3] // patch_size
+    colours_BNC = _patch_colours(images_BCHW, patch_size)
+    number = torch.arange(rows * columns, device=images_BCHW.device)
+    centres_N2 = torch.stack([number // columns, number % columns], dim=1).to(torch.float32)
+    distance_NN = (centres_N2[:, None] - centres_N2[None]).square().sum(-1)
+    weight_NN = 1 / distance_NN.fill_diagonal_(1)
+    weight_BNN = weight_NN * (1 - mask_BN).unsqueeze(1)
+    near_BNC = (weight_BNN @ colours_BNC) / weight_BNN.sum(-1, keepdim=True)
+    return _flat_patches(torch.where(mask_BN.unsqueeze(-1) > 0, near_BNC, colours_BNC), patch_size)
+
+
+def _patch_colours(images_BCHW: Tensor, patch_size: int) -> Tensor:
+    """Mean colour of each patch, float32, shape (B, N, C)."""
+    B, C = images_BCHW.shape[:2]
+    pixels = patchify(images_BCHW.to(torch.float32), patch_size)
+    return pixels.view(B, -1, patch_size**2, C).mean(dim=2)
+
+
+def _flat_patches(colours_BNC: Tensor, patch_size: int) -> Tensor:
+    """Patches of one colour each; the channel changes fastest, as in `patchify`."""
+    return colours_BNC.repeat(1, 1, patch_size**2)

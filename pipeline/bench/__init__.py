@@ -1,0 +1,1 @@
+"""Loader-only throughput, alone and beside other loaders: `python -m pipeline.bench`."""

@@ -1,0 +1,93 @@
+"""The datasets of the loader benchmark: about 1,500 JPEG crops of real photographs, in every container and size."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Collection, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.convert.conversion import convert
+from pipeline.convert.plan import ConvertSettings
+from pipeline.errors import ConfigError
+
+PHOTOS = (
+    *(f"skimage/data/{name}" for name in ("astronaut.png", "chelsea.png", "coffee.png", "ihc.png", "rocket.jpg")),
+    *(f"skimage/data/{name}" for name in ("motorcycle_left.png", "hubble_deep_field.jpg", "retina.jpg")),
+    *(f"sklearn/datasets/images/{name}" for name in ("china.jpg", "flower.jpg")),
+)
+"""Colour photographs in the wheels of scikit-image and scikit-learn (extra `demo`)."""
+_QUALITY = 97
+"""JPEG quality at which a crop of 500 x 375 pixels takes about 100 kB, as ImageNet's images do."""
+_SAMPLES_PER_SHARD = 256
+VARIANTS: dict[str, ConvertSettings] = {
+    "originals": ConvertSettings(samples_per_shard=_SAMPLES_PER_SHARD),
+    "tar-320": ConvertSettings(samples_per_shard=_SAMPLES_PER_SHARD, resize=320),
+    "tar-256": ConvertSettings(samples_per_shard=_SAMPLES_PER_SHARD, resize=256),
+    "beton-512": ConvertSettings(format="ffcv", shard_size_bytes=2**40, max_resolution=512),
+    "beton-256": ConvertSettings(format="ffcv", shard_size_bytes=2**40, max_resolution=256),
+    "beton-256-raw": ConvertSettings(format="ffcv", shard_size_bytes=2**40, max_resolution=256, write_mode="raw"),
+}
+"""What is made of the photographs. Betons are one file: FFCV's Loader opens one."""
+
+
+def make_sources(
+    folder: Path, *, num_images: int = 1536, variants: Collection[str] = tuple(VARIANTS)
+) -> dict[str, Path]:
+    """Make the benchmark's images and datasets where they are not there yet; return their folders by name.
+
+    Args:
+        folder: Where to.
+        num_images: How many photographs.
+        variants: Which datasets to make of them.
+
+    Raises:
+        ConfigError: The photographs are not installed.
+    """
+    images = folder / "images"
+    done = folder / f"images-{num_images}.done"
+    if not done.exists():
+        for number, data in enumerate(make_crops(num_images)):
+            path = images / f"{number % 10}" / f"{number:05d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        done.touch()
+    made = {"images": images}
+    for name in variants:
+        made[name] = folder / name
+        convert(str(images), str(made[name]), VARIANTS[name])
+    return made
+
+
+def make_crops(count: int) -> Iterator[bytes]:
+    """Yield JPEGs of about 500 x 375 pixels: pieces of the photographs at scales from 0.7 to 1.3."""
+    from PIL import Image
+
+    sources = [Image.open(path).convert("RGB") for path in _photo_paths()]
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        image = sources[number % len(sources)]
+        size = np.array([rng.integers(420, 581), rng.integers(320, 431)])
+        if rng.random() < 0.25:
+            size = size[::-1]
+        region = np.minimum(size / rng.uniform(0.7, 1.3), np.array(image.size))
+        left, top = (rng.random(2) * (np.array(image.size) - region)).tolist()
+        box = (left, top, left + region[0], top + region[1])
+        crop = image.resize((int(size[0]), int(size[1])), Image.Resampling.BICUBIC, box=box)
+        buffer = io.BytesIO()
+        crop.save(buffer, "JPEG", quality=_QUALITY)
+        yield buffer.getvalue()
+
+
+def _photo_paths() -> Iterator[Path]:
+    for name in PHOTOS:
+        package, _, inner = name.partition("/")
+        spec = find_spec(package)
+        if spec is None or spec.origin is None:
+            raise ConfigError(
+                f"bench: the photographs are in the package {package}, which is not installed. "
+                "Install the extra: pip install -e '.[demo]' -c constraints.txt"
+            )
+        yield Path(spec.origin).parent / inner

@@ -1,0 +1,208 @@
+"""What storage is measured against: plain clients as anybody would use them, a store on loopback, a dataset to read."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from pipeline.dataset.writer import FinishedShard, write_dataset
+from pipeline.errors import ConfigError, InfrastructureError
+from pipeline.formats.webdataset_writer import WebDatasetWriter
+from pipeline.images.header import Probe, probe
+
+Job = tuple[str, int, int]
+"""Key, first byte, bytes."""
+_START_LIMIT_S = 30.0
+_DISTINCT_IMAGES = 96
+
+
+class Client(Protocol):
+    """Reads of one bucket."""
+
+    def read(self, key: str, start: int, length: int) -> int:
+        """Read a range and return how many bytes came."""
+
+    def read_whole(self, key: str) -> int:
+        """Read an object and return how many bytes came."""
+
+
+class Boto3Client:
+    """boto3 with a connection a thread."""
+
+    def __init__(self, bucket: str) -> None:
+        config = import_module("botocore.config").Config(max_pool_connections=64)
+        self._client = import_module("boto3").client("s3", config=config)
+        self._bucket = bucket
+
+    def read(self, key: str, start: int, length: int) -> int:
+        """Read a range."""
+        reply = self._client.get_object(Bucket=self._bucket, Key=key, Range=f"bytes={start}-{start + length - 1}")
+        return len(reply["Body"].read())
+
+    def read_whole(self, key: str) -> int:
+        """Read an object as a stream."""
+        body = self._client.get_object(Bucket=self._bucket, Key=key)["Body"]
+        return sum(len(part) for part in body.iter_chunks(2**20))
+
+
+class S3fsClient:
+    """s3fs through its synchronous interface."""
+
+    def __init__(self, bucket: str) -> None:
+        self._fs = import_module("s3fs").S3FileSystem()
+        self._bucket = bucket
+
+    def read(self, key: str, start: int, length: int) -> int:
+        """Read a range."""
+        return len(self._fs.cat_file(f"{self._bucket}/{key}", start=start, end=start + length))
+
+    def read_whole(self, key: str) -> int:
+        """Read an object."""
+        return len(self._fs.cat_file(f"{self._bucket}/{key}"))
+
+
+class ObstoreClient:
+    """obstore with its own settings."""
+
+    def __init__(self, bucket: str) -> None:
+        self._obstore: Any = import_module("obstore")
+        endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
+        custom = {"endpoint": endpoint, "virtual_hosted_style_request": False} if endpoint else {}
+        self._store = import_module("obstore.store").S3Store(
+            bucket, client_options={"allow_http": endpoint.startswith("http://")}, **custom
+        )
+
+    def read(self, key: str, start: int, length: int) -> int:
+        """Read a range."""
+        return len(self._obstore.get_range(self._store, key, start=start, length=length))
+
+    def read_whole(self, key: str) -> int:
+        """Read an object as a stream."""
+        return sum(len(part) for part in self._obstore.get(self._store, key).stream(min_chunk_size=2**20))
+
+
+_CLIENTS: dict[str, tuple[str, Callable[[str], Client]]] = {
+    "boto3": ("boto3", Boto3Client),
+    "s3fs": ("s3fs", S3fsClient),
+    "obstore": ("obstore", ObstoreClient),
+}
+
+
+def plain_clients(bucket: str) -> dict[str, Client]:
+    """Make the plain clients that are installed."""
+    found = {
+        name: make(bucket)
+        for name, (package, make) in _CLIENTS.items()
+        if importlib.util.find_spec(package) is not None
+    }
+    if not found:
+        raise ConfigError("storage_bench: no plain client to compare with. Install one of boto3, s3fs, obstore")
+    return found
+
+
+def read_ranges(client: Client, jobs: list[Job], *, streams: int) -> int:
+    """Read ranges with as many threads as streams; return the bytes that came."""
+    with ThreadPoolExecutor(streams) as pool:
+        return sum(pool.map(lambda job: client.read(*job), jobs))
+
+
+def read_objects(client: Client, keys: list[str], *, streams: int) -> int:
+    """Read whole objects with as many threads as streams; return the bytes that came."""
+    with ThreadPoolExecutor(streams) as pool:
+        return sum(pool.map(client.read_whole, keys))
+
+
+@contextmanager
+def loopback_store(root: Path) -> Iterator[str]:
+    """Serve a folder's subfolders as S3 buckets on loopback, with AWS_* set for this process; gives the endpoint.
+
+    Raises:
+        ConfigError: localbucket is not installed.
+        InfrastructureError: it did not start.
+    """
+    if importlib.util.find_spec("localbucket") is None:
+        raise ConfigError(
+            "storage_bench: there is no --uri, and localbucket, the store it would start, is not installed. "
+            "Install it with: pip install localbucket"
+        )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
+    url = f"http://127.0.0.1:{port}"
+    ours = {"AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "bench", "AWS_SECRET_ACCESS_KEY": "bench-secret"}
+    ours |= {"AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true", "NO_PROXY": "127.0.0.1"}
+    before = {name: os.environ.get(name) for name in ours}
+    command = [sys.executable, "-m", "localbucket", str(root), "--port", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        os.environ.update(ours)
+        _wait_for(port, server)
+        yield url
+    finally:
+        server.terminate()
+        server.wait()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
+    deadline_s = time.monotonic() + _START_LIMIT_S
+    while time.monotonic() < deadline_s and server.poll() is None:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            time.sleep(0.02)
+    raise InfrastructureError(f"storage_bench: localbucket did not answer on port {port} (exit code {server.poll()})")
+
+
+def write_bench_dataset(folder: Path, *, num_shards: int, shard_bytes: int) -> int:
+    """Write WebDataset shards of JPEGs of some 110 kB, of pictures that compress as photographs do.
+
+    Returns:
+        Samples written.
+    """
+    images = [(data, found) for data in _jpegs() if isinstance(found := probe(data), Probe)]
+    shards, number = [], 0
+    for s in range(num_shards):
+        with WebDatasetWriter(str(folder / f"train-{s:06d}.tar")) as writer:
+            written_bytes = 0
+            while written_bytes < shard_bytes:
+                image, found = images[number % len(images)]
+                writer.add(f"{number:07d}", image, found, label=number % 1000)
+                written_bytes += len(image) + 1024
+                number += 1
+            done = writer.close()
+        shards.append(FinishedShard(done.name, done.size_bytes, done.sha256, done.table))
+    write_dataset(str(folder), shards=shards, name="bench", container="webdataset")
+    return number
+
+
+def _jpegs() -> list[bytes]:
+    random = np.random.default_rng(0)
+    found = []
+    for _ in range(_DISTINCT_IMAGES):
+        small = random.integers(0, 256, (24, 32, 3), dtype=np.uint8)
+        image = np.asarray(Image.fromarray(small).resize((500, 375), Image.Resampling.BICUBIC), dtype=np.int16)
+        noisy = np.clip(image + random.normal(0, 11, image.shape), 0, 255).astype(np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(noisy).save(buffer, "JPEG", quality=92)
+        found.append(buffer.getvalue())
+    return found

@@ -1,0 +1,338 @@
+"""What the loader benchmark compares: this loader, the loaders that others use, and the bare loop that bounds both.
+
+Every subject gives batches of 224-pixel uint8 images from boxes of 20-100% of the area, half of them mirrored, without
+end, and yields how many images each batch had. All of them read the same photographs.
+
+Shapes: B images, H W 224 pixels, 3 RGB.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+import simplejpeg
+import torch
+import torch.utils.dlpack
+
+from pipeline.config import LoaderConfig, OrderConfig, ViewConfig
+from pipeline.dataset import open_dataset
+from pipeline.loader import Loader
+from pipeline.reading.reader import ShardReader
+from pipeline.sampling.boxes import draw_boxes
+
+SIZE = 224
+MIN_AREA = 0.2
+ORDER = OrderConfig(lanes=4)
+"""The default's 256 lanes would hold six of these samples each, to be permuted anew every 24 batches: 12 microseconds
+an image. ImageNet's order costs 2.6 with 256 lanes; this one 0.9."""
+Filter = Literal["bicubic", "bilinear", "area"]
+Batches = Iterator[int]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all subjects share.
+
+    Args:
+        folder: Where the datasets are.
+        num_threads: Threads, or worker processes, of each subject.
+        batch_size: Images of a batch.
+        device: Where batches are wanted.
+    """
+
+    folder: Path
+    num_threads: int
+    batch_size: int
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One thing that is measured.
+
+    Args:
+        name: For the table.
+        dataset: Which variant of the photographs it reads.
+        resize_filter: Its resize filter.
+        build: Starts it.
+    """
+
+    name: str
+    dataset: str
+    resize_filter: str
+    build: Callable[[Setup, Subject], Batches]
+
+
+def ours(
+    decoder: Literal["turbo", "dali", "ffcv"], hw_decoder_load: float = 0.0
+) -> Callable[[Setup, Subject], Batches]:
+    """Return a builder of this loader with a decoder, and with a share of a GPU's JPEG engine where one is given."""
+
+    def build(setup: Setup, subject: Subject) -> Batches:
+        loader = Loader(
+            open_dataset(str(setup.folder / subject.dataset)),
+            ViewConfig(interpolation=subject.resize_filter),  # type: ignore[arg-type]
+            ORDER,
+            LoaderConfig(decoder=decoder, num_threads=setup.num_threads, hw_decoder_load=hw_decoder_load),
+            seed=0,
+            global_batch_size=setup.batch_size,
+            micro_batch_size=setup.batch_size,
+            device=torch.device(setup.device),
+            dtype=torch.uint8,
+        )
+        return (batch.images_BCHW.shape[0] for batch in loader)
+
+    return build
+
+
+def bare_loop(setup: Setup, subject: Subject) -> Batches:
+    """Decode, cut, resize and mirror in one thread, bytes and boxes ready beforehand: what no loader can beat."""
+    dataset = open_dataset(str(setup.folder / subject.dataset))
+    rows = dataset.lookup(np.arange(dataset.info.num_samples))
+    images, _ = ShardReader(dataset).read(rows)
+    ids = np.arange(len(images))
+    boxes = draw_boxes(
+        ViewConfig(),
+        seed=0,
+        epochs_B=np.zeros_like(ids),
+        sample_ids_B=ids,
+        widths_B=rows.widths_B,
+        heights_B=rows.heights_B,
+    )
+    columns = (boxes.tops_B, boxes.lefts_B, boxes.heights_B, boxes.widths_B, boxes.flips_B)
+    cuts = list(zip(images, *(column.tolist() for column in columns), strict=True))
+    out_HW3 = np.empty((SIZE, SIZE, 3), np.uint8)
+    torch.set_grad_enabled(False)
+    while True:
+        for number, (image, top, left, height, width, flip) in enumerate(cuts, start=1):
+            cut_HW3 = simplejpeg.decode_jpeg(image)[top : top + height, left : left + width]
+            if subject.resize_filter == "area":
+                cv2.resize(cut_HW3, (SIZE, SIZE), dst=out_HW3, interpolation=cv2.INTER_AREA)
+            else:
+                cut_1CHW = torch.from_numpy(cut_HW3.copy()).unsqueeze(0).permute(0, 3, 1, 2)
+                resized_1CHW = torch.nn.functional.interpolate(
+                    cut_1CHW, size=(SIZE, SIZE), mode=subject.resize_filter, antialias=True
+                )
+                out_HW3[:] = resized_1CHW[0].permute(1, 2, 0).numpy()
+            if flip:
+                cv2.flip(out_HW3, 1, dst=out_HW3)
+            if number % setup.batch_size == 0:
+                yield setup.batch_size
+
+
+def random_box(width: int, height: int) -> tuple[int, int, int, int]:
+    """Draw a box (left, top, right, bottom) of 20-100% of the area, as RandomResizedCrop does."""
+    for _ in range(10):
+        area = width * height * random.uniform(MIN_AREA, 1.0)
+        aspect = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = random.randint(0, width - w), random.randint(0, height - h)
+            return left, top, left + w, top + h
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    return left, top, left + side, top + side
+
+
+def transform_with_pillow(image: Any) -> torch.Tensor:
+    """Cut, resize and mirror a PIL image the usual way."""
+    from PIL import Image
+
+    cut = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=random_box(*image.size))
+    if random.random() < 0.5:
+        cut = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return torch.from_numpy(np.array(cut)).permute(2, 0, 1).contiguous()
+
+
+class PillowFolder(torch.utils.data.Dataset):
+    """A folder of images, opened with PIL: what most training scripts read."""
+
+    def __init__(self, folder: Path) -> None:
+        self._paths = sorted(folder.rglob("*.jpg"))
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        from PIL import Image
+
+        with Image.open(self._paths[index]) as image:
+            return transform_with_pillow(image)
+
+
+def torch_with_pillow(setup: Setup, subject: Subject) -> Batches:
+    """Read through torch's DataLoader with worker processes."""
+    dataset = PillowFolder(setup.folder / subject.dataset)
+    sampler = torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=10**9)
+    loader = torch.utils.data.DataLoader(
+        dataset, setup.batch_size, sampler=sampler, num_workers=setup.num_threads, persistent_workers=True
+    )
+    return (len(batch) for batch in loader)
+
+
+def webdataset_with_pillow(setup: Setup, subject: Subject) -> Batches:
+    """Read tars through the webdataset library and torch's DataLoader."""
+    import webdataset
+
+    tars = sorted(str(path) for path in (setup.folder / subject.dataset).glob("*.tar"))
+    dataset = (
+        webdataset.WebDataset(tars, resampled=True, shardshuffle=False)
+        .shuffle(256)
+        .decode("pil")
+        .to_tuple("jpg")
+        .map_tuple(transform_with_pillow)
+        .batched(setup.batch_size)
+    )
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=setup.num_threads)
+    return (len(batch[0]) for batch in loader)
+
+
+def dalis_own(setup: Setup, subject: Subject) -> Batches:
+    """Read tars with DALI's reader, its shuffle buffer and its random crop; on a CUDA device with its mixed decoder."""
+    dali: Any = import_module("nvidia.dali")
+    fn: Any = import_module("nvidia.dali.fn")
+    types: Any = import_module("nvidia.dali.types")
+    folder = setup.folder / subject.dataset
+    on_gpu = setup.device != "cpu"
+    pipeline = dali.Pipeline(
+        setup.batch_size, setup.num_threads, device_id=0 if on_gpu else None, prefetch_queue_depth=2, seed=0
+    )
+    with pipeline:
+        encoded = fn.readers.webdataset(
+            paths=[str(path) for path in sorted(folder.glob("*.tar"))],
+            index_paths=[str(path) for path in sorted(folder.glob("*.idx"))],
+            ext=["jpg"],
+            random_shuffle=True,
+            initial_fill=256,
+            name="tars",
+        )
+        pixels = fn.decoders.image_random_crop(
+            encoded,
+            device="mixed" if on_gpu else "cpu",
+            output_type=types.RGB,
+            random_area=[MIN_AREA, 1.0],
+            random_aspect_ratio=[3 / 4, 4 / 3],
+        )
+        kind = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}[subject.resize_filter]
+        pixels = fn.resize(pixels, size=[SIZE, SIZE], interp_type=kind, antialias=True)
+        pipeline.set_outputs(fn.flip(pixels, horizontal=fn.random.coin_flip()))
+    pipeline.build()
+    while True:
+        (output,) = pipeline.run()
+        tensor = output.as_tensor()
+        yield len(torch.utils.dlpack.from_dlpack(tensor).clone() if on_gpu else torch.from_numpy(np.array(tensor)))
+
+
+def spdl_threads(setup: Setup, subject: Subject) -> Batches:
+    """Read files with SPDL's pipeline: threads over FFmpeg, which cuts, resizes and mirrors in its filter graph."""
+    io: Any = import_module("spdl.io")
+    build: Any = import_module("spdl.pipeline").PipelineBuilder
+    paths = sorted(str(path) for path in (setup.folder / subject.dataset).rglob("*.jpg"))
+
+    def endless() -> Iterator[str]:
+        while True:
+            yield random.choice(paths)
+
+    def decode(path: str) -> Any:
+        area, aspect = random.uniform(MIN_AREA, 1.0), math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+        # A box that does not fit is clipped: what RandomResizedCrop draws anew, FFmpeg's expressions cannot.
+        box = (
+            f"crop=w=min(iw\\,sqrt(iw*ih*{area * aspect:.4f})):h=min(ih\\,sqrt(iw*ih*{area / aspect:.4f}))"
+            f":x=(iw-ow)*{random.random():.4f}:y=(ih-oh)*{random.random():.4f}:exact=1"
+        )
+        mirror = ",hflip" if random.random() < 0.5 else ""
+        wanted = f"{box},scale={SIZE}:{SIZE}:flags={subject.resize_filter}{mirror},format=pix_fmts=rgb24"
+        return io.decode_packets(io.demux_image(path), filter_desc=wanted)
+
+    pipeline = (
+        build()
+        .add_source(endless())
+        .pipe(decode, concurrency=setup.num_threads)
+        .aggregate(setup.batch_size)
+        .pipe(io.convert_frames)
+        .add_sink(3)
+        .build(num_threads=setup.num_threads)
+    )
+    with pipeline.auto_stop():
+        for batch in pipeline:
+            yield len(torch.from_numpy(io.to_numpy(batch)))
+
+
+def ffcvs_own(setup: Setup, subject: Subject) -> Batches:
+    """Read a beton with FFCV's Loader, random order, from the system's page cache."""
+    from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader as FfcvLoader
+    from ffcv.loader import OrderOption
+    from ffcv.transforms import RandomHorizontalFlip, ToTensor
+
+    (path,) = (setup.folder / subject.dataset).glob("*.beton")
+    count = open_dataset(str(path.parent)).info.num_samples
+    decoder = RandomResizedCropRGBImageDecoder((SIZE, SIZE), scale=(MIN_AREA, 1.0))
+    loader = FfcvLoader(
+        str(path),
+        batch_size=setup.batch_size,
+        num_workers=setup.num_threads,
+        order=OrderOption.RANDOM,
+        os_cache=True,
+        drop_last=True,
+        # One long epoch: starting one costs FFCV time that a real dataset would spread over many more images.
+        indices=np.tile(np.arange(count), 400),
+        pipelines={"image": [decoder, RandomHorizontalFlip(), ToTensor()], "label": None, "meta": None},
+    )
+    while True:
+        for (images,) in loader:
+            yield len(images)
+
+
+SUBJECTS = (
+    Subject("torch DataLoader + PIL", "images", "bicubic", torch_with_pillow),
+    Subject("webdataset + PIL", "originals", "bicubic", webdataset_with_pillow),
+    Subject("DALI's own pipeline", "originals", "bicubic", dalis_own),
+    Subject("maelstrom dali", "originals", "bicubic", ours("dali")),
+    Subject("maelstrom turbo", "originals", "bicubic", ours("turbo")),
+    Subject("bare loop", "originals", "bicubic", bare_loop),
+    Subject("maelstrom turbo", "originals", "area", ours("turbo")),
+    Subject("bare loop", "originals", "area", bare_loop),
+    Subject("SPDL", "images", "bicubic", spdl_threads),
+    Subject("maelstrom ffcv", "originals", "area", ours("ffcv")),
+    Subject("DALI's own pipeline", "tar-256", "bicubic", dalis_own),
+    Subject("maelstrom turbo", "tar-320", "bicubic", ours("turbo")),
+    Subject("maelstrom turbo", "tar-256", "bicubic", ours("turbo")),
+    Subject("maelstrom turbo", "tar-256", "area", ours("turbo")),
+    Subject("FFCV Loader", "beton-512", "area", ffcvs_own),
+    Subject("maelstrom turbo", "beton-512", "area", ours("turbo")),
+    Subject("maelstrom ffcv", "beton-512", "area", ours("ffcv")),
+    Subject("maelstrom turbo", "beton-512", "bicubic", ours("turbo")),
+    Subject("FFCV Loader", "beton-256", "area", ffcvs_own),
+    Subject("maelstrom turbo", "beton-256", "area", ours("turbo")),
+    Subject("maelstrom ffcv", "beton-256", "area", ours("ffcv")),
+    Subject("maelstrom turbo", "beton-256", "bicubic", ours("turbo")),
+    Subject("FFCV Loader", "beton-256-raw", "area", ffcvs_own),
+    Subject("maelstrom turbo", "beton-256-raw", "area", ours("turbo")),
+    Subject("maelstrom ffcv", "beton-256-raw", "area", ours("ffcv")),
+    Subject("maelstrom turbo", "beton-256-raw", "bicubic", ours("turbo")),
+)
+SHARES = (0.5, 0.65, 0.8, 1.0)
+"""Shares of the JPEG engine that are tried on a GPU."""
+GPU_SUBJECTS = (
+    Subject("DALI's own pipeline", "originals", "bicubic", dalis_own),
+    *(
+        Subject(f"maelstrom dali, engine {share}", dataset, "bicubic", ours("dali", share))
+        for dataset in ("originals", "tar-320", "tar-256")
+        for share in SHARES
+    ),
+    Subject("maelstrom turbo", "originals", "bicubic", ours("turbo")),
+    Subject("maelstrom turbo", "tar-320", "bicubic", ours("turbo")),
+    Subject("maelstrom turbo", "tar-256", "bicubic", ours("turbo")),
+    Subject("maelstrom ffcv", "beton-256", "area", ours("ffcv")),
+    Subject("maelstrom turbo", "beton-256-raw", "area", ours("turbo")),
+)
+"""What is measured where there is a CUDA device; every subject leaves its batches there."""

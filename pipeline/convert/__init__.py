@@ -1,0 +1,1 @@
+"""Turn images into shards: `python -m pipeline.convert SRC DST`."""

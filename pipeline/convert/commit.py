@@ -1,0 +1,108 @@
+"""The end of a conversion: what neighbours read, the list of refused images, the manifest, and last `dataset.json`."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.convert.plan import Plan, tool_version
+from pipeline.convert.shard import Part, finished_shard
+from pipeline.convert.statistics import DatasetStatistics
+from pipeline.dataset import DatasetInfo
+from pipeline.dataset.writer import FinishedShard, write_dataset
+from pipeline.errors import DataError
+from pipeline.formats.records import suffix_of
+from pipeline.sources.listing import Listing
+
+REJECTED_FILE = "rejected.parquet"
+STATS_FILE = "stats.json"
+
+
+def commit(listing: Listing, dst: str, plan: Plan, parts: list[Part]) -> DatasetInfo:
+    """Write what neighbours read, the list of refused images, the manifest, and last `dataset.json`.
+
+    Args:
+        listing: What was converted.
+        dst: Folder of the shards.
+        plan: Of the conversion.
+        parts: All shards, in order.
+
+    Raises:
+        DataError: No image could be used, or a part has vanished.
+    """
+    reasons = Counter(reason for part in parts for _, reason in part.rejected)
+    kept = [part for part in parts if part.num_samples]
+    if not kept:
+        seen = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
+        raise DataError(
+            f"convert: none of the {len(plan.order)} images in {storage.redact(listing.uri)} can be used: {seen}. "
+            f"Check the source; {storage.redact(dst)} holds no dataset."
+        )
+    if reasons:
+        _write_rejected(dst, parts)
+    for name, content in _neighbour_files(plan, kept).items() if plan.settings.format == "webdataset" else ():
+        _write_json(storage.join(dst, name), content)
+
+    statistics = DatasetStatistics()
+
+    def shards() -> Iterator[FinishedShard]:
+        for part in kept:
+            shard = finished_shard(dst, part.stem, identity=plan.identity(), container=plan.settings.format)
+            if shard is not None:
+                statistics.add(shard.table)
+                yield shard
+        if plan.settings.stats:
+            found = statistics.describe((part.pixels for part in kept if part.pixels), classes=listing.classes)
+            _write_json(storage.join(dst, STATS_FILE), found)
+
+    return write_dataset(
+        dst,
+        shards=shards(),
+        name=plan.settings.split,
+        container=plan.settings.format,
+        classes=listing.classes,
+        made_by={"tool": "pipeline.convert", "version": tool_version(), "plan": plan.describe()},
+        versions={"pyarrow": pa.__version__, **plan.describe()["versions"]},
+    )
+
+
+def _write_rejected(dst: str, parts: Sequence[Part]) -> None:
+    rows = [row for part in parts for row in part.rejected]
+    table = pa.table({"key": [name for name, _ in rows], "reason": [reason for _, reason in rows]})
+    with tempfile.TemporaryDirectory(prefix="maelstrom-rejected-") as folder:
+        path = Path(folder) / REJECTED_FILE
+        pq.write_table(table, path)
+        storage.put_file(path, storage.join(dst, REJECTED_FILE))
+
+
+def _neighbour_files(plan: Plan, kept: Sequence[Part]) -> dict[str, Any]:
+    """Return what the wids library (`*-wids.json`) and timm (`_info.json`) read beside the tars."""
+    split = plan.settings.split
+    names = [part.stem + suffix_of(plan.settings.format) for part in kept]
+    counts = [part.num_samples for part in kept]
+    shards = [
+        {"url": name, "nsamples": count, "filesize": part.size_bytes}
+        for name, count, part in zip(names, counts, kept, strict=True)
+    ]
+    info = {"name": split, "num_samples": sum(counts), "filenames": names, "shard_lengths": counts}
+    return {
+        f"{split}-wids.json": {
+            "__kind__": "wids-shard-index-v1",
+            "wids_version": 1,
+            "name": split,
+            "shardlist": shards,
+        },
+        "_info.json": {"splits": {split: info}},
+    }
+
+
+def _write_json(uri: str, content: dict[str, Any]) -> None:
+    storage.write_atomic(uri, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")

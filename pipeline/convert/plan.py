@@ -1,0 +1,247 @@
+"""What a conversion will make, settled before the first shard: its settings, order and shards.
+
+The plan depends on the source and the settings alone, so that a run that was killed goes on where it stopped, and any
+number of workers makes the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import PIL
+from PIL import features
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.errors import ConfigError
+from pipeline.images.header import ScreenLimits
+from pipeline.sources.listing import Listing, SourceSettings
+
+PLAN_VERSION = 1
+_MEMBER_OVERHEAD_BYTES = 3 * 1024
+_BYTES_PER_PIXEL = 0.25
+"""Size of a photograph as JPEG at quality 90. Measured: 22 kB for 341x256 (ImageNet-like crops)."""
+Container = Literal["webdataset", "ffcv"]
+WriteMode = Literal["jpg", "raw", "smart"]
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class ConvertSettings(SourceSettings):
+    """What a conversion makes. All but `strict` shapes the bytes, and must be the same to go on.
+
+    Where labels and images are found in the source is not written down: it shows in the listing.
+    """
+
+    format: Container = "webdataset"
+    """Container of the shards."""
+    write_mode: WriteMode = "jpg"
+    """FFCV: `jpg` stores JPEG files, as they are where they are not resized; `raw` stores pixels; `smart` stores pixels
+    where they take at most `smart_threshold_bytes`, JPEG otherwise."""
+    smart_threshold_bytes: int = Field(default=2**18, ge=0)
+    """FFCV, `smart`: largest image, in bytes of pixels (height x width x 3), that is stored raw."""
+    shard_size_bytes: int = Field(default=256 * 10**6, ge=1)
+    """Size a shard should have; with `resize` an estimate. Not used where `samples_per_shard` is given."""
+    samples_per_shard: int | None = Field(default=None, ge=1)
+    """Images of a shard."""
+    resize: int | None = Field(default=None, ge=1)
+    """Shorter side in pixels that larger images are shrunk to. Nothing: images are stored as they are."""
+    max_resolution: int | None = Field(default=None, ge=8)
+    """Longer side in pixels that larger images are shrunk to, FFCV's measure. Nothing: no limit."""
+    quality: int = Field(default=90, ge=1, le=100)
+    """JPEG quality of images that are shrunk."""
+    shuffle_seed: int | None = Field(default=0, ge=0, lt=2**64)
+    """Seed of the order images are stored in. Nothing: by name."""
+    split: str = Field(default="train", pattern=r"^[A-Za-z0-9][A-Za-z0-9_]*$")
+    """Name of the dataset and first part of the shards' names."""
+    limit: int | None = Field(default=None, ge=1)
+    """Images to take, the first in the stored order."""
+    stats: bool = False
+    """Decode every image that is stored, and write the mean and deviation of the pixels, sizes and class counts."""
+    strict: bool = False
+    """Stop at the first image that cannot be used."""
+    limits: ScreenLimits = ScreenLimits()
+    """What is too large to store."""
+
+    @field_validator("split")
+    @classmethod
+    def _no_reserved(cls, value: str) -> str:
+        if value == "manifest":
+            raise ValueError("'manifest' is taken by the index files")
+        return value
+
+    @model_validator(mode="after")
+    def _readable(self) -> ConvertSettings:
+        if self.resize is not None and self.resize < 8:
+            raise ValueError(f"resize {self.resize} leaves nothing to learn from; at least 8 pixels")
+        if self.format != "ffcv" and self.write_mode != "jpg":
+            raise ValueError(f"write_mode {self.write_mode!r} is for the format ffcv")
+        return self
+
+    @property
+    def resizes(self) -> bool:
+        """Whether images are shrunk."""
+        return self.resize is not None or self.max_resolution is not None
+
+    def describe(self) -> dict[str, Any]:
+        """Return what shapes the bytes; settings that do not apply are left out."""
+        left_out = {"strict", "ground_truth", "synsets", "image_column", "label_column"}
+        if not self.stats:
+            left_out.add("stats")
+        if self.max_resolution is None:
+            left_out.add("max_resolution")
+        if self.format != "ffcv":
+            left_out.add("write_mode")
+        if self.write_mode != "smart":
+            left_out.add("smart_threshold_bytes")
+        return self.model_dump(mode="json", exclude=left_out)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which image goes into which shard.
+
+    Args:
+        settings: What was asked for.
+        listing_sha256: Identity of the source's content.
+        order: Places in the sorted listing, in stored order.
+        bounds: Shard k holds order[bounds[k]:bounds[k + 1]].
+    """
+
+    settings: ConvertSettings
+    listing_sha256: str
+    order: npt.NDArray[np.int64]
+    bounds: npt.NDArray[np.int64]
+
+    @property
+    def num_shards(self) -> int:
+        """Return how many shards there will be."""
+        return len(self.bounds) - 1
+
+    def shard_stem(self, shard: int) -> str:
+        """Return a shard's name without its extension."""
+        return f"{self.settings.split}-{shard:06d}"
+
+    def describe(self) -> dict[str, Any]:
+        """Return what must be the same for a later run to go on with this one."""
+        return {
+            "tool": "pipeline.convert",
+            "plan_version": PLAN_VERSION,
+            "settings": self.settings.describe(),
+            "listing_sha256": self.listing_sha256,
+            "num_images": len(self.order),
+            "num_shards": self.num_shards,
+            "versions": shaping_versions(self.settings),
+        }
+
+    def to_json(self) -> bytes:
+        """Return the plan file's bytes."""
+        return json.dumps(self.describe(), indent=1).encode() + b"\n"
+
+    def identity(self) -> str:
+        """Return a hash of `describe`, which every finished part carries."""
+        return hashlib.sha256(self.to_json()).hexdigest()
+
+
+def shaping_versions(settings: ConvertSettings) -> dict[str, str]:
+    """Return the versions that the stored bytes depend on: none where images are stored as they are."""
+    if not settings.resizes and settings.write_mode == "jpg":
+        return {}
+    return {
+        "pillow": PIL.__version__,
+        "libjpeg-turbo": features.version("libjpeg_turbo") or features.version("jpg") or "?",
+    }
+
+
+def tool_version() -> str:
+    """Return this program's version."""
+    try:
+        return metadata.version("maelstrom")
+    except metadata.PackageNotFoundError:
+        return "0"
+
+
+def make_plan(listing: Listing, settings: ConvertSettings) -> Plan:
+    """Order the images and cut them into shards.
+
+    A dataset keeps its order, and its shards unless `samples_per_shard` says otherwise: with the same bytes, what comes
+    out has the same fingerprint.
+    """
+    seed = settings.shuffle_seed
+    kept = listing.bounds is not None
+    if listing.runs is not None and seed is not None:
+        order = _order_of_runs(listing.runs, seed)
+    else:
+        order = _order(len(listing), None if kept else seed)
+    if settings.limit is not None:
+        order = order[: settings.limit]
+    if listing.bounds is not None and settings.samples_per_shard is None:
+        bounds = np.unique(np.minimum(listing.bounds, len(order)))
+    else:
+        bounds = _bounds(listing.sizes[order], settings)
+    if listing.runs is not None and seed is not None:
+        order = _shuffle_shards(order, bounds, seed)
+    return Plan(settings, listing.digest(), order, bounds)
+
+
+def _order(count: int, seed: int | None) -> npt.NDArray[np.int64]:
+    if seed is None:
+        return np.arange(count, dtype=np.int64)
+    # Philox's raw words are fixed for all time; numpy's own permutation may change with its version.
+    words = np.random.Philox(key=seed).random_raw(count)
+    return np.argsort(words, kind="stable").astype(np.int64)
+
+
+def _order_of_runs(runs: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int64]:
+    """Shuffle runs of images that are read together."""
+    pieces = [np.arange(runs[run], runs[run + 1]) for run in _order(len(runs) - 1, seed).tolist()]
+    return np.concatenate(pieces).astype(np.int64)
+
+
+def _shuffle_shards(order: npt.NDArray[np.int64], bounds: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int64]:
+    """Shuffle the images of each shard in itself."""
+    words = np.random.Philox(key=[seed, 1]).random_raw(len(order))  # another stream than the runs'
+    shard = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+    return order[np.lexsort((words, shard))]
+
+
+def _bounds(sizes: npt.NDArray[np.int64], settings: ConvertSettings) -> npt.NDArray[np.int64]:
+    """Return shard bounds: equal counts, or as many shards of about equal bytes as the size asked for gives."""
+    count = len(sizes)
+    if settings.samples_per_shard is not None:
+        return np.append(np.arange(0, count, settings.samples_per_shard, dtype=np.int64), count)
+    stored = _stored_sizes(sizes, settings)
+    ends = np.cumsum(stored + _MEMBER_OVERHEAD_BYTES)
+    total = int(ends[-1])
+    num_shards = min(count, max(1, -(-total // settings.shard_size_bytes)))
+    targets = [total * k // num_shards for k in range(1, num_shards)]
+    inner = np.searchsorted(ends, targets, side="left") + 1
+    return np.unique(np.concatenate([[0], np.minimum(inner, count), [count]])).astype(np.int64)
+
+
+def _stored_sizes(sizes: npt.NDArray[np.int64], settings: ConvertSettings) -> npt.NDArray[np.int64]:
+    """Return about how many bytes each image will take, from the bytes it has."""
+    raw = settings.write_mode == "raw"
+    stored = (sizes * (3 / _BYTES_PER_PIXEL)).astype(np.int64) if raw else sizes
+    pixels = [settings.resize**2 * 4 / 3] if settings.resize is not None else []
+    pixels += [settings.max_resolution**2 * 3 / 4] if settings.max_resolution is not None else []
+    if not pixels:
+        return stored
+    return np.minimum(stored, int((3 if raw else _BYTES_PER_PIXEL) * min(pixels)))
+
+
+def parse_size(text: str, *, option: str = "--shard-size") -> int:
+    """Return bytes for a size such as 256MB, 1.5GiB or 1000000.
+
+    Raises:
+        ConfigError: It is no size.
+    """
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    if not found or found.group(2).upper() not in _UNITS:
+        raise ConfigError(f"convert: {option} {text!r} is no size. Write it as 256MB, 1GB, 512MiB or in bytes.")
+    return int(float(found.group(1)) * _UNITS[found.group(2).upper()])

@@ -1,0 +1,224 @@
+"""`dataset.json`: what a dataset is, shard by shard. Written last, it is the commit of a conversion."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.errors import DataError
+
+DATASET_FILE = "dataset.json"
+FORMAT_VERSION = 1
+"""Version of `dataset.json` and `manifest.parquet` that this program writes and reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardInfo:
+    """One shard file.
+
+    Args:
+        name: File name beside `dataset.json`.
+        num_samples: Samples in it.
+        size_bytes: Size of the file.
+        sha256: Of the file, in hex.
+        content_hash: Of the samples, whatever the container format (see `ShardTable.content_hash`).
+    """
+
+    name: str
+    num_samples: int
+    size_bytes: int
+    sha256: str
+    content_hash: str
+
+
+_COLUMNS: tuple[tuple[str, type], ...] = (
+    ("name", str),
+    ("num_samples", int),
+    ("size_bytes", int),
+    ("sha256", str),
+    ("content_hash", str),
+)
+
+
+class Shards(Sequence[ShardInfo]):
+    """The dataset's shards in order, kept as columns: 100,000 of them load in a fraction of a second."""
+
+    def __init__(self, columns: dict[str, list[Any]]) -> None:
+        self.columns = columns
+
+    @classmethod
+    def of(cls, shards: Iterable[ShardInfo]) -> Shards:
+        """Build the columns from single shards."""
+        rows = list(shards)
+        return cls({name: [getattr(row, name) for row in rows] for name, _ in _COLUMNS})
+
+    def __len__(self) -> int:
+        return len(self.columns["name"])
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return ShardInfo(*(self.columns[name][index] for name, _ in _COLUMNS))
+
+    def __iter__(self) -> Iterator[ShardInfo]:
+        for row in zip(*(self.columns[name] for name, _ in _COLUMNS), strict=True):
+            yield ShardInfo(*row)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Shards) and self.columns == other.columns
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestFile:
+    """One Parquet file of the manifest: row group g holds shard `first_shard + g`."""
+
+    name: str
+    first_shard: int
+    num_shards: int
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """The content of `dataset.json`.
+
+    Args:
+        name: The dataset's name, such as the split's.
+        format: Container of the shards, `webdataset` or `ffcv`.
+        num_samples: Samples in all shards.
+        num_shards: Shard files.
+        classes: Class names by label, or nothing.
+        made_by: Tool, version and settings that made it; neither paths nor secrets.
+        versions: Versions of the packages that shaped the bytes.
+        manifest: The Parquet files.
+        shards: Every shard.
+        fingerprint: sha256 over the shards' content hashes in order; equal for tar and beton of the same samples.
+        format_version: Of this file's layout.
+    """
+
+    name: str
+    format: str
+    num_samples: int
+    num_shards: int
+    classes: list[str] | None
+    made_by: dict[str, Any]
+    versions: dict[str, str]
+    manifest: list[ManifestFile]
+    shards: Shards
+    fingerprint: str
+    format_version: int = field(default=FORMAT_VERSION)
+
+    def to_json(self) -> bytes:
+        """Return the file's bytes; equal content gives equal bytes."""
+        data = {
+            "name": self.name,
+            "format": self.format,
+            "format_version": self.format_version,
+            "num_samples": self.num_samples,
+            "num_shards": self.num_shards,
+            "fingerprint": self.fingerprint,
+            "classes": self.classes,
+            "made_by": self.made_by,
+            "versions": self.versions,
+            "manifest": [
+                {
+                    "name": file.name,
+                    "first_shard": file.first_shard,
+                    "num_shards": file.num_shards,
+                    "size_bytes": file.size_bytes,
+                }
+                for file in self.manifest
+            ],
+            "shards": self.shards.columns,
+        }
+        return json.dumps(data, indent=1, ensure_ascii=False).encode() + b"\n"
+
+
+def fingerprint_of(content_hashes: Iterable[str]) -> str:
+    """Return the dataset's fingerprint: sha256 of the shards' content hashes, one a line, in order."""
+    return hashlib.sha256("".join(f"{value}\n" for value in content_hashes).encode()).hexdigest()
+
+
+def parse_dataset_info(text: bytes, *, where: str) -> DatasetInfo:
+    """Read `dataset.json` and check that it agrees with itself.
+
+    Args:
+        text: The file's bytes.
+        where: What to call it in errors.
+
+    Raises:
+        DataError: It is not JSON, misses a field, is newer than this program, or its sums do not match.
+    """
+    remedy = "Check the dataset with pipeline.verify, or convert it again."
+    try:
+        data = json.loads(text)
+        if not isinstance(data, dict):
+            raise TypeError("the top level is not an object")
+        version = data["format_version"]
+        if version != FORMAT_VERSION:
+            raise DataError(
+                f"{where}: format_version is {version!r}, this program reads {FORMAT_VERSION}. "
+                "Use the version of this program that made the dataset, or convert it again."
+            )
+        shards = Shards(_checked_columns(data["shards"]))
+        info = DatasetInfo(
+            name=str(data["name"]),
+            format=str(data["format"]),
+            num_samples=int(data["num_samples"]),
+            num_shards=int(data["num_shards"]),
+            classes=None if data["classes"] is None else [str(name) for name in data["classes"]],
+            made_by=dict(data["made_by"]),
+            versions=dict(data["versions"]),
+            manifest=[ManifestFile(**entry) for entry in data["manifest"]],
+            shards=shards,
+            fingerprint=str(data["fingerprint"]),
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{where}: not a dataset description ({type(error).__name__}: {error}). {remedy}") from error
+    _check_sums(info, where, remedy)
+    return info
+
+
+def _checked_columns(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    length = len(columns["name"])
+    for name, kind in _COLUMNS:
+        values = columns[name]
+        if not isinstance(values, list) or len(values) != length:
+            raise TypeError(f"shards.{name} is not a list of {length} values")
+        if not all(type(value) is kind for value in values):
+            raise TypeError(f"shards.{name} holds a value that is not {kind.__name__}")
+    for name in columns["name"]:
+        if "/" in name or "\\" in name or name in ("", ".", ".."):
+            raise ValueError(f"shard name {name!r} is not a plain file name")
+    return {name: columns[name] for name, _ in _COLUMNS}
+
+
+def _check_sums(info: DatasetInfo, where: str, remedy: str) -> None:
+    counts = info.shards.columns["num_samples"]
+    found = {
+        "num_shards": (info.num_shards, len(counts)),
+        "num_samples": (info.num_samples, sum(counts)),
+        "fingerprint": (info.fingerprint, fingerprint_of(info.shards.columns["content_hash"])),
+        "shards listed in manifest": (sum(file.num_shards for file in info.manifest), len(counts)),
+    }
+    for what, (said, is_) in found.items():
+        if said != is_:
+            raise DataError(f"{where}: {what} is given as {said}, but its shards give {is_}. {remedy}")
+    first = 0
+    for file in info.manifest:
+        if file.first_shard != first or "/" in file.name:
+            raise DataError(
+                f"{where}: manifest file {file.name!r} starts at shard {file.first_shard}, not {first}. {remedy}"
+            )
+        first += file.num_shards
+    if any(count < 0 for count in counts):
+        raise DataError(f"{where}: a shard has a negative number of samples. {remedy}")
+
+
+PLAN_FILE = "_plan.json"
+"""Marks a folder whose conversion has not finished."""

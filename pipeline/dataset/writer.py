@@ -1,0 +1,158 @@
+"""Writes what makes shards a dataset: the manifest's Parquet files, then `dataset.json`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.dataset.info import DATASET_FILE, DatasetInfo, ManifestFile, ShardInfo, Shards, fingerprint_of
+from pipeline.errors import ConfigError, DataError, InfrastructureError
+from pipeline.formats.table import SCHEMA, ShardTable
+
+SHARDS_PER_FILE = 256
+"""Row groups of one manifest file. A parsed footer takes 8 kB a row group: 100,000 shards in files of 1,024 took 2.7 s
+and 812 MB for 256 scattered samples, in files of 256 below 1.5 s and 365 MB (2 cores, local disk)."""
+
+
+@dataclass(frozen=True)
+class FinishedShard:
+    """A shard file that is in place, and its rows."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+    table: ShardTable
+
+
+def write_dataset(
+    uri: str,
+    *,
+    shards: Iterable[FinishedShard],
+    name: str,
+    container: str,
+    classes: list[str] | None = None,
+    made_by: dict[str, Any] | None = None,
+    versions: dict[str, str] | None = None,
+    shards_per_file: int = SHARDS_PER_FILE,
+) -> DatasetInfo:
+    """Write the manifest files of a dataset whose shards are in place, then `dataset.json`, the commit.
+
+    Args:
+        uri: Folder to write to.
+        shards: The shards in order; read as they come, one shard's rows in memory at a time.
+        name: The dataset's name.
+        container: `webdataset` or `ffcv`.
+        classes: Class names by label.
+        made_by: Tool, version and settings.
+        versions: Package versions that shaped the bytes.
+        shards_per_file: Shards of one manifest file.
+
+    Returns:
+        What `dataset.json` now says.
+
+    Raises:
+        DataError: There is no shard.
+        InfrastructureError: The folder cannot be written.
+    """
+    infos: list[ShardInfo] = []
+    files: list[ManifestFile] = []
+    with _Parts(uri, shards_per_file) as parts:
+        for shard in shards:
+            parts.add(shard.table)
+            infos.append(
+                ShardInfo(shard.name, len(shard.table), shard.size_bytes, shard.sha256, shard.table.content_hash())
+            )
+        if not infos:
+            raise DataError(f"dataset: {storage.redact(uri)}: there is no shard to describe.")
+        files = parts.place()
+    info = DatasetInfo(
+        name=name,
+        format=container,
+        num_samples=sum(shard.num_samples for shard in infos),
+        num_shards=len(infos),
+        classes=classes,
+        made_by=made_by or {},
+        versions=versions or {},
+        manifest=files,
+        shards=Shards.of(infos),
+        fingerprint=fingerprint_of(shard.content_hash for shard in infos),
+    )
+    storage.write_atomic(storage.join(uri, DATASET_FILE), info.to_json())
+    return info
+
+
+class _Parts:
+    """The manifest's Parquet files while they are written, in a temporary folder."""
+
+    def __init__(self, uri: str, shards_per_file: int) -> None:
+        if shards_per_file < 1:
+            raise ConfigError(f"manifest: shards_per_file is {shards_per_file}; at least 1.")
+        self._uri = uri
+        self._per_file = shards_per_file
+        self._counts: list[int] = []
+        self._writer: pq.ParquetWriter | None = None
+
+    def __enter__(self) -> _Parts:
+        self._folder = tempfile.TemporaryDirectory(prefix="maelstrom-manifest-")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+        self._folder.cleanup()
+
+    def _path(self, number: int) -> Path:
+        return Path(self._folder.name) / f"{number:05d}.parquet"
+
+    def _close(self) -> None:
+        if self._writer is not None:
+            writer, self._writer = self._writer, None
+            with _write_as_infrastructure(self._folder.name):
+                writer.close()
+
+    def add(self, table: ShardTable) -> None:
+        """Append one shard as one row group."""
+        if not self._counts or self._counts[-1] == self._per_file:
+            self._close()
+            self._counts.append(0)
+        with _write_as_infrastructure(self._folder.name):
+            if self._writer is None:
+                self._writer = pq.ParquetWriter(
+                    self._path(len(self._counts) - 1),
+                    SCHEMA,
+                    compression="zstd",
+                    use_dictionary=["format", "mode"],  # type: ignore[arg-type]
+                    write_statistics=False,
+                    write_page_checksum=True,
+                    store_schema=False,
+                )
+            self._writer.write_table(table.to_arrow(), row_group_size=max(1, len(table)))
+        self._counts[-1] += 1
+
+    def place(self) -> list[ManifestFile]:
+        """Put the finished files beside the shards."""
+        self._close()
+        single = len(self._counts) == 1
+        files = []
+        for number, count in enumerate(self._counts):
+            path = self._path(number)
+            name = "manifest.parquet" if single else f"manifest-{number:05d}.parquet"
+            storage.put_file(path, storage.join(self._uri, name))
+            files.append(ManifestFile(name, number * self._per_file, count, path.stat().st_size))
+        return files
+
+
+@contextmanager
+def _write_as_infrastructure(folder: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InfrastructureError(
+            f"manifest: cannot write in {folder} ({error}). Free space there, or point TMPDIR elsewhere."
+        ) from error

@@ -1,0 +1,16 @@
+"""Index a shard of any container, told by its ending."""
+
+from __future__ import annotations
+
+from pipeline.formats import beton_index, webdataset_index
+from pipeline.formats.records import SUFFIXES, IndexedShard
+
+
+def index_shard(uri: str) -> IndexedShard:
+    """Read a shard once, from end to end, and return its samples' places, sizes and hashes.
+
+    Raises:
+        DataError: The file is cut, damaged or badly made, or holds no sample.
+    """
+    reader = beton_index if uri.endswith(SUFFIXES["ffcv"]) else webdataset_index
+    return reader.index_shard(uri)

@@ -1,0 +1,191 @@
+"""One shard's samples as columns: where each image lies, its label, size, format and hash."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import xxhash
+
+from pipeline.errors import DataError
+
+Int64 = npt.NDArray[np.int64]
+Int32 = npt.NDArray[np.int32]
+FORMATS = ("bad", "jpeg", "png", "webp", "gif", "bmp", "tiff", "raw")
+"""What an image member may be. `bad`: its header cannot be read; its width and height are 0."""
+MODES = ("", "RGB", "L", "CMYK", "P", "RGBA", "LA", "I;16", "RGB;16", "RGBA;16", "LA;16", "1", "YCCK")
+"""Colour layout of the stored pixels, in Pillow's names; `;16` is 16 bits a channel."""
+NO_LABEL = -1
+"""Label of a sample that has none."""
+SCHEMA = pa.schema(
+    (
+        pa.field("key", pa.string()),
+        pa.field("offset", pa.int64()),
+        pa.field("size", pa.int64()),
+        pa.field("label", pa.int32()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("format", pa.string()),
+        pa.field("mode", pa.string()),
+        pa.field("xxh3", pa.uint64()),
+    )
+)
+"""Columns of `manifest.parquet`, one row a sample, one row group a shard."""
+
+
+@dataclass(frozen=True)
+class ShardTable:
+    """Columns of one shard; row i is the shard's sample i.
+
+    Args:
+        offsets: First byte of the image in the shard file.
+        sizes: Bytes of the image.
+        labels: Class numbers, -1 where there is none.
+        widths: Pixels of the stored image, before any EXIF rotation; 0 where the header cannot be read.
+        heights: Likewise.
+        formats: Indices into `FORMATS`.
+        modes: Indices into `MODES`.
+        hashes: xxh3_64 of the image's bytes.
+        key_source: The keys, or a function that reads them when they are first asked for.
+    """
+
+    offsets: Int64
+    sizes: Int64
+    labels: Int32
+    widths: Int32
+    heights: Int32
+    formats: npt.NDArray[np.uint8]
+    modes: npt.NDArray[np.uint8]
+    hashes: npt.NDArray[np.uint64]
+    key_source: Sequence[str] | Callable[[], Sequence[str]]
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """Return the samples' keys."""
+        return list(self.key_source() if callable(self.key_source) else self.key_source)
+
+    def content_hash(self) -> str:
+        """Return the xxh3_128 of what the shard holds, in order: the same whatever the container format.
+
+        Hashed per sample: length of the key in bytes (uint32), key (UTF-8), label, width, height (int32 each) and
+        xxh3_64 of the image (uint64), little-endian.
+        """
+        digest = xxhash.xxh3_128()
+        pack = struct.Struct("<iiiQ").pack
+        rows = zip(
+            self.keys,
+            self.labels.tolist(),
+            self.widths.tolist(),
+            self.heights.tolist(),
+            self.hashes.tolist(),
+            strict=True,
+        )
+        for key, *values in rows:
+            text = key.encode()
+            digest.update(len(text).to_bytes(4, "little") + text + pack(*values))
+        return digest.hexdigest()
+
+    def to_arrow(self) -> pa.Table:
+        """Return the rows as an Arrow table with the columns of `SCHEMA`."""
+        columns: list[pa.Array[Any]] = [
+            pa.array(self.keys, pa.string()),
+            pa.array(self.offsets),
+            pa.array(self.sizes),
+            pa.array(self.labels),
+            pa.array(self.widths),
+            pa.array(self.heights),
+            pa.array([FORMATS[code] for code in self.formats.tolist()], pa.string()),
+            pa.array([MODES[code] for code in self.modes.tolist()], pa.string()),
+            pa.array(self.hashes),
+        ]
+        return pa.Table.from_arrays(columns, schema=SCHEMA)
+
+    @classmethod
+    def from_arrow(cls, table: pa.Table, keys: Callable[[], Sequence[str]] | None = None) -> ShardTable:
+        """Build the columns from an Arrow table, copying them out of Arrow's memory.
+
+        Args:
+            table: Columns of `SCHEMA`; `key` may be missing when `keys` is given.
+            keys: Reads the keys later.
+        """
+
+        def column(name: str, dtype: str) -> npt.NDArray:
+            return np.array(table.column(name).to_numpy(), dtype=dtype)
+
+        return cls(
+            offsets=column("offset", "int64"),
+            sizes=column("size", "int64"),
+            labels=column("label", "int32"),
+            widths=column("width", "int32"),
+            heights=column("height", "int32"),
+            formats=_codes(table.column("format"), FORMATS),
+            modes=_codes(table.column("mode"), MODES),
+            hashes=column("xxh3", "uint64"),
+            key_source=keys if keys is not None else (lambda: key_list(table)),
+        )
+
+
+def key_list(table: pa.Table) -> list[str]:
+    """Return an Arrow table's column of keys."""
+    return [str(key) for key in table.column("key").to_pylist()]
+
+
+class TableBuilder:
+    """Collects rows and turns them into a `ShardTable`."""
+
+    def __init__(self) -> None:
+        self._keys: list[str] = []
+        self._rows: list[tuple[int, int, int, int, int, int, int, int]] = []
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def add(
+        self,
+        key: str,
+        *,
+        offset: int,
+        size: int,
+        label: int = NO_LABEL,
+        width: int = 0,
+        height: int = 0,
+        image_format: str = "bad",
+        mode: str = "",
+        xxh3: int,
+    ) -> None:
+        """Append one sample."""
+        self._keys.append(key)
+        self._rows.append((offset, size, label, width, height, _code(image_format, FORMATS), _code(mode, MODES), xxh3))
+
+    def build(self) -> ShardTable:
+        """Return what was added as columns."""
+        columns = list(zip(*self._rows, strict=True)) if self._rows else [()] * 8
+        dtypes = ("int64", "int64", "int32", "int32", "int32", "uint8", "uint8", "uint64")
+        arrays: list[Any] = [np.array(values, dtype=dtype) for values, dtype in zip(columns, dtypes, strict=True)]
+        return ShardTable(*arrays, key_source=self._keys)  # type: ignore[misc]
+
+
+def _code(name: str, names: tuple[str, ...]) -> int:
+    try:
+        return names.index(name)
+    except ValueError:
+        raise DataError(f"manifest: {name!r} is not one of {', '.join(map(repr, names))}.") from None
+
+
+def _codes(column: pa.ChunkedArray, names: tuple[str, ...]) -> npt.NDArray[np.uint8]:
+    """Return a text column as indices into the known names; an unknown name gets 0."""
+    parts = [np.empty(0, np.uint8)]
+    for chunk in column.chunks:
+        encoded = chunk if isinstance(chunk, pa.DictionaryArray) else chunk.dictionary_encode()
+        known = [names.index(name) if name in names else 0 for name in encoded.dictionary.to_pylist()]
+        parts.append(np.array(known, np.uint8)[encoded.indices.to_numpy()])
+    return np.concatenate(parts)

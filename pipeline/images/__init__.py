@@ -1,0 +1,1 @@
+"""One encoded image: its header, whether it decodes, smaller copies, sums of its pixels."""

@@ -1,0 +1,293 @@
+"""What an image is, from its header alone; what may not be decoded; and the count of what was bad.
+
+Nothing here decodes pixels: an image that declares 20000x20000 costs as little as any other.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+from pydantic import Field
+
+from pipeline.config import LoaderConfig, Settings
+
+NOT_AN_IMAGE = "not an image"
+EMPTY = "empty"
+TRUNCATED = "truncated"
+TOO_MANY_PIXELS = "too many pixels"
+TOO_MANY_BYTES = "too many bytes"
+ASPECT = "aspect"
+REASONS = (NOT_AN_IMAGE, EMPTY, TRUNCATED, TOO_MANY_PIXELS, TOO_MANY_BYTES, ASPECT)
+"""Why an image is not decoded."""
+_LOADER_DEFAULTS = LoaderConfig()
+_TAIL_BYTES = 4096
+_JPEG_SOF = frozenset((0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF))
+"""Start-of-frame markers, which carry the size. Source: ITU-T T.81, table B.1 (all C0-CF but DHT, JPG and DAC)."""
+_JPEG_PROGRESSIVE = frozenset((0xC2, 0xC6, 0xCA, 0xCE))
+_PNG_MODES = {0: "L", 2: "RGB", 3: "P", 4: "LA", 6: "RGBA"}
+"""Colour types. Source: PNG specification (third edition), table 11.1."""
+_PNG_MODES_16 = {0: "I;16", 2: "RGB;16", 4: "LA;16", 6: "RGBA;16"}
+_TIFF_TYPES = {1: "B", 3: "H", 4: "I"}
+_TIFF_VALUES = 1_000_000
+_TIFF_TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}
+"""Bytes of one value by type. Source: TIFF 6.0, section 2."""
+
+
+class ScreenLimits(Settings):
+    """What is too large to decode."""
+
+    max_pixels: int = Field(default=_LOADER_DEFAULTS.max_pixels, ge=1)
+    """Width x height above which an image is refused."""
+    max_bytes: int = Field(default=_LOADER_DEFAULTS.max_bytes, ge=1)
+    """Encoded bytes above which an image is refused."""
+    max_aspect: float = Field(default=100.0, ge=1)
+    """Longer side / shorter side above which an image is refused: a strip is no picture."""
+
+
+DEFAULT_LIMITS = ScreenLimits()
+
+
+class Probe(NamedTuple):
+    """What an image's header says.
+
+    Args:
+        format: One of `pipeline.formats.table.FORMATS`, never `bad`.
+        width: Stored pixels: an EXIF orientation is reported, not applied. Decoders see the same pixels.
+        height: Likewise.
+        mode: One of `pipeline.formats.table.MODES`.
+        orientation: EXIF orientation of a JPEG, 1 (upright) to 8; 1 where it says nothing.
+        progressive: JPEG in several scans.
+        animated: More than one frame; only the first is used.
+    """
+
+    format: str
+    width: int
+    height: int
+    mode: str
+    orientation: int = 1
+    progressive: bool = False
+    animated: bool = False
+
+
+def screen(data: bytes, limits: ScreenLimits = DEFAULT_LIMITS) -> Probe | str:
+    """Return what an image's header says, or the reason (one of `REASONS`) not to decode it.
+
+    Args:
+        data: The whole encoded image.
+        limits: What is too large.
+    """
+    if len(data) > limits.max_bytes:
+        return TOO_MANY_BYTES
+    found = probe(data)
+    if isinstance(found, str):
+        return found
+    return refuse_size(found.width, found.height, limits) or found
+
+
+def refuse_size(width: int, height: int, limits: ScreenLimits = DEFAULT_LIMITS) -> str:
+    """Return the reason not to decode an image of this size, or an empty string."""
+    if width * height > limits.max_pixels:
+        return TOO_MANY_PIXELS
+    if max(width, height) > limits.max_aspect * min(width, height):
+        return ASPECT
+    return ""
+
+
+def probe(data: bytes) -> Probe | str:
+    """Return what an image's header says, or why it is no whole image; limits are not applied.
+
+    The format is told by the content, never by the name.
+    """
+    if not data:
+        return EMPTY
+    try:
+        found = _probe(data)
+    except (struct.error, IndexError):
+        return TRUNCATED
+    if isinstance(found, Probe) and (found.width < 1 or found.height < 1):
+        return NOT_AN_IMAGE
+    return found
+
+
+def _probe(data: bytes) -> Probe | str:
+    if data[:3] == b"\xff\xd8\xff":
+        return _jpeg(data)
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return _png(data)
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return _webp(data)
+    if data[:6] in (b"GIF87a", b"GIF89a"):
+        return _gif(data)
+    if data[:4] in (b"II*\0", b"MM\0*"):
+        return _tiff(data)
+    if data[:2] == b"BM" and data[14:18] in (b"\x0c\0\0\0", b"\x28\0\0\0", b"\x6c\0\0\0", b"\x7c\0\0\0", b"\x38\0\0\0"):
+        return _bmp(data)
+    whole_magics = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"GIF87a", b"II*\0", b"MM\0*")
+    if any(len(data) < len(magic) and magic.startswith(data) for magic in whole_magics):
+        return TRUNCATED
+    return NOT_AN_IMAGE
+
+
+def _jpeg(data: bytes) -> Probe | str:
+    at, orientation, adobe = 2, 1, -1
+    frame: tuple[int, int, int, int] | None = None
+    while True:
+        if data[at] != 0xFF:
+            return TRUNCATED if frame is None and at >= len(data) else NOT_AN_IMAGE
+        while data[at] == 0xFF:  # fill bytes may precede a marker
+            at += 1
+        marker = data[at]
+        at += 1
+        if marker == 0x01 or 0xD0 <= marker <= 0xD7:
+            continue
+        if marker == 0xD9:
+            return NOT_AN_IMAGE  # the image ends before a scan
+        length = (data[at] << 8) | data[at + 1]
+        if length < 2:
+            return NOT_AN_IMAGE
+        if marker == 0xDA:
+            break
+        if marker in _JPEG_SOF:
+            height, width = (data[at + 3] << 8) | data[at + 4], (data[at + 5] << 8) | data[at + 6]
+            frame = marker, width, height, data[at + 7]
+        elif marker == 0xE1 and data[at + 2 : at + 8] == b"Exif\0\0":
+            orientation = _exif_orientation(data[at + 8 : at + length])
+        elif marker == 0xEE and data[at + 2 : at + 7] == b"Adobe":
+            adobe = data[at + 13]
+        at += length
+    if frame is None:
+        return NOT_AN_IMAGE
+    if not (data.endswith(b"\xff\xd9") or data.rfind(b"\xff\xd9", at) >= 0):
+        return TRUNCATED
+    marker, width, height, channels = frame
+    mode = {1: "L", 3: "RGB", 4: "YCCK" if adobe == 2 else "CMYK"}.get(channels, "")
+    if not mode:
+        return NOT_AN_IMAGE
+    return Probe("jpeg", width, height, mode, orientation, marker in _JPEG_PROGRESSIVE)
+
+
+def _exif_orientation(tiff: bytes) -> int:
+    """Return tag 0x0112 of the first directory; a broken EXIF block counts as upright."""
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
+    if order is None:
+        return 1
+    try:
+        (start,) = struct.unpack_from(order + "I", tiff, 4)
+        (count,) = struct.unpack_from(order + "H", tiff, start)
+        for entry in range(count):
+            tag, kind, _, value = struct.unpack_from(order + "HHIH", tiff, start + 2 + 12 * entry)
+            if tag == 0x0112:
+                return value if kind == 3 and 1 <= value <= 8 else 1
+    except struct.error:
+        return 1
+    return 1
+
+
+def _png(data: bytes) -> Probe | str:
+    if len(data) < 33:
+        return TRUNCATED
+    if data[12:16] != b"IHDR":
+        return NOT_AN_IMAGE
+    width, height, depth, colour = struct.unpack_from(">IIBB", data, 16)
+    mode = _PNG_MODES_16.get(colour, "") if depth == 16 else _PNG_MODES.get(colour, "")
+    if not mode:
+        return NOT_AN_IMAGE
+    if data[-8:-4] != b"IEND" and data.rfind(b"IEND\xaeB`\x82") < 0:
+        return TRUNCATED
+    return Probe("png", width, height, mode, animated=data.find(b"acTL", 33, _TAIL_BYTES) >= 0)
+
+
+def _webp(data: bytes) -> Probe | str:
+    if struct.unpack_from("<I", data, 4)[0] + 8 > len(data):
+        return TRUNCATED
+    chunk = data[12:16]
+    if chunk == b"VP8 ":
+        if data[23:26] != b"\x9d\x01\x2a":
+            return NOT_AN_IMAGE
+        width, height = struct.unpack_from("<HH", data, 26)
+        return Probe("webp", width & 0x3FFF, height & 0x3FFF, "RGB")
+    if chunk == b"VP8L":
+        if data[20] != 0x2F:
+            return NOT_AN_IMAGE
+        (bits,) = struct.unpack_from("<I", data, 21)
+        return Probe("webp", (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1, "RGBA" if bits >> 28 & 1 else "RGB")
+    if chunk == b"VP8X":
+        flags = data[20]
+        width = int.from_bytes(data[24:27], "little") + 1
+        height = int.from_bytes(data[27:30], "little") + 1
+        if len(data) < 30:
+            return TRUNCATED
+        return Probe("webp", width, height, "RGBA" if flags & 0x10 else "RGB", animated=bool(flags & 0x02))
+    return NOT_AN_IMAGE
+
+
+def _gif(data: bytes) -> Probe | str:
+    width, height = struct.unpack_from("<HH", data, 6)
+    if data.rstrip(b"\0")[-1:] != b"\x3b":
+        return TRUNCATED
+    at = 13 + _gif_table_bytes(data[10])
+    frames = 0
+    while frames < 2 and data[at] in (0x21, 0x2C):  # an extension, an image
+        if data[at] == 0x2C:
+            frames += 1
+            at += 11 + _gif_table_bytes(data[at + 9])
+        else:
+            at += 2
+        while data[at]:  # sub-blocks, each led by its length
+            at += 1 + data[at]
+        at += 1
+    return Probe("gif", width, height, "P", animated=frames > 1) if frames else NOT_AN_IMAGE
+
+
+def _gif_table_bytes(flags: int) -> int:
+    return 3 << (flags & 7) + 1 if flags & 0x80 else 0
+
+
+def _bmp(data: bytes) -> Probe | str:
+    (header,) = struct.unpack_from("<I", data, 14)
+    if header == 12:
+        width, height, _, bits = struct.unpack_from("<HHHH", data, 18)
+        compression = 0
+    else:
+        width, height, _, bits, compression = struct.unpack_from("<iiHHI", data, 18)
+    height = abs(height)  # a negative height means top-down
+    (start,) = struct.unpack_from("<I", data, 10)
+    if compression in (0, 3) and start + (width * bits + 31) // 32 * 4 * height > len(data):
+        return TRUNCATED
+    mode = "RGBA" if bits == 32 else "RGB" if bits > 8 else "P"
+    return Probe("bmp", width, height, mode)
+
+
+def _tiff(data: bytes) -> Probe | str:
+    order = "<" if data[:2] == b"II" else ">"
+    (start,) = struct.unpack_from(order + "I", data, 4)
+    (count,) = struct.unpack_from(order + "H", data, start)
+    tags: dict[int, tuple[int, ...]] = {}
+    for entry in range(count):
+        at = start + 2 + 12 * entry
+        tag, kind, number = struct.unpack_from(order + "HHI", data, at)
+        value_bytes = _TIFF_TYPE_BYTES.get(kind, 1) * number
+        if value_bytes > 4 and struct.unpack_from(order + "I", data, at + 8)[0] + value_bytes > len(data):
+            return TRUNCATED  # a profile or other value that is stored behind the pixels
+        if kind in _TIFF_TYPES and 1 <= number <= _TIFF_VALUES:
+            layout = f"{order}{number}{_TIFF_TYPES[kind]}"
+            place = at + 8 if struct.calcsize(layout) <= 4 else struct.unpack_from(order + "I", data, at + 8)[0]
+            tags[tag] = struct.unpack_from(layout, data, place)
+    if 256 not in tags or 257 not in tags:
+        return NOT_AN_IMAGE
+    for starts, lengths in ((273, 279), (324, 325)):  # strips, tiles
+        ends = [first + length for first, length in zip(tags.get(starts, ()), tags.get(lengths, ()), strict=False)]
+        if ends and max(ends) > len(data):
+            return TRUNCATED
+    samples, bits, photometric = (tags.get(tag, (1,))[0] for tag in (277, 258, 262))
+    if photometric == 5:
+        mode = "CMYK"
+    elif photometric == 3:
+        mode = "P"
+    elif samples >= 3:
+        mode = "RGBA" if samples > 3 else "RGB"
+    else:
+        mode = "I;16" if bits == 16 else "1" if bits == 1 else "L"
+    (next_directory,) = struct.unpack_from(order + "I", data, start + 2 + 12 * count)
+    return Probe("tiff", tags[256][0], tags[257][0], mode, animated=bool(next_directory))

@@ -1,0 +1,60 @@
+"""Mean and deviation of a dataset's pixels, and the rest of what `pipeline.convert --stats` writes down."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass, field
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+from PIL import Image
+
+from pipeline.images.encode import DECODER_ERRORS
+from pipeline.images.header import Probe
+
+
+@dataclass
+class PixelSums:
+    """Sums over images of their pixels' means and mean squares in [0, 1], channel by channel; every image counts alike.
+
+    Args:
+        num_images: Images that were decoded.
+        num_undecodable: Images that could not be.
+        means: Sum of the images' means, RGB.
+        squares: Sum of the images' mean squares, RGB.
+    """
+
+    num_images: int = 0
+    num_undecodable: int = 0
+    means: list[float] = field(default_factory=lambda: [0.0] * 3)
+    squares: list[float] = field(default_factory=lambda: [0.0] * 3)
+
+    def add(self, data: bytes, found: Probe) -> None:
+        """Decode an image and count it."""
+        pixels = _decode(data, found)
+        if pixels is None:
+            self.num_undecodable += 1
+            return
+        mean, deviation = (values.ravel() / 255 for values in cv2.meanStdDev(pixels))
+        self.num_images += 1
+        self.means = [total + float(value) for total, value in zip(self.means, mean, strict=True)]
+        square = deviation**2 + mean**2
+        self.squares = [total + float(value) for total, value in zip(self.squares, square, strict=True)]
+
+
+def _decode(data: bytes, found: Probe) -> npt.NDArray[np.uint8] | None:
+    """Return RGB pixels, or nothing where the image is broken."""
+    if found.format == "raw":
+        return np.frombuffer(data, np.uint8).reshape(found.height, found.width, 3)
+    try:
+        if found.format == "jpeg" and found.mode in ("RGB", "L"):
+            return simplejpeg.decode_jpeg(data, "RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of sizes that the screen has already let through
+            with Image.open(io.BytesIO(data)) as image:
+                return np.asarray(image.convert("RGB"))
+    except DECODER_ERRORS:
+        return None

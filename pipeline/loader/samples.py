@@ -1,0 +1,194 @@
+"""Samples by id: where they lie, their bytes and boxes, and what stands in for a bad one.
+
+Shapes: B images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+import torch
+
+from pipeline.config import LoaderConfig, ViewConfig
+from pipeline.dataset.manifest import Manifest, Rows
+from pipeline.decoders.base import Decoded, Decoder
+from pipeline.errors import DataError
+from pipeline.formats.table import FORMATS
+from pipeline.images.header import probe
+from pipeline.loader.data_report import DataReport
+from pipeline.reading.reader import U8, ShardReader
+from pipeline.sampling.boxes import Boxes, draw_boxes
+from pipeline.sampling.philox import I64
+
+_RAW = FORMATS.index("raw")
+
+
+def shape_raw(images: list[npt.NDArray[np.uint8]], rows: Rows) -> None:
+    """Give bare pixels their shape, (height, width, 3), in place: so a decoder knows them from encoded images.
+
+    Args:
+        images: Bytes of some samples, as a shard holds them; samples that could not be read are empty.
+        rows: What the manifest says of them.
+    """
+    for i in np.flatnonzero(rows.formats_B == _RAW).tolist():
+        if images[i].size:
+            images[i] = images[i].reshape(rows.heights_B[i], rows.widths_B[i], 3)
+
+
+_SUBSTITUTES = 64
+"""Samples that are tried in place of a bad one before giving up."""
+_JPEG_START = b"\xff\xd8\xff"
+_EMPTY = np.zeros(0, dtype=np.uint8)
+
+
+@dataclass
+class Encoded:
+    """Encoded images with all that is decided about them before decoding.
+
+    Attributes:
+        sample_ids_B, epochs_B: int64; what names every random choice.
+        labels_B: int64, -1 where there is none.
+        images: encoded bytes.
+        boxes: where to cut.
+        bad: why a sample cannot be used, by its place.
+    """
+
+    sample_ids_B: I64
+    epochs_B: I64
+    labels_B: I64
+    images: list[U8]
+    boxes: Boxes
+    bad: dict[int, str] = field(default_factory=dict)
+
+
+class SampleSource:
+    """Look up, read, screen and decode samples of one dataset.
+
+    A bad sample is replaced by the next good one of its shard, cut with the random numbers that are the bad one's: the
+    same substitute in every run, whatever the decoder or the world size.
+
+    Args:
+        dataset: an open dataset.
+        reader: bytes of its samples.
+        view: how images are cut.
+        settings: limits on pixels and bytes.
+        seed: key of the run.
+    """
+
+    def __init__(
+        self, dataset: Manifest, reader: ShardReader, *, view: ViewConfig, settings: LoaderConfig, seed: int
+    ) -> None:
+        self._dataset = dataset
+        self._reader = reader
+        self._view = view
+        self._settings = settings
+        self._seed = seed
+
+    def fetch(self, sample_ids_B: I64, epochs_B: I64) -> Encoded:
+        """Read samples and draw their boxes."""
+        return self._fetch(sample_ids_B, named_by_B=sample_ids_B, epochs_B=epochs_B)
+
+    def decode(self, encoded: Encoded, decoder: Decoder, report: DataReport) -> torch.Tensor:
+        """Decode a batch; bad samples are replaced, counted and reported, and their labels with them.
+
+        Returns:
+            uint8 RGB of shape (B, H, W, 3).
+
+        Raises:
+            DataError: too much is bad (see `DataReport`), or nothing near a bad sample is good.
+        """
+        return self.replace_bad(encoded, decoder.decode(encoded.images, encoded.boxes), decoder, report)
+
+    def replace_bad(self, encoded: Encoded, decoded: Decoded, decoder: Decoder, report: DataReport) -> torch.Tensor:
+        """Replace what is bad in a decoded batch, count and report it (see `decode`)."""
+        bad = {**decoded.bad, **encoded.bad}
+        for i in sorted(bad):
+            decoded.pixels_BHW3[i], encoded.labels_B[i] = self._substitute(encoded, i, decoder)
+        if not bad:
+            report.good(len(encoded.images))
+            return decoded.pixels_BHW3
+        shards_B, _ = self._dataset.locate(encoded.sample_ids_B)
+        keys = dict(zip(bad, self._dataset.keys(encoded.sample_ids_B[list(bad)]), strict=True))
+        count = range(len(encoded.images))
+        report.record(
+            [bad.get(i, "") for i in count],
+            [self._dataset.shard_name(int(shards_B[i])) for i in count],
+            [keys.get(i, "") for i in count],
+        )
+        return decoded.pixels_BHW3
+
+    def _fetch(self, sample_ids_B: I64, *, named_by_B: I64, epochs_B: I64) -> Encoded:
+        rows = self._dataset.lookup(sample_ids_B)
+        bad = self._screen(rows)
+        images, mismatched = self._reader.read(rows, skip=bad.keys())
+        shape_raw(images, rows)
+        bad = {**self._screen_headers(images, rows), **mismatched, **bad}
+        for i in bad:
+            images[i] = _EMPTY
+        boxes = draw_boxes(
+            self._view,
+            seed=self._seed,
+            epochs_B=epochs_B,
+            sample_ids_B=named_by_B,
+            widths_B=np.maximum(rows.widths_B, 1),
+            heights_B=np.maximum(rows.heights_B, 1),
+        )
+        return Encoded(sample_ids_B, epochs_B, rows.labels_B.astype(np.int64), images, boxes, bad)
+
+    def _screen(self, rows: Rows) -> dict[int, str]:
+        """Refuse by what the manifest says, before a byte is read or decoded."""
+        pixels_B = rows.widths_B.astype(np.int64) * rows.heights_B
+        bad = {int(i): "is not an image" for i in np.flatnonzero(pixels_B <= 0)}
+        bad |= {int(i): "too many pixels" for i in np.flatnonzero(pixels_B > self._settings.max_pixels)}
+        bad |= {int(i): "too many bytes" for i in np.flatnonzero(rows.sizes_B > self._settings.max_bytes)}
+        return bad
+
+    def _screen_headers(self, images: list[U8], rows: Rows) -> dict[int, str]:
+        """Refuse what is not of the size that the manifest says, before it is decoded: 2 microseconds a JPEG.
+
+        A flipped bit or an exchanged file may declare gigabytes of pixels, and a larger image would be cut elsewhere.
+        """
+        bad = {}
+        for i, (image, width, height) in enumerate(
+            zip(images, rows.widths_B.tolist(), rows.heights_B.tolist(), strict=True)
+        ):
+            declared = _declared_size(image) if image.ndim == 1 else None
+            if declared is not None and declared != (width, height):
+                bad[i] = "is not of the size that the manifest says"
+        return bad
+
+    def _substitute(self, encoded: Encoded, i: int, decoder: Decoder) -> tuple[torch.Tensor, int]:
+        sample_id = encoded.sample_ids_B[i : i + 1]
+        shards, indices = self._dataset.locate(sample_id)
+        shard, index = int(shards[0]), int(indices[0])
+        start, size = int(self._dataset.shard_starts[shard]), int(self._dataset.shard_sizes[shard])
+        for step in range(1, min(size, _SUBSTITUTES + 1)):
+            candidate = self._fetch(
+                np.array([start + (index + step) % size], dtype=np.int64),
+                named_by_B=sample_id,
+                epochs_B=encoded.epochs_B[i : i + 1],
+            )
+            if candidate.bad:
+                continue
+            decoded = decoder.decode(candidate.images, candidate.boxes)
+            if not decoded.bad:
+                return decoded.pixels_BHW3[0], int(candidate.labels_B[0])
+        raise DataError(
+            f"data: sample {int(sample_id[0])} of {self._dataset.shard_name(shard)} cannot be used, nor can the "
+            f"{min(size - 1, _SUBSTITUTES)} after it: check the shard with pipeline.verify --full"
+        )
+
+
+def _declared_size(image: U8) -> tuple[int, int] | None:
+    """Return the width and height in an image's header; None where it cannot be read, which the decoder will say."""
+    if image[:3].tobytes() == _JPEG_START:
+        try:
+            height, width = simplejpeg.decode_jpeg_header(image)[:2]
+        except ValueError:
+            return None
+        return int(width), int(height)
+    found = probe(image.tobytes()) if len(image) else ""
+    return None if isinstance(found, str) else (found.width, found.height)

@@ -1,0 +1,302 @@
+"""Verified copies of remote shards on this machine's disk, staged ahead of need.
+
+A shard is fetched with concurrent ranged reads into a file that nobody serves, checked against the manifest's sha256
+inside the retry, and then renamed: a cut, flipped or killed download is never seen. The ranks of a node share one copy.
+What the cache cannot hold (budget, full or read-only disk) is read from the store sample by sample: slower, not wrong.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+from pipeline import storage
+from pipeline.dataset import Manifest
+from pipeline.errors import DataError, InfrastructureError, MaelstromError
+from pipeline.reading.cache_folder import CacheFolder, Partial
+
+logger = logging.getLogger(__name__)
+PART_BYTES = 16 * 2**20
+"""Size of one ranged read of a shard: at 8 at once 16 MiB came to 90% of the fastest plain client, 8 MiB to 82%, 4 MiB
+to 68% (docs/benchmarks/storage.md)."""
+_PARTS_AT_ONCE = 8
+_SHARDS_AT_ONCE = 2
+_TRIES = 3
+_BUSY_RETRY_S = 1.0
+_FULL_RETRY_S = 10.0
+_FAILED_RETRY_S = (5.0, 30.0, 120.0, 600.0)
+"""Pauses after the first, second, ... failure to stage one shard; the last is repeated."""
+_TAKEN = float("inf")
+_READ_ON = (errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+"""Failures of the cache's disk with which a run goes on, reading from the store."""
+
+
+def default_cache_dir() -> Path:
+    """Return the folder under which shards and scans are kept: `$XDG_CACHE_HOME/maelstrom` or `~/.cache/maelstrom`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maelstrom"
+
+
+@dataclass
+class CacheCounters:
+    """What the cache did; may be counted from several threads.
+
+    Attributes:
+        staged_shards, staged_bytes: fetched whole and verified.
+        read_through: samples read by their own range.
+        retries: storage calls that failed and were made again.
+        refused_shards, refused_samples: arrived damaged and were fetched again.
+        failed_shards: attempts to stage a shard that were given up for a while.
+        evicted_shards: removed to stay inside the budget or the disk.
+        no_room: attempts that found neither budget nor disk for a shard.
+    """
+
+    staged_shards: int = 0
+    staged_bytes: int = 0
+    read_through: int = 0
+    retries: int = 0
+    refused_shards: int = 0
+    refused_samples: int = 0
+    failed_shards: int = 0
+    evicted_shards: int = 0
+    no_room: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def add(self, **counts: int) -> None:
+        """Add to counters by name."""
+        with self._lock:
+            for name, count in counts.items():
+                setattr(self, name, getattr(self, name) + count)
+
+    def count_retry(self) -> None:
+        """Count one storage call that is made again."""
+        self.add(retries=1)
+
+
+class ShardCache:
+    """Verified copies of one dataset's remote shards, inside a byte budget.
+
+    Args:
+        manifest: the dataset.
+        folder: cache folder; shared by processes and by runs. Each dataset has a folder of its own in it.
+        max_bytes: budget over everything in `folder`.
+
+    Raises:
+        InfrastructureError: the folder cannot be used. A full or read-only disk is no error: it is read around.
+    """
+
+    def __init__(self, manifest: Manifest, *, folder: Path, max_bytes: int) -> None:
+        self.counters = CacheCounters()
+        self._manifest = manifest
+        self._root = folder / "shards"
+        self._folder = _open_folder(self._root, max_bytes=max_bytes, counters=self.counters)
+        self._changed = threading.Condition()
+        self._needed: list[int] = []
+        self._waiting: dict[int, float] = {}  # shard: not before this time; in the order in which they are needed
+        self._failures: dict[int, int] = {}
+        self._full_until = 0.0
+        self._warned = False
+        self._closed = False
+        self._stagers: list[threading.Thread] = []
+        self._fetcher = ThreadPoolExecutor(_PARTS_AT_ONCE, thread_name_prefix="fetch")
+
+    def name(self, shard: int) -> str:
+        """Return a shard's path below the cache. It carries its hash: another content is another file."""
+        prefix = self._manifest.shard_sha256(shard)[:16]
+        return f"{self._manifest.info.fingerprint[:24]}/{prefix}-{self._manifest.shard_name(shard)}"
+
+    def path(self, shard: int) -> Path:
+        """Return where a shard's copy is, or will be."""
+        return self._root / self.name(shard)
+
+    def staged(self, shard: int) -> Path | None:
+        """Return the verified copy of a shard if it is here."""
+        path = self.path(shard)
+        return path if path.exists() else None
+
+    def need(self, shards: Iterable[int]) -> bool:
+        """Say which shards are read now and soon, first needed first: these are protected, and fetched once begun.
+
+        Returns:
+            Whether this differs from what was needed before.
+        """
+        needed = list(dict.fromkeys(shards))
+        if needed == self._needed:
+            return False
+        if self._folder is not None and set(needed) != set(self._needed):
+            self._guarded(lambda folder: folder.need([self.name(shard) for shard in needed]))
+        with self._changed:
+            known = set(self._needed)
+            self._needed = needed
+            # What was here when it was announced stays here: the lease protects it.
+            self._waiting = {
+                shard: self._waiting.get(shard, 0.0)
+                for shard in needed
+                if shard in self._waiting or (shard not in known and self.staged(shard) is None)
+            }
+            self._full_until = 0.0  # what is needed no more may be room for what is
+            self._changed.notify_all()
+        return True
+
+    def begin(self) -> None:
+        """Begin to fetch what is needed and not here. Separate from `need`, so that a first batch may go first."""
+        with self._changed:
+            if self._stagers or self._folder is None or self._closed:
+                return
+            for number in range(_SHARDS_AT_ONCE):
+                thread = threading.Thread(target=self._stage_ahead, name=f"stage-{number}", daemon=True)
+                self._stagers.append(thread)
+                thread.start()
+
+    def wait(self) -> None:
+        """Wait until every needed shard is here, has failed, or has found no room. For tests and measurements."""
+
+        def is_quiet() -> bool:
+            return bool(self._full_until) or not any(time_s in (0.0, _TAKEN) for time_s in self._waiting.values())
+
+        with self._changed:
+            self._changed.wait_for(is_quiet)
+
+    def drop(self, shard: int) -> None:
+        """Remove a copy that was damaged where it lies; it will be fetched again."""
+        self._guarded(lambda folder: folder.remove(self.name(shard)))
+        with self._changed:
+            self._waiting[shard] = 0.0
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Stop fetching. Unfinished downloads leave nothing behind."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._fetcher.shutdown(wait=True, cancel_futures=True)
+        for thread in self._stagers:
+            thread.join()
+        if self._folder is not None:
+            self._folder.close()
+
+    def _guarded(self, call: Callable[[CacheFolder], None]) -> None:
+        """Make a change to the folder; its failure costs speed, never a batch."""
+        if self._folder is None:
+            return
+        try:
+            call(self._folder)
+        except OSError as error:
+            self._warn(f"{self._root}: {error.strerror}")
+
+    def _stage_ahead(self) -> None:
+        while (shard := self._next()) is not None:
+            try:
+                again_at = self._stage_one(shard)
+            except (OSError, MaelstromError, RuntimeError, CancelledError) as error:
+                if self._closed:
+                    return  # it was stopped, which is no failure
+                # Its samples are still readable by range; the caller meets the real failure there.
+                self.counters.add(failed_shards=1)
+                failures = self._failures[shard] = self._failures.get(shard, 0) + 1
+                again_at = time.monotonic() + _FAILED_RETRY_S[min(failures, len(_FAILED_RETRY_S)) - 1]
+                self._warn(f"{self._manifest.shard_name(shard)} could not be staged: {storage.redact(str(error))}")
+            with self._changed:
+                if again_at is None:
+                    self._waiting.pop(shard, None)
+                elif shard in self._waiting:
+                    self._waiting[shard] = again_at
+                self._changed.notify_all()
+
+    def _next(self) -> int | None:
+        """Wait for the next shard to be fetched and take it; None at the end."""
+        with self._changed:
+            while not self._closed:
+                now = time.monotonic()
+                for shard, not_before in self._waiting.items():
+                    if max(not_before, self._full_until) <= now:
+                        self._waiting[shard] = _TAKEN
+                        return shard
+                soonest = max(min(self._waiting.values(), default=_TAKEN), self._full_until)
+                self._changed.wait(timeout=None if soonest == _TAKEN else soonest - now)
+        return None
+
+    def _stage_one(self, shard: int) -> float | None:
+        """Fetch, check and place one shard; return when to try again, None where it is here."""
+        assert self._folder is not None
+        partial = self._folder.begin(self.name(shard), self._manifest.shard_bytes(shard))
+        if partial == "here":
+            return None
+        if partial == "busy":
+            return time.monotonic() + _BUSY_RETRY_S
+        if partial == "full":
+            self.counters.add(no_room=1)
+            with self._changed:  # where one shard found no room, the next would not either
+                self._full_until = time.monotonic() + _FULL_RETRY_S
+            return 0.0
+        try:
+            self._fetch(shard, partial)
+            self._folder.commit(partial)
+        except BaseException:
+            self._folder.abandon(partial)
+            raise
+        self.counters.add(staged_shards=1, staged_bytes=self._manifest.shard_bytes(shard))
+        return None
+
+    def _fetch(self, shard: int, partial: Partial) -> None:
+        uri, size_bytes = self._manifest.shard_uri(shard), self._manifest.shard_bytes(shard)
+        for attempt in range(_TRIES):
+            if self._download(uri, size_bytes, partial) == self._manifest.shard_sha256(shard):
+                return
+            self.counters.add(refused_shards=1)
+            logger.warning("cache: %s arrived damaged (try %d of %d)", storage.redact(uri), attempt + 1, _TRIES)
+        raise DataError(
+            f"cache: {storage.redact(uri)} has not the sha256 that dataset.json says, {_TRIES} times in a row. "
+            "It was replaced or damaged in the store: check it with pipeline.verify --full"
+        )
+
+    def _download(self, uri: str, size_bytes: int, partial: Partial) -> str:
+        def read(start: int) -> memoryview:
+            return storage.read_view(
+                uri, start, min(PART_BYTES, size_bytes - start), on_retry=self.counters.count_retry
+            )
+
+        digest = hashlib.sha256()
+        partial.file.seek(0)
+        under_way: deque[Future[memoryview]] = deque()
+        starts = iter(range(0, size_bytes, PART_BYTES))
+        # In order, so that the hash is taken while later parts are still under way; few, so that memory stays small.
+        while True:
+            room = _PARTS_AT_ONCE // _SHARDS_AT_ONCE + 2 - len(under_way)
+            under_way.extend(self._fetcher.submit(read, start) for start in islice(starts, room))
+            if not under_way:
+                return digest.hexdigest()
+            part = under_way.popleft().result()
+            partial.file.write(part)
+            digest.update(part)
+
+    def _warn(self, problem: str) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning("cache: %s. Samples are read from the store one by one meanwhile, which is slower", problem)
+
+
+def _open_folder(root: Path, *, max_bytes: int, counters: CacheCounters) -> CacheFolder | None:
+    try:
+        return CacheFolder(root, max_bytes=max_bytes, on_evict=lambda path: counters.add(evicted_shards=1))
+    except OSError as error:
+        if error.errno in _READ_ON:
+            logger.warning(
+                "cache: %s: %s. Nothing new is cached; samples are read from the store one by one, which is slower. "
+                "Set loader.cache_dir to a folder with space",
+                root,
+                error.strerror,
+            )
+            return None
+        raise InfrastructureError(
+            f"cache: cannot use {root}: {error.strerror}. Set loader.cache_dir to a folder that can be written"
+        ) from error

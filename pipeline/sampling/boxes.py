@@ -1,0 +1,140 @@
+"""Crop boxes, flips and mask noise: pure functions of (seed, epoch, sample).
+
+Shapes: B images, N patches, T tries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.config import ViewConfig
+from pipeline.sampling.philox import I64, Purpose, random_words, unit_float32, unit_float64
+
+_TRIES = 10
+"""Boxes that are drawn before falling back to a centred one, as torchvision's RandomResizedCrop does."""
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """Where to cut each image, in pixels of the stored image, and whether to mirror the result.
+
+    Attributes:
+        tops_B, lefts_B, heights_B, widths_B: int32, a box that lies inside its image.
+        flips_B: bool, True where the output is mirrored left to right.
+    """
+
+    tops_B: npt.NDArray[np.int32]
+    lefts_B: npt.NDArray[np.int32]
+    heights_B: npt.NDArray[np.int32]
+    widths_B: npt.NDArray[np.int32]
+    flips_B: npt.NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.tops_B)
+
+    def take(self, index: npt.NDArray[np.int64] | slice) -> Boxes:
+        """Select some of the boxes."""
+        return Boxes(
+            self.tops_B[index], self.lefts_B[index], self.heights_B[index], self.widths_B[index], self.flips_B[index]
+        )
+
+
+def draw_boxes(
+    view: ViewConfig, *, seed: int, epochs_B: I64, sample_ids_B: I64, widths_B: npt.ArrayLike, heights_B: npt.ArrayLike
+) -> Boxes:
+    """Compute the box and the flip of each image.
+
+    `random` draws a share of the area and a log-uniform aspect up to ten times and takes the first box that fits, at a
+    uniform place; if none fits, the largest centred box within the aspect limits. `center` takes the largest centred
+    box of the output's aspect and never flips.
+
+    Args:
+        view: how boxes are drawn.
+        seed: key of the run.
+        epochs_B, sample_ids_B: what names the draw.
+        widths_B, heights_B: sizes of the stored images in pixels, at least 1.
+
+    Returns:
+        One box and flip an image.
+
+    Source: the distribution is that of torchvision's RandomResizedCrop, which MAE pre-training uses
+    (He et al. 2022, appendix A.1).
+    """
+    image_widths_B = np.asarray(widths_B, dtype=np.int64)
+    image_heights_B = np.asarray(heights_B, dtype=np.int64)
+    if view.crop == "center":
+        return _largest_centred(image_widths_B, image_heights_B, aspect=view.width / view.height)
+    words_BT4 = random_words(
+        seed=seed, purpose=Purpose.CROP, epochs_n=epochs_B, streams_n=sample_ids_B, num_blocks=_TRIES
+    ).reshape(-1, _TRIES, 4)
+    units_BT4 = unit_float64(words_BT4)
+    areas_BT = view.min_area + (view.max_area - view.min_area) * units_BT4[:, :, 0]
+    areas_BT *= (image_widths_B * image_heights_B)[:, None]
+    log_low, log_high = np.log(view.min_aspect), np.log(view.max_aspect)
+    aspects_BT = np.exp(log_low + (log_high - log_low) * units_BT4[:, :, 1])
+    widths_BT = np.rint(np.sqrt(areas_BT * aspects_BT)).astype(np.int64)
+    heights_BT = np.rint(np.sqrt(areas_BT / aspects_BT)).astype(np.int64)
+    fits_BT = (widths_BT > 0) & (heights_BT > 0)
+    fits_BT &= (widths_BT <= image_widths_B[:, None]) & (heights_BT <= image_heights_B[:, None])
+    first_B = np.argmax(fits_BT, axis=1)
+    rows_B = np.arange(len(first_B))
+    box_widths_B, box_heights_B = widths_BT[rows_B, first_B], heights_BT[rows_B, first_B]
+    place_B2 = words_BT4[rows_B, first_B, 2:].astype(np.uint64)
+    tops_B = _below(place_B2[:, 0], image_heights_B - box_heights_B + 1)
+    lefts_B = _below(place_B2[:, 1], image_widths_B - box_widths_B + 1)
+
+    fallback = _largest_within(image_widths_B, image_heights_B, view.min_aspect, view.max_aspect)
+    none_B = ~fits_BT.any(axis=1)
+    flip_words_B = random_words(
+        seed=seed, purpose=Purpose.FLIP, epochs_n=epochs_B, streams_n=sample_ids_B, num_blocks=1
+    )[:, 0]
+    return Boxes(
+        tops_B=np.where(none_B, fallback.tops_B, tops_B).astype(np.int32),
+        lefts_B=np.where(none_B, fallback.lefts_B, lefts_B).astype(np.int32),
+        heights_B=np.where(none_B, fallback.heights_B, box_heights_B).astype(np.int32),
+        widths_B=np.where(none_B, fallback.widths_B, box_widths_B).astype(np.int32),
+        flips_B=unit_float64(flip_words_B) < view.flip_probability,
+    )
+
+
+def mask_noise(seed: int, epochs_B: I64, sample_ids_B: I64, num_patches: int) -> npt.NDArray[np.float32]:
+    """Draw the noise whose order decides which patches a masked autoencoder sees.
+
+    Returns:
+        float32 array of shape (B, N), uniform in [0, 1).
+    """
+    words_BN = random_words(
+        seed=seed,
+        purpose=Purpose.MASK,
+        epochs_n=epochs_B,
+        streams_n=sample_ids_B,
+        num_blocks=(num_patches + 3) // 4,
+    )[:, :num_patches]
+    return unit_float32(words_BN)
+
+
+def _below(words_B: npt.NDArray[np.uint64], limits_B: I64) -> I64:
+    """Map 32-bit words to integers in [0, limit) by multiplication; the bias is below limit / 2^32."""
+    return ((words_B * np.maximum(limits_B, 1).astype(np.uint64)) >> np.uint64(32)).astype(np.int64)
+
+
+def _largest_within(widths_B: I64, heights_B: I64, min_aspect: float, max_aspect: float) -> Boxes:
+    """Centre the largest box whose aspect lies within the limits."""
+    aspects_B = np.clip(widths_B / heights_B, min_aspect, max_aspect)
+    return _largest_centred(widths_B, heights_B, aspect=aspects_B)
+
+
+def _largest_centred(widths_B: I64, heights_B: I64, *, aspect: npt.ArrayLike) -> Boxes:
+    """Centre the largest box of the given width / height in each image."""
+    box_widths_B = np.clip(np.rint(heights_B * np.asarray(aspect)), 1, widths_B).astype(np.int32)
+    box_heights_B = np.clip(np.rint(widths_B / np.asarray(aspect)), 1, heights_B).astype(np.int32)
+    return Boxes(
+        tops_B=((heights_B - box_heights_B) // 2).astype(np.int32),
+        lefts_B=((widths_B - box_widths_B) // 2).astype(np.int32),
+        heights_B=box_heights_B,
+        widths_B=box_widths_B,
+        flips_B=np.zeros(len(widths_B), dtype=bool),
+    )

@@ -1,0 +1,247 @@
+"""The order of samples: a pure function of (shard sizes, seed, epoch, position).
+
+Each epoch the shards are permuted and laid end to end; that line of samples is cut into `lanes` equal pieces; inside a
+lane, runs of `window` shards are permuted sample by sample. Position p of an epoch is sample p // lanes of lane
+p % lanes. A rank takes the positions that are congruent to it modulo the world size: where the world size divides the
+lanes it reads only its own lanes, and what a global batch holds never depends on the number of ranks.
+
+Everything is addressable: the sample at any position costs one window, not a walk from the start.
+
+Shapes: B samples, S shards.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from pipeline.config import OrderConfig
+from pipeline.errors import ConfigError
+from pipeline.sampling.philox import I64, Purpose, permutation
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """A place in the endless stream of epochs: the next position to be read."""
+
+    epoch: int = 0
+    position: int = 0
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank reads of one global batch, in the order it reads it.
+
+    Attributes:
+        epochs_B, positions_B, sample_ids_B: int64 arrays, one entry a sample.
+        start: where the global batch begins.
+        end: where the next one begins.
+    """
+
+    epochs_B: I64
+    positions_B: I64
+    sample_ids_B: I64
+    start: Cursor
+    end: Cursor
+
+
+class EpochOrder:
+    """The order of one epoch.
+
+    Args:
+        shard_sizes_S: samples in each shard.
+        config: lanes and window.
+        seed: key of the run.
+        epoch: which epoch.
+    """
+
+    def __init__(self, shard_sizes_S: I64, *, config: OrderConfig, seed: int, epoch: int) -> None:
+        self._seed = seed
+        self._epoch = epoch
+        self._lanes = config.lanes
+        self._window = config.window or max(len(shard_sizes_S), 1)
+        self._line_shards_S = permutation(len(shard_sizes_S), seed=seed, purpose=Purpose.SHARDS, epoch=epoch)
+        self._line_starts = np.concatenate([[0], np.cumsum(shard_sizes_S[self._line_shards_S])]).astype(np.int64)
+        self._shard_starts = np.concatenate([[0], np.cumsum(shard_sizes_S)]).astype(np.int64)
+        self.num_samples = int(self._line_starts[-1])
+        # One permuted run a lane is in use at a time; the second is the one a batch reaches into.
+        self._runs: OrderedDict[int, I64] = OrderedDict()
+        self._max_runs = 2 * self._lanes
+
+    def sample_ids(self, positions_B: I64) -> I64:
+        """Look up which samples stand at the given positions.
+
+        Args:
+            positions_B: positions in [0, num_samples), any order.
+
+        Returns:
+            int64 sample ids of shape (B,).
+        """
+        positions_B = np.asarray(positions_B, dtype=np.int64)
+        starts_B, ends_B, line_B = self._runs_of(positions_B)
+        permuted_B = np.empty_like(line_B)
+        # Equal starts are equal runs: a run is a contiguous, non-empty piece of the line.
+        by_run = np.argsort(starts_B, kind="stable")
+        edges = np.flatnonzero(np.diff(starts_B[by_run], prepend=-1, append=-1))
+        for begin, finish in pairwise(edges.tolist()):
+            members = by_run[begin:finish]
+            start, end = int(starts_B[members[0]]), int(ends_B[members[0]])
+            permuted_B[members] = start + self._run_permutation(start, end - start)[line_B[members] - start]
+        on_line_B = np.searchsorted(self._line_starts, permuted_B, side="right") - 1
+        return self._shard_starts[self._line_shards_S[on_line_B]] + permuted_B - self._line_starts[on_line_B]
+
+    def shards_ahead(self, positions_B: I64) -> I64:
+        """List the shards of the runs that hold the given positions, in the order in which the runs are reached.
+
+        A run is permuted sample by sample, so all of its shards are needed as soon as it is entered.
+        """
+        starts_B, ends_B, _ = self._runs_of(np.asarray(positions_B, dtype=np.int64))
+        _, firsts = np.unique(starts_B, return_index=True)
+        pieces = []
+        for first in np.sort(firsts):
+            low = np.searchsorted(self._line_starts, starts_B[first], side="right") - 1
+            high = np.searchsorted(self._line_starts, ends_B[first], side="left")
+            pieces.append(self._line_shards_S[low:high])
+        if not pieces:
+            return np.zeros(0, dtype=np.int64)
+        shards = np.concatenate(pieces)
+        _, firsts = np.unique(shards, return_index=True)
+        return shards[np.sort(firsts)]
+
+    def _runs_of(self, positions_B: I64) -> tuple[I64, I64, I64]:
+        """Place positions on the line: start and end of the run each falls in, and its own place before permuting."""
+        lanes_B = positions_B % self._lanes
+        base, extra = divmod(self.num_samples, self._lanes)
+        lane_starts_B = lanes_B * base + np.minimum(lanes_B, extra)
+        lane_ends_B = lane_starts_B + base + (lanes_B < extra)
+        line_B = lane_starts_B + positions_B // self._lanes
+        shard_B = np.searchsorted(self._line_starts, line_B, side="right") - 1
+        first_B = np.searchsorted(self._line_starts, lane_starts_B, side="right") - 1
+        run_first_B = first_B + (shard_B - first_B) // self._window * self._window
+        run_last_B = np.minimum(run_first_B + self._window, len(self._line_starts) - 1)
+        starts_B = np.maximum(lane_starts_B, self._line_starts[run_first_B])
+        ends_B = np.minimum(lane_ends_B, self._line_starts[run_last_B])
+        return starts_B, ends_B, line_B
+
+    def _run_permutation(self, start: int, count: int) -> I64:
+        run = self._runs.get(start)
+        if run is None:
+            run = permutation(count, seed=self._seed, purpose=Purpose.WINDOW, epoch=self._epoch, stream=start)
+            self._runs[start] = run
+            while len(self._runs) > self._max_runs:
+                self._runs.popitem(last=False)
+        else:
+            self._runs.move_to_end(start)
+        return run
+
+
+class Order:
+    """The endless stream of global batches, and one rank's share of each.
+
+    Args:
+        shard_sizes_S: samples in each shard.
+        config: lanes, window and what happens to the remainder.
+        seed: key of the run.
+        global_batch_size: images of one optimizer step over all ranks.
+        rank: this rank, in [0, world_size).
+        world_size: ranks that share a global batch; must divide it.
+
+    Raises:
+        ConfigError: where the sizes cannot work together.
+    """
+
+    def __init__(
+        self,
+        shard_sizes_S: I64,
+        *,
+        config: OrderConfig,
+        seed: int,
+        global_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._shard_sizes_S = np.asarray(shard_sizes_S, dtype=np.int64)
+        self._config = config
+        self._seed = seed
+        self._rank = rank
+        self._world_size = world_size
+        self.global_batch_size = global_batch_size
+        self.lanes = config.lanes
+        self.num_samples = int(self._shard_sizes_S.sum())
+        self._epochs: OrderedDict[int, EpochOrder] = OrderedDict()
+        if global_batch_size % world_size:
+            raise ConfigError(
+                f"train.global_batch_size {global_batch_size} does not divide over {world_size} ranks: "
+                f"use a multiple of {world_size}"
+            )
+        if self.num_samples == 0:
+            raise ConfigError("the dataset holds no samples")
+        if config.remainder == "drop" and self.num_samples < global_batch_size:
+            raise ConfigError(
+                f"the dataset holds {self.num_samples} samples, fewer than one global batch of {global_batch_size}, "
+                "and order.remainder is 'drop': use 'fill' or a smaller train.global_batch_size"
+            )
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Global batches an epoch: whole with `drop`, a fraction with `fill`."""
+        steps = self.num_samples / self.global_batch_size
+        return float(int(steps)) if self._config.remainder == "drop" else steps
+
+    def share(self, cursor: Cursor) -> Share:
+        """Compute this rank's part of the global batch that begins at a cursor."""
+        start = self._settle(cursor)
+        offsets = np.arange(self.global_batch_size, dtype=np.int64) + start.position
+        if self._config.remainder == "drop":
+            mine = offsets[offsets % self._world_size == self._rank]
+            epochs_B, positions_B = np.full_like(mine, start.epoch), mine
+        else:
+            # Counted from the run's first sample, so that a batch that spans two epochs is shared out evenly too.
+            absolute = offsets + start.epoch * self.num_samples
+            mine = absolute[absolute % self._world_size == self._rank]
+            epochs_B, positions_B = np.divmod(mine, self.num_samples)
+        sample_ids_B = np.empty_like(positions_B)
+        for epoch in np.unique(epochs_B):
+            of_epoch = epochs_B == epoch
+            sample_ids_B[of_epoch] = self.epoch(int(epoch)).sample_ids(positions_B[of_epoch])
+        end = self._settle(self.advance(start, batches=1))
+        return Share(epochs_B, positions_B, sample_ids_B, start, end)
+
+    def shares(self, cursor: Cursor) -> Iterator[Share]:
+        """Iterate over this rank's shares from a cursor on, without end."""
+        while True:
+            share = self.share(cursor)
+            yield share
+            cursor = share.end
+
+    def advance(self, cursor: Cursor, *, batches: int) -> Cursor:
+        """Move a cursor by whole global batches, in constant time."""
+        cursor = self._settle(cursor)
+        if self._config.remainder == "fill":
+            absolute = cursor.epoch * self.num_samples + cursor.position + batches * self.global_batch_size
+            return Cursor(*divmod(absolute, self.num_samples))
+        left = (self.num_samples - cursor.position) // self.global_batch_size
+        if batches < left:
+            return Cursor(cursor.epoch, cursor.position + batches * self.global_batch_size)
+        epochs, rest = divmod(batches - left, self.num_samples // self.global_batch_size)
+        return Cursor(cursor.epoch + 1 + epochs, rest * self.global_batch_size)
+
+    def epoch(self, epoch: int) -> EpochOrder:
+        """Give the order of one epoch; the two in use are kept."""
+        if epoch not in self._epochs:
+            self._epochs[epoch] = EpochOrder(self._shard_sizes_S, config=self._config, seed=self._seed, epoch=epoch)
+            while len(self._epochs) > 2:
+                self._epochs.popitem(last=False)
+        return self._epochs[epoch]
+
+    def _settle(self, cursor: Cursor) -> Cursor:
+        """Carry a cursor that cannot start a batch over to the next epoch."""
+        needed = self.global_batch_size if self._config.remainder == "drop" else 1
+        if cursor.position + needed > self.num_samples:
+            past = 0 if self._config.remainder == "drop" else cursor.position - self.num_samples
+            return Cursor(cursor.epoch + 1, past)
+        return cursor

@@ -1,0 +1,139 @@
+"""A counter-based random generator: every draw is a pure function of what it is for.
+
+Philox-4x32-10 maps a 128-bit counter and a 64-bit key to 128 random bits, with no state. The counter names the draw
+(purpose, epoch, sample or stream, block), the key is the seed, so any draw of any run can be repeated alone, in any
+order, on any number of processes.
+
+Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+
+Shapes: n draws, k blocks of four words.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+
+U32 = npt.NDArray[np.uint32]
+U64 = npt.NDArray[np.uint64]
+I64 = npt.NDArray[np.int64]
+# Multipliers and Weyl constants of Philox-4x32 (Salmon et al. 2011, table 2 and section 4.3).
+_M0 = np.uint64(0xD2511F53)
+_M1 = np.uint64(0xCD9E8D57)
+_W0 = 0x9E3779B9
+_W1 = 0xBB67AE85
+_ROUNDS = 10
+_LOW = np.uint64(0xFFFFFFFF)
+_SHIFT = np.uint64(32)
+MAX_STREAM = 2**48
+"""Streams (sample ids, positions) that one purpose can tell apart."""
+MAX_EPOCH = 2**32
+"""Epochs that one seed can tell apart."""
+
+
+class Purpose(IntEnum):
+    """What a draw is for. The numbers are part of what a run sees and never change."""
+
+    SHARDS = 1
+    WINDOW = 2
+    CROP = 3
+    FLIP = 4
+    MASK = 5
+    CONVERT = 6
+
+
+def philox4x32(counters_4n: tuple[U64, U64, U64, U64], key: int) -> tuple[U64, U64, U64, U64]:
+    """Apply the ten rounds of Philox-4x32 to many counters at once.
+
+    Args:
+        counters_4n: four arrays of 32-bit words (held as uint64), least significant word first; broadcast together.
+        key: 64-bit key.
+
+    Returns:
+        Four arrays of 32-bit words held as uint64, of the broadcast shape.
+    """
+    c0, c1, c2, c3 = counters_4n
+    k0, k1 = key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF
+    for _ in range(_ROUNDS):
+        product0, product1 = c0 * _M0, c2 * _M1
+        c0, c1, c2, c3 = (
+            (product1 >> _SHIFT) ^ c1 ^ np.uint64(k0),
+            product1 & _LOW,
+            (product0 >> _SHIFT) ^ c3 ^ np.uint64(k1),
+            product0 & _LOW,
+        )
+        k0, k1 = (k0 + _W0) & 0xFFFFFFFF, (k1 + _W1) & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+def random_words(
+    *,
+    seed: int,
+    purpose: Purpose,
+    epochs_n: npt.ArrayLike,
+    streams_n: npt.ArrayLike,
+    num_blocks: int,
+    first_block: int = 0,
+) -> U32:
+    """Draw the same words for the same (seed, purpose, epoch, stream, block), whoever asks.
+
+    Args:
+        seed: 64-bit key of the run.
+        purpose: what the draw is for; purposes never share random words.
+        epochs_n: epoch of each draw, in [0, 2^32).
+        streams_n: sample id or other number of each draw, in [0, 2^48).
+        num_blocks: blocks of four 32-bit words a stream.
+        first_block: number of the first block.
+
+    Returns:
+        uint32 array of shape (n, 4 * num_blocks).
+    """
+    streams = np.atleast_1d(np.asarray(streams_n, dtype=np.int64)).astype(np.uint64)
+    epochs = np.broadcast_to(np.asarray(epochs_n, dtype=np.int64), streams.shape).astype(np.uint64)
+    if streams.size and int(streams.max()) >= MAX_STREAM:
+        raise ValueError(f"stream {int(streams.max())} is outside [0, 2^48)")
+    if epochs.size and int(epochs.max()) >= MAX_EPOCH:
+        raise ValueError(f"epoch {int(epochs.max())} is outside [0, 2^32)")
+    blocks_1k = np.arange(first_block, first_block + num_blocks, dtype=np.uint64)[None, :]
+    low_n1 = (streams & _LOW)[:, None]
+    high_n1 = ((streams >> _SHIFT) | np.uint64(int(purpose) << 16))[:, None]
+    words = philox4x32((blocks_1k, low_n1, high_n1, epochs[:, None]), seed)
+    out_nk4 = np.empty((streams.size, num_blocks, 4), dtype=np.uint32)
+    for word in range(4):
+        out_nk4[:, :, word] = words[word]
+    return out_nk4.reshape(streams.size, num_blocks * 4)
+
+
+def unit_float64(words: U32) -> npt.NDArray[np.float64]:
+    """Map 32-bit words to float64 in [0, 1), 2^-32 apart."""
+    return words.astype(np.float64) * 2.0**-32
+
+
+def unit_float32(words: U32) -> npt.NDArray[np.float32]:
+    """Map 32-bit words to float32 in [0, 1), 2^-24 apart, so that rounding never gives 1."""
+    return (words >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)
+
+
+def permutation(count: int, *, seed: int, purpose: Purpose, epoch: int, stream: int = 0) -> I64:
+    """Permute [0, count) as a pure function of the arguments.
+
+    Sorts random 64-bit keys whose low bits carry the index: equal keys cannot occur, so that the result does not
+    depend on the sorting algorithm, and numpy's vectorised sort can be used.
+
+    Returns:
+        int64 array of shape (count,).
+    """
+    if count <= 1:
+        return np.zeros(max(count, 0), dtype=np.int64)
+    words = random_words(
+        seed=seed, purpose=purpose, epochs_n=epoch, streams_n=stream, num_blocks=(count + 1) // 2
+    ).ravel()
+    keys = words.view(np.uint64)[:count]
+    index_mask = np.uint64((1 << (count - 1).bit_length()) - 1)
+    keys &= ~index_mask
+    keys |= np.arange(count, dtype=np.uint64)
+    keys.sort()
+    keys &= index_mask
+    return keys.view(np.int64)

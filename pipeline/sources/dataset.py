@@ -1,0 +1,124 @@
+"""A dataset as the source of another: tars to betons and back, with every key, label, byte and shard kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline import storage
+from pipeline.dataset import Manifest, open_dataset
+from pipeline.formats.beton_index import read_metas
+from pipeline.formats.table import FORMATS, NO_LABEL
+from pipeline.formats.tar import TarScanner
+from pipeline.formats.webdataset import split_key
+from pipeline.images.encode import as_png
+from pipeline.sources.listing import Listing, SourceSettings, Wanted, read_each, sample_keys
+
+_UNFIT_KEY = r"[.][^/]*$|\s|^__[^/]*__"
+"""Keys that a WebDataset cannot hold: a dot in the last part, blanks, the library's own names."""
+_MAX_TEXT_BYTES = 2**20
+
+
+class DatasetSource:
+    """The samples of a dataset in stored order. A sample's name is `shard number/row/key`.
+
+    Raw pixels are given as PNG, which loses nothing.
+
+    Args:
+        uri: The dataset's folder.
+        settings: Labels `none` drops the labels; otherwise they are kept.
+    """
+
+    def __init__(self, uri: str, settings: SourceSettings | None = None) -> None:
+        self.uri = uri
+        self._labels = (settings or SourceSettings()).labels
+        self._opened: Manifest | None = None
+        self._texts: dict[int, list[dict[str, Any] | None]] = {}
+
+    def _manifest(self) -> Manifest:
+        if self._opened is None:
+            self._opened = open_dataset(self.uri)
+        return self._opened
+
+    def listing(self) -> Listing:
+        """Return the dataset's samples in stored order."""
+        manifest = self._manifest()
+        names: list[pa.StringArray] = []
+        keys: list[pa.StringArray] = []
+        sizes, labels = [], []
+        for s in range(manifest.info.num_shards):
+            table = manifest.shard_table(s)
+            keys.append(pa.array(table.keys, pa.string()))
+            names.append(pa.array([f"{s}/{row}/{key}" for row, key in enumerate(table.keys)], pa.string()))
+            sizes.append(table.sizes)
+            labels.append(table.labels)
+        all_keys = pa.concat_arrays(keys)
+        if pc.any(pc.match_substring_regex(all_keys, _UNFIT_KEY)).as_py() or len(all_keys.unique()) != len(all_keys):
+            all_keys = sample_keys(all_keys)
+        unlabelled = self._labels == "none"
+        found = np.concatenate(labels)
+        return Listing(
+            uri=self.uri,
+            names=pa.concat_arrays(names),
+            sizes=np.concatenate(sizes),
+            labels=np.full_like(found, NO_LABEL) if unlabelled else found,
+            classes=None if unlabelled else manifest.info.classes,
+            passed_over={},
+            kind="dataset",
+            keys=all_keys,
+            bounds=manifest.shard_starts,
+            fingerprint=manifest.info.fingerprint,
+        )
+
+    def read_all(self, wanted: Wanted) -> Iterator[bytes | str]:
+        """Yield the images' files."""
+        return read_each(self.uri, lambda i: self._read(wanted.names[i]), len(wanted))
+
+    def _read(self, name: str) -> bytes:
+        s, row = _place(name)
+        manifest = self._manifest()
+        table = manifest.shard_table(s)
+        data = storage.read_bytes(manifest.shard_uri(s), int(table.offsets[row]), int(table.sizes[row]))
+        if FORMATS[table.formats[row]] == "raw":
+            return as_png(data, int(table.widths[row]), int(table.heights[row]))
+        return data
+
+    def about(self, name: str, *, class_name: str | None) -> dict[str, Any] | None:
+        """Return the JSON that is stored beside the image, as it is."""
+        s, row = _place(name)
+        if s not in self._texts:
+            self._texts = {s: self._read_texts(s)}  # samples come shard by shard: one shard's are enough
+        return self._texts[s][row]
+
+    def _read_texts(self, s: int) -> list[dict[str, Any] | None]:
+        manifest = self._manifest()
+        if manifest.info.format == "ffcv":
+            return read_metas(manifest.shard_uri(s))
+        found: dict[str, dict[str, Any]] = {}
+        with storage.open_read(manifest.shard_uri(s)) as file:
+            scanner = TarScanner(file, shard=manifest.shard_name(s))
+            for member in scanner:
+                parts = split_key(member.name)
+                if parts is not None and parts[1] == "json" and member.size <= _MAX_TEXT_BYTES:
+                    value = _parse(scanner.read())
+                    if value is not None:
+                        found[parts[0]] = value
+        return [found.get(key) for key in manifest.shard_table(s).keys]
+
+
+def _place(name: str) -> tuple[int, int]:
+    s, row, _ = name.split("/", 2)
+    return int(s), int(row)
+
+
+def _parse(text: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None

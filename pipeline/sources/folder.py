@@ -1,0 +1,64 @@
+"""A folder of images as a source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline import storage
+from pipeline.errors import ConfigError, DataError
+from pipeline.sources.listing import (
+    IMAGE_SUFFIXES,
+    Listing,
+    ListingBuilder,
+    SourceSettings,
+    Wanted,
+    name_and_class,
+    read_each,
+)
+
+
+class FolderSource:
+    """A folder of class folders (the first folder of a path is its class), or a flat folder without labels.
+
+    Hidden files and folders are passed over.
+
+    Args:
+        uri: The folder.
+        settings: Where labels come from.
+    """
+
+    def __init__(self, uri: str, settings: SourceSettings | None = None) -> None:
+        self.uri = uri
+        self._settings = settings or SourceSettings()
+
+    def read_all(self, wanted: Wanted) -> Iterator[bytes | str]:
+        """Yield the files' bytes."""
+        read = storage.reader_below(self.uri)
+        return read_each(self.uri, lambda i: read(wanted.names[i]), len(wanted))
+
+    def about(self, name: str, *, class_name: str | None) -> dict[str, Any] | None:
+        """Return the file's name, and its class where it has one."""
+        return name_and_class(name, class_name)
+
+    def listing(self) -> Listing:
+        """Return the folder's images by name.
+
+        Raises:
+            DataError: There is no such folder, or no image in it.
+            ConfigError: Whether there are classes cannot be told.
+        """
+        if storage.exists(self.uri) and not storage.is_folder(self.uri):
+            raise ConfigError(
+                f"convert: {storage.redact(self.uri)} is a file. Give the folder that holds the images, or a .tar, "
+                ".parquet, .csv or .tsv file."
+            )
+        found = ListingBuilder()
+        for file in storage.list_files(self.uri, recursive=True):
+            found.add(file.name, file.size_bytes)
+        if not len(found):
+            raise DataError(
+                f"convert: no image in {storage.redact(self.uri)}; seen: {found.seen()}. Looked for "
+                f"{', '.join(IMAGE_SUFFIXES)}, tars, betons and Parquet files."
+            )
+        return found.build(self.uri, self._settings, kind="folder")

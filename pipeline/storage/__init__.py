@@ -1,0 +1,30 @@
+"""The only door to local disks and object storage: URIs, ranged reads, retries, atomic writes, redaction."""
+
+from pipeline.storage.door import exists, is_folder, is_local, list_files, local_path, size_of
+from pipeline.storage.local import FileInfo
+from pipeline.storage.reads import open_read, read_bytes, read_twice, read_view, reader_below
+from pipeline.storage.uri import join, name_of, redact
+from pipeline.storage.writes import delete, make_folder, put_file, put_if_absent, write_atomic
+
+__all__ = [
+    "FileInfo",
+    "delete",
+    "exists",
+    "is_folder",
+    "is_local",
+    "join",
+    "list_files",
+    "local_path",
+    "make_folder",
+    "name_of",
+    "open_read",
+    "put_file",
+    "put_if_absent",
+    "read_bytes",
+    "read_twice",
+    "read_view",
+    "reader_below",
+    "redact",
+    "size_of",
+    "write_atomic",
+]

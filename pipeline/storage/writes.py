@@ -1,0 +1,81 @@
+"""Writes: atomic, conditional, deletes."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pipeline.storage.door import _local, _remote, is_local
+from pipeline.storage.local import commit_file, put_local_if_absent, write_local
+
+
+def make_folder(uri: str) -> None:
+    """Make a local folder and its parents; object storage has none to make."""
+    if is_local(uri):
+        _local("write", uri, lambda path: path.mkdir(parents=True, exist_ok=True))
+
+
+def write_atomic(uri: str, data: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part.
+
+    Local: a temporary name in the same folder, fsync, rename. Object storage: one PUT.
+    """
+    if is_local(uri):
+        _local("write", uri, lambda path: write_local(path, lambda file: file.write(data), commit_file))
+        return
+    _remote("write", uri, lambda fs: fs.pipe_file(uri, data))
+
+
+def put_file(local: Path, uri: str) -> None:
+    """Copy a local file to a URI, whole or not at all."""
+    if is_local(uri):
+
+        def copy(path: Path) -> None:
+            with local.open("rb") as source:
+                write_local(path, lambda file: shutil.copyfileobj(source, file, 2**20), commit_file)
+
+        _local("write", uri, copy)
+        return
+    _remote("write", uri, lambda fs: fs.put_file(str(local), uri))
+
+
+def put_if_absent(uri: str, data: bytes) -> bool:
+    """Write a file only where none is; return whether this call wrote it.
+
+    The whole content appears at once: locally by a hard link (which fails where the name is taken), in object storage
+    by a conditional PUT.
+    """
+    if is_local(uri):
+        return _local("write", uri, lambda path: put_local_if_absent(path, data))
+    attempts = 0
+
+    def put(fs: Any) -> bool:
+        nonlocal attempts
+        attempts += 1
+        try:
+            fs.pipe_file(uri, data, mode="create")
+        except FileExistsError:
+            # A PUT that was answered too late has been retried: what is there may be ours.
+            return attempts > 1 and bytes(fs.cat_file(uri)) == data
+        except OSError as error:
+            if "PreconditionFailed" in str(error) or "ConditionalRequestConflict" in str(error) or "412" in str(error):
+                return attempts > 1 and bytes(fs.cat_file(uri)) == data
+            raise
+        return True
+
+    return _remote("write", uri, put)
+
+
+def delete(uri: str) -> None:
+    """Remove a file; one that is not there is no error."""
+    if is_local(uri):
+        _local("delete", uri, lambda path: path.unlink(missing_ok=True))
+        return
+
+    def remove(fs: Any) -> None:
+        with suppress(FileNotFoundError):
+            fs.rm_file(uri)
+
+    _remote("delete", uri, remove)

@@ -1,0 +1,1 @@
+"""Peers that the benchmarks of training are measured beside."""

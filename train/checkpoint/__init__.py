@@ -1,0 +1,1 @@
+"""Checkpoints by parameter name: read, write, commit, prune."""

@@ -1,0 +1,94 @@
+"""A rank's share of the training state in host memory, laid out as the files of a checkpoint will be.
+
+The tensors are copied once, from the device into the very bytes that are hashed and written. The memory is kept from
+save to save: taking it anew costs more than filling it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from train.engine.named_state import KINDS, NamedTensor
+
+_VALUE_BYTES = 4
+_HEADER_ALIGNMENT = 8
+
+
+def safetensors_header(tensors: Iterable[tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """Lay out fp32 tensors one after the other as a safetensors file.
+
+    Args:
+        tensors: names and shapes, in the order of their bytes.
+        metadata: strings for the reader.
+
+    Returns:
+        What comes before the tensors' bytes; a multiple of 8 bytes long, so that these are aligned.
+
+    Source: the safetensors format: header length in 8 little-endian bytes, JSON padded with spaces, data.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, shape in tensors:
+        start, end = end, end + _VALUE_BYTES * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+class HostBuffers:
+    """Host memory for this rank's share of one checkpoint.
+
+    Args:
+        table: all tensors of the model.
+        part: number of this rank's share.
+        device: where the tensors come from; memory for a GPU's is pinned, so that they are copied at full speed.
+    """
+
+    def __init__(self, table: Iterable[NamedTensor], *, part: int, device: torch.device) -> None:
+        mine = [tensor for tensor in table if tensor.part == part]
+        self._bytes: dict[str, Tensor] = {}
+        self._places: dict[tuple[str, str], Tensor] = {}
+        for kind in KINDS:
+            tensors = [(tensor.name, tensor.shape) for tensor in mine if kind in tensor.kinds]
+            if tensors:
+                self._lay_out(kind, tensors, pinned=device.type == "cuda")
+
+    def _lay_out(self, kind: str, tensors: list[tuple[str, tuple[int, ...]]], *, pinned: bool) -> None:
+        header = safetensors_header(tensors, {"kind": kind})
+        num_values = sum(math.prod(shape) for _, shape in tensors)
+        content = torch.empty(len(header) + _VALUE_BYTES * num_values, dtype=torch.uint8, pin_memory=pinned)
+        content[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        self._bytes[kind] = content
+        start = len(header)
+        for name, shape in tensors:
+            end = start + _VALUE_BYTES * math.prod(shape)
+            self._places[name, kind] = content[start:end].view(torch.float32).view(shape)
+            start = end
+
+    def place(self, name: str, kind: str, tensor: Tensor) -> Tensor:
+        """Copy one tensor to where it belongs; from a GPU the copy is only queued.
+
+        Args:
+            name: dotted name in the model.
+            kind: weight, exp_avg or exp_avg_sq.
+            tensor: whole, of any floating type.
+
+        Returns:
+            The copy.
+        """
+        return self._places[name, kind].copy_(tensor.detach(), non_blocking=True)
+
+    def files(self) -> dict[str, memoryview]:
+        """Give the bytes of each kind's file; kinds of which this rank has nothing are left out."""
+        return {kind: content.numpy().data for kind, content in self._bytes.items()}
+
+    @property
+    def size_bytes(self) -> int:
+        """Host memory held."""
+        return sum(content.numel() for content in self._bytes.values())

@@ -1,0 +1,131 @@
+"""Read a checkpoint back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import safe_open
+from torch import Tensor
+
+from pipeline import storage
+from pipeline.errors import DataError
+from train.checkpoint.files import (
+    CHECKPOINTS_FOLDER,
+    MANIFEST_FILE,
+    STATE_FILE,
+    DamagedCheckpointError,
+    FileEntry,
+    find_steps,
+    hash_bytes,
+    parse_table,
+    part_name,
+    read_manifest,
+    step_name,
+)
+from train.engine.named_state import KINDS, WEIGHT, NamedTensor
+from train.errors import CheckpointError
+
+
+class CheckpointState:
+    """One verified checkpoint. Tensors are read when asked for, memory-mapped.
+
+    Args:
+        uri: the step's folder.
+        folder: local folder the files are read from; the same, or a staged copy of a remote one.
+        document: content of state.json.
+    """
+
+    def __init__(self, *, uri: str, folder: Path, document: Mapping[str, Any]) -> None:
+        self.uri = uri
+        self.step: int = document["step"]
+        self.client: dict[str, Any] = document["client"]
+        self.engine: dict[str, Any] = document["engine"]
+        self.config: dict[str, Any] = document["config"]
+        self.table: list[NamedTensor] = parse_table(document["tensors"])
+        self._parts = {tensor.name: tensor.part for tensor in self.table}
+        self._files: dict[tuple[str, int], Any] = {}
+        parts = document["parts"]
+        for kind in KINDS:
+            for part in sorted({tensor.part for tensor in self.table if kind in tensor.kinds}):
+                path = folder / part_name(kind, part, parts)
+                self._files[kind, part] = safe_open(path, framework="pt", device="cpu")
+
+    def tensor(self, name: str, kind: str) -> Tensor:
+        """Read one whole fp32 tensor.
+
+        Args:
+            name: dotted name in the model.
+            kind: weight, exp_avg or exp_avg_sq.
+        """
+        value: Tensor = self._files[kind, self._parts[name]].get_tensor(name)
+        return value
+
+
+def resolve_step(uri: str) -> list[str]:
+    """Find the committed steps a URI stands for: a step itself, a folder of checkpoints, or a run.
+
+    Returns:
+        URIs of step folders, newest first.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if storage.exists(storage.join(uri, MANIFEST_FILE)):
+        return [uri]
+    for root in (uri, storage.join(uri, CHECKPOINTS_FOLDER)):
+        committed = [step for step, names in find_steps(root).items() if MANIFEST_FILE in names]
+        if committed:
+            return [storage.join(root, step_name(step)) for step in reversed(committed)]
+    raise CheckpointError(
+        f"{storage.redact(uri)}: no finished checkpoint here. Give the folder of a run, its checkpoints, or one step."
+    )
+
+
+def load_weights(uri: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Load the weights of a checkpoint into host memory; no other process and no optimizer state is needed.
+
+    Args:
+        uri: a step's folder, a folder of checkpoints or a run's folder; of several steps the newest undamaged one.
+
+    Returns:
+        fp32 tensors by name, and state.json: step, settings (`config`), what the loop saved (`client`), `tensors`.
+
+    Raises:
+        CheckpointError: nothing finished is there, or all of it is damaged.
+    """
+    problems = []
+    for folder in resolve_step(uri):
+        try:
+            return _load_weights(folder)
+        except DamagedCheckpointError as error:
+            problems.append(str(error))
+    raise DamagedCheckpointError("\n".join(problems))
+
+
+def _load_weights(folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors: dict[str, Tensor] = {}
+    state: dict[str, Any] = {}
+    for entry in read_manifest(folder):
+        if entry.name == STATE_FILE:
+            state = json.loads(_read_entry(folder, entry))
+        elif entry.name.startswith(f"{WEIGHT}-"):
+            tensors |= safetensors.torch.load(_read_entry(folder, entry))
+    missing = [row["name"] for row in state.get("tensors", []) if row["name"] not in tensors]
+    if missing or not state:
+        raise DamagedCheckpointError(f"{storage.redact(folder)}: no weights of {', '.join(missing[:5])}.")
+    return {row["name"]: tensors[row["name"]] for row in state["tensors"]}, state
+
+
+def _read_entry(folder: str, entry: FileEntry) -> bytes:
+    uri = storage.join(folder, entry.name)
+    try:
+        data = storage.read_bytes(uri)
+    except DataError as error:
+        raise DamagedCheckpointError(str(error)) from error
+    if hash_bytes(data) != entry.xxh3:
+        raise DamagedCheckpointError(f"{storage.redact(uri)}: hash differs from the manifest's; the file is damaged.")
+    return data

@@ -1,0 +1,1 @@
+"""The whole way in minutes: `python -m train.demo`."""

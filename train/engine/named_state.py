@@ -1,0 +1,245 @@
+"""Training state by parameter name: what an engine exports and takes back, whatever shards it in between.
+
+Shapes: tensors here are always whole; no rank-dependent shape exists outside an engine.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from train.errors import CheckpointError
+
+WEIGHT = "weight"
+"""Kind of tensor: the fp32 weight."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Kinds of tensor: AdamW's two running means, under torch's names."""
+KINDS = (WEIGHT, *MOMENTS)
+"""Every kind, in the order they are written."""
+_ROWS_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class NamedTensor:
+    """One line of the table of a model's tensors.
+
+    Args:
+        name: dotted name in the unwrapped model.
+        shape: full shape.
+        trained: whether it has moments; frozen parameters and buffers have none.
+        part: number of the part (the rank) that writes it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    trained: bool
+    part: int = 0
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Which kinds of tensor exist under this name."""
+        return KINDS if self.trained else (WEIGHT,)
+
+
+@dataclass
+class ExportedState:
+    """What one rank is to write of the training state, in host memory.
+
+    Args:
+        tensors: whole tensors by name, then by kind; only those that fall to this rank.
+        scalars: step count of AdamW, loss scaler; equal on all ranks; JSON types.
+        table: all tensors of the model, those of other ranks too.
+    """
+
+    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    scalars: dict[str, Any] = field(default_factory=dict)
+    table: list[NamedTensor] = field(default_factory=list)
+
+
+class StateSource(Protocol):
+    """Where saved state is read from; a CheckpointState is one."""
+
+    @property
+    def table(self) -> list[NamedTensor]:
+        """All tensors there are."""
+
+    @property
+    def engine(self) -> Mapping[str, Any]:
+        """The scalars of ExportedState."""
+
+    def tensor(self, name: str, kind: str) -> Tensor:
+        """Read one whole fp32 tensor."""
+
+
+class NamedState(ABC):
+    """Reads and writes the training state of one engine by parameter name. All ranks call each method alike."""
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Make optimizer state exist and reachable by name, at zero where no step was taken."""
+
+    @abstractmethod
+    def read(self, name: str) -> dict[str, Tensor]:
+        """Gather the whole tensors of one trained parameter, fp32, on any device."""
+
+    @abstractmethod
+    def write(self, name: str, kind: str, value: Tensor) -> None:
+        """Put back one whole tensor; each rank keeps its share."""
+
+    @abstractmethod
+    def finish_write(self, adam_step: int) -> None:
+        """Set the step count and bring the working weights in line with the fp32 ones."""
+
+    @abstractmethod
+    def adam_step(self) -> int:
+        """Return how many steps AdamW has taken; skipped ones do not count."""
+
+
+class PlainState(NamedState):
+    """State that a torch optimizer keeps per parameter: nothing is sharded.
+
+    Args:
+        masters: the fp32 tensor that is optimised, by name.
+        working: the weights of the forward pass, by name; the same tensors in fp32.
+        optimizer: AdamW over the masters.
+    """
+
+    def __init__(
+        self, *, masters: Mapping[str, Tensor], working: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.masters = masters
+        self.working = working
+        self.optimizer = optimizer
+
+    def prepare(self) -> None:
+        """Give every parameter its moments."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                make_moments(self.optimizer, parameter, group)
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors themselves, not copies."""
+        master = self.masters[name]
+        state = self.optimizer.state[master]
+        return {WEIGHT: master.detach(), **{kind: state[kind] for kind in MOMENTS}}
+
+    def write(self, name: str, kind: str, value: Tensor) -> None:
+        """Copy in place."""
+        master = self.masters[name]
+        target = master if kind == WEIGHT else self.optimizer.state[master][kind]
+        with torch.no_grad():
+            target.copy_(value)
+
+    def finish_write(self, adam_step: int) -> None:
+        """Set the step count; round the masters to the working weights."""
+        set_adam_step(self.optimizer, adam_step)
+        with torch.no_grad():
+            for name, master in self.masters.items():
+                if self.working[name] is not master:
+                    self.working[name].copy_(master)
+
+    def adam_step(self) -> int:
+        """Return the step count."""
+        return read_adam_step(self.optimizer)
+
+
+def make_moments(optimizer: torch.optim.Optimizer, tensor: Tensor, group: Mapping[str, Any]) -> None:
+    """Make AdamW's state of one tensor as its own first step would, unless it is there."""
+    state = optimizer.state[tensor]
+    if MOMENTS[0] in state:
+        return
+    # A fused kernel wants the count beside the tensor, the loops want it on the host.
+    device = tensor.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
+    state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+    for kind in MOMENTS:
+        state[kind] = torch.zeros_like(tensor, memory_format=torch.preserve_format, requires_grad=False)
+
+
+def set_adam_step(optimizer: torch.optim.Optimizer, adam_step: int) -> None:
+    """Set the step count of every tensor."""
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"].fill_(float(adam_step))
+
+
+def read_adam_step(optimizer: torch.optim.Optimizer) -> int:
+    """Return the step count, which all tensors share; 0 before the first step."""
+    counts = (state["step"] for state in optimizer.state.values() if "step" in state)
+    # Only one is read: a fused kernel keeps each on the GPU, and every look there waits for it.
+    return int(next(counts, 0))
+
+
+def list_tensors(module: nn.Module, *, parts: int) -> list[NamedTensor]:
+    """List a model's parameters and saved buffers and share them out over parts of nearly equal size.
+
+    Args:
+        module: the unwrapped model, before anything shards it.
+        parts: files to share out over; one a rank.
+
+    Returns:
+        The table, in the model's order.
+    """
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    saved = module.state_dict(keep_vars=True)
+    load = [0] * parts
+    owners: dict[str, int] = {}
+    for name in sorted(saved, key=lambda name: (-saved[name].numel(), name)):
+        part = load.index(min(load))
+        owners[name] = part
+        load[part] += saved[name].numel() * (len(KINDS) if name in trained else 1)
+    return [
+        NamedTensor(name, tuple(tensor.shape), trained=name in trained, part=owners[name])
+        for name, tensor in saved.items()
+    ]
+
+
+def check_same_model(saved: Iterable[NamedTensor], built: Iterable[NamedTensor], *, where: str) -> None:
+    """Refuse a checkpoint of another model, with a table of what differs.
+
+    Args:
+        saved: table of the checkpoint.
+        built: table of the model that was built.
+        where: the checkpoint, for the message.
+
+    Raises:
+        CheckpointError: names, shapes or what is trained differ.
+    """
+    theirs = {tensor.name: tensor for tensor in saved}
+    ours = {tensor.name: tensor for tensor in built}
+    rows = [
+        (name, describe_tensor(theirs.get(name)), describe_tensor(ours.get(name)))
+        for name in dict.fromkeys([*ours, *theirs])
+        if describe_tensor(theirs.get(name)) != describe_tensor(ours.get(name))
+    ]
+    if not rows:
+        return
+    header = ("tensor", "in the checkpoint", "in this model")
+    widths = [max(len(row[column]) for row in (header, *rows[:_ROWS_SHOWN])) for column in range(3)]
+    lines = [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (header, *rows[:_ROWS_SHOWN])
+    ]
+    if len(rows) > _ROWS_SHOWN:
+        lines.append(f"  ... and {len(rows) - _ROWS_SHOWN} more")
+    table = "\n".join(lines)
+    raise CheckpointError(
+        f"{where}: the checkpoint is of another model; {len(rows)} of {len(dict.fromkeys([*ours, *theirs]))} tensors "
+        f"differ.\n{table}\nUse the model settings it was made with, or another checkpoint.dir for a new run."
+    )
+
+
+def describe_tensor(tensor: NamedTensor | None) -> str:
+    """Describe a tensor in a few characters for a table."""
+    if tensor is None:
+        return "missing"
+    shape = "x".join(map(str, tensor.shape)) or "scalar"
+    return shape if tensor.trained else f"{shape} frozen"
+
+
+Place = Callable[[str, str, Tensor], Tensor]
+"""Copies one exported tensor, given its name and kind, to where a save wants it."""

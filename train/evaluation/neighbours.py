@@ -1,0 +1,63 @@
+"""Nearest neighbours in frozen features."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the usual name
+from torch import Tensor
+
+from model.objectives.mae import MaskedAutoencoder
+from pipeline.dataset import Manifest
+from train.evaluation.held_out import iterate_held_out
+from train.evaluation.saved_model import SavedModel
+
+NEIGHBOURS = 20
+"""Neighbours that vote. Source: Caron et al. 2021 (DINO), section 4.1: 20 was best throughout."""
+TEMPERATURE = 0.07
+"""Votes weigh exp(cosine / temperature). Source: Wu et al. 2018, section 3.4; DINO uses the same."""
+POOLING = "mean of the patch tokens after the final norm, without the class token"
+
+
+@torch.no_grad()
+def embed(
+    model: MaskedAutoencoder, saved: SavedModel, dataset: Manifest, *, device: torch.device, limit: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Describe whole images by an encoder.
+
+    Args:
+        model: the encoder.
+        saved: whose settings say how images are read.
+        dataset: which images.
+        device: where to compute.
+        limit: images to read at most.
+
+    Returns:
+        features_MD, unit length, and labels_M.
+    """
+    features, labels = [], []
+    for held_out in iterate_held_out(saved.config, dataset, device=device, limit=limit):
+        features.append(F.normalize(model.features(held_out.images_BCHW).float(), dim=1))
+        labels.append(held_out.labels_B)
+    return torch.cat(features), torch.cat(labels)
+
+
+def knn_accuracy(
+    features_BD: Tensor, labels_B: Tensor, known_MD: Tensor, known_labels_M: Tensor, *, neighbours: int = NEIGHBOURS
+) -> float:
+    """Classify by the nearest known images: cosine top-k, votes weighing exp(cosine / 0.07).
+
+    Args:
+        features_BD: of the images to classify, unit length.
+        labels_B: their classes.
+        known_MD: features of labelled images, unit length.
+        known_labels_M: their classes, from 0.
+        neighbours: how many vote; fewer where there are fewer known images.
+
+    Returns:
+        Share that is classified right, 0 to 1.
+    """
+    similarity_BK, index_BK = (features_BD @ known_MD.T).topk(min(neighbours, len(known_MD)), dim=1)
+    num_classes = int(known_labels_M.max()) + 1
+    votes = torch.zeros(len(features_BD), num_classes, device=features_BD.device)
+    votes.scatter_add_(1, known_labels_M[index_BK], (similarity_BK / TEMPERATURE).exp())
+    return float((votes.argmax(dim=1) == labels_B).float().mean())

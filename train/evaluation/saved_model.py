@@ -1,0 +1,65 @@
+"""A trained model out of a checkpoint: for pictures, measurements and export, without other ranks or an optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from pydantic import ValidationError
+
+from model.objectives.mae import MaskedAutoencoder
+from train.checkpoint.state import load_weights
+from train.config import RunConfig
+from train.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A model as a checkpoint has it.
+
+    Attributes:
+        model: fp32, in eval mode.
+        config: settings of the run that saved it.
+        step: optimizer steps it has taken.
+        uri: what it was loaded from.
+    """
+
+    model: MaskedAutoencoder
+    config: RunConfig
+    step: int
+    uri: str
+
+
+def load_model(uri: str, *, device: torch.device | None = None) -> SavedModel:
+    """Load a model from a checkpoint.
+
+    Args:
+        uri: a step's folder, a folder of checkpoints (its newest), or a run's folder.
+        device: where the model is wanted; the CPU by default.
+
+    Raises:
+        CheckpointError: nothing finished is there, it is damaged, or its settings are of another version.
+    """
+    tensors, state = load_weights(uri)
+    try:
+        config = RunConfig.model_validate(state["config"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CheckpointError(
+            f"{uri}: its settings do not fit this version: {'.'.join(map(str, first['loc']))}: {first['msg']}; "
+            "use the version that wrote it"
+        ) from error
+    with torch.device("meta"):
+        model = MaskedAutoencoder(config.model)
+    model = model.to_empty(device="cpu")
+    try:
+        model.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{uri}: its tensors are not those of its own settings: {error}") from error
+    return SavedModel(model.to(device or torch.device("cpu")).eval(), config, int(state["step"]), uri)
+
+
+def untrained_like(saved: SavedModel, *, device: torch.device) -> MaskedAutoencoder:
+    """Make the same model with the first weights of its run, which is what its features are compared with."""
+    torch.manual_seed(saved.config.train.seed)
+    return MaskedAutoencoder(saved.config.model).to(device).eval()

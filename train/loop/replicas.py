@@ -1,0 +1,99 @@
+"""Do the ranks still hold the same weights? A memory error on one accelerator shows nowhere else.
+
+Up to ZeRO 2 every rank keeps all working weights, and they must be equal to the last bit. At ZeRO 3 each rank keeps
+its own part, so there is nothing to compare.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from train.errors import NumericsError
+from train.process.world import World
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CHUNK = 2**22
+"""Elements that are summed at a time: 64 MB of 64-bit integers beside the weights."""
+_NAMES_SHOWN = 3
+
+
+@torch.no_grad()
+def checksums(module: nn.Module) -> tuple[list[str], Tensor]:
+    """Sum up the bits of every parameter and buffer on its device, without synchronising.
+
+    Integer sums are exact in any order, so two replicas agree if their bits do. A single flipped bit always changes the
+    sum; the factor by place also tells values that have changed places.
+
+    Args:
+        module: the model, with whole weights.
+
+    Returns:
+        Names, and one 64-bit sum for each.
+    """
+    names, sums = [], []
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        bits = tensor.detach().contiguous().flatten().view(_INTEGERS[tensor.element_size()])
+        total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+        for first in range(0, bits.numel(), _CHUNK):
+            part = bits[first : first + _CHUNK].to(torch.int64)
+            # Odd factors have an inverse modulo 2^64: no change of one value can vanish.
+            total += (part * (2 * torch.arange(first, first + part.numel(), device=part.device) + 1)).sum()
+        names.append(name)
+        sums.append(total)
+    return names, torch.stack(sums)
+
+
+def find_differing(sums: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+    """Compare the sums of all ranks.
+
+    Args:
+        sums: per rank, one sum a tensor.
+
+    Returns:
+        The tensors that differ, and the ranks that are alone with their value: those outside the majority of all
+        ranks. No ranks where there is no majority, as between two.
+    """
+    columns = [tensor for tensor in range(len(sums[0])) if len({rank[tensor] for rank in sums}) > 1]
+    if not columns:
+        return [], []
+    votes = Counter(tuple(rank) for rank in sums)
+    most, count = votes.most_common(1)[0]
+    if 2 * count <= len(sums):
+        return columns, []
+    return columns, [number for number, rank in enumerate(sums) if tuple(rank) != most]
+
+
+def check_replicas(module: nn.Module, *, world: World, step: int) -> None:
+    """Compare the weights of all ranks; all call it together, at ZeRO 0 to 2.
+
+    Args:
+        module: the unwrapped model.
+        world: the processes of the run.
+        step: for the message.
+
+    Raises:
+        NumericsError: on every rank: they differ.
+    """
+    if world.world_size == 1:
+        return
+    names, sums = checksums(module)
+    gathered = world.gather((sums.tolist(), world.device_name()))
+    tensors, ranks = find_differing([part for part, _ in gathered])
+    if not tensors:
+        return
+    shown = ", ".join(names[tensor] for tensor in tensors[:_NAMES_SHOWN])
+    more = f" and {len(tensors) - _NAMES_SHOWN} more" if len(tensors) > _NAMES_SHOWN else ""
+    if ranks:
+        culprits = ", ".join(f"rank {rank} ({gathered[rank][1]})" for rank in ranks)
+        who = f"{culprits} differs from the others"
+    else:
+        who = f"the {world.world_size} ranks differ and no majority tells which is right"
+    raise NumericsError(
+        f"step {step}: the weights are not equal on all ranks: {who} in {shown}{more}. A memory error, or a collective "
+        "that failed silently. Check that device (dmesg, nvidia-smi -q -d ECC) or leave its node out; the same command "
+        "goes on from the last checkpoint. guard.checksum_every_steps 0 would switch this check off"
+    )

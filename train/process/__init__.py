@@ -1,0 +1,1 @@
+"""This process: its place in the world, signals, the watchdog, the lease, the outcome."""

@@ -1,0 +1,138 @@
+"""How a run ends: status.json, one message for people however many ranks fail, and the exit code. Imports no torch.
+
+Launchers flatten exit codes (torchrun gives 1 for everything); status.json keeps them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock
+
+from pipeline.errors import InfrastructureError, MaelstromError
+from train.errors import Preempted
+from train.process.place import rank_of_environment
+
+RunState = Literal["running", "done", "failed", "preempted"]
+STATUS_FILE = "status.json"
+UNEXPECTED = 1
+"""Exit code of an error that is no message to the user but a defect; it comes with a traceback."""
+LOCK_WAIT_S = 10.0
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a small JSON file so that a reader sees the old one or the new one, never half of it.
+
+    Args:
+        path: local file; its folder is made.
+        content: what to write.
+
+    Raises:
+        InfrastructureError: the disk is full, or the folder may not be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise InfrastructureError(
+            f"{path}: cannot be written: {error.strerror}; free some space or give another folder with --run.dir"
+        ) from error
+
+
+def read_status(run_dir: Path) -> dict[str, Any]:
+    """Read a run's status.json; empty where there is none yet."""
+    try:
+        status: dict[str, Any] = json.loads((run_dir / STATUS_FILE).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return {}
+    return status
+
+
+class Outcome:
+    """The status of one run folder, as written by one rank of one start of the program.
+
+    Made before anything can fail: it notes which start this is from the launcher's environment.
+
+    Args:
+        run_dir: local folder of the run.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.rank = rank_of_environment()
+        self.step = 0
+        """Optimizer steps done, kept up to date by the loop."""
+        self.in_use = False
+        """Whether another job works in this folder; its status is then left alone."""
+        self._launch = _launch_id()
+
+    def write(self, state: RunState, *, exit_code: int | None, reason: str = "", **more: Any) -> None:
+        """Write status.json.
+
+        Args:
+            state: running, done, failed or preempted.
+            exit_code: what the command ends with; None while it runs.
+            reason: one line for people; empty where there is nothing to say.
+            more: further keys.
+        """
+        updated = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        content = {"state": state, "exit_code": exit_code, "step": self.step, "reason": reason, "updated": updated}
+        write_json(self.run_dir / STATUS_FILE, {**content, **more, "launch": self._launch})
+
+    def conclude(self, error: BaseException) -> int:
+        """Report an error once and say which code to end with.
+
+        The first rank of a node that fails writes status.json and the message. The others fail because of it (their
+        connection is closed), find its report, and end silently with its code.
+
+        Args:
+            error: what ended the run.
+
+        Returns:
+            The exit code.
+        """
+        code = error.exit_code if isinstance(error, MaelstromError) else UNEXPECTED
+        if self.in_use:
+            if self.rank == 0:  # every rank was refused alike
+                sys.stderr.write(describe(error))
+            return code
+        state: RunState = "preempted" if isinstance(error, Preempted) else "failed"
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.run_dir / f".{STATUS_FILE}.lock", timeout=LOCK_WAIT_S):
+                known = read_status(self.run_dir)
+                if known.get("launch") == self._launch and known.get("exit_code") is not None:
+                    return int(known["exit_code"])
+                self.write(state, exit_code=code, reason=str(error) or type(error).__name__, rank=self.rank)
+        except (OSError, InfrastructureError) as trouble:
+            sys.stderr.write(f"warning: {self.run_dir / STATUS_FILE} could not be written: {trouble}\n")
+        sys.stderr.write(describe(error))
+        sys.stderr.flush()
+        return code
+
+
+def _launch_id() -> str:
+    """Name this start of the program: equal on the ranks of one node, different on the next start."""
+    if "RANK" not in os.environ and "SLURM_STEP_ID" not in os.environ:
+        return uuid.uuid4().hex
+    names = ("MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID")
+    return ":".join([*(os.environ.get(name, "") for name in names), str(os.getppid())])
+
+
+def describe(error: BaseException) -> str:
+    """Put an error into words: the message where it is meant for the user, else the traceback."""
+    if isinstance(error, Preempted):
+        return f"\n{error}\n"
+    if isinstance(error, MaelstromError):
+        return f"\nerror: {error}\n"
+    return "".join(traceback.format_exception(error))

@@ -1,0 +1,198 @@
+"""What a run reports: metrics.jsonl, TensorBoard events, a progress display and the closing summary.
+
+Only rank 0 writes. Imports no torch at the top: the demo reads metrics without it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, TextIO
+
+from train.report.meter import format_duration
+from train.report.metrics_file import METRICS_FILE, truncate_after
+
+if TYPE_CHECKING:
+    from train.report.trackers import Background
+
+
+# ------------------------------------------------------------------------------------------------ reporter
+class Reporter:
+    """Writes a run's lines and draws its progress, on rank 0; on other ranks every method does nothing.
+
+    Args:
+        run_dir: local folder of the run.
+        rank: this process's rank.
+        total_steps: steps of the whole run.
+        resumed_step: step the run goes on from; lines after it are cut away, events after it are purged.
+        tensorboard: whether event files are written.
+        out: where lines for people go.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        rank: int,
+        total_steps: int,
+        resumed_step: int = 0,
+        tensorboard: Literal["on", "off"] = "on",
+        out: TextIO | None = None,
+    ) -> None:
+        self._trackers: Sequence[Background] = ()
+        self._out = out or sys.stdout
+        self._writes = rank == 0
+        self._total_steps = total_steps
+        self._file: TextIO | None = None
+        self._board: Any = None
+        self._progress: Any = None
+        self._started, self._first_step = time.perf_counter(), resumed_step
+        self._run_dir, self._tensorboard = run_dir, tensorboard
+        if not self._writes:
+            return
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._open_files(resumed_step)
+        if self._out.isatty():
+            self._start_progress(resumed_step)
+
+    def show_on(self, trackers: Sequence[Background]) -> None:
+        """Show what comes from here on in other places too; they are closed with the reporter."""
+        self._trackers = trackers
+
+    def _open_files(self, step: int) -> None:
+        path = self._run_dir / METRICS_FILE
+        truncate_after(path, step)
+        self._file = path.open("a", encoding="utf-8")
+        if self._tensorboard == "on":
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(
+                str(self._run_dir / "tensorboard"), purge_step=step + 1 if step or self._board is not None else None
+            )
+
+    def rewind(self, step: int) -> None:
+        """Go back to a step: its later lines are cut away, as after a resume.
+
+        Args:
+            step: last step to keep.
+        """
+        if not self._writes:
+            return
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+        self._open_files(step)
+        self.advance(step)
+
+    def _start_progress(self, step: int) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+        )
+        self._progress = Progress(*columns, console=Console(file=self._out))
+        self._task = self._progress.add_task("step", total=self._total_steps, completed=step, text="")
+        self._progress.start()
+
+    def advance(self, step: int) -> None:
+        """Move the progress display to a step; cheap, and without reading anything back from a device."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+
+    def say(self, text: str) -> None:
+        """Print one line for people."""
+        if not self._writes:
+            return
+        if self._progress is not None:
+            self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        else:
+            self._out.write(text + "\n")
+            self._out.flush()
+
+    def log(self, line: Mapping[str, float | int | None]) -> None:
+        """Write one line of metrics.jsonl, the same to TensorBoard, and show it.
+
+        Args:
+            line: step, epoch, images_seen, loss, lr, grad_norm, images_per_s, data_wait_share, step_s, ...
+        """
+        if self._file is None:
+            return
+        # A NaN is no JSON: a reader in another language would stop at it.
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+        step = int(line["step"] or 0)
+        if self._board is not None:
+            for name, value in line.items():
+                if name != "step" and value is not None:
+                    self._board.add_scalar(f"train/{name}", value, step)
+        for tracker in self._trackers:
+            tracker.log(step, clean)
+        self._show(step, line)
+
+    def _show(self, step: int, line: Mapping[str, float | int | None]) -> None:
+        loss, rate, wait = line.get("loss"), line.get("images_per_s"), line.get("data_wait_share")
+        text = f"loss {loss:.4f}  {rate:,.0f} images/s  data wait {100 * (wait or 0):.0f}%" if loss is not None else ""
+        if line.get("mfu"):
+            text += f"  MFU {100 * (line['mfu'] or 0):.1f}%"
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, text=text)
+            return
+        done = step - self._first_step
+        left_s = (time.perf_counter() - self._started) / max(1, done) * (self._total_steps - step)
+        lr = line.get("lr") or 0.0
+        self.say(f"step {step}/{self._total_steps}  {text}  lr {lr:.2e}  ETA {format_duration(left_s)}")
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        """Show a written PNG in TensorBoard and the trackers too."""
+        for tracker in self._trackers:
+            tracker.picture(step, name, path)
+        if self._board is None:
+            return
+        import numpy as np
+        from PIL import Image
+
+        self._board.add_image(name, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
+
+    def close(self) -> None:
+        """End the display and close the files."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        if self._board is not None:
+            self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> Reporter:
+        """Give the reporter itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close whatever happened."""
+        self.close()

@@ -1,0 +1,59 @@
+"""How large a run is, said before it is started. Needs no process group and no accelerator."""
+
+from __future__ import annotations
+
+import os
+
+from model.flops import parameter_counts, train_flops
+from pipeline.dataset import open_dataset
+from pipeline.errors import MaelstromError
+from train.config import RunConfig
+from train.process.place import world_size_of
+from train.settings.fit import describe_fit, device_bytes_of
+
+
+def describe_size(config: RunConfig) -> list[str]:
+    """Describe steps, batches, parameters, operations and memory of a run.
+
+    Args:
+        config: checked settings; with `data.train` the dataset's index is opened, without it epochs stay epochs.
+
+    Returns:
+        Lines for people.
+    """
+    world_size = world_size_of(os.environ)
+    batch = config.train.global_batch_size
+    accum = config.train.grad_accum_steps(world_size=world_size)
+    counts = parameter_counts(config.model)
+    engine = config.engine
+    flops = train_flops(
+        config.model, encoder=engine.activation_checkpointing, decoder=engine.decoder_activation_checkpointing
+    )
+    lines = [
+        _steps_line(config),
+        f"batch: {batch} images = {config.train.micro_batch_size} x {accum} accumulated x {world_size} ranks",
+        f"peak learning rate: {config.optim.base_lr * batch / 256:g}",
+        f"parameters: {counts.total:,} ({counts.encoder + counts.encoder_pos_embed:,} in the encoder)",
+        f"training operations: {flops / 1e9:.1f} GFLOP an image, {flops * batch / 1e12:.2f} TFLOP a step",
+        f"checkpoints: {config.checkpoint_dir}, every {config.checkpoint.every_steps} steps",
+    ]
+    return [*lines, *describe_fit(config, world_size=world_size, device_bytes=device_bytes_of(config))]
+
+
+def _steps_line(config: RunConfig) -> str:
+    batch = config.train.global_batch_size
+    steps = config.train.steps
+    if not config.data.train:
+        known = (
+            f"{steps:,}" if steps is not None else f"{config.train.epochs:g} epochs; give data.train to know the steps"
+        )
+        return f"steps: {known}"
+    try:
+        num_samples = open_dataset(config.data.train).info.num_samples
+    except MaelstromError as error:
+        return f"steps: {config.train.epochs or 0:g} epochs or {steps} steps; the data cannot be read yet: {error}"
+    per_epoch = num_samples / batch if config.order.remainder == "fill" else num_samples // batch
+    if steps is None:
+        steps = max(1, round((config.train.epochs or 0) * per_epoch))
+    epochs = steps / max(per_epoch, 1e-9)
+    return f"steps: {steps:,} ({per_epoch:.1f} an epoch of {num_samples:,} images, {epochs:.1f} epochs)"
