@@ -13,27 +13,29 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 CHANNELS = 3
 """Colour channels of every image: red, green, blue."""
 RATIO_DENOMINATOR = 1_000_000
-"""Largest denominator of the fraction that a mask ratio stands for. Large enough for six decimals, small enough
-that 0.8 is 4/5 and not the nearest binary number, which lies a little above."""
+"""Largest denominator of the fraction that a mask ratio stands for. Large enough for six decimals,
+small enough that 0.8 is 4/5 and not the nearest binary number, which lies a little above."""
 ActivationCheckpointing = Literal["none", "selective", "full"]
 """Which blocks recompute their activations in the backward pass.
 
-`none`: no block. `full`: every block keeps only its input. `selective`: every second block, starting with the
-first; half of the memory is saved for half of the recomputation.
+`none`: no block. `full`: every block keeps only its input. `selective`: every second block,
+starting with the first; half of the memory is saved for half of the recomputation.
 """
 
 
 class ModelConfig(BaseModel):
     """Shape of a vision transformer with a masked-autoencoder decoder, and of its objective.
 
-    The defaults are ViT-B/16 with the decoder of He et al. 2022 (8 blocks of width 512). Only `mask_ratio` and
-    `norm_pix_loss` may change between two runs that share weights; everything else decides tensor shapes.
+    The defaults are ViT-B/16 with the decoder of He et al. 2022 (8 blocks of width 512). Only
+    `mask_ratio` and `norm_pix_loss` may change between two runs that share weights; everything else
+    decides tensor shapes.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     image_size: int | tuple[int, int] = 224
-    """Height and width of the input in pixels: one number for squares, or two: `[224, 448]`, `224x448`."""
+    """Height and width of the input in pixels: one number for squares, or two: `[224, 448]`,
+    `224x448`."""
     patch_size: int = Field(default=16, ge=1)
     """Side of a square patch in pixels; divides height and width."""
     embed_dim: int = Field(default=768, ge=4)
@@ -51,17 +53,22 @@ class ModelConfig(BaseModel):
     decoder_num_heads: int = Field(default=16, ge=1)
     """Attention heads of a decoder block."""
     mask_ratio: float = Field(default=0.75, gt=0, lt=1)
-    """Share of patches that is hidden from the encoder. At least one patch is hidden and one is kept."""
+    """Share of patches that is hidden from the encoder. At least one patch is hidden and one is
+    kept."""
     norm_pix_loss: bool = False
-    """Predict each patch normalised by its own mean and standard deviation, instead of plain pixels. Better
-    features, but pictures need the true patch's statistics."""
+    """Predict each patch normalised by its own mean and standard deviation, instead of plain
+    pixels. Better features, but pictures need the true patch's statistics."""
 
     @field_validator("image_size", mode="before")
     @classmethod
     def _read_image_size(cls, value: Any) -> Any:
         if isinstance(value, str) and "x" in value:
             value = value.split("x")
-        if isinstance(value, list | tuple) and len(value) == 2 and str(value[0]).strip() == str(value[1]).strip():
+        if (
+            isinstance(value, list | tuple)
+            and len(value) == 2
+            and str(value[0]).strip() == str(value[1]).strip()
+        ):
             return value[0]
         return value
 
@@ -70,8 +77,10 @@ class ModelConfig(BaseModel):
         problems = [*self._image_problems(), *self._width_problems()]
         if not problems and not 1 <= self.num_visible < self.num_patches:
             problems.append(
-                f"mask_ratio {self.mask_ratio} keeps {self.num_visible} of {self.num_patches} patches: "
-                f"at least one patch must be kept and one masked, use {1 / self.num_patches:.4g} to "
+                f"mask_ratio {self.mask_ratio} keeps {self.num_visible} of {self.num_patches} "
+                "patches: "
+                f"at least one patch must be kept and one masked, use {1 / self.num_patches:.4g} "
+                "to "
                 f"{1 - 1 / self.num_patches:.4g}"
             )
         if problems:
@@ -87,7 +96,8 @@ class ModelConfig(BaseModel):
                 below = side // self.patch_size * self.patch_size
                 nearest = [str(size) for size in (below, below + self.patch_size) if size]
                 problems.append(
-                    f"image_size {side} is not a multiple of patch_size {self.patch_size}: use {' or '.join(nearest)}"
+                    f"image_size {side} is not a multiple of patch_size {self.patch_size}: use "
+                    f"{' or '.join(nearest)}"
                 )
         return problems
 
@@ -98,19 +108,25 @@ class ModelConfig(BaseModel):
             ("decoder_", self.decoder_embed_dim, self.decoder_num_heads),
         ):
             if width % heads:
-                divisors = [str(n) for n in range(1, width + 1) if width % n == 0 and n <= 4 * heads]
+                divisors = [
+                    str(n) for n in range(1, width + 1) if width % n == 0 and n <= 4 * heads
+                ]
                 problems.append(
                     f"{prefix}embed_dim {width} does not divide into {prefix}num_heads {heads}: "
                     f"use {', '.join(divisors)} heads"
                 )
             if width % 4:
                 problems.append(
-                    f"{prefix}embed_dim {width} is not a multiple of 4, which the sine-cosine position table needs: "
+                    f"{prefix}embed_dim {width} is not a multiple of 4, which the sine-cosine "
+                    "position table needs: "
                     f"use {width // 4 * 4} or {width // 4 * 4 + 4}"
                 )
             hidden = width * self.mlp_ratio
             if hidden < 1 or hidden != int(hidden):
-                problems.append(f"mlp_ratio {self.mlp_ratio} times {prefix}embed_dim {width} is not a whole number")
+                problems.append(
+                    f"mlp_ratio {self.mlp_ratio} times {prefix}embed_dim {width} is not a whole "
+                    "number"
+                )
         return problems
 
     @classmethod
@@ -168,11 +184,13 @@ class ModelConfig(BaseModel):
 
 
 def count_visible(num_patches: int, mask_ratio: float) -> int:
-    """Count the patches that stay visible: the floor of num_patches * (1 - mask_ratio), in exact arithmetic.
+    """Count the patches that stay visible: the floor of num_patches * (1 - mask_ratio), in exact
+    arithmetic.
 
-    In binary floating point 100 * (1 - 0.8) is 19.99..., so plain truncation keeps 19 patches where 20 are meant.
-    The ratio is therefore read as the nearest fraction with a denominator of at most `RATIO_DENOMINATOR`. For 196
-    and 256 patches (every published model) both ways agree at all multiples of 0.05.
+    In binary floating point 100 * (1 - 0.8) is 19.99..., so plain truncation keeps 19 patches where
+    20 are meant. The ratio is therefore read as the nearest fraction with a denominator of at most
+    `RATIO_DENOMINATOR`. For 196 and 256 patches (every published model) both ways agree at all
+    multiples of 0.05.
 
     Args:
         num_patches: Patches of an image, at least 1.
@@ -204,5 +222,5 @@ SIZES: Mapping[str, ModelConfig] = MappingProxyType(
         ),
     }
 )
-"""Named sizes. Source: He et al. 2022 and Dosovitskiy et al. 2021 table 1 (B, L, H), Touvron et al. 2021 table 1
-(Ti, S); `demo` is our own, small enough to learn something on a laptop in minutes."""
+"""Named sizes. Source: He et al. 2022 and Dosovitskiy et al. 2021 table 1 (B, L, H), Touvron et al.
+2021 table 1 (Ti, S); `demo` is our own, small enough to learn something on a laptop in minutes."""

@@ -1,7 +1,8 @@
 """What a model costs, in closed form: operations, parameters and memory. Imports no torch.
 
-A multiply-add counts as two operations. Matrix products are counted, attention's two included; norms, activations,
-softmax and the loss are not (under 2% of the work). This is the usual convention for model FLOPs utilisation.
+A multiply-add counts as two operations. Matrix products are counted, attention's two included;
+norms, activations, softmax and the loss are not (under 2% of the work). This is the usual
+convention for model FLOPs utilisation.
 """
 
 from __future__ import annotations
@@ -80,11 +81,15 @@ def forward_flops(config: ModelConfig) -> ForwardFlops:
 
 
 def recompute_flops(
-    config: ModelConfig, *, encoder: ActivationCheckpointing = "none", decoder: ActivationCheckpointing = "none"
+    config: ModelConfig,
+    *,
+    encoder: ActivationCheckpointing = "none",
+    decoder: ActivationCheckpointing = "none",
 ) -> int:
     """Count the operations that activation checkpointing repeats in the backward pass.
 
-    A block is repeated up to the last value its backward pass needs, so its last matrix product is not.
+    A block is repeated up to the last value its backward pass needs, so its last matrix product is
+    not.
 
     Args:
         config: The model.
@@ -97,17 +102,23 @@ def recompute_flops(
     total = 0
     for mode, depth, tokens, width in _stacks(config, encoder, decoder):
         hidden = _hidden(config, width)
-        total += _checkpointed(mode, depth) * (_block_flops(tokens, width, hidden) - 2 * tokens * width * hidden)
+        total += _checkpointed(mode, depth) * (
+            _block_flops(tokens, width, hidden) - 2 * tokens * width * hidden
+        )
     return total
 
 
 def train_flops(
-    config: ModelConfig, *, encoder: ActivationCheckpointing = "none", decoder: ActivationCheckpointing = "none"
+    config: ModelConfig,
+    *,
+    encoder: ActivationCheckpointing = "none",
+    decoder: ActivationCheckpointing = "none",
 ) -> int:
-    """Count the operations of one training step per image: three forward passes, and what is recomputed.
+    """Count the operations of one training step per image: three forward passes, and what is
+    recomputed.
 
-    With both modes at `none` these are the model FLOPs that utilisation (MFU) is measured by; with other modes
-    they are hardware FLOPs.
+    With both modes at `none` these are the model FLOPs that utilisation (MFU) is measured by; with
+    other modes they are hardware FLOPs.
 
     Args:
         config: The model.
@@ -117,7 +128,9 @@ def train_flops(
     Returns:
         Operations per image.
     """
-    return 3 * forward_flops(config).total + recompute_flops(config, encoder=encoder, decoder=decoder)
+    return 3 * forward_flops(config).total + recompute_flops(
+        config, encoder=encoder, decoder=decoder
+    )
 
 
 def parameter_counts(config: ModelConfig) -> ParameterCounts:
@@ -150,8 +163,8 @@ def activation_bytes(
 ) -> int:
     """Estimate the memory that one image's forward pass leaves for its backward pass.
 
-    Counts what autograd saves in eager mode with fused attention, weights not included. A compiler may save less,
-    and recomputation needs one block's activations on top for a moment.
+    Counts what autograd saves in eager mode with fused attention, weights not included. A compiler
+    may save less, and recomputation needs one block's activations on top for a moment.
 
     Args:
         config: The model.
@@ -164,14 +177,25 @@ def activation_bytes(
     """
     N, V = config.num_patches, config.num_visible
     D, E, P = config.embed_dim, config.decoder_embed_dim, config.patch_dim
-    values = V * P + 2 * (1 + V) * D + 2 * N * E  # patches shown, the encoder's last norm, the decoder's last norm
-    float32_values = N * P + 2 * (1 + V) + 2 * N  # the loss's differences; mean and deviation of those two norms
+    values = (
+        V * P + 2 * (1 + V) * D + 2 * N * E
+    )  # patches shown, the encoder's last norm, the decoder's last norm
+    float32_values = (
+        N * P + 2 * (1 + V) + 2 * N
+    )  # the loss's differences; mean and deviation of those two norms
     heads = {"encoder": config.num_heads, "decoder": config.decoder_num_heads}
-    for (mode, depth, tokens, width), num_heads in zip(_stacks(config, encoder, decoder), heads.values(), strict=True):
+    for (mode, depth, tokens, width), num_heads in zip(
+        _stacks(config, encoder, decoder), heads.values(), strict=True
+    ):
         kept = _checkpointed(mode, depth)
-        # Two norms (in and out), query, key and value, attention's result; the hidden layer before and after GELU.
-        values += tokens * (kept * width + (depth - kept) * (8 * width + 2 * _hidden(config, width)))
-        float32_values += (depth - kept) * tokens * (4 + num_heads)  # statistics of two norms and of the softmax
+        # Two norms (in and out), query, key and value, attention's result; the hidden layer before
+        # and after GELU.
+        values += tokens * (
+            kept * width + (depth - kept) * (8 * width + 2 * _hidden(config, width))
+        )
+        float32_values += (
+            (depth - kept) * tokens * (4 + num_heads)
+        )  # statistics of two norms and of the softmax
     return values * value_bytes + float32_values * 4
 
 

@@ -20,8 +20,8 @@ def init_patch_projection(
 ) -> None:
     """Fill a patch projection: the kernel as the matrix it is, the bias as a convolution's.
 
-    The kernel is Xavier-uniform over its (D, P) view. The bias keeps the usual convolution range, plus or minus
-    1 / sqrt(P), because published models left it there.
+    The kernel is Xavier-uniform over its (D, P) view. The bias keeps the usual convolution range,
+    plus or minus 1 / sqrt(P), because published models left it there.
 
     Args:
         weight: Kernel of shape (D, C, patch_size, patch_size), changed in place.
@@ -37,8 +37,8 @@ def init_patch_projection(
 def init_layers(module: nn.Module, *, generator: torch.Generator | None = None) -> None:
     """Fill every Linear and LayerNorm below a module, in the order of registration.
 
-    Linear weights are Xavier-uniform and biases zero; the fused query-key-value weight counts as one matrix.
-    LayerNorm starts as the identity.
+    Linear weights are Xavier-uniform and biases zero; the fused query-key-value weight counts as
+    one matrix. LayerNorm starts as the identity.
 
     Args:
         module: Changed in place.

@@ -27,11 +27,12 @@ class PatchMask(NamedTuple):
 def mask_patches(noise_BN: Tensor, num_visible: int) -> PatchMask:
     """Keep the patches with the smallest noise, image by image.
 
-    Nothing is drawn here: the same noise gives the same mask on every device and at every world size. Equal values
-    are ordered by patch number (a stable sort), so ties are settled too.
+    Nothing is drawn here: the same noise gives the same mask on every device and at every world
+    size. Equal values are ordered by patch number (a stable sort), so ties are settled too.
 
     Args:
-        noise_BN: One number per patch, of any type that sorts; do not round it to 16 bits, which makes ties common.
+        noise_BN: One number per patch, of any type that sorts; do not round it to 16 bits, which
+            makes ties common.
         num_visible: V, patches kept per image, from 0 to N.
 
     Returns:
@@ -67,14 +68,17 @@ def gather_rows(rows_BNE: Tensor, ids_BV: Tensor) -> Tensor:
 
 
 class _Unshuffle(torch.autograd.Function):
-    """Undo a shuffle of rows. The gradient of a permutation is the inverse permutation: a gather, like the forward.
+    """Undo a shuffle of rows. The gradient of a permutation is the inverse permutation: a gather,
+    like the forward.
 
-    Autograd's own gradient of `gather` is a scatter-add, which is slow in 16 bits on a GPU, and refuses or slows
-    down where deterministic algorithms are asked for.
+    Autograd's own gradient of `gather` is a scatter-add, which is slow in 16 bits on a GPU, and
+    refuses or slows down where deterministic algorithms are asked for.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows_BNE: Tensor, ids_shuffle_BN: Tensor, ids_restore_BN: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, rows_BNE: Tensor, ids_shuffle_BN: Tensor, ids_restore_BN: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(ids_shuffle_BN)
         return gather_rows(rows_BNE, ids_restore_BN)
 

@@ -11,7 +11,8 @@ from torch import Tensor
 def patchify(images_BCHW: Tensor, patch_size: int) -> Tensor:
     """Cut images into square patches, row by row.
 
-    Inside a patch the order is row, column, channel: the channel changes fastest, as in every published MAE.
+    Inside a patch the order is row, column, channel: the channel changes fastest, as in every
+    published MAE.
 
     Args:
         images_BCHW: Images; height and width are multiples of patch_size.
@@ -25,9 +26,13 @@ def patchify(images_BCHW: Tensor, patch_size: int) -> Tensor:
     """
     B, C, H, W = images_BCHW.shape
     if H % patch_size or W % patch_size:
-        raise ValueError(f"images of {H} x {W} pixels do not divide into patches of {patch_size} x {patch_size}")
+        raise ValueError(
+            f"images of {H} x {W} pixels do not divide into patches of {patch_size} x {patch_size}"
+        )
     rows, columns = H // patch_size, W // patch_size
-    cells = images_BCHW.reshape(B, C, rows, patch_size, columns, patch_size).permute(0, 2, 4, 3, 5, 1)
+    cells = images_BCHW.reshape(B, C, rows, patch_size, columns, patch_size).permute(
+        0, 2, 4, 3, 5, 1
+    )
     return cells.reshape(B, rows * columns, patch_size * patch_size * C)
 
 
@@ -49,8 +54,11 @@ def unpatchify(patches_BNP: Tensor, patch_size: int, grid: tuple[int, int]) -> T
     rows, columns = grid
     if rows * columns != N or P % patch_size**2:
         raise ValueError(
-            f"{N} patches of {P} values do not make {rows} x {columns} patches of {patch_size} x {patch_size} pixels"
+            f"{N} patches of {P} values do not make {rows} x {columns} patches of {patch_size} x "
+            f"{patch_size} pixels"
         )
     C = P // patch_size**2
-    cells = patches_BNP.reshape(B, rows, columns, patch_size, patch_size, C).permute(0, 5, 1, 3, 2, 4)
+    cells = patches_BNP.reshape(B, rows, columns, patch_size, patch_size, C).permute(
+        0, 5, 1, 3, 2, 4
+    )
     return cells.reshape(B, C, rows * patch_size, columns * patch_size)

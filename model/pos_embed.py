@@ -16,9 +16,10 @@ BASE = 10000.0
 def sincos_table(grid: tuple[int, int], embed_dim: int) -> Tensor:
     """Compute the position table of a grid of patches, with a row of zeros for the class token.
 
-    The row of the patch at (row, column) is [sin(column w) | cos(column w) | sin(row w) | cos(row w)], where w runs
-    over embed_dim / 4 frequencies from 1 down to 1 / 10000. The column comes first: published weights depend on it.
-    Computed in float64 and rounded once, so that it is the same on every machine; works on the meta device.
+    The row of the patch at (row, column) is [sin(column w) | cos(column w) | sin(row w) | cos(row
+    w)], where w runs over embed_dim / 4 frequencies from 1 down to 1 / 10000. The column comes
+    first: published weights depend on it. Computed in float64 and rounded once, so that it is the
+    same on every machine; works on the meta device.
 
     Args:
         grid: Rows and columns of patches.
@@ -31,22 +32,30 @@ def sincos_table(grid: tuple[int, int], embed_dim: int) -> Tensor:
         ValueError: embed_dim is not a multiple of 4.
     """
     if embed_dim % 4:
-        raise ValueError(f"embed_dim {embed_dim} is not a multiple of 4, which a sine-cosine table needs")
+        raise ValueError(
+            f"embed_dim {embed_dim} is not a multiple of 4, which a sine-cosine table needs"
+        )
     rows, columns = grid
     exponents = torch.arange(embed_dim // 4, dtype=torch.float64) / (embed_dim // 4)
     omega = BASE**-exponents
     column_angles = torch.arange(columns, dtype=torch.float64).repeat(rows).unsqueeze(1) * omega
-    row_angles = torch.arange(rows, dtype=torch.float64).repeat_interleave(columns).unsqueeze(1) * omega
-    patches_ND = torch.cat([column_angles.sin(), column_angles.cos(), row_angles.sin(), row_angles.cos()], dim=1)
+    row_angles = (
+        torch.arange(rows, dtype=torch.float64).repeat_interleave(columns).unsqueeze(1) * omega
+    )
+    patches_ND = torch.cat(
+        [column_angles.sin(), column_angles.cos(), row_angles.sin(), row_angles.cos()], dim=1
+    )
     cls_1D = torch.zeros(1, embed_dim, dtype=torch.float64)
     return torch.cat([cls_1D, patches_ND]).unsqueeze(0).to(torch.float32)
 
 
-def interpolate_table(table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+def interpolate_table(
+    table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]
+) -> Tensor:
     """Resample a position table to another grid, bicubic, leaving the class token's row as it is.
 
-    This is what published fine-tuning at other resolutions does (no antialiasing, corners not aligned). For
-    pre-training from scratch compute a new `sincos_table` instead.
+    This is what published fine-tuning at other resolutions does (no antialiasing, corners not
+    aligned). For pre-training from scratch compute a new `sincos_table` instead.
 
     Args:
         table: Shape (1, 1 + rows * columns, D).
@@ -62,7 +71,8 @@ def interpolate_table(table: Tensor, old_grid: tuple[int, int], new_grid: tuple[
     rows, columns = old_grid
     if table.ndim != 3 or table.shape[:2] != (1, 1 + rows * columns):
         raise ValueError(
-            f"position table of shape {tuple(table.shape)} does not belong to a grid of {rows} x {columns} patches: "
+            f"position table of shape {tuple(table.shape)} does not belong to a grid of {rows} x "
+            f"{columns} patches: "
             f"expected (1, {1 + rows * columns}, width)"
         )
     if old_grid == new_grid:

@@ -2,8 +2,8 @@
 
 It knows nothing of the objective it is trained with.
 
-Shapes: B images, C channels, H height, W width, N patches, V patches shown, S = 1 + V tokens with the class token,
-D width, P = patch_size^2 * C.
+Shapes: B images, C channels, H height, W width, N patches, V patches shown, S = 1 + V tokens with
+the class token, D width, P = patch_size^2 * C.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from model.patches import patchify
 from model.pos_embed import sincos_table
 
 NORM_EPS = 1e-6
-"""Epsilon of every LayerNorm. Source: the released ViT and MAE configurations (torch's default is 1e-5)."""
+"""Epsilon of every LayerNorm. Source: the released ViT and MAE configurations (torch's default is
+1e-5)."""
 
 
 class Attention(nn.Module):
@@ -43,7 +44,8 @@ class Attention(nn.Module):
         """
         B, S, D = tokens_BSD.shape
         qkv = self.qkv(tokens_BSD).view(B, S, 3, self.num_heads, D // self.num_heads)
-        # Taken apart before the heads move forward: the gradients are then put together in the projection's own order.
+        # Taken apart before the heads move forward: the gradients are then put together in the
+        # projection's own order.
         query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
         mixed = F.scaled_dot_product_attention(query, key, value)
         out_BSD: Tensor = self.proj(mixed.transpose(1, 2).reshape(B, S, D))
@@ -96,10 +98,11 @@ class Block(nn.Module):
 
 
 class PatchProjection(nn.Module):
-    """The weights of a convolution with stride = kernel, applied to rows of pixels as one matrix product.
+    """The weights of a convolution with stride = kernel, applied to rows of pixels as one matrix
+    product.
 
-    The parameters have a convolution's shapes and names, so that published weights load. Working on rows lets the
-    caller leave out hidden patches before the product instead of after it.
+    The parameters have a convolution's shapes and names, so that published weights load. Working on
+    rows lets the caller leave out hidden patches before the product instead of after it.
     """
 
     def __init__(self, patch_size: int, embed_dim: int) -> None:
@@ -116,7 +119,9 @@ class PatchProjection(nn.Module):
         Returns:
             tokens_BVD.
         """
-        weight_DP = self.weight.permute(0, 2, 3, 1).flatten(1)  # channel fastest, as patchify lays out pixels
+        weight_DP = self.weight.permute(0, 2, 3, 1).flatten(
+            1
+        )  # channel fastest, as patchify lays out pixels
         return F.linear(patches_BVP.to(weight_DP.dtype), weight_DP, self.bias)
 
 
@@ -175,20 +180,25 @@ class VisionTransformer(nn.Module):
         self.init_encoder()
 
     def init_encoder(self, generator: torch.Generator | None = None) -> None:
-        """Fill the encoder's parameters, position table included; also after `to_empty` from the meta device.
+        """Fill the encoder's parameters, position table included; also after `to_empty` from the
+        meta device.
 
         Args:
-            generator: Source of random numbers; torch's global one if absent. All ranks must use the same seed.
+            generator: Source of random numbers; torch's global one if absent. All ranks must use
+                the same seed.
         """
         with torch.no_grad():
             self.pos_embed.copy_(sincos_table(self.grid, self.pos_embed.shape[-1]))
         init_token(self.cls_token, generator=generator)
-        init_patch_projection(self.patch_embed.proj.weight, self.patch_embed.proj.bias, generator=generator)
+        init_patch_projection(
+            self.patch_embed.proj.weight, self.patch_embed.proj.bias, generator=generator
+        )
         init_layers(self.blocks, generator=generator)
         init_layers(self.norm, generator=generator)
 
     def patches(self, images_BCHW: Tensor) -> Tensor:
-        """Cut images into patches, after checking that they are what the position table was made for.
+        """Cut images into patches, after checking that they are what the position table was made
+        for.
 
         Args:
             images_BCHW: Normalised images.
@@ -202,7 +212,8 @@ class VisionTransformer(nn.Module):
         expected = (CHANNELS, *self.image_size)
         if tuple(images_BCHW.shape[1:]) != expected:
             raise ValueError(
-                f"images of shape {tuple(images_BCHW.shape)} do not fit a model for (B, {str(expected)[1:]}: "
+                f"images of shape {tuple(images_BCHW.shape)} do not fit a model for (B, "
+                f"{str(expected)[1:]}: "
                 f"change the view's size or model.image_size"
             )
         return patchify(images_BCHW, self.patch_size)
@@ -223,10 +234,14 @@ class VisionTransformer(nn.Module):
         if ids_keep_BV is None:
             tokens_BVD = self.patch_embed(patches_BNP) + positions_ND
         else:
-            tokens_BVD = self.patch_embed(gather_rows(patches_BNP, ids_keep_BV)) + positions_ND[ids_keep_BV]
+            tokens_BVD = (
+                self.patch_embed(gather_rows(patches_BNP, ids_keep_BV)) + positions_ND[ids_keep_BV]
+            )
         cls_11D = self.cls_token + self.pos_embed[:, :1]
         tokens_BSD = torch.cat([cls_11D.expand(tokens_BVD.shape[0], -1, -1), tokens_BVD], dim=1)
-        encoded_BSD: Tensor = self.norm(run_blocks(self.blocks, tokens_BSD, self.encoder_checkpointing))
+        encoded_BSD: Tensor = self.norm(
+            run_blocks(self.blocks, tokens_BSD, self.encoder_checkpointing)
+        )
         return encoded_BSD
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
@@ -242,7 +257,8 @@ class VisionTransformer(nn.Module):
 
 
 def run_blocks(blocks: nn.ModuleList, tokens_BSD: Tensor, mode: ActivationCheckpointing) -> Tensor:
-    """Apply blocks in turn; some of them keep only their input and compute the rest again in the backward pass.
+    """Apply blocks in turn; some of them keep only their input and compute the rest again in the
+    backward pass.
 
     Args:
         blocks: Transformer blocks.
@@ -256,7 +272,9 @@ def run_blocks(blocks: nn.ModuleList, tokens_BSD: Tensor, mode: ActivationCheckp
         recompute = mode == "full" or (mode == "selective" and number % 2 == 0)
         if recompute and torch.is_grad_enabled():
             # Nothing in a block is random, so there is no generator state to keep.
-            tokens_BSD = checkpoint(block, tokens_BSD, use_reentrant=False, preserve_rng_state=False)
+            tokens_BSD = checkpoint(
+                block, tokens_BSD, use_reentrant=False, preserve_rng_state=False
+            )
         else:
             tokens_BSD = block(tokens_BSD)
     return tokens_BSD

@@ -1,4 +1,5 @@
-"""Settings of datasets, views and loaders. Imports neither torch nor DALI, so that they can be checked at once."""
+"""Settings of datasets, views and loaders. Imports neither torch nor DALI, so that they can be
+checked at once."""
 
 from __future__ import annotations
 
@@ -21,12 +22,13 @@ class Settings(BaseModel):
 class ViewConfig(Settings):
     """How one view of an image is cut out: which box, which size, flipped or not.
 
-    The defaults are those of MAE pre-training (He et al. 2022, appendix A.1): a random resized crop of
-    20-100% of the area, aspect 3/4 to 4/3, bicubic, and a horizontal flip.
+    The defaults are those of MAE pre-training (He et al. 2022, appendix A.1): a random resized crop
+    of 20-100% of the area, aspect 3/4 to 4/3, bicubic, and a horizontal flip.
     """
 
     crop: Literal["random", "center"] = "random"
-    """`random`: random resized crop. `center`: the largest centred box of the output's aspect, never flipped."""
+    """`random`: random resized crop. `center`: the largest centred box of the output's aspect,
+    never flipped."""
     height: int = Field(default=224, ge=1)
     """Output height in pixels."""
     width: int = Field(default=224, ge=1)
@@ -57,41 +59,48 @@ class OrderConfig(Settings):
     """How samples are shuffled. Part of what a run sees: changing it changes the order."""
 
     lanes: int = Field(default=256, ge=1)
-    """Pieces the epoch's line of samples is cut into; fixed for a run, independent of the cluster's size."""
+    """Pieces the epoch's line of samples is cut into; fixed for a run, independent of the cluster's
+    size."""
     window: int = Field(default=4, ge=0)
-    """Shards of a lane that are permuted together, sample by sample. 0 means all of the lane's shards."""
+    """Shards of a lane that are permuted together, sample by sample. 0 means all of the lane's
+    shards."""
     remainder: Literal["fill", "drop"] = "fill"
-    """What happens where a global batch does not divide the dataset: `fill` the epoch's last batch from the next
-    epoch's order, or `drop` the samples that are left."""
+    """What happens where a global batch does not divide the dataset: `fill` the epoch's last batch
+    from the next epoch's order, or `drop` the samples that are left."""
 
 
 class LoaderConfig(Settings):
     """How batches are read and decoded. Never changes which samples, boxes or flips a run sees."""
 
     decoder: Literal["auto", "dali", "turbo", "ffcv"] = "auto"
-    """`dali`: NVIDIA DALI, on the GPU when there is one. `turbo`: threads over libjpeg-turbo and torch's and OpenCV's
-    resize kernels. `ffcv`: threads over FFCV's kernels, filter `area` only. Each reads tars and betons. `auto`: what
-    `tuning_file` says, else DALI on a CUDA device and turbo on a CPU (docs/benchmarks/loaders.md)."""
+    """`dali`: NVIDIA DALI, on the GPU when there is one. `turbo`: threads over libjpeg-turbo and
+    torch's and OpenCV's resize kernels. `ffcv`: threads over FFCV's kernels, filter `area` only.
+    Each reads tars and betons. `auto`: what `tuning_file` says, else DALI on a CUDA device and
+    turbo on a CPU (docs/benchmarks/loaders.md)."""
     tuning_file: str = ""
-    """TOML file of `python -m pipeline.bench URI --tune`: what it found best on this machine decides `decoder` where
-    that is `auto`, and `num_threads`, `dali_depth` and `hw_decoder_load` where they are 0."""
+    """TOML file of `python -m pipeline.bench URI --tune`: what it found best on this machine
+    decides `decoder` where that is `auto`, and `num_threads`, `dali_depth` and `hw_decoder_load`
+    where they are 0."""
     num_threads: int = Field(default=0, ge=0)
-    """Decoding threads of one rank. 0 means the cores this process may use, divided by the ranks on this node."""
+    """Decoding threads of one rank. 0 means the cores this process may use, divided by the ranks on
+    this node."""
     prefetch_batches: int = Field(default=3, ge=1)
     """Micro-batches that are decoded ahead of the one in use."""
     dali_depth: int = Field(default=0, ge=0, le=16)
     """Batches in DALI's hands at once. 0 means the tuning file's, or 2."""
     hw_decoder_load: float = Field(default=0.0, ge=0, le=1)
-    """Share of the JPEGs that a GPU's own JPEG engine decodes for DALI; the rest is decoded by its cores. 0 means the
-    tuning file's, or DALI's own 0.65."""
+    """Share of the JPEGs that a GPU's own JPEG engine decodes for DALI; the rest is decoded by its
+    cores. 0 means the tuning file's, or DALI's own 0.65."""
     verify_hashes: Literal["off", "on"] = "off"
     """`on`: check each sample's bytes against the manifest's hash before decoding."""
     cache_dir: str = ""
-    """Local folder for shards of remote datasets. Empty: a folder under the user's cache directory."""
+    """Local folder for shards of remote datasets. Empty: a folder under the user's cache
+    directory."""
     cache_size_gib: float = Field(default=64.0, gt=0)
     """Space the cache may take before it evicts, in GiB."""
     max_pixels: int = Field(default=178_956_970, ge=1)
-    """Images that declare more pixels than this are replaced, not decoded. The default is Pillow's bomb limit x 2."""
+    """Images that declare more pixels than this are replaced, not decoded. The default is Pillow's
+    bomb limit x 2."""
     max_bytes: int = Field(default=256 * 2**20, ge=1)
     """Encoded images larger than this are replaced, not decoded."""
     max_bad_share: float = Field(default=0.01, ge=0, le=1)

@@ -1,4 +1,5 @@
-"""What every command line here shares: errors in one paragraph on stderr, and the exit code that says which kind."""
+"""What every command line here shares: errors in one paragraph on stderr, and the exit code that
+says which kind."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ _LINE_EVERY_S = 10.0
 
 
 class Progress:
-    """Shows how far a command is, how fast it goes and how long it will take. Use it as a context manager.
+    """Shows how far a command is, how fast it goes and how long it will take. Use it as a context
+    manager.
 
     Args:
         label: What is being done.
@@ -86,7 +88,10 @@ class Progress:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
@@ -117,5 +122,8 @@ class Progress:
         elapsed_s = self._said_s - self._start_s
         left_s = elapsed_s / max(1, self._done - self._skipped) * (self._total - self._done)
         ending = f", {left_s:,.0f} s left" if self._done < self._total else f", {elapsed_s:,.1f} s"
-        sys.stderr.write(f"{self._label}: {self._done:,} of {self._total:,} {self._unit}, {self._speed()}{ending}\n")
+        sys.stderr.write(
+            f"{self._label}: {self._done:,} of {self._total:,} {self._unit}, "
+            f"{self._speed()}{ending}\n"
+        )
         sys.stderr.flush()

@@ -1,7 +1,8 @@
 """Measure converting: `python -m pipeline.convert_bench`.
 
-Every figure stands beside what plain tools do with the same images in the same run, in turns: webdataset's ShardWriter
-fed by one process, `cp -r` and sha256sum, and a bare loop that decodes, resizes and encodes.
+Every figure stands beside what plain tools do with the same images in the same run, in turns:
+webdataset's ShardWriter fed by one process, `cp -r` and sha256sum, and a bare loop that decodes,
+resizes and encodes.
 """
 
 from __future__ import annotations
@@ -47,10 +48,12 @@ import sys
 from pathlib import Path
 import webdataset as wds
 root, target = Path(sys.argv[1]), sys.argv[2]
-with wds.ShardWriter(target + "/t-%06d.tar", maxsize=float(sys.argv[3]), maxcount=10**9, verbose=0) as sink:
+size = float(sys.argv[3])
+with wds.ShardWriter(target + "/t-%06d.tar", maxsize=size, maxcount=10**9, verbose=0) as sink:
     for path in sorted(root.rglob("*.jpg")):
         about = {"filename": path.name}
-        sink.write({"__key__": path.stem, "jpg": path.read_bytes(), "cls": int(path.parent.name), "json": about})
+        label, image = int(path.parent.name), path.read_bytes()
+        sink.write({"__key__": path.stem, "jpg": image, "cls": label, "json": about})
 """
 
 
@@ -115,12 +118,16 @@ class _Bench:
 
     def shard_writer(self, source: Path) -> None:
         self.out.mkdir()
-        self._run([sys.executable, "-c", _SHARD_WRITER, str(source), str(self.out), f"{_SHARD_MB}e6"])
+        self._run(
+            [sys.executable, "-c", _SHARD_WRITER, str(source), str(self.out), f"{_SHARD_MB}e6"]
+        )
 
     def copy(self) -> None:
         self._run(["cp", "-r", str(self.many), str(self.out)])
         # As many at a time as there are cores, for so many hash in a conversion.
-        find = f"find {self.out} -type f -print0 | xargs -0 -n 512 -P {cores()} sha256sum > /dev/null"
+        find = (
+            f"find {self.out} -type f -print0 | xargs -0 -n 512 -P {cores()} sha256sum > /dev/null"
+        )
         self._run(["bash", "-c", find])
 
     def _run(self, command: list[str]) -> None:
@@ -132,7 +139,9 @@ class _Bench:
         for data in self.data:
             with Image.open(io.BytesIO(data)) as image:
                 size = shrunk_size(*image.size, short_side=_SIDE, long_side=None)
-                image.resize(size, Image.Resampling.BICUBIC).save(io.BytesIO(), "JPEG", quality=_QUALITY)
+                image.resize(size, Image.Resampling.BICUBIC).save(
+                    io.BytesIO(), "JPEG", quality=_QUALITY
+                )
 
     def turbo(self) -> None:
         for data in self.data:
@@ -149,7 +158,10 @@ class _Bench:
             (_COPY, self.copy),
             (_START, lambda: self.convert(self.one)),
             (_RESIZE, lambda: self.convert(self.images, "--resize", str(_SIDE), "--workers", "1")),
-            (_RESIZE_START, lambda: self.convert(self.one, "--resize", str(_SIDE), "--workers", "1")),
+            (
+                _RESIZE_START,
+                lambda: self.convert(self.one, "--resize", str(_SIDE), "--workers", "1"),
+            ),
             (_PILLOW, self.pillow),
             (_TURBO, self.turbo),
         ]
@@ -165,7 +177,10 @@ def measure(arguments: Arguments) -> dict[str, Any]:
     """Measure everything; return rows of seconds, and the ratios that matter."""
     bench, measured = _Bench(arguments), _Measurements()
     for run in range(arguments.runs + 1):
-        say(f"convert_bench: run {run} of {arguments.runs}" + (" (to warm up, not counted)" if not run else ""))
+        say(
+            f"convert_bench: run {run} of {arguments.runs}"
+            + (" (to warm up, not counted)" if not run else "")
+        )
         bench.run(measured if run else _Measurements(), first=run)
     wall = {name: median(values) for name, values in measured.wall_s.items()}
     cpu = {name: median(values) for name, values in measured.cpu_s.items()}
@@ -186,16 +201,26 @@ def measure(arguments: Arguments) -> dict[str, Any]:
     ]
     resize_ms = (cpu[_RESIZE] - cpu[_RESIZE_START]) / (arguments.images - 1) * 1e3
     ratios = {
-        "pass-through / ShardWriter, images a second, whole commands": wall[_WEBDATASET] / wall[_OURS],
-        "the same, each without the time that one image takes": (wall[_WEBDATASET] - wall[_WEBDATASET_START])
+        "pass-through / ShardWriter, images a second, whole commands": wall[_WEBDATASET]
+        / wall[_OURS],
+        "the same, each without the time that one image takes": (
+            wall[_WEBDATASET] - wall[_WEBDATASET_START]
+        )
         / (wall[_OURS] - wall[_START]),
         "pass-through / cp -r and sha256sum, time": wall[_OURS] / wall[_COPY],
-        "the same without the time that one image takes, time": (wall[_OURS] - wall[_START]) / wall[_COPY],
+        "the same without the time that one image takes, time": (wall[_OURS] - wall[_START])
+        / wall[_COPY],
         "resize / Pillow loop, CPU an image": resize_ms / (cpu[_PILLOW] / arguments.images * 1e3),
-        "resize / simplejpeg and cv2 loop, CPU an image": resize_ms / (cpu[_TURBO] / arguments.images * 1e3),
+        "resize / simplejpeg and cv2 loop, CPU an image": resize_ms
+        / (cpu[_TURBO] / arguments.images * 1e3),
         "resize, CPU ms an image": resize_ms,
     }
-    return {"num_images": bench.num_many, "num_bytes": bench.num_bytes, "rows": rows, "ratios": ratios}
+    return {
+        "num_images": bench.num_many,
+        "num_bytes": bench.num_bytes,
+        "rows": rows,
+        "ratios": ratios,
+    }
 
 
 def _run(arguments: Arguments) -> int:
@@ -206,13 +231,20 @@ def _run(arguments: Arguments) -> int:
         say_json(result)
         return 0
     write = sys.stdout.write
-    write(f"{result['num_images']:,} images, {result['num_bytes'] / 1e6:,.0f} MB; {arguments.runs} runs\n\n")
-    write("| what | images | median s | min | max | images/s | CPU ms an image |\n|---|---|---|---|---|---|---|\n")
+    write(
+        f"{result['num_images']:,} images, {result['num_bytes'] / 1e6:,.0f} MB; {arguments.runs} "
+        "runs\n\n"
+    )
+    write(
+        "| what | images | median s | min | max | images/s | CPU ms an image "
+        "|\n|---|---|---|---|---|---|---|\n"
+    )
     for row in result["rows"]:
         # A pool's workers are forked off a server, whose times the system does not count here.
         cpu = "not counted" if row["what"] == _OURS else f"{row['cpu_ms_per_image']:.3f}"
         write(
-            f"| {row['what']} | {row['images']:,} | {row['median_s']:.2f} | {row['min_s']:.2f} | {row['max_s']:.2f} | "
+            f"| {row['what']} | {row['images']:,} | {row['median_s']:.2f} | {row['min_s']:.2f} | "
+            f"{row['max_s']:.2f} | "
             f"{row['images_per_s']:,.0f} | {cpu} |\n"
         )
     write("\n| ratio | |\n|---|---|\n")
@@ -224,7 +256,10 @@ def _run(arguments: Arguments) -> int:
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     arguments = tyro.cli(
-        Arguments, args=args, prog="python -m pipeline.convert_bench", config=(tyro.conf.FlagCreatePairsOff,)
+        Arguments,
+        args=args,
+        prog="python -m pipeline.convert_bench",
+        config=(tyro.conf.FlagCreatePairsOff,),
     )
     return run_command(lambda: _run(arguments), interrupted="convert_bench: stopped.")
 

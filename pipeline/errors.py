@@ -22,6 +22,7 @@ class DataError(MaelstromError):
 
 
 class InfrastructureError(MaelstromError):
-    """Storage, network or a device that failed after its retries; the same command may succeed later."""
+    """Storage, network or a device that failed after its retries; the same command may succeed
+    later."""
 
     exit_code = 76

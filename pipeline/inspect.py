@@ -1,6 +1,7 @@
 """Look at a dataset: `python -m pipeline.inspect URI --out sheet.png`.
 
-A contact sheet of samples spread over all shards, and histograms of sizes, bytes and classes, on one page.
+A contact sheet of samples spread over all shards, and histograms of sizes, bytes and classes, on
+one page.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ def survey(dataset: Manifest) -> Survey:
     count = min(dataset.info.num_shards, _MAX_SURVEYED_SHARDS)
     shards = np.unique(np.linspace(0, dataset.info.num_shards - 1, count).round().astype(int))
     tables = [dataset.shard_table(int(shard)) for shard in shards]
-    codes, counts = np.unique(np.concatenate([table.formats for table in tables]), return_counts=True)
+    codes, counts = np.unique(
+        np.concatenate([table.formats for table in tables]), return_counts=True
+    )
     return Survey(
         num_surveyed=sum(len(table) for table in tables),
         widths=np.concatenate([table.widths for table in tables]),
@@ -70,7 +73,9 @@ def summary(dataset: Manifest, found: Survey) -> dict[str, Any]:
     """Give the figures of a dataset as plain numbers; quantiles are 0, 25, 50, 75 and 100%."""
 
     def quantiles(values: npt.NDArray[Any]) -> list[int]:
-        return [int(value) for value in np.quantile(values, [0, 0.25, 0.5, 0.75, 1], method="nearest")]
+        return [
+            int(value) for value in np.quantile(values, [0, 0.25, 0.5, 0.75, 1], method="nearest")
+        ]
 
     info = dataset.info
     labelled = found.labels[found.labels != NO_LABEL]
@@ -94,9 +99,14 @@ def contact_sheet(dataset: Manifest, *, count: int) -> list[tuple[str, U8]]:
     """Read samples spread over the whole dataset, as small pictures with captions.
 
     Returns:
-        (key and label, uint8 RGB thumbnail of at most 128 px); a picture that cannot be decoded is left black.
+        (key and label, uint8 RGB thumbnail of at most 128 px); a picture that cannot be decoded is
+        left black.
     """
-    ids_B = np.unique(np.linspace(0, dataset.info.num_samples - 1, min(count, dataset.info.num_samples)).astype(int))
+    ids_B = np.unique(
+        np.linspace(0, dataset.info.num_samples - 1, min(count, dataset.info.num_samples)).astype(
+            int
+        )
+    )
     rows = dataset.lookup(ids_B)
     reader = ShardReader(dataset, verify_hashes="on")
     try:
@@ -108,7 +118,11 @@ def contact_sheet(dataset: Manifest, *, count: int) -> list[tuple[str, U8]]:
     sheet = []
     for i, key in enumerate(dataset.keys(ids_B)):
         label = int(rows.labels_B[i])
-        name = dataset.info.classes[label] if dataset.info.classes and label != NO_LABEL else str(label)
+        name = (
+            dataset.info.classes[label]
+            if dataset.info.classes and label != NO_LABEL
+            else str(label)
+        )
         caption = key if label == NO_LABEL else f"{key}\n{name}"
         try:
             if i in bad:
@@ -135,7 +149,9 @@ def draw(dataset: Manifest, found: Survey, sheet: list[tuple[str, U8]]) -> bytes
     halves: Any = figure.subfigures(2, 1, height_ratios=[3.2, max(rows, 1) * 1.9])
     top, bottom = halves
     info = dataset.info
-    top.suptitle(f"{info.name}: {info.num_samples:,} samples in {info.num_shards:,} shards ({info.format})")
+    top.suptitle(
+        f"{info.name}: {info.num_samples:,} samples in {info.num_shards:,} shards ({info.format})"
+    )
     plots = top.subplots(1, 3)
     plots[0].hist2d(found.widths, found.heights, bins=40, cmin=1)
     plots[0].set(xlabel="width, pixels", ylabel="height, pixels")
@@ -172,11 +188,15 @@ class Arguments:
 def _run(arguments: Arguments) -> int:
     if arguments.count < 1 or not arguments.out.endswith(".png"):
         raise ConfigError(
-            f"inspect: --count {arguments.count}, --out {arguments.out!r}: give 1 or more, and a .png file"
+            f"inspect: --count {arguments.count}, --out {arguments.out!r}: give 1 or more, and a "
+            ".png file"
         )
     dataset = open_dataset(arguments.uri)
     found = survey(dataset)
-    storage.write_atomic(str(Path(arguments.out)), draw(dataset, found, contact_sheet(dataset, count=arguments.count)))
+    storage.write_atomic(
+        str(Path(arguments.out)),
+        draw(dataset, found, contact_sheet(dataset, count=arguments.count)),
+    )
     figures = summary(dataset, found)
     if arguments.json:
         say_json(figures)
@@ -190,9 +210,14 @@ def _run(arguments: Arguments) -> int:
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     arguments = tyro.cli(
-        Arguments, args=args, prog="python -m pipeline.inspect", config=(tyro.conf.FlagCreatePairsOff,)
+        Arguments,
+        args=args,
+        prog="python -m pipeline.inspect",
+        config=(tyro.conf.FlagCreatePairsOff,),
     )
-    return run_command(lambda: _run(arguments), interrupted="inspect: stopped; nothing was written.")
+    return run_command(
+        lambda: _run(arguments), interrupted="inspect: stopped; nothing was written."
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Check a dataset: `python -m pipeline.verify URI`.
 
-Fast by default: counts, sizes and the index against each other. `--full` reads every byte: sha256 of every shard, the
-shard's structure, the hash of every image, and decodes it. Shards made elsewhere are always read whole, for there is
-nothing to compare them with but themselves.
+Fast by default: counts, sizes and the index against each other. `--full` reads every byte: sha256
+of every shard, the shard's structure, the hash of every image, and decodes it. Shards made
+elsewhere are always read whole, for there is nothing to compare them with but themselves.
 """
 
 from __future__ import annotations
@@ -65,8 +65,15 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         """Return what `--json` prints."""
-        problems = [{"shard": found.shard, "key": found.key, "problem": found.problem} for found in self.problems]
-        return {"num_samples": self.num_samples, "num_shards": self.num_shards, "problems": problems}
+        problems = [
+            {"shard": found.shard, "key": found.key, "problem": found.problem}
+            for found in self.problems
+        ]
+        return {
+            "num_samples": self.num_samples,
+            "num_shards": self.num_shards,
+            "problems": problems,
+        }
 
 
 def verify(uri: str, *, full: bool = False) -> Verdict:
@@ -80,7 +87,9 @@ def verify(uri: str, *, full: bool = False) -> Verdict:
         DataError: There is no dataset, it is unfinished, or `dataset.json` cannot be read.
         InfrastructureError: The storage failed.
     """
-    if storage.exists(storage.join(uri, DATASET_FILE)) or storage.exists(storage.join(uri, PLAN_FILE)):
+    if storage.exists(storage.join(uri, DATASET_FILE)) or storage.exists(
+        storage.join(uri, PLAN_FILE)
+    ):
         return _verify_dataset(open_dataset(uri), full=full)
     return _verify_foreign(uri, full=full)
 
@@ -103,12 +112,16 @@ def _verify_dataset(manifest: Manifest, *, full: bool) -> Verdict:
     return verdict
 
 
-def _each(check: Callable[[int], list[Problem]], manifest: Manifest, *, label: str) -> Iterator[list[Problem]]:
+def _each(
+    check: Callable[[int], list[Problem]], manifest: Manifest, *, label: str
+) -> Iterator[list[Problem]]:
     """Run a check on every shard, several at a time, and yield what it finds in order."""
     workers = min(_THREADS, (os.cpu_count() or 1) if storage.is_local(manifest.uri) else _THREADS)
     sizes = manifest.shard_sizes.tolist()
     with (
-        Progress(f"{label} {storage.name_of(manifest.uri)}", total=manifest.info.num_samples) as progress,
+        Progress(
+            f"{label} {storage.name_of(manifest.uri)}", total=manifest.info.num_samples
+        ) as progress,
         ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool,
     ):
         for s, problems in enumerate(pool.map(check, range(manifest.info.num_shards))):
@@ -116,19 +129,27 @@ def _each(check: Callable[[int], list[Problem]], manifest: Manifest, *, label: s
             yield problems
 
 
-def _verify_shard(manifest: Manifest, s: int, present: dict[str, int], *, full: bool) -> list[Problem]:
+def _verify_shard(
+    manifest: Manifest, s: int, present: dict[str, int], *, full: bool
+) -> list[Problem]:
     name = manifest.shard_name(s)
     expected = manifest.info.shards[s]
     if name not in present:
         return [Problem(name, "", "missing")]
     problems = []
     if present[name] != expected.size_bytes:
-        problems.append(Problem(name, "", f"{present[name]} bytes, {DATASET_FILE} says {expected.size_bytes}"))
+        problems.append(
+            Problem(name, "", f"{present[name]} bytes, {DATASET_FILE} says {expected.size_bytes}")
+        )
     try:
         table = manifest.shard_table(s)
         problems.extend(_inconsistent(name, table, expected.size_bytes))
         if table.content_hash() != expected.content_hash:
-            problems.append(Problem(name, "", f"the manifest's rows have not the content hash in {DATASET_FILE}"))
+            problems.append(
+                Problem(
+                    name, "", f"the manifest's rows have not the content hash in {DATASET_FILE}"
+                )
+            )
     except DataError as error:
         return [*problems, Problem(name, "", str(error))]
     if full:
@@ -141,8 +162,12 @@ def _inconsistent(name: str, table: ShardTable, size_bytes: int) -> Iterator[Pro
     ends = table.offsets + table.sizes
     outside = (table.offsets < 0) | (table.sizes < 0) | (ends > size_bytes)
     for row in np.flatnonzero(outside).tolist():
-        yield Problem(name, table.keys[row], f"bytes {table.offsets[row]} to {ends[row]} lie outside the file")
-    order = np.argsort(table.offsets, kind="stable")  # FFCV's workers write a beton's pages out of order
+        yield Problem(
+            name, table.keys[row], f"bytes {table.offsets[row]} to {ends[row]} lie outside the file"
+        )
+    order = np.argsort(
+        table.offsets, kind="stable"
+    )  # FFCV's workers write a beton's pages out of order
     for place in np.flatnonzero(table.offsets[order][1:] < ends[order][:-1]).tolist():
         yield Problem(name, table.keys[order[place + 1]], "lies on top of the sample before it")
 
@@ -155,7 +180,13 @@ def _verify_bytes(manifest: Manifest, s: int, table: ShardTable) -> list[Problem
         return [Problem(name, "", str(error))]
     problems = []
     if index.sha256 != manifest.shard_sha256(s):
-        problems.append(Problem(name, "", f"sha256 is {index.sha256}, {DATASET_FILE} says {manifest.shard_sha256(s)}"))
+        problems.append(
+            Problem(
+                name,
+                "",
+                f"sha256 is {index.sha256}, {DATASET_FILE} says {manifest.shard_sha256(s)}",
+            )
+        )
     problems.extend(_different(name, table, index.table))
     problems.extend(_undecodable(manifest.shard_uri(s), name, index))
     return problems
@@ -166,7 +197,10 @@ def _different(name: str, said: ShardTable, found: ShardTable) -> Iterator[Probl
     if said.keys != found.keys:
         missing = set(said.keys) - set(found.keys)
         yield Problem(
-            name, "", f"{len(found)} samples in the file, {len(said)} in the manifest; missing {sorted(missing)[:5]}"
+            name,
+            "",
+            f"{len(found)} samples in the file, {len(said)} in the manifest; missing "
+            f"{sorted(missing)[:5]}",
         )
         return
     for column, what in (
@@ -190,7 +224,8 @@ def _undecodable(uri: str, name: str, index: IndexedShard) -> Iterator[Problem]:
                 yield Problem(name, key, reasons[key])
                 continue
             if FORMATS[table.formats[row]] == "raw":
-                continue  # bare pixels: their count was checked with the index, and there is nothing to decode
+                # Bare pixels: their count was checked with the index; there is nothing to decode.
+                continue
             file.seek(int(table.offsets[row]))
             if reason := undecodable(file.read(int(table.sizes[row]))):
                 yield Problem(name, key, reason)
@@ -207,7 +242,9 @@ def _repeated_keys(manifest: Manifest) -> Iterator[Problem]:
         for key in keys:
             first = seen.setdefault(key.encode(), s)
             if first != s:
-                yield Problem(manifest.shard_name(s), key, f"the key is also in {manifest.shard_name(first)}")
+                yield Problem(
+                    manifest.shard_name(s), key, f"the key is also in {manifest.shard_name(first)}"
+                )
 
 
 def _verify_foreign(uri: str, *, full: bool) -> Verdict:
@@ -230,9 +267,11 @@ def _verify_foreign(uri: str, *, full: bool) -> Verdict:
 
 
 def write_manifest(uri: str) -> Verdict:
-    """Index a folder of shards and write `manifest.parquet`, `dataset.json` and, for tars, DALI's indexes beside them.
+    """Index a folder of shards and write `manifest.parquet`, `dataset.json` and, for tars, DALI's
+    indexes beside them.
 
-    Images that cannot be read keep their place, marked, and count as problems; a damaged shard is an error.
+    Images that cannot be read keep their place, marked, and count as problems; a damaged shard is
+    an error.
 
     Raises:
         ConfigError: There is a dataset, or an unfinished conversion, already.
@@ -242,7 +281,8 @@ def write_manifest(uri: str) -> Verdict:
     for name in (DATASET_FILE, PLAN_FILE):
         if storage.exists(storage.join(uri, name)):
             raise ConfigError(
-                f"verify: {storage.redact(uri)} has {name} already. Verify it without --write-manifest, "
+                f"verify: {storage.redact(uri)} has {name} already. Verify it without "
+                "--write-manifest, "
                 "or remove that file first."
             )
     verdict = Verdict()
@@ -252,11 +292,17 @@ def write_manifest(uri: str) -> Verdict:
         for shard in scan(uri, files):
             if shard.index is None:
                 raise DataError(f"verify: {shard.problem}")
-            verdict.problems.extend(Problem(shard.name, key, reason) for key, reason in shard.index.bad)
+            verdict.problems.extend(
+                Problem(shard.name, key, reason) for key, reason in shard.index.bad
+            )
             if shard.index.dali_index:
-                index_uri = storage.join(uri, shard.name.removesuffix(SUFFIXES["webdataset"]) + ".idx")
+                index_uri = storage.join(
+                    uri, shard.name.removesuffix(SUFFIXES["webdataset"]) + ".idx"
+                )
                 storage.write_atomic(index_uri, shard.index.dali_index)
-            yield FinishedShard(shard.name, shard.index.size_bytes, shard.index.sha256, shard.index.table)
+            yield FinishedShard(
+                shard.name, shard.index.size_bytes, shard.index.sha256, shard.index.table
+            )
 
     info = write_dataset(
         uri,
@@ -276,12 +322,13 @@ class Arguments:
     uri: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URI")]
     """Folder of the dataset: a path, s3://, gs:// or az://."""
     full: bool = False
-    """Read every byte: sha256 of every shard, hash of every image, and decode it. About a core-minute for 30,000
-    photographs."""
+    """Read every byte: sha256 of every shard, hash of every image, and decode it. About a
+    core-minute for 30,000 photographs."""
     json: bool = False
     """Write the result to stdout as JSON: num_samples, num_shards, problems."""
     write_manifest: bool = False
-    """Index shards that were made elsewhere, and write manifest.parquet and dataset.json beside them."""
+    """Index shards that were made elsewhere, and write manifest.parquet and dataset.json beside
+    them."""
 
 
 _SHOWN = 20
@@ -290,7 +337,9 @@ _SHOWN = 20
 def _run(arguments: Arguments) -> int:
     try:
         verdict = (
-            write_manifest(arguments.uri) if arguments.write_manifest else verify(arguments.uri, full=arguments.full)
+            write_manifest(arguments.uri)
+            if arguments.write_manifest
+            else verify(arguments.uri, full=arguments.full)
         )
     except DataError as error:
         if not arguments.json:
@@ -305,14 +354,23 @@ def _run(arguments: Arguments) -> int:
             say(f"... and {len(verdict.problems) - _SHOWN:,} more; --json lists all")
         for reason, count in verdict.ignored.items():
             say(f"note: {count:,} passed over: {reason}")
-        found_all = f"{len(verdict.problems):,} problems" if verdict.problems else "no problem found"
-        say(f"verify: {verdict.num_samples:,} samples in {verdict.num_shards:,} shards: {found_all}")
+        found_all = (
+            f"{len(verdict.problems):,} problems" if verdict.problems else "no problem found"
+        )
+        say(
+            f"verify: {verdict.num_samples:,} samples in {verdict.num_shards:,} shards: {found_all}"
+        )
     return DataError.exit_code if verdict.problems else 0
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    arguments = tyro.cli(Arguments, args=args, prog="python -m pipeline.verify", config=(tyro.conf.FlagCreatePairsOff,))
+    arguments = tyro.cli(
+        Arguments,
+        args=args,
+        prog="python -m pipeline.verify",
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
     return run_command(lambda: _run(arguments), interrupted="verify: stopped; nothing was changed.")
 
 

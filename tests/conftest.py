@@ -1,4 +1,5 @@
-"""Shared fixtures: real photographs, class folders cut from them, S3 on loopback, and a guard on processes."""
+"""Shared fixtures: real photographs, class folders cut from them, S3 on loopback, and a guard on
+processes."""
 
 from __future__ import annotations
 
@@ -27,19 +28,31 @@ from hypothesis import HealthCheck, settings
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 PHOTO_FILES = (
-    *(f"skimage/data/{name}" for name in ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png")),
-    *(f"skimage/data/{name}" for name in ("rocket.jpg", "retina.jpg", "hubble_deep_field.jpg", "ihc.png")),
-    *(f"skimage/data/{name}" for name in ("brick.png", "camera.png", "coins.png", "grass.png", "gravel.png")),
+    *(
+        f"skimage/data/{name}"
+        for name in ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png")
+    ),
+    *(
+        f"skimage/data/{name}"
+        for name in ("rocket.jpg", "retina.jpg", "hubble_deep_field.jpg", "ihc.png")
+    ),
+    *(
+        f"skimage/data/{name}"
+        for name in ("brick.png", "camera.png", "coins.png", "grass.png", "gravel.png")
+    ),
     *(f"sklearn/datasets/images/{name}" for name in ("china.jpg", "flower.jpg")),
 )
-"""Photographs shipped in the wheels of scikit-image and scikit-learn, by name: the folders also hold text and logos."""
+"""Photographs shipped in the wheels of scikit-image and scikit-learn, by name: the folders also
+hold text and logos."""
 
 SERVER_START_LIMIT_S = 60.0
 CHILD_EXIT_LIMIT_S = 10.0
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("ci", parent=settings.get_profile("local"), derandomize=True, print_blob=True)
+settings.register_profile(
+    "ci", parent=settings.get_profile("local"), derandomize=True, print_blob=True
+)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
@@ -56,17 +69,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _skip_marked(items: list[pytest.Item], *, marker: str, reason: str) -> None:
     for item in items:
-        # keywords also hold folder names: tests/gpu would match without asking for the marker itself.
+        # keywords also hold folder names: tests/gpu would match without asking for the marker
+        # itself.
         if item.get_closest_marker(marker):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
-# ---------------------------------------------------------------------------------------------- photographs
+# -------------------------------------------------------------------------------------- photographs
 
 
 @pytest.fixture(scope="session")
 def photo_paths() -> dict[str, Path]:
-    """Give the path of each real photograph, by stem, as installed (PNG and JPEG, colour and grey)."""
+    """Give the path of each real photograph, by stem, as installed (PNG and JPEG, colour and
+    grey)."""
     paths: dict[str, Path] = {}
     for name in PHOTO_FILES:
         package, _, inner = name.partition("/")
@@ -80,7 +95,8 @@ def photo_paths() -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def photos(photo_paths: dict[str, Path]) -> MappingProxyType[str, bytes]:
-    """Give 15 real photographs as JPEG bytes, by stem; grey ones stay grey. Some 0.4 s, once a session."""
+    """Give 15 real photographs as JPEG bytes, by stem; grey ones stay grey. Some 0.4 s, once a
+    session."""
     from PIL import Image
 
     encoded: dict[str, bytes] = {}
@@ -102,15 +118,21 @@ def encode_jpeg(image: object, *, quality: int = 90) -> bytes:
 
 
 @pytest.fixture(scope="session")
-def make_class_folder(photo_paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Give a function that writes `<root>/<class>/<nnn>.jpg`: disjoint crops, the class is the source photograph.
+def make_class_folder(
+    photo_paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """Give a function that writes `<root>/<class>/<nnn>.jpg`: disjoint crops, the class is the
+    source photograph.
 
-    The function takes `num_classes` (at most 15), `per_class`, `size_px` (shorter side; widths vary by up to half,
-    so that sizes differ as they do in real data) and optionally `root`; it returns the root.
+    The function takes `num_classes` (at most 15), `per_class`, `size_px` (shorter side; widths vary
+    by up to half, so that sizes differ as they do in real data) and optionally `root`; it returns
+    the root.
     """
     from PIL import Image
 
-    def make(*, num_classes: int = 4, per_class: int = 8, size_px: int = 64, root: Path | None = None) -> Path:
+    def make(
+        *, num_classes: int = 4, per_class: int = 8, size_px: int = 64, root: Path | None = None
+    ) -> Path:
         root = root or tmp_path_factory.mktemp("classes")
         for stem, path in list(photo_paths.items())[:num_classes]:
             folder = root / stem
@@ -133,11 +155,12 @@ def make_class_folder(photo_paths: dict[str, Path], tmp_path_factory: pytest.Tem
 
 @pytest.fixture(scope="session")
 def class_folder(make_class_folder: Callable[..., Path]) -> Path:
-    """Give a read-only folder of 4 classes x 8 JPEG crops, 64 px high. Shared by the session: do not write into it."""
+    """Give a read-only folder of 4 classes x 8 JPEG crops, 64 px high. Shared by the session: do
+    not write into it."""
     return make_class_folder()
 
 
-# ---------------------------------------------------------------------------------------------- object storage
+# ----------------------------------------------------------------------------------- object storage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,15 +189,23 @@ def find_free_port() -> int:
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
-    """Run moto's S3 on a free loopback port, with AWS_* set for this process and its children, and one bucket made.
+    """Run moto's S3 on a free loopback port, with AWS_* set for this process and its children, and
+    one bucket made.
 
-    moto imports for seconds and its ranged reads get slow with large objects: mark tests `remote`, keep shards small.
+    moto imports for seconds and its ranged reads get slow with large objects: mark tests `remote`,
+    keep shards small.
     """
     import boto3
 
     port = find_free_port()
     url = f"http://127.0.0.1:{port}"
-    command = [str(Path(sys.executable).with_name("moto_server")), "-H", "127.0.0.1", "-p", str(port)]
+    command = [
+        str(Path(sys.executable).with_name("moto_server")),
+        "-H",
+        "127.0.0.1",
+        "-p",
+        str(port),
+    ]
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryFile() as log:
         for name in [name for name in os.environ if name.startswith("AWS_")]:
             patch.delenv(name)
@@ -204,7 +235,8 @@ def s3_server() -> Iterator[S3Server]:
 
 @pytest.fixture
 def s3_bucket(s3_server: S3Server) -> Iterator[str]:
-    """Make a fresh bucket on the session's server for one test; give it as `s3://name`, empty it afterwards."""
+    """Make a fresh bucket on the session's server for one test; give it as `s3://name`, empty it
+    afterwards."""
     import boto3
 
     name = f"test-{uuid.uuid4().hex[:12]}"
@@ -215,7 +247,9 @@ def s3_bucket(s3_server: S3Server) -> Iterator[str]:
     bucket.delete()
 
 
-def _wait_until_answers(url: str, *, server: subprocess.Popen[bytes], log: io.BufferedRandom) -> None:
+def _wait_until_answers(
+    url: str, *, server: subprocess.Popen[bytes], log: io.BufferedRandom
+) -> None:
     deadline_s = time.monotonic() + SERVER_START_LIMIT_S
     while time.monotonic() < deadline_s and server.poll() is None:
         try:
@@ -226,18 +260,26 @@ def _wait_until_answers(url: str, *, server: subprocess.Popen[bytes], log: io.Bu
         except OSError:
             time.sleep(0.05)
     log.seek(0)
-    pytest.fail(f"moto_server did not answer on {url} (rc {server.poll()}):\n{log.read().decode(errors='replace')}")
+    pytest.fail(
+        f"moto_server did not answer on {url} (rc "
+        f"{server.poll()}):\n{log.read().decode(errors='replace')}"
+    )
 
 
-# ---------------------------------------------------------------------------------------------- processes
+# ---------------------------------------------------------------------------------------- processes
 
 
 @pytest.fixture(autouse=True)
 def no_process_left_behind() -> Iterator[None]:
-    """Fail a test that leaves a child process running, and end that process: an orphan trains on for ever."""
+    """Fail a test that leaves a child process running, and end that process: an orphan trains on
+    for ever."""
     before = _descendants(os.getpid())
     yield
-    left = [child for pid in _descendants(os.getpid()) - before if (child := _process(pid)) and not _may_stay(child)]
+    left = [
+        child
+        for pid in _descendants(os.getpid()) - before
+        if (child := _process(pid)) and not _may_stay(child)
+    ]
     if not left:
         return
     _, alive = psutil.wait_procs(left, timeout=CHILD_EXIT_LIMIT_S)
@@ -247,11 +289,14 @@ def no_process_left_behind() -> Iterator[None]:
             child.kill()
     psutil.wait_procs(alive, timeout=CHILD_EXIT_LIMIT_S)
     if descriptions:
-        pytest.fail("processes left behind (now killed):\n" + "\n".join(descriptions), pytrace=False)
+        pytest.fail(
+            "processes left behind (now killed):\n" + "\n".join(descriptions), pytrace=False
+        )
 
 
 def _descendants(pid: int) -> set[int]:
-    # psutil walks every process of the machine, milliseconds a test; Linux keeps the list of children ready.
+    # psutil walks every process of the machine, milliseconds a test; Linux keeps the list of
+    # children ready.
     if not Path(f"/proc/{pid}/task/{pid}/children").exists():
         return {child.pid for child in psutil.Process(pid).children(recursive=True)}
     found: set[int] = set()
@@ -275,7 +320,11 @@ def _process(pid: int) -> psutil.Process | None:
 def _may_stay(child: psutil.Process) -> bool:
     # Python keeps one resource tracker and one fork server for the life of the process.
     command = _command_line(child)
-    return child.pid in _session_pids or "resource_tracker" in command or "multiprocessing.forkserver" in command
+    return (
+        child.pid in _session_pids
+        or "resource_tracker" in command
+        or "multiprocessing.forkserver" in command
+    )
 
 
 def _command_line(child: psutil.Process) -> str:
@@ -292,7 +341,7 @@ def _is_running(child: psutil.Process) -> bool:
         return False
 
 
-# ---------------------------------------------------------------------------------------------- datasets
+# ----------------------------------------------------------------------------------------- datasets
 
 
 @pytest.fixture(scope="session")
@@ -316,8 +365,9 @@ def crops(photo_paths: dict[str, Path]) -> list[bytes]:
 def make_dataset(crops: list[bytes], tmp_path: Path) -> Callable[..., str]:
     """Give a function that writes WebDataset shards of the crops and returns their folder.
 
-    The function takes `shard_sizes`, `uri` (a folder of the test's own if not given) and `replace`: bytes that are
-    stored in place of a sample's image, by sample id, while the manifest goes on telling of the image.
+    The function takes `shard_sizes`, `uri` (a folder of the test's own if not given) and `replace`:
+    bytes that are stored in place of a sample's image, by sample id, while the manifest goes on
+    telling of the image.
     """
     from pipeline import storage
     from pipeline.dataset.writer import FinishedShard, write_dataset
@@ -325,7 +375,10 @@ def make_dataset(crops: list[bytes], tmp_path: Path) -> Callable[..., str]:
     from pipeline.images.header import probe
 
     def make(
-        shard_sizes: tuple[int, ...] = (13, 17, 11, 19), *, uri: str = "", replace: dict[int, bytes] | None = None
+        shard_sizes: tuple[int, ...] = (13, 17, 11, 19),
+        *,
+        uri: str = "",
+        replace: dict[int, bytes] | None = None,
     ) -> str:
         folder = uri or str(tmp_path / "dataset")
         shards, sample_id = [], 0
@@ -337,7 +390,9 @@ def make_dataset(crops: list[bytes], tmp_path: Path) -> Callable[..., str]:
                     writer.add(f"{sample_id:06d}", stored, probe(image), label=sample_id % 15)
                     sample_id += 1
                 written = writer.close()
-            shards.append(FinishedShard(written.name, written.size_bytes, written.sha256, written.table))
+            shards.append(
+                FinishedShard(written.name, written.size_bytes, written.sha256, written.table)
+            )
         write_dataset(folder, shards=shards, name="crops", container="webdataset")
         return folder
 

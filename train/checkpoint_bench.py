@@ -1,7 +1,9 @@
-"""How long training waits for a checkpoint: `python -m train.checkpoint_bench [--model vit_b_16] [--uri s3://...]`.
+"""How long training waits for a checkpoint: `python -m train.checkpoint_bench [--model vit_b_16]
+[--uri s3://...]`.
 
-One process saves a real model's whole state (weights and both moments, 12 bytes a parameter) while it trains on random
-pixels, with `checkpoint.mode` sync and async in turn, beside a copy of the same bytes from memory to memory.
+One process saves a real model's whole state (weights and both moments, 12 bytes a parameter) while
+it trains on random pixels, with `checkpoint.mode` sync and async in turn, beside a copy of the same
+bytes from memory to memory.
 
 Shapes: B images, C channels, H height, W width, N patches.
 """
@@ -44,9 +46,11 @@ class Arguments:
     model: tuple[str, ...] = ("demo", "vit_b_16")
     """Model sizes: names such as demo, vit_b_16, vit_h_14."""
     uri: tuple[str, ...] = ()
-    """Folders that checkpoints are written to, and removed from; a temporary folder if none is given."""
+    """Folders that checkpoints are written to, and removed from; a temporary folder if none is
+    given."""
     saves: int = 5
-    """Saves of each kind; the first is not counted, because it takes the memory that later ones use again."""
+    """Saves of each kind; the first is not counted, because it takes the memory that later ones use
+    again."""
     images: int = 2
     """Images of a training step."""
     json: Literal["off", "on"] = "off"
@@ -63,10 +67,11 @@ class Measurement:
         stall_s: seconds that training waited for a save.
         stall_min_s, stall_max_s: its range.
         write_s: seconds from the copy's end to the commit.
-        copy_s: seconds for a copy of the same bytes from memory to memory, measured before each save.
+        copy_s: seconds for a copy of the same bytes from memory to memory, measured before each
+            save.
         stall_over_copy: median over the saves of the wait through the copy just before.
-        step_s, step_while_writing_s: seconds of a training step without and during a write; None where no step fell
-            into one.
+        step_s, step_while_writing_s: seconds of a training step without and during a write; None
+            where no step fell into one.
     """
 
     model: str
@@ -127,7 +132,9 @@ def measure(name: str, uri: str, mode: Mode, *, saves: int, images: int) -> Meas
         stall_max_s=max(stalls[1:]),
         write_s=statistics.median(writes[1:]),
         copy_s=statistics.median(copies[1:]),
-        stall_over_copy=statistics.median(stall / alone for stall, alone in zip(stalls[1:], copies[1:], strict=True)),
+        stall_over_copy=statistics.median(
+            stall / alone for stall, alone in zip(stalls[1:], copies[1:], strict=True)
+        ),
         step_s=statistics.median(quiet[1:]),
         step_while_writing_s=statistics.median(busy) if busy else None,
     )
@@ -152,7 +159,9 @@ def _state_bytes(engine: Engine) -> int:
 
 
 def _stepper(engine: Engine, model: ModelConfig, *, images: int) -> Callable[[], None]:
-    images_BCHW = torch.randn(images, 3, model.image_height, model.image_width, device=engine.device)
+    images_BCHW = torch.randn(
+        images, 3, model.image_height, model.image_width, device=engine.device
+    )
     noise_BN = torch.rand(images, model.num_patches, device=engine.device)
 
     def step() -> None:
@@ -171,7 +180,8 @@ def _seconds(action: Callable[[], None]) -> float:
 
 
 def _copier(engine: Engine) -> Callable[[], None]:
-    """Give the copy that no save can do without: as many bytes, in one piece, into memory that is there already."""
+    """Give the copy that no save can do without: as many bytes, in one piece, into memory that is
+    there already."""
     values = _state_bytes(engine) // 4
     source = torch.ones(values, device=engine.device)
     target = torch.ones(values, pin_memory=engine.device.type == "cuda")
@@ -191,15 +201,20 @@ def _remove(uri: str) -> None:
 def render(measurements: Sequence[Measurement]) -> str:
     """Lay measurements out as a Markdown table."""
     lines = [
-        "| model | state | to | mode | training waits (range) | copy alone | waits / copy | writing | step "
+        "| model | state | to | mode | training waits (range) | copy alone | waits / copy | "
+        "writing | step "
         "| step while writing |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for one in measurements:
-        busy = "" if one.step_while_writing_s is None else f"{1e3 * one.step_while_writing_s:,.0f} ms"
+        busy = (
+            "" if one.step_while_writing_s is None else f"{1e3 * one.step_while_writing_s:,.0f} ms"
+        )
         lines.append(
-            f"| {one.model} | {one.state_mb:,.0f} MB | {one.place} | {one.mode} | **{1e3 * one.stall_s:,.0f} ms** "
-            f"({1e3 * one.stall_min_s:,.0f}-{1e3 * one.stall_max_s:,.0f}) | {1e3 * one.copy_s:,.0f} ms "
+            f"| {one.model} | {one.state_mb:,.0f} MB | {one.place} | {one.mode} | "
+            f"**{1e3 * one.stall_s:,.0f} ms** "
+            f"({1e3 * one.stall_min_s:,.0f}-{1e3 * one.stall_max_s:,.0f}) | "
+            f"{1e3 * one.copy_s:,.0f} ms "
             f"| {one.stall_over_copy:.2f} "
             f"| {1e3 * one.write_s:,.0f} ms | {1e3 * one.step_s:,.0f} ms | {busy} |"
         )
@@ -224,11 +239,18 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for uri in arguments.uri or (folder,)
                 for mode in get_args(Mode)
             ]
-        text = json.dumps([asdict(one) for one in results], indent=1) if arguments.json == "on" else render(results)
+        text = (
+            json.dumps([asdict(one) for one in results], indent=1)
+            if arguments.json == "on"
+            else render(results)
+        )
         sys.stdout.write(f"{text}\n")
         return 0
 
-    return run_command(command, interrupted="stopped; checkpoints of the benchmark may be left where they were written")
+    return run_command(
+        command,
+        interrupted="stopped; checkpoints of the benchmark may be left where they were written",
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Settings of a run, one class a section. Imports no torch: a mistake is reported before anything is started."""
+"""Settings of a run, one class a section. Imports no torch: a mistake is reported before anything
+is started."""
 
 from __future__ import annotations
 
@@ -30,8 +31,8 @@ class DataSection(Settings):
     val: str = ""
     """Held-out shards, for pictures and the held-out loss. Empty: none."""
     on_change: Literal["refuse", "next-epoch"] = "refuse"
-    """Where the training shards are not those that the run was started on: stop and name them, or go on with them
-    from the next epoch."""
+    """Where the training shards are not those that the run was started on: stop and name them, or
+    go on with them from the next epoch."""
 
 
 class TrainSection(Settings):
@@ -63,9 +64,11 @@ class TrainSection(Settings):
         together = self.micro_batch_size * world_size
         if self.global_batch_size % together:
             raise ValueError(
-                f"train.global_batch_size {self.global_batch_size} is not a multiple of train.micro_batch_size "
+                f"train.global_batch_size {self.global_batch_size} is not a multiple of "
+                "train.micro_batch_size "
                 f"{self.micro_batch_size} x {world_size} ranks = {together}: "
-                f"use {math.ceil(self.global_batch_size / together) * together}, or another micro batch"
+                f"use {math.ceil(self.global_batch_size / together) * together}, or another micro "
+                "batch"
             )
         return self.global_batch_size // together
 
@@ -105,11 +108,14 @@ class EngineSection(Settings):
     kind: Literal["deepspeed", "torch"] = "deepspeed"
     """`torch`: one process, plain torch; the reference that the tests compare with."""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """DeepSpeed ZeRO stage: what is sharded over the ranks (1 optimizer state, 2 + gradients, 3 + weights)."""
+    """DeepSpeed ZeRO stage: what is sharded over the ranks (1 optimizer state, 2 + gradients, 3 +
+    weights)."""
     precision: Literal["bf16", "fp16", "fp32", "autocast"] = "bf16"
-    """`bf16`/`fp16`: low-precision weights with fp32 masters. `autocast`: fp32 weights, bf16 matrix products."""
+    """`bf16`/`fp16`: low-precision weights with fp32 masters. `autocast`: fp32 weights, bf16 matrix
+    products."""
     activation_checkpointing: ActivationCheckpointing = "none"
-    """Recompute the encoder's activations in the backward pass: none, every second block, or all."""
+    """Recompute the encoder's activations in the backward pass: none, every second block, or
+    all."""
     decoder_activation_checkpointing: ActivationCheckpointing = "none"
     """The same for the decoder."""
     compile: Literal["off", "on"] = "off"
@@ -121,13 +127,16 @@ class EngineSection(Settings):
     device_memory_gib: float = Field(default=0.0, ge=0)
     """Memory of one GPU in GiB, for the advice of `--dry-run`; 0: what nvidia-smi says."""
     device_tflops: float = Field(default=0.0, ge=0)
-    """Dense 16-bit peak of one GPU in 10^12 operations a second, for the MFU of the log; 0: by the device's name."""
+    """Dense 16-bit peak of one GPU in 10^12 operations a second, for the MFU of the log; 0: by the
+    device's name."""
     timeout_s: float = Field(default=600.0, gt=0)
-    """Seconds a rank waits for the others, or a step may take, before the run ends with the stacks of all ranks."""
+    """Seconds a rank waits for the others, or a step may take, before the run ends with the stacks
+    of all ranks."""
 
 
 class CheckpointSection(Settings):
-    """When and where the state is saved. The same command line resumes from the newest one that verifies."""
+    """When and where the state is saved. The same command line resumes from the newest one that
+    verifies."""
 
     dir: str = ""
     """URI of the folder of checkpoints. Empty: `<run.dir>/checkpoints`."""
@@ -138,41 +147,44 @@ class CheckpointSection(Settings):
     keep_every: int = Field(default=0, ge=0)
     """Keep every checkpoint whose step is a multiple of this; 0 keeps none for that reason."""
     mode: Literal["async", "sync"] = "async"
-    """`async`: training waits for the copy to host memory only; hashing, writing and uploading go on beside it.
-    `sync`: it waits for all of that. Either way a rank keeps its share of the state in host memory: 12 bytes a
-    parameter, divided by the ranks."""
+    """`async`: training waits for the copy to host memory only; hashing, writing and uploading go
+    on beside it. `sync`: it waits for all of that. Either way a rank keeps its share of the state
+    in host memory: 12 bytes a parameter, divided by the ranks."""
 
 
 class GuardSection(Settings):
     """What is done about numbers that go wrong."""
 
     skipped_in_a_row: int = Field(default=5, ge=1)
-    """Steps in a row that may be skipped for a loss or gradient that is not finite. Then the weights go back to the
-    last checkpoint from before them, and the data goes on behind them. Steps that an fp16 loss scaler skips do not
-    count while its scale is above its floor."""
+    """Steps in a row that may be skipped for a loss or gradient that is not finite. Then the
+    weights go back to the last checkpoint from before them, and the data goes on behind them. Steps
+    that an fp16 loss scaler skips do not count while its scale is above its floor."""
     roll_backs: int = Field(default=3, ge=0)
     """How often one start of the program may go back like that before it stops with exit code 5."""
     spike_factor: float = Field(default=2.0, ge=0)
-    """Warn, and save an extra checkpoint, where the loss of a line is this many times the median of the last 20 lines;
-    0 never does."""
+    """Warn, and save an extra checkpoint, where the loss of a line is this many times the median of
+    the last 20 lines; 0 never does."""
     checksum_every_steps: int = Field(default=1000, ge=0)
-    """Steps between comparisons of the weights of all ranks (ZeRO 0-2), which must be equal to the last bit; 0 never
-    compares."""
+    """Steps between comparisons of the weights of all ranks (ZeRO 0-2), which must be equal to the
+    last bit; 0 never compares."""
 
 
 class LogSection(Settings):
     """What a run reports, and how often."""
 
     every_steps: int = Field(default=20, ge=1)
-    """Steps between lines of metrics.jsonl and the progress display; the only moments that synchronise."""
+    """Steps between lines of metrics.jsonl and the progress display; the only moments that
+    synchronise."""
     pictures_every_steps: int = Field(default=0, ge=0)
-    """Steps between reconstruction pictures of the same held-out images; 0 draws them at the end only."""
+    """Steps between reconstruction pictures of the same held-out images; 0 draws them at the end
+    only."""
     num_pictures: int = Field(default=8, ge=0)
     """Held-out images that are drawn and measured."""
     tensorboard: Literal["on", "off"] = "on"
     """Write TensorBoard event files into the run folder."""
     wandb: Literal["on", "off"] = "off"
-    """Show the run in Weights & Biases (extra `tracking`); WANDB_MODE=offline in the environment keeps it local."""
+    """Show the run in Weights & Biases (extra `tracking`); WANDB_MODE=offline in the environment
+    keeps it local."""
     wandb_project: str = Field(default="maelstrom", min_length=1)
     """Project it is shown in."""
     mlflow: Literal["on", "off"] = "off"

@@ -18,6 +18,7 @@ class NumericsError(MaelstromError):
 
 
 class Preempted(MaelstromError):
-    """Asked to stop by a signal or a time limit; the state was saved and the same command goes on."""
+    """Asked to stop by a signal or a time limit; the state was saved and the same command goes
+    on."""
 
     exit_code = 75

@@ -1,4 +1,5 @@
-"""Weights for other libraries: `python -m train.export CHECKPOINT --to mae|timm|hf|detectron2 [--out DIR]`."""
+"""Weights for other libraries: `python -m train.export CHECKPOINT --to mae|timm|hf|detectron2
+[--out DIR]`."""
 
 from __future__ import annotations
 
@@ -23,7 +24,12 @@ from train.process.outcome import describe
 Target = Literal["mae", "timm", "hf", "detectron2"]
 Part = Literal["encoder", "full"]
 FileType = Literal["safetensors", "pth"]
-DEFAULT_PARTS: Mapping[Target, Part] = {"mae": "full", "timm": "encoder", "hf": "full", "detectron2": "encoder"}
+DEFAULT_PARTS: Mapping[Target, Part] = {
+    "mae": "full",
+    "timm": "encoder",
+    "hf": "full",
+    "detectron2": "encoder",
+}
 """What each library can take: timm and Detectron2 have no place for a decoder."""
 
 
@@ -34,14 +40,17 @@ class Arguments:
     checkpoint: tyro.conf.Positional[str]
     """A step's folder, a folder of checkpoints, or a run's folder; local or a URI."""
     to: Target
-    """mae: the published MAE names. timm: VisionTransformer(num_classes=0). hf: transformers' ViTMAE, with config.json.
-    detectron2: ViTDet's backbone, to be loaded with matching heuristics."""
+    """mae: the published MAE names. timm: VisionTransformer(num_classes=0). hf: transformers'
+    ViTMAE, with config.json. detectron2: ViTDet's backbone, to be loaded with matching
+    heuristics."""
     out: str = ""
     """Folder to write into. Empty: `export-<to>`."""
     part: Part | None = None
-    """encoder, or full (with the decoder). None: full for mae and hf, encoder for timm and detectron2."""
+    """encoder, or full (with the decoder). None: full for mae and hf, encoder for timm and
+    detectron2."""
     file_type: FileType = "safetensors"
-    """pth: what torch.load of the original projects expects (`{"model": ...}`); tensors only, no pickled objects."""
+    """pth: what torch.load of the original projects expects (`{"model": ...}`); tensors only, no
+    pickled objects."""
     patch_size: int | None = None
     """detectron2 only: patch size to resample to, in pixels; ViT-H/14 needs 16 there."""
 
@@ -80,7 +89,9 @@ def export(
         if to == "hf":
             weights, settings = to_hf(state, config)
             if part == "encoder":
-                weights = {name: value for name, value in weights.items() if name.startswith("vit.")}
+                weights = {
+                    name: value for name, value in weights.items() if name.startswith("vit.")
+                }
                 settings["architectures"] = ["ViTMAEModel"]
         elif to == "mae":
             weights = to_mae(state, config, part=part)["model"]
@@ -90,8 +101,17 @@ def export(
             weights = to_detectron2(state, config, patch_size=patch_size)["model"]
     except WeightsError as error:
         raise ConfigError(f"{saved.uri}: {error}") from error
-    facts = {"format": "pt", "source": f"maelstrom {saved.config.recipe}", "step": str(saved.step), "part": part}
-    files = [_write_weights(out, weights, stem="model" if to == "hf" else to, file_type=file_type, facts=facts)]
+    facts = {
+        "format": "pt",
+        "source": f"maelstrom {saved.config.recipe}",
+        "step": str(saved.step),
+        "part": part,
+    }
+    files = [
+        _write_weights(
+            out, weights, stem="model" if to == "hf" else to, file_type=file_type, facts=facts
+        )
+    ]
     if settings is not None:
         files.append(out / "config.json")
         files[-1].write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -101,9 +121,13 @@ def export(
 def _check(to: Target, part: Part, *, file_type: FileType, patch_size: int | None) -> None:
     problems = []
     if part == "full" and DEFAULT_PARTS[to] == "encoder":
-        problems.append(f"--to {to} takes the encoder only: leave --part out, or use --to mae or --to hf")
+        problems.append(
+            f"--to {to} takes the encoder only: leave --part out, or use --to mae or --to hf"
+        )
     if file_type == "pth" and to in ("hf", "timm"):
-        problems.append(f"--to {to} is written as safetensors, which it loads: leave --file-type out")
+        problems.append(
+            f"--to {to} is written as safetensors, which it loads: leave --file-type out"
+        )
     if patch_size is not None and to != "detectron2":
         problems.append(f"--patch-size {patch_size} is for --to detectron2, not {to}")
     if problems:
@@ -111,11 +135,18 @@ def _check(to: Target, part: Part, *, file_type: FileType, patch_size: int | Non
 
 
 def _write_weights(
-    out: Path, weights: Mapping[str, Tensor], *, stem: str, file_type: FileType, facts: Mapping[str, str]
+    out: Path,
+    weights: Mapping[str, Tensor],
+    *,
+    stem: str,
+    file_type: FileType,
+    facts: Mapping[str, str],
 ) -> Path:
     assert not (facts["part"] == "encoder" and any(is_decoder_name(name) for name in weights))
     # Contiguous copies: views of one tensor (query, key, value) may not share a file's memory.
-    tensors = {name: value.detach().float().cpu().clone().contiguous() for name, value in weights.items()}
+    tensors = {
+        name: value.detach().float().cpu().clone().contiguous() for name, value in weights.items()
+    }
     path = out / f"{stem}.{file_type}"
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -127,7 +158,9 @@ def _write_weights(
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise InfrastructureError(f"{path}: cannot be written: {error}; free some space or use --out") from error
+        raise InfrastructureError(
+            f"{path}: cannot be written: {error}; free some space or use --out"
+        ) from error
     return path
 
 

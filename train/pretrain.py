@@ -1,7 +1,7 @@
 """Pre-train a masked autoencoder: the entry, and the loop in one straight line.
 
-Runs under `deepspeed --module`, torchrun, srun, or plain `python -m train.pretrain RECIPE`. Settings are read and
-checked before torch is imported.
+Runs under `deepspeed --module`, torchrun, srun, or plain `python -m train.pretrain RECIPE`.
+Settings are read and checked before torch is imported.
 
 Shapes: B images, C channels, H height, W width, N patches.
 """
@@ -27,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: words after the program's name; the process's own by default.
 
     Returns:
-        The exit code: 0 done, 2 configuration, 3 data, 4 checkpoint, 5 numerics, 75 preempted and saved,
-        76 infrastructure, 1 a defect.
+        The exit code: 0 done, 2 configuration, 3 data, 4 checkpoint, 5 numerics, 75 preempted and
+        saved, 76 infrastructure, 1 a defect.
     """
     try:
         command = parse_command(sys.argv[1:] if argv is None else argv)
@@ -69,21 +69,30 @@ def run(config: RunConfig) -> int:
 
 
 def share_cores(env: MutableMapping[str, str]) -> None:
-    """Divide this node's cores among its ranks, before torch starts its threads; what is set already stays.
+    """Divide this node's cores among its ranks, before torch starts its threads; what is set
+    already stays.
 
-    Every rank would otherwise start a thread a core, and threads of OpenMP that wait by spinning take the cores from
-    the decoder's: on two busy cores a step took eight times as long.
+    Every rank would otherwise start a thread a core, and threads of OpenMP that wait by spinning
+    take the cores from the decoder's: on two busy cores a step took eight times as long.
 
     Args:
         env: the environment to change.
     """
-    ranks = next((int(env[name]) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if env.get(name, "").isdigit()), 1)
+    ranks = next(
+        (
+            int(env[name])
+            for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+            if env.get(name, "").isdigit()
+        ),
+        1,
+    )
     env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // max(1, ranks))))
     env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _end_now(code: int) -> None:
-    """End this process at once: after an error, exit handlers would wait for ranks that no longer answer."""
+    """End this process at once: after an error, exit handlers would wait for ranks that no longer
+    answer."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -96,7 +105,9 @@ def _dry_run(config: RunConfig) -> int:
 
     if rank_of_environment() == 0:
         try:
-            sys.stdout.write(to_toml(config) + "\n" + "".join(f"# {line}\n" for line in describe_size(config)))
+            sys.stdout.write(
+                to_toml(config) + "\n" + "".join(f"# {line}\n" for line in describe_size(config))
+            )
         except ConfigError as error:
             sys.stderr.write(f"error: {error}\n")
             return error.exit_code

@@ -1,6 +1,7 @@
 """Named runs, as data: the settings in which a recipe differs from the defaults. Imports no torch.
 
-A recipe is a nested mapping of sections, the same shape as a TOML file; a file and the command line are laid over it.
+A recipe is a nested mapping of sections, the same shape as a TOML file; a file and the command line
+are laid over it.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ Recipe = Mapping[str, Mapping[str, Any]]
 def _imagenet(size: str, *, micro_batch_size: int) -> Recipe:
     """Give the pre-training recipe of He et al. 2022, table 8, for one model size.
 
-    Batch 4096, AdamW (0.9, 0.95), weight decay 0.05, base rate 1.5e-4 per 256 images, 40 epochs of warm-up, half
-    cosine, normalised pixels, 75% masked, no gradient clipping. 800 epochs is the paper's ablation length; its best
-    models take `--train.epochs 1600`.
+    Batch 4096, AdamW (0.9, 0.95), weight decay 0.05, base rate 1.5e-4 per 256 images, 40 epochs of
+    warm-up, half cosine, normalised pixels, 75% masked, no gradient clipping. 800 epochs is the
+    paper's ablation length; its best models take `--train.epochs 1600`.
     """
     return {
         "model": {**SIZES[size].model_dump(), "norm_pix_loss": True},
@@ -36,7 +37,8 @@ def _imagenet(size: str, *, micro_batch_size: int) -> Recipe:
             "grad_clip": 0.0,
         },
         "engine": {"zero_stage": 1, "precision": "bf16"},
-        # An epoch of ImageNet-1k is 312.8 steps: a checkpoint every four epochs, one kept for good every hundred.
+        # An epoch of ImageNet-1k is 312.8 steps: a checkpoint every four epochs, one kept for good
+        # every hundred.
         "checkpoint": {"every_steps": 1250, "keep_last": 3, "keep_every": 31250},
         "log": {"every_steps": 50, "pictures_every_steps": 12500},
     }
@@ -45,7 +47,8 @@ def _imagenet(size: str, *, micro_batch_size: int) -> Recipe:
 def _demo() -> Recipe:
     """Give the recipe of `make demo`: a small model on 64-px photographs, minutes on two CPU cores.
 
-    Plain pixels instead of normalised ones, so that the loss is comparable with painting by the mean colour.
+    Plain pixels instead of normalised ones, so that the loss is comparable with painting by the
+    mean colour.
     """
     return {
         "model": {**SIZES["demo"].model_dump(), "norm_pix_loss": False},
@@ -54,7 +57,11 @@ def _demo() -> Recipe:
         "loader": {"decoder": "dali", "num_threads": 1, "prefetch_batches": 4},
         "train": {"steps": 800, "global_batch_size": 64, "micro_batch_size": 32},
         "optim": {"base_lr": 8e-3, "warmup_steps": 80, "warmup_epochs": None, "grad_clip": 1.0},
-        "engine": {"zero_stage": 1, "precision": "autocast", "activation_checkpointing": "selective"},
+        "engine": {
+            "zero_stage": 1,
+            "precision": "autocast",
+            "activation_checkpointing": "selective",
+        },
         "checkpoint": {"every_steps": 150, "keep_last": 2},
         "log": {"every_steps": 20, "pictures_every_steps": 0, "num_pictures": 8},
     }

@@ -1,4 +1,5 @@
-"""Pictures from a checkpoint: `python -m train.reconstruct CHECKPOINT [--images FOLDER] [--out x.png]`.
+"""Pictures from a checkpoint: `python -m train.reconstruct CHECKPOINT [--images FOLDER] [--out
+x.png]`.
 
 Shapes: B images, C channels, H height, W width, N patches.
 """
@@ -46,7 +47,8 @@ class Arguments:
 
 
 def read_pictures(paths: Sequence[Path], *, height: int, width: int) -> Tensor:
-    """Read picture files as the model takes them: upright, the largest centred box, bicubic, normalised.
+    """Read picture files as the model takes them: upright, the largest centred box, bicubic,
+    normalised.
 
     Args:
         paths: picture files.
@@ -67,7 +69,9 @@ def read_pictures(paths: Sequence[Path], *, height: int, width: int) -> Tensor:
         except (UnidentifiedImageError, OSError) as error:
             raise DataError(f"{path}: cannot be read as a picture: {error}") from error
         fitted = ImageOps.fit(upright, (width, height), method=Image.Resampling.BICUBIC)
-        pictures.append(torch.from_numpy(np.asarray(fitted, dtype=np.float32) / 255).permute(2, 0, 1))
+        pictures.append(
+            torch.from_numpy(np.asarray(fitted, dtype=np.float32) / 255).permute(2, 0, 1)
+        )
     mean, std = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
     return (torch.stack(pictures) - mean) / std
 
@@ -82,7 +86,9 @@ def find_pictures(source: Path, *, count: int) -> list[Path]:
         return [source]
     found = sorted(path for path in source.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
     if not found:
-        raise ConfigError(f"--images {source}: no pictures there ({', '.join(sorted(PICTURE_SUFFIXES))})")
+        raise ConfigError(
+            f"--images {source}: no pictures there ({', '.join(sorted(PICTURE_SUFFIXES))})"
+        )
     return found[:count]
 
 
@@ -92,7 +98,9 @@ def draw(saved: SavedModel, arguments: Arguments) -> float:
     device = next(saved.model.parameters()).device
     if arguments.images:
         paths = find_pictures(Path(arguments.images), count=arguments.count)
-        images_BCHW = read_pictures(paths, height=config.view.height, width=config.view.width).to(device)
+        images_BCHW = read_pictures(paths, height=config.view.height, width=config.view.width).to(
+            device
+        )
         ids = np.arange(len(paths), dtype=np.int64)
     elif config.data.val:
         dataset = open_dataset(config.data.val)
@@ -102,7 +110,9 @@ def draw(saved: SavedModel, arguments: Arguments) -> float:
         raise ConfigError("the run has no held-out shards: give a folder of pictures with --images")
     noise = mask_noise(arguments.seed, np.zeros_like(ids), ids, config.model.num_patches)
     completion = complete(saved.model, images_BCHW, torch.from_numpy(noise).to(device))
-    draw_reconstruction(Path(arguments.out), completion, title=f"{config.recipe} after step {saved.step}")
+    draw_reconstruction(
+        Path(arguments.out), completion, title=f"{config.recipe} after step {saved.step}"
+    )
     return completion.loss
 
 
@@ -110,7 +120,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     arguments = tyro.cli(Arguments, prog="python -m train.reconstruct", args=argv)
     try:
-        saved = load_model(arguments.checkpoint, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        saved = load_model(
+            arguments.checkpoint,
+            device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        )
         loss = draw(saved, arguments)
         sys.stdout.write(f"{arguments.out}: step {saved.step}, mean masked loss {loss:.4f}\n")
     except MaelstromError as error:

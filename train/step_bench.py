@@ -1,7 +1,9 @@
-"""How fast is a training step without data? `python -m train.step_bench [--model vit_b_16] [--peer transformers]`.
+"""How fast is a training step without data? `python -m train.step_bench [--model vit_b_16] [--peer
+transformers]`.
 
-Every combination of the values given is measured on random pixels, each in a process of its own: peaks of memory are
-its own, and one that runs out of memory ends alone. `--peer` compares with another implementation in turn.
+Every combination of the values given is measured on random pixels, each in a process of its own:
+peaks of memory are its own, and one that runs out of memory ends alone. `--peer` compares with
+another implementation in turn.
 
 Shapes: B images, C channels, H height, W width, N patches.
 """
@@ -60,7 +62,8 @@ class Arguments:
     steps: int = 5
     """Steps that count."""
     peer: Literal["none", "transformers"] = "none"
-    """transformers: compare with its ViTMAEForPreTraining in place of measuring the engine; fp32 and autocast."""
+    """transformers: compare with its ViTMAEForPreTraining in place of measuring the engine; fp32
+    and autocast."""
     threads: int = 0
     """Threads of the CPU; 0 leaves torch's choice."""
     json: Literal["off", "on"] = "off"
@@ -107,7 +110,8 @@ class Measurement:
 
 
 def measure(case: Case, *, steps: int, threads: int = 0) -> Measurement:
-    """Train on random pixels and time the steps. Takes this process's peak of memory: start a fresh one for each case.
+    """Train on random pixels and time the steps. Takes this process's peak of memory: start a fresh
+    one for each case.
 
     Args:
         case: what.
@@ -120,12 +124,16 @@ def measure(case: Case, *, steps: int, threads: int = 0) -> Measurement:
     world = init_world(config)
     try:
         torch.manual_seed(0)
-        engine = build_engine(config, model=MaskedAutoencoder(config.model), resume=None, world=world)
+        engine = build_engine(
+            config, model=MaskedAutoencoder(config.model), resume=None, world=world
+        )
         _choose_kernels(engine, case.optimizer)
         times = _time_steps(engine, config.model, images=case.images, steps=steps)
         device = engine.device
         name = (
-            torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+            torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            else f"CPU, {torch.get_num_threads()} threads"
         )
         step_s = statistics.median(total for total, _ in times)
         tflops = model_tflops(config.model, images_per_s=case.images / step_s)
@@ -151,7 +159,11 @@ def _config(case: Case) -> RunConfig:
     return RunConfig.model_validate(
         {
             "model": SIZES[case.model].model_dump(),
-            "train": {"steps": 1, "global_batch_size": case.images, "micro_batch_size": case.images},
+            "train": {
+                "steps": 1,
+                "global_batch_size": case.images,
+                "micro_batch_size": case.images,
+            },
             "engine": {
                 "kind": kind,
                 "precision": case.precision,
@@ -169,9 +181,13 @@ def _choose_kernels(engine: Engine, optimizer: Optimizer) -> None:
         group["fused"], group["foreach"] = optimizer == "fused", optimizer == "foreach"
 
 
-def _time_steps(engine: Engine, model: ModelConfig, *, images: int, steps: int) -> list[tuple[float, float]]:
+def _time_steps(
+    engine: Engine, model: ModelConfig, *, images: int, steps: int
+) -> list[tuple[float, float]]:
     """Give seconds of each step and of its optimizer's part."""
-    images_BCHW = torch.randn(images, 3, model.image_height, model.image_width, device=engine.device)
+    images_BCHW = torch.randn(
+        images, 3, model.image_height, model.image_width, device=engine.device
+    )
     noise_BN = torch.rand(images, model.num_patches, device=engine.device)
 
     def wait() -> float:
@@ -207,17 +223,22 @@ def in_own_process(function: Callable[..., T], *arguments: Any, **settings: Any)
     Raises:
         Exception: what the function raised; BrokenProcessPool where the process was killed.
     """
-    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        max_workers=1, mp_context=multiprocessing.get_context("spawn")
+    ) as pool:
         return pool.submit(function, *arguments, **settings).result()
 
 
 def measure_safely(case: Case, *, steps: int, threads: int) -> Measurement:
-    """Measure in a fresh process; a case that fails, for want of memory or otherwise, says so in its row."""
+    """Measure in a fresh process; a case that fails, for want of memory or otherwise, says so in
+    its row."""
     try:
         return in_own_process(measure, case, steps=steps, threads=threads)
     except Exception as error:  # noqa: BLE001 - the other cases go on
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        return Measurement(case, problem="out of memory" if "out of memory" in str(error) else lines[0][:120])
+        return Measurement(
+            case, problem="out of memory" if "out of memory" in str(error) else lines[0][:120]
+        )
 
 
 def list_cases(arguments: Arguments) -> list[Case]:
@@ -238,7 +259,8 @@ def list_cases(arguments: Arguments) -> list[Case]:
 def render(measurements: Sequence[Measurement]) -> str:
     """Lay measurements out as a Markdown table."""
     lines = [
-        "| model | images | precision | compile | checkpointing | AdamW | step (range) | AdamW alone | images/s "
+        "| model | images | precision | compile | checkpointing | AdamW | step (range) | AdamW "
+        "alone | images/s "
         "| TFLOP/s | MFU | peak memory |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -249,8 +271,10 @@ def render(measurements: Sequence[Measurement]) -> str:
             continue
         mfu = "" if one.mfu is None else f"{100 * one.mfu:.1f}%"
         lines.append(
-            f"| {what} | {1e3 * one.step_s:,.0f} ms ({1e3 * one.step_min_s:,.0f}-{1e3 * one.step_max_s:,.0f}) "
-            f"| {1e3 * one.optimizer_s:,.1f} ms | {one.case.images / one.step_s:,.1f} | {one.tflops:,.2f} | {mfu} "
+            f"| {what} | {1e3 * one.step_s:,.0f} ms "
+            f"({1e3 * one.step_min_s:,.0f}-{1e3 * one.step_max_s:,.0f}) "
+            f"| {1e3 * one.optimizer_s:,.1f} ms | {one.case.images / one.step_s:,.1f} | "
+            f"{one.tflops:,.2f} | {mfu} "
             f"| {one.memory_gib:.2f} GiB |"
         )
     devices = sorted({one.device for one in measurements if one.device})
@@ -264,7 +288,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command() -> int:
         if arguments.peer == "none":
             rows = [
-                measure_safely(case, steps=arguments.steps, threads=arguments.threads) for case in list_cases(arguments)
+                measure_safely(case, steps=arguments.steps, threads=arguments.threads)
+                for case in list_cases(arguments)
             ]
             results, text = [asdict(one) for one in rows], render(rows)
         else:

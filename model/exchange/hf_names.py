@@ -1,7 +1,7 @@
 """Names and settings of transformers' ViTMAEForPreTraining.
 
-Two generations of names exist: `legacy` (releases before 5), with the query, key and value of a block under
-`attention.attention`, and `v5`, with shorter ones. Every release loads legacy files.
+Two generations of names exist: `legacy` (releases before 5), with the query, key and value of a
+block under `attention.attention`, and `v5`, with shorter ones. Every release loads legacy files.
 """
 
 from __future__ import annotations
@@ -69,7 +69,13 @@ def rename_to_hf(state: Mapping[str, Tensor], names: HFNames) -> dict[str, Tenso
     for name, value in state.items():
         if ".attn.qkv." in name:
             # Copies, because savers refuse or duplicate tensors that share memory.
-            out.update(zip(_hf_qkv_names(name, names), (part.clone() for part in value.chunk(3)), strict=True))
+            out.update(
+                zip(
+                    _hf_qkv_names(name, names),
+                    (part.clone() for part in value.chunk(3)),
+                    strict=True,
+                )
+            )
         else:
             out[_hf_name(name, names)] = value
     return out
@@ -91,7 +97,8 @@ def _hf_qkv_names(name: str, names: HFNames) -> list[str]:
 
 
 def rename_from_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Undo `rename_to_hf`, for either generation of names; an encoder saved alone may lack the `vit.` prefix.
+    """Undo `rename_to_hf`, for either generation of names; an encoder saved alone may lack the
+    `vit.` prefix.
 
     Args:
         state: Tensors by transformers' names.
@@ -114,13 +121,15 @@ def rename_from_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _plain_hf_name(name: str) -> str:
-    # transformers 5 writes this odd name when it saves a model that it had loaded from legacy names.
+    # transformers 5 writes this odd name when it saves a model that it had loaded from legacy
+    # names.
     name = name.replace("decoder.decoder_encoder.layer.", "decoder.decoder_layers.")
     return name if name.startswith(("vit.", "decoder.")) else f"vit.{name}"
 
 
 def _block_from_hf(name: str, value: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Translate one tensor of a block; query, key and value become one tensor when the query comes by."""
+    """Translate one tensor of a block; query, key and value become one tensor when the query comes
+    by."""
     stem, _, leaf = name.rpartition(".")
     for generation in ("v5", "legacy"):
         for ours, theirs in _HF_STACKS.items():
@@ -132,10 +141,14 @@ def _block_from_hf(name: str, value: Tensor, state: Mapping[str, Tensor]) -> dic
             if inner in block:
                 return {f"{ours}.{number}.{block[inner]}.{leaf}": value}
             if inner == _HF_QKV[generation][0]:
-                parts = [f"{theirs[generation]}.{number}.{part}.{leaf}" for part in _HF_QKV[generation]]
+                parts = [
+                    f"{theirs[generation]}.{number}.{part}.{leaf}" for part in _HF_QKV[generation]
+                ]
                 if not all(part in state for part in parts):
                     return {name: value}
-                return {f"{ours}.{number}.attn.qkv.{leaf}": torch.cat([state[part] for part in parts])}
+                return {
+                    f"{ours}.{number}.attn.qkv.{leaf}": torch.cat([state[part] for part in parts])
+                }
             if inner in _HF_QKV[generation]:
                 return {}
     return {name: value}
@@ -153,7 +166,9 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
     return {
         "architectures": ["ViTMAEForPreTraining"],
         "model_type": "vit_mae",
-        "image_size": config.image_size if isinstance(config.image_size, int) else list(config.image_size),
+        "image_size": config.image_size
+        if isinstance(config.image_size, int)
+        else list(config.image_size),
         "patch_size": config.patch_size,
         "num_channels": CHANNELS,
         "hidden_size": config.embed_dim,

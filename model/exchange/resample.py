@@ -13,9 +13,9 @@ from torch import Tensor
 def resample_kernel(weight_DCpp: Tensor, patch_size: int) -> Tensor:
     """Change a patch projection's patch size so that resized patches keep their tokens.
 
-    Solves, in the least-squares sense, that the new kernel on a bilinearly resized patch gives what the old kernel
-    gave on the patch. Enlarging is exact. Plain interpolation of the kernel would change the tokens' scale.
-    Source: Beyer et al. 2023 (FlexiViT), section 3.4.
+    Solves, in the least-squares sense, that the new kernel on a bilinearly resized patch gives what
+    the old kernel gave on the patch. Enlarging is exact. Plain interpolation of the kernel would
+    change the tokens' scale. Source: Beyer et al. 2023 (FlexiViT), section 3.4.
 
     Args:
         weight_DCpp: Kernel with square patches.

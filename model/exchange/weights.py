@@ -1,7 +1,8 @@
 """Weights of other libraries: names out, names in, and a strict check on both ways.
 
-Pure functions on dictionaries of tensors; nothing here reads or writes files. Our own names are those of the
-published MAE checkpoints, so most of the work is leaving out what a library does not want.
+Pure functions on dictionaries of tensors; nothing here reads or writes files. Our own names are
+those of the published MAE checkpoints, so most of the work is leaving out what a library does not
+want.
 
 Shapes: B images, C channels, N patches, D width.
 """
@@ -45,10 +46,16 @@ def expected_shapes(config: ModelConfig, part: Part = "full") -> dict[str, tuple
     """
     with torch.device("meta"):
         state = MaskedAutoencoder(config).state_dict()
-    return {name: tuple(value.shape) for name, value in state.items() if part == "full" or not is_decoder_name(name)}
+    return {
+        name: tuple(value.shape)
+        for name, value in state.items()
+        if part == "full" or not is_decoder_name(name)
+    }
 
 
-def check_weights(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], *, source: str) -> None:
+def check_weights(
+    state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], *, source: str
+) -> None:
     """Refuse weights whose names or shapes are not exactly those expected.
 
     Args:
@@ -61,7 +68,9 @@ def check_weights(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int,
     """
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected]
-    mismatched = [name for name in expected if name in state and tuple(state[name].shape) != expected[name]]
+    mismatched = [
+        name for name in expected if name in state and tuple(state[name].shape) != expected[name]
+    ]
     if not (missing or unexpected or mismatched):
         return
     rows = [
@@ -76,7 +85,9 @@ def check_weights(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int,
     )
 
 
-def to_mae(state: Mapping[str, Tensor], config: ModelConfig, *, part: Part = "full") -> dict[str, State]:
+def to_mae(
+    state: Mapping[str, Tensor], config: ModelConfig, *, part: Part = "full"
+) -> dict[str, State]:
     """Give weights the form of the published MAE checkpoints.
 
     Args:
@@ -91,7 +102,13 @@ def to_mae(state: Mapping[str, Tensor], config: ModelConfig, *, part: Part = "fu
         WeightsError: The state does not belong to the configuration.
     """
     check_weights(state, expected_shapes(config), source="the state dict to export")
-    return {"model": {name: value for name, value in state.items() if part == "full" or not is_decoder_name(name)}}
+    return {
+        "model": {
+            name: value
+            for name, value in state.items()
+            if part == "full" or not is_decoder_name(name)
+        }
+    }
 
 
 def to_timm(state: Mapping[str, Tensor], config: ModelConfig) -> State:
@@ -117,9 +134,10 @@ def to_detectron2(
 ) -> dict[str, State]:
     """Give the encoder the form that Detectron2's ViTDet loads with its matching heuristics.
 
-    ViTDet wants 16-pixel patches. For ViT-H/14 ask for patch_size=16: the projection is resampled so that an
-    enlarged patch gives the token the small one gave, and the position table is resampled to the new grid (224-pixel
-    images: 16 x 16 to 14 x 14). How the published 14-to-16 weights were made was not described; ours are not theirs.
+    ViTDet wants 16-pixel patches. For ViT-H/14 ask for patch_size=16: the projection is resampled
+    so that an enlarged patch gives the token the small one gave, and the position table is
+    resampled to the new grid (224-pixel images: 16 x 16 to 14 x 14). How the published 14-to-16
+    weights were made was not described; ours are not theirs.
 
     Args:
         state: A full state dict of ours.
@@ -137,7 +155,9 @@ def to_detectron2(
     if patch_size is None or patch_size == config.patch_size:
         return {"model": encoder}
     grid = ModelConfig(**{**config.model_dump(), "patch_size": patch_size}).grid
-    encoder["patch_embed.proj.weight"] = resample_kernel(encoder["patch_embed.proj.weight"], patch_size)
+    encoder["patch_embed.proj.weight"] = resample_kernel(
+        encoder["patch_embed.proj.weight"], patch_size
+    )
     encoder["pos_embed"] = interpolate_table(encoder["pos_embed"], config.grid, grid)
     return {"model": encoder}
 
@@ -150,8 +170,8 @@ def to_hf(
     Args:
         state: A full state dict of ours.
         config: The model it belongs to.
-        names: `legacy` names load in every transformers release (5.x renames them while loading); `v5` names are
-            those of the modules in 5.x, for `load_state_dict`.
+        names: `legacy` names load in every transformers release (5.x renames them while loading);
+            `v5` names are those of the modules in 5.x, for `load_state_dict`.
 
     Returns:
         Tensors by name, and the contents of config.json.
@@ -166,8 +186,9 @@ def to_hf(
 def from_published(state: Mapping[str, Any]) -> State:
     """Translate a published checkpoint to our names.
 
-    Understands the MAE and timm names, both generations of transformers' names, a `model` or `state_dict` wrapper,
-    and the `module.` and `_orig_mod.` prefixes of wrapped models. A classifier's head is left out.
+    Understands the MAE and timm names, both generations of transformers' names, a `model` or
+    `state_dict` wrapper, and the `module.` and `_orig_mod.` prefixes of wrapped models. A
+    classifier's head is left out.
 
     Args:
         state: What was read from the file.
@@ -201,13 +222,15 @@ def fit_weights(
     part: Part = "full",
     old_grid: tuple[int, int] | None = None,
 ) -> State:
-    """Check weights against a configuration, and resample position tables made for another image size.
+    """Check weights against a configuration, and resample position tables made for another image
+    size.
 
     Args:
         state: Tensors by our names; see `from_published`.
         config: The model that is to take them.
         part: What must be there. `encoder` also takes a full state and leaves the decoder out.
-        old_grid: Rows and columns that the position tables were made for; taken as square if absent.
+        old_grid: Rows and columns that the position tables were made for; taken as square if
+            absent.
 
     Returns:
         Tensors by name, exactly those of the part, for `load_state_dict` (strict for `full`).
@@ -215,7 +238,9 @@ def fit_weights(
     Raises:
         WeightsError: Names or shapes differ; the message lists all of them.
     """
-    fitted = {name: value for name, value in state.items() if part == "full" or not is_decoder_name(name)}
+    fitted = {
+        name: value for name, value in state.items() if part == "full" or not is_decoder_name(name)
+    }
     for name in ("pos_embed", "decoder_pos_embed"):
         if name in fitted and fitted[name].ndim == 3:
             grid = old_grid or _square_grid(fitted[name], config)
@@ -238,7 +263,8 @@ def load_published(
         model: Changed in place. With `encoder` its decoder is left as it is.
         state: What was read from the file; see `from_published`.
         part: What to load.
-        old_grid: Rows and columns that the position tables were made for; taken as square if absent.
+        old_grid: Rows and columns that the position tables were made for; taken as square if
+            absent.
 
     Raises:
         WeightsError: Names or shapes differ; nothing was loaded.
@@ -248,7 +274,8 @@ def load_published(
 
 
 def _square_grid(table: Tensor, config: ModelConfig) -> tuple[int, int]:
-    """The grid a position table was made for: the model's own if the length fits, a square otherwise."""
+    """The grid a position table was made for: the model's own if the length fits, a square
+    otherwise."""
     num_patches = table.shape[1] - 1
     side = round(max(num_patches, 0) ** 0.5)
     if num_patches == config.num_patches or side * side != num_patches:
@@ -261,7 +288,10 @@ def _table(rows: Iterable[tuple[object, ...]], limit: int = 20) -> str:
     cells = [("problem", "name", "expected", "found"), *(tuple(map(str, row)) for row in rows)]
     shown = cells[: limit + 1]
     widths = [max(len(row[column]) for row in shown) for column in range(4)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in shown
+    ]
     if len(cells) > len(shown):
         lines.append(f"... and {len(cells) - len(shown)} more")
     return "\n".join(f"  {line}" for line in lines)

@@ -32,9 +32,11 @@ def paint_mean(images_BCHW: Tensor, mask_BN: Tensor, *, patch_size: int) -> Tens
 
 
 def paint_nearby(images_BCHW: Tensor, mask_BN: Tensor, *, patch_size: int) -> Tensor:
-    """Paint every hidden patch in the mean of the visible patches' colours, weighted by 1 / distance squared.
+    """Paint every hidden patch in the mean of the visible patches' colours, weighted by 1 /
+    distance squared.
 
-    Distances are between patch centres (Shepard's interpolation). A visible patch gets its own mean colour.
+    Distances are between patch centres (Shepard's interpolation). A visible patch gets its own mean
+    colour.
 
     Args:
         images_BCHW: Normalised images.

@@ -1,7 +1,7 @@
 """The masked autoencoder: see a quarter of an image, predict the rest.
 
-Shapes: B images, C channels, H height, W width, N patches, V visible patches, S = 1 + V or 1 + N tokens with the
-class token, D encoder width, E decoder width, P = patch_size^2 * C.
+Shapes: B images, C channels, H height, W width, N patches, V visible patches, S = 1 + V or 1 + N
+tokens with the class token, D encoder width, E decoder width, P = patch_size^2 * C.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from model.pos_embed import sincos_table
 from model.vit import NORM_EPS, Block, VisionTransformer, run_blocks
 
 VARIANCE_EPS = 1e-6
-"""Added to a patch's variance before the square root, so that flat patches stay finite. Source: the released MAE."""
+"""Added to a patch's variance before the square root, so that flat patches stay finite. Source: the
+released MAE."""
 
 
 class MAEOutput(NamedTuple):
@@ -28,7 +29,8 @@ class MAEOutput(NamedTuple):
     loss: Tensor
     """Mean squared error over masked patches, a float32 scalar."""
     prediction_BNP: Tensor
-    """Predicted patches, visible ones included; normalised ones under norm_pix_loss. In the weights' type."""
+    """Predicted patches, visible ones included; normalised ones under norm_pix_loss. In the
+    weights' type."""
     mask_BN: Tensor
     """1 for a removed patch, 0 for a kept one; float32."""
 
@@ -47,8 +49,9 @@ class Pictures(NamedTuple):
 class MaskedAutoencoder(VisionTransformer):
     """A vision transformer with a light decoder that predicts the pixels of hidden patches.
 
-    The encoder's parameters keep their plain names (`blocks.0...`) beside the decoder's (`decoder_...`): the state
-    dict has the published keys. Initialised on construction from torch's global generator.
+    The encoder's parameters keep their plain names (`blocks.0...`) beside the decoder's
+    (`decoder_...`): the state dict has the published keys. Initialised on construction from torch's
+    global generator.
 
     Source: He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners".
 
@@ -66,14 +69,19 @@ class MaskedAutoencoder(VisionTransformer):
             mlp_ratio=config.mlp_ratio,
         )
         self.config = config
-        self.num_visible = config.num_visible  # exact arithmetic, which a compiler cannot trace: done once
+        self.num_visible = (
+            config.num_visible
+        )  # exact arithmetic, which a compiler cannot trace: done once
         self.decoder_checkpointing: ActivationCheckpointing = "none"
         width = config.decoder_embed_dim
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.decoder_pos_embed = nn.Parameter(sincos_table(self.grid, width), requires_grad=False)
         self.decoder_embed = nn.Linear(config.embed_dim, width)
         self.decoder_blocks = nn.ModuleList(
-            [Block(width, config.decoder_num_heads, config.mlp_ratio) for _ in range(config.decoder_depth)]
+            [
+                Block(width, config.decoder_num_heads, config.mlp_ratio)
+                for _ in range(config.decoder_depth)
+            ]
         )
         self.decoder_norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.decoder_pred = nn.Linear(width, config.patch_dim)
@@ -83,27 +91,38 @@ class MaskedAutoencoder(VisionTransformer):
         """Fill the decoder's parameters, position table included.
 
         Args:
-            generator: Source of random numbers; torch's global one if absent. All ranks must use the same seed.
+            generator: Source of random numbers; torch's global one if absent. All ranks must use
+                the same seed.
         """
         with torch.no_grad():
             self.decoder_pos_embed.copy_(sincos_table(self.grid, self.decoder_pos_embed.shape[-1]))
         init_token(self.mask_token, generator=generator)
-        for layer in (self.decoder_embed, self.decoder_blocks, self.decoder_norm, self.decoder_pred):
+        for layer in (
+            self.decoder_embed,
+            self.decoder_blocks,
+            self.decoder_norm,
+            self.decoder_pred,
+        ):
             init_layers(layer, generator=generator)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Fill all parameters anew; what a model built on the meta device needs after `to_empty`.
 
         Args:
-            generator: Source of random numbers; torch's global one if absent. All ranks must use the same seed.
+            generator: Source of random numbers; torch's global one if absent. All ranks must use
+                the same seed.
         """
         self.init_encoder(generator)
         self.init_decoder(generator)
 
     def set_activation_checkpointing(
-        self, *, encoder: ActivationCheckpointing = "none", decoder: ActivationCheckpointing = "none"
+        self,
+        *,
+        encoder: ActivationCheckpointing = "none",
+        decoder: ActivationCheckpointing = "none",
     ) -> None:
-        """Choose which blocks recompute their activations in the backward pass. Results do not change.
+        """Choose which blocks recompute their activations in the backward pass. Results do not
+        change.
 
         The decoder sees four times the tokens, so for small encoders most of the memory is there.
 
@@ -118,7 +137,8 @@ class MaskedAutoencoder(VisionTransformer):
         """Hide patches, encode the visible ones, predict all, and score the hidden ones.
 
         Args:
-            images_BCHW: Normalised images, float32 or bfloat16. The target is computed from them in float32.
+            images_BCHW: Normalised images, float32 or bfloat16. The target is computed from them in
+                float32.
             noise_BN: One number per patch, drawn by the caller; the smallest stay visible.
 
         Returns:
@@ -129,13 +149,16 @@ class MaskedAutoencoder(VisionTransformer):
         tokens_BSD = self.encode(patches_BNP, mask.ids_keep_BV)
         prediction_BNP = self.decode(tokens_BSD, mask)
         target_BNP = reconstruction_target(patches_BNP, norm_pix_loss=self.config.norm_pix_loss)
-        return MAEOutput(masked_loss(prediction_BNP, target_BNP, mask.mask_BN), prediction_BNP, mask.mask_BN)
+        return MAEOutput(
+            masked_loss(prediction_BNP, target_BNP, mask.mask_BN), prediction_BNP, mask.mask_BN
+        )
 
     def decode(self, tokens_BSD: Tensor, mask: PatchMask) -> Tensor:
         """Predict every patch from the encoded visible ones.
 
         Args:
-            tokens_BSD: Encoder output, class token first, then V patches in the order of `mask.ids_keep_BV`.
+            tokens_BSD: Encoder output, class token first, then V patches in the order of
+                `mask.ids_keep_BV`.
             mask: The split that chose them.
 
         Returns:
@@ -153,10 +176,11 @@ class MaskedAutoencoder(VisionTransformer):
         return prediction_BNP
 
     def features(self, images_BCHW: Tensor) -> Tensor:
-        """Describe whole images: the mean of all patch tokens after the final norm, class token left out.
+        """Describe whole images: the mean of all patch tokens after the final norm, class token
+        left out.
 
-        Nothing is masked. This is the pooling to name beside a nearest-neighbour figure; fine-tuning normalises
-        after the mean instead.
+        Nothing is masked. This is the pooling to name beside a nearest-neighbour figure;
+        fine-tuning normalises after the mean instead.
 
         Args:
             images_BCHW: Normalised images.
@@ -172,7 +196,9 @@ class MaskedAutoencoder(VisionTransformer):
         Returns:
             Tensors by name; they share memory with the model.
         """
-        return {name: value for name, value in self.state_dict().items() if not is_decoder_name(name)}
+        return {
+            name: value for name, value in self.state_dict().items() if not is_decoder_name(name)
+        }
 
     def reconstruct(self, images_BCHW: Tensor, output: MAEOutput) -> Pictures:
         """Turn a prediction into pictures; see `reconstruct`.
@@ -238,8 +264,8 @@ def reconstruction_target(patches_BNP: Tensor, *, norm_pix_loss: bool) -> Tensor
 def masked_loss(prediction_BNP: Tensor, target_BNP: Tensor, mask_BN: Tensor) -> Tensor:
     """Average the squared error over masked patches only.
 
-    Scoring visible patches too costs accuracy (He et al. 2022, footnote 1). Also for painting baselines, so that
-    their figures compare with a model's.
+    Scoring visible patches too costs accuracy (He et al. 2022, footnote 1). Also for painting
+    baselines, so that their figures compare with a model's.
 
     Args:
         prediction_BNP: Predicted patches, any floating type.
@@ -255,12 +281,18 @@ def masked_loss(prediction_BNP: Tensor, target_BNP: Tensor, mask_BN: Tensor) -> 
 
 @torch.no_grad()
 def reconstruct(
-    images_BCHW: Tensor, prediction_BNP: Tensor, mask_BN: Tensor, *, patch_size: int, norm_pix_loss: bool
+    images_BCHW: Tensor,
+    prediction_BNP: Tensor,
+    mask_BN: Tensor,
+    *,
+    patch_size: int,
+    norm_pix_loss: bool,
 ) -> Pictures:
     """Turn a prediction into pictures.
 
-    A model trained with norm_pix_loss predicts contrast, not colour: each patch is scaled back with the mean and
-    standard deviation of the true patch, which the model never saw. Such pictures flatter the model; say so.
+    A model trained with norm_pix_loss predicts contrast, not colour: each patch is scaled back with
+    the mean and standard deviation of the true patch, which the model never saw. Such pictures
+    flatter the model; say so.
 
     Args:
         images_BCHW: Normalised images.
@@ -282,5 +314,7 @@ def reconstruct(
     return Pictures(
         masked_BCHW=unpatchify(patches_BNP.masked_fill(removed_BN1, 0), patch_size, grid),
         predicted_BCHW=unpatchify(predicted_BNP, patch_size, grid),
-        pasted_BCHW=unpatchify(torch.where(removed_BN1, predicted_BNP, patches_BNP), patch_size, grid),
+        pasted_BCHW=unpatchify(
+            torch.where(removed_BN1, predicted_BNP, patches_BNP), patch_size, grid
+        ),
     )

@@ -1,4 +1,5 @@
-"""Loader-only throughput: `python -m pipeline.bench URI`; beside other loaders: `python -m pipeline.bench --peers`."""
+"""Loader-only throughput: `python -m pipeline.bench URI`; beside other loaders: `python -m
+pipeline.bench --peers`."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ class Arguments:
     interpolation: Literal["bicubic", "bilinear", "area"] = "bicubic"
     """Resize filter, as in the view's settings."""
     output: Literal["uint8", "normalised"] = "uint8"
-    """uint8: pixels as they leave the host of a GPU. normalised: float32, also where the CPU must compute it."""
+    """uint8: pixels as they leave the host of a GPU. normalised: float32, also where the CPU must
+    compute it."""
     size: int = 224
     """Height and width of the images in pixels."""
     batch_size: int = 64
@@ -54,15 +56,18 @@ class Arguments:
     hw_decoder_load: float = 0.0
     """Share of the JPEGs for a GPU's JPEG engine, as loader.hw_decoder_load."""
     seconds: float = 10.0
-    """Length of the measurement; with --peers and --tune, of each of its repeats (2 where not given)."""
+    """Length of the measurement; with --peers and --tune, of each of its repeats (2 where not
+    given)."""
     device: str = ""
     """Where batches are wanted. Empty: cuda where there is one, cpu otherwise."""
     tune: bool = False
-    """Try decoders, threads and, on a GPU, DALI's settings, and write the fastest as a tuning file."""
+    """Try decoders, threads and, on a GPU, DALI's settings, and write the fastest as a tuning
+    file."""
     tuning_file: Path = Path("runs/tuned.toml")
     """--tune: where to; what loader.tuning_file reads."""
     peers: bool = False
-    """Compare with other loaders on photographs that are made for it: torch, webdataset, DALI, FFCV, SPDL."""
+    """Compare with other loaders on photographs that are made for it: torch, webdataset, DALI,
+    FFCV, SPDL."""
     repeats: int = 5
     """--peers, --tune: rounds."""
     folder: Path = Path("runs/bench")
@@ -77,9 +82,9 @@ def measure(arguments: Arguments) -> dict[str, Any]:
     """Run the loader for some seconds and return what it did.
 
     Returns:
-        images_per_s (wall), cpu_ms_per_image, first_batch_s (from the opened dataset to the first batch), rss_mib at
-        the end and after one epoch (0 where the time was too short), and `stages`: items, busy_s, wait_s and bytes of
-        each stage.
+        images_per_s (wall), cpu_ms_per_image, first_batch_s (from the opened dataset to the first
+        batch), rss_mib at the end and after one epoch (0 where the time was too short), and
+        `stages`: items, busy_s, wait_s and bytes of each stage.
 
     Raises:
         ConfigError: The settings cannot work.
@@ -90,7 +95,9 @@ def measure(arguments: Arguments) -> dict[str, Any]:
     start_s = time.perf_counter()
     with Loader(
         dataset,
-        ViewConfig(height=arguments.size, width=arguments.size, interpolation=arguments.interpolation),
+        ViewConfig(
+            height=arguments.size, width=arguments.size, interpolation=arguments.interpolation
+        ),
         OrderConfig(),
         LoaderConfig(
             decoder=arguments.decoder,
@@ -158,11 +165,13 @@ def _run_tune(arguments: Arguments) -> int:
         say(f"bench: round {repeat + 1} of {arguments.repeats}")
     ranked = sorted(ways, key=lambda way: median(rates[way]), reverse=True)
     lines = [
-        f"{median(rates[way]):>9,.0f} images/s ({min(rates[way]):,.0f}-{max(rates[way]):,.0f})  {describe(way)}"
+        f"{median(rates[way]):>9,.0f} images/s ({min(rates[way]):,.0f}-{max(rates[way]):,.0f})  "
+        f"{describe(way)}"
         for way in ranked
     ]
     how = (
-        f"Written by python -m pipeline.bench --tune on {redact(arguments.uri)}: {arguments.size} pixels, "
+        f"Written by python -m pipeline.bench --tune on {redact(arguments.uri)}: {arguments.size} "
+        "pixels, "
         f"{arguments.interpolation}, batches of {arguments.batch_size}.\nFastest of {len(ways)}, "
         f"{arguments.repeats} rounds each, median (lowest-highest):\n"
     )
@@ -175,14 +184,19 @@ def _run_tune(arguments: Arguments) -> int:
             }
         )
     else:
-        say("\n".join(lines) + f"\nbench: wrote {arguments.tuning_file}; use it with --loader.tuning-file")
+        say(
+            "\n".join(lines)
+            + f"\nbench: wrote {arguments.tuning_file}; use it with --loader.tuning-file"
+        )
     return 0
 
 
 def _say_measured(found: dict[str, Any]) -> None:
     say(
-        f"bench: {found['images_per_s']:,.0f} images/s, {found['cpu_ms_per_image']:.3f} CPU-ms an image, first batch "
-        f"after {found['first_batch_s']:.2f} s, {found['rss_mib']:,.0f} MiB after {found['epochs']:.1f} epochs"
+        f"bench: {found['images_per_s']:,.0f} images/s, {found['cpu_ms_per_image']:.3f} CPU-ms an "
+        "image, first batch "
+        f"after {found['first_batch_s']:.2f} s, {found['rss_mib']:,.0f} MiB after "
+        f"{found['epochs']:.1f} epochs"
     )
     for stage, counters in found["stages"].items():
         say(
@@ -222,8 +236,16 @@ def _run_peers(arguments: Arguments) -> int:
 def _run(arguments: Arguments) -> int:
     if bool(arguments.uri) == arguments.peers or (arguments.peers and arguments.tune):
         raise ConfigError("bench: give either a dataset's URI, with or without --tune, or --peers.")
-    if arguments.seconds <= 0 or arguments.batch_size < 1 or arguments.repeats < 1 or arguments.num_threads < 0:
-        raise ConfigError("bench: --seconds must be above 0, --batch-size and --repeats 1 or more, --num-threads 0 up.")
+    if (
+        arguments.seconds <= 0
+        or arguments.batch_size < 1
+        or arguments.repeats < 1
+        or arguments.num_threads < 0
+    ):
+        raise ConfigError(
+            "bench: --seconds must be above 0, --batch-size and --repeats 1 or more, --num-threads "
+            "0 up."
+        )
     if arguments.peers:
         return _run_peers(arguments)
     if arguments.tune:
@@ -238,7 +260,12 @@ def _run(arguments: Arguments) -> int:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    arguments = tyro.cli(Arguments, args=args, prog="python -m pipeline.bench", config=(tyro.conf.FlagCreatePairsOff,))
+    arguments = tyro.cli(
+        Arguments,
+        args=args,
+        prog="python -m pipeline.bench",
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
     return run_command(lambda: _run(arguments), interrupted="bench: stopped.")
 
 

@@ -1,4 +1,5 @@
-"""Datasets of any size without an image: manifests that are real in form, for measuring what size costs.
+"""Datasets of any size without an image: manifests that are real in form, for measuring what size
+costs.
 
 The manifest files are one file under many names, so that ten million samples are made in a second.
 """
@@ -47,7 +48,9 @@ def generate_manifest(folder: Path, *, num_shards: int, samples_per_shard: int) 
         for _ in range(times):
             name = f"manifest-{len(files):05d}.parquet"
             os.link(source, folder / name)
-            files.append(ManifestFile(name, len(files) * SHARDS_PER_FILE, count, source.stat().st_size))
+            files.append(
+                ManifestFile(name, len(files) * SHARDS_PER_FILE, count, source.stat().st_size)
+            )
         shutil.rmtree(part)
     assert info is not None
     hashes = [f"{s:032x}" for s in range(num_shards)]

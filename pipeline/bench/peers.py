@@ -1,7 +1,8 @@
 """Measure this loader beside others: `python -m pipeline.bench --peers`.
 
-Every subject lives in a process of its own and is measured in turn, several times over, so that a busy minute of the
-machine falls on all of them. CPU time counts the process, its threads and its children; wall time is given beside it.
+Every subject lives in a process of its own and is measured in turn, several times over, so that a
+busy minute of the machine falls on all of them. CPU time counts the process, its threads and its
+children; wall time is given beside it.
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ def measure_peers(
     """
     runners = [_Runner(setup, _ALL.index(subject), subject) for subject in subjects]
     try:
-        for runner in runners:  # one after the other: a start must not be measured against another's
+        for (
+            runner
+        ) in runners:  # one after the other: a start must not be measured against another's
             runner.start()
             say(f"bench: started {runner.title}{': ' + runner.problem if runner.problem else ''}")
         for repeat in range(repeats):
@@ -100,7 +103,9 @@ class _Runner:
     def start(self) -> None:
         """Start the process and wait for its first batch."""
         setup = self._setup
-        words = map(str, (self._number, setup.folder, setup.num_threads, setup.batch_size, setup.device))
+        words = map(
+            str, (self._number, setup.folder, setup.num_threads, setup.batch_size, setup.device)
+        )
         self._process = subprocess.Popen(
             [sys.executable, "-m", "pipeline.bench.peers", *words],
             stdin=subprocess.PIPE,
@@ -161,7 +166,10 @@ def machine() -> dict[str, Any]:
     model = platform.processor()
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+        model = next(
+            (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+            model,
+        )
     return {
         "cpu": model,
         **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
@@ -177,12 +185,14 @@ def machine() -> dict[str, Any]:
 def _commit() -> str:
     command = ["git", "describe", "--always", "--dirty"]
     with suppress(OSError):
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
         return done.stdout.strip()
     return ""
 
 
-# --------------------------------------------------------------------------------------------- in the subject's process
+# ------------------------------------------------------------------------- in the subject's process
 def _cpu_s() -> float:
     total = time.process_time()
     for child in psutil.Process().children(recursive=True):
@@ -210,7 +220,12 @@ def _measure_once(batches: Batches, seconds: float, device: str) -> dict[str, fl
     if device != "cpu":
         torch.cuda.synchronize()
     wall_s = time.perf_counter() - start_s
-    return {"images": images, "wall_s": wall_s, "cpu_s": _cpu_s() - cpu_s, "rss_bytes": _rss_bytes()}
+    return {
+        "images": images,
+        "wall_s": wall_s,
+        "cpu_s": _cpu_s() - cpu_s,
+        "rss_bytes": _rss_bytes(),
+    }
 
 
 def _serve(subject: Subject, setup: Setup, commands: TextIO, answers: TextIO) -> None:

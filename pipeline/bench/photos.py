@@ -1,4 +1,5 @@
-"""The datasets of the loader benchmark: about 1,500 JPEG crops of real photographs, in every container and size."""
+"""The datasets of the loader benchmark: about 1,500 JPEG crops of real photographs, in every
+container and size."""
 
 from __future__ import annotations
 
@@ -14,8 +15,14 @@ from pipeline.convert.plan import ConvertSettings
 from pipeline.errors import ConfigError
 
 PHOTOS = (
-    *(f"skimage/data/{name}" for name in ("astronaut.png", "chelsea.png", "coffee.png", "ihc.png", "rocket.jpg")),
-    *(f"skimage/data/{name}" for name in ("motorcycle_left.png", "hubble_deep_field.jpg", "retina.jpg")),
+    *(
+        f"skimage/data/{name}"
+        for name in ("astronaut.png", "chelsea.png", "coffee.png", "ihc.png", "rocket.jpg")
+    ),
+    *(
+        f"skimage/data/{name}"
+        for name in ("motorcycle_left.png", "hubble_deep_field.jpg", "retina.jpg")
+    ),
     *(f"sklearn/datasets/images/{name}" for name in ("china.jpg", "flower.jpg")),
 )
 """Colour photographs in the wheels of scikit-image and scikit-learn (extra `demo`)."""
@@ -28,7 +35,9 @@ VARIANTS: dict[str, ConvertSettings] = {
     "tar-256": ConvertSettings(samples_per_shard=_SAMPLES_PER_SHARD, resize=256),
     "beton-512": ConvertSettings(format="ffcv", shard_size_bytes=2**40, max_resolution=512),
     "beton-256": ConvertSettings(format="ffcv", shard_size_bytes=2**40, max_resolution=256),
-    "beton-256-raw": ConvertSettings(format="ffcv", shard_size_bytes=2**40, max_resolution=256, write_mode="raw"),
+    "beton-256-raw": ConvertSettings(
+        format="ffcv", shard_size_bytes=2**40, max_resolution=256, write_mode="raw"
+    ),
 }
 """What is made of the photographs. Betons are one file: FFCV's Loader opens one."""
 
@@ -36,7 +45,8 @@ VARIANTS: dict[str, ConvertSettings] = {
 def make_sources(
     folder: Path, *, num_images: int = 1536, variants: Collection[str] = tuple(VARIANTS)
 ) -> dict[str, Path]:
-    """Make the benchmark's images and datasets where they are not there yet; return their folders by name.
+    """Make the benchmark's images and datasets where they are not there yet; return their folders
+    by name.
 
     Args:
         folder: Where to.
@@ -62,7 +72,8 @@ def make_sources(
 
 
 def make_crops(count: int) -> Iterator[bytes]:
-    """Yield JPEGs of about 500 x 375 pixels: pieces of the photographs at scales from 0.7 to 1.3."""
+    """Yield JPEGs of about 500 x 375 pixels: pieces of the photographs at scales from 0.7 to
+    1.3."""
     from PIL import Image
 
     sources = [Image.open(path).convert("RGB") for path in _photo_paths()]

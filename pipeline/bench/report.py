@@ -1,4 +1,5 @@
-"""What the loader benchmark found, as a table, as ratios against the bars it is held to, and as a chart."""
+"""What the loader benchmark found, as a table, as ratios against the bars it is held to, and as a
+chart."""
 
 from __future__ import annotations
 
@@ -34,7 +35,12 @@ class Bar:
     figure: Literal["CPU time", "images/s"] = "CPU time"
 
 
-_OURS, _KERNELS, _PIL, _DALI = "maelstrom turbo", "maelstrom ffcv", "torch DataLoader + PIL", "DALI's own pipeline"
+_OURS, _KERNELS, _PIL, _DALI = (
+    "maelstrom turbo",
+    "maelstrom ffcv",
+    "torch DataLoader + PIL",
+    "DALI's own pipeline",
+)
 _PEER = (_PIL, "images", "bicubic")
 
 
@@ -48,10 +54,20 @@ def _against_ffcv(dataset: str, cpu_limit: float, wall_limit: float) -> Iterator
 
 BARS = (
     Bar("turbo / torch + PIL", (_OURS, "originals", "bicubic"), _PEER, 0.40),
-    Bar("turbo / bare loop", (_OURS, "originals", "bicubic"), ("bare loop", "originals", "bicubic"), 1.10),
-    Bar("turbo / bare loop", (_OURS, "originals", "area"), ("bare loop", "originals", "area"), 1.10),
     Bar(
-        "our order in DALI / DALI's", ("maelstrom dali", "originals", "bicubic"), (_DALI, "originals", "bicubic"), 1.05
+        "turbo / bare loop",
+        (_OURS, "originals", "bicubic"),
+        ("bare loop", "originals", "bicubic"),
+        1.10,
+    ),
+    Bar(
+        "turbo / bare loop", (_OURS, "originals", "area"), ("bare loop", "originals", "area"), 1.10
+    ),
+    Bar(
+        "our order in DALI / DALI's",
+        ("maelstrom dali", "originals", "bicubic"),
+        (_DALI, "originals", "bicubic"),
+        1.05,
     ),
     *_against_ffcv("beton-512", 0.90, 1.15),
     *_against_ffcv("beton-256", 0.75, 1.4),
@@ -68,11 +84,13 @@ BARS = (
 )
 """What this loader is held to, as ratios: they carry over to other machines better than times."""
 GPU_BARS_PER_S = {"originals": 5_000, "tar-320": 8_500}
-"""Images/s that a GPU must be fed with, by dataset: an H100's demand in training the smaller models."""
+"""Images/s that a GPU must be fed with, by dataset: an H100's demand in training the smaller
+models."""
 
 
 def as_table(found: Sequence[Measured]) -> str:
-    """Return the measurements as a Markdown table: CPU-ms and images/s as median (lowest-highest)."""
+    """Return the measurements as a Markdown table: CPU-ms and images/s as median
+    (lowest-highest)."""
     lines = [
         "| loader | data | filter | CPU-ms an image | images/s | first batch, s | memory, MiB |",
         "|---|---|---|---|---|---|---|",
@@ -83,14 +101,16 @@ def as_table(found: Sequence[Measured]) -> str:
             lines.append(f"{head}{subject.problem or 'not measured'} | | | |")
             continue
         lines.append(
-            f"{head}{_spread(subject.cpu_ms_per_image, '.3f')} | {_spread(subject.images_per_s, ',.0f')} | "
+            f"{head}{_spread(subject.cpu_ms_per_image, '.3f')} | "
+            f"{_spread(subject.images_per_s, ',.0f')} | "
             f"{subject.first_batch_s:.1f} | {subject.rss_mib:,.0f} |"
         )
     return "\n".join(lines)
 
 
 def bars_table(found: Sequence[Measured]) -> str:
-    """Return the ratios against their bars: the median over rounds of the ratio within each round."""
+    """Return the ratios against their bars: the median over rounds of the ratio within each
+    round."""
     by_name = {(subject.name, subject.dataset, subject.resize_filter): subject for subject in found}
     lines = ["| ratio | of | data, filter | measured | bar | |", "|---|---|---|---|---|---|"]
     for bar in BARS:
@@ -98,18 +118,26 @@ def bars_table(found: Sequence[Measured]) -> str:
         if ours is None or other is None or not (ours.cpu_ms_per_image and other.cpu_ms_per_image):
             continue
         by_cpu = bar.figure == "CPU time"
-        mine, theirs = ((row.cpu_ms_per_image if by_cpu else row.images_per_s) for row in (ours, other))
+        mine, theirs = (
+            (row.cpu_ms_per_image if by_cpu else row.images_per_s) for row in (ours, other)
+        )
         ratios = [a / b for a, b in zip(mine, theirs, strict=False)]
         met = median(ratios) <= bar.limit if by_cpu else median(ratios) >= bar.limit
         lines.append(
-            f"| {bar.what} | {bar.figure} | {bar.subject[1]}, {bar.subject[2]} | {_spread(ratios, '.2f')} | "
+            f"| {bar.what} | {bar.figure} | {bar.subject[1]}, {bar.subject[2]} | "
+            f"{_spread(ratios, '.2f')} | "
             f"{'<=' if by_cpu else '>='} {bar.limit:.2f} | {'met' if met else 'not met'} |"
         )
     for dataset, limit in GPU_BARS_PER_S.items():
-        rates = [row.images_per_s for row in found if row.dataset == dataset and "engine" in row.name]
+        rates = [
+            row.images_per_s for row in found if row.dataset == dataset and "engine" in row.name
+        ]
         if best := max((rate for rate in rates if rate), key=median, default=None):
             verdict = "met" if median(best) >= limit else "not met"
-            lines.append(f"| DALI mixed | images/s | {dataset} | {_spread(best, ',.0f')} | >= {limit:,} | {verdict} |")
+            lines.append(
+                f"| DALI mixed | images/s | {dataset} | {_spread(best, ',.0f')} | >= {limit:,} | "
+                f"{verdict} |"
+            )
     return "\n".join(lines)
 
 
@@ -122,8 +150,10 @@ def write_report(path: Path, found: Sequence[Measured], about: dict[str, Any]) -
     draw(chart, found)
     facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in about.items())
     measured = (
-        f"{_START}\n\nMachine: {facts}.\n{len(found[0].cpu_ms_per_image)} interleaved rounds; median (lowest-highest)."
-        f"\n\n{as_table(found)}\n\n{bars_table(found)}\n\n![CPU time an image]({chart.name})\n\n{_END}"
+        f"{_START}\n\nMachine: {facts}.\n{len(found[0].cpu_ms_per_image)} interleaved rounds; "
+        "median (lowest-highest)."
+        f"\n\n{as_table(found)}\n\n{bars_table(found)}\n\n![CPU time an "
+        f"image]({chart.name})\n\n{_END}"
     )
     path.write_text(head + measured + tail)
 
@@ -137,14 +167,24 @@ def draw(path: Path, found: Sequence[Measured]) -> None:
     axes = figure.subplots()
     middles = [median(subject.cpu_ms_per_image) for subject in shown]
     spreads = [
-        [middle - min(subject.cpu_ms_per_image) for middle, subject in zip(middles, shown, strict=True)],
-        [max(subject.cpu_ms_per_image) - middle for middle, subject in zip(middles, shown, strict=True)],
+        [
+            middle - min(subject.cpu_ms_per_image)
+            for middle, subject in zip(middles, shown, strict=True)
+        ],
+        [
+            max(subject.cpu_ms_per_image) - middle
+            for middle, subject in zip(middles, shown, strict=True)
+        ],
     ]
-    colours = ["tab:orange" if subject.name.startswith("maelstrom") else "tab:grey" for subject in shown]
+    colours = [
+        "tab:orange" if subject.name.startswith("maelstrom") else "tab:grey" for subject in shown
+    ]
     names = [f"{subject.name}: {subject.dataset}, {subject.resize_filter}" for subject in shown]
     axes.barh(names, middles, xerr=spreads, color=colours, height=0.7)
     for place, (middle, subject) in enumerate(zip(middles, shown, strict=True)):
-        axes.annotate(f"  {middle:.2f}", (max(subject.cpu_ms_per_image), place), va="center", fontsize=8)
+        axes.annotate(
+            f"  {middle:.2f}", (max(subject.cpu_ms_per_image), place), va="center", fontsize=8
+        )
     axes.set_xlabel("CPU-ms an image (all threads and workers), lower is better")
     axes.tick_params(axis="y", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)

@@ -109,14 +109,20 @@ class _Throughput:
         with tempfile.TemporaryDirectory(prefix="maelstrom-bench-") as folder:
             measured.in_turns(
                 {
-                    "our staging (store to verified files)": lambda: self._stage(Path(folder) / "cache"),
+                    "our staging (store to verified files)": lambda: self._stage(
+                        Path(folder) / "cache"
+                    ),
                     "plain writes of as much, synced": lambda: self._write(Path(folder)),
                 }
             )
 
     def _ours(self) -> int:
         jobs = [
-            (self._dataset.shard_uri(s), start, min(PART_BYTES, self._dataset.shard_bytes(s) - start))
+            (
+                self._dataset.shard_uri(s),
+                start,
+                min(PART_BYTES, self._dataset.shard_bytes(s) - start),
+            )
             for s in range(self._dataset.info.num_shards)
             for start in range(0, self._dataset.shard_bytes(s), PART_BYTES)
         ]
@@ -143,7 +149,8 @@ class _Throughput:
 
 
 class _FirstBatch:
-    """The samples of a first batch, by their ranges: our reader with a cold cache beside the plain clients."""
+    """The samples of a first batch, by their ranges: our reader with a cold cache beside the plain
+    clients."""
 
     def __init__(self, dataset: Manifest, arguments: Arguments, throughput: _Throughput) -> None:
         self._uri, self._arguments, self._throughput = dataset.uri, arguments, throughput
@@ -157,7 +164,9 @@ class _FirstBatch:
     def run(self, measured: Measurements) -> None:
         """Read the batch once in every way."""
         ways: dict[str, Callable[[], Any]] = {
-            f"{name}, ranges": partial(read_ranges, client, self._jobs, streams=self._arguments.batch_streams)
+            f"{name}, ranges": partial(
+                read_ranges, client, self._jobs, streams=self._arguments.batch_streams
+            )
             for name, client in self._throughput.clients.items()
         }
         opened: list[ShardReader] = []
@@ -167,7 +176,9 @@ class _FirstBatch:
 
     def _ours(self, folder: str) -> ShardReader:
         dataset = open_dataset(self._uri)
-        reader = ShardReader(dataset, cache_dir=Path(folder), cache_bytes=2 * self._throughput.num_bytes)
+        reader = ShardReader(
+            dataset, cache_dir=Path(folder), cache_bytes=2 * self._throughput.num_bytes
+        )
         ids_B = _first_share(dataset, self._arguments.batch_size)
         reader.prepare(dataset.locate(ids_B)[0].tolist())
         images, bad = reader.read(dataset.lookup(ids_B))
@@ -177,9 +188,12 @@ class _FirstBatch:
 
 
 class _SecondEpoch:
-    """Every sample in the order of an epoch: from the cache, and from the same shards on local disk."""
+    """Every sample in the order of an epoch: from the cache, and from the same shards on local
+    disk."""
 
-    def __init__(self, dataset: Manifest, local: Manifest, folder: Path, arguments: Arguments) -> None:
+    def __init__(
+        self, dataset: Manifest, local: Manifest, folder: Path, arguments: Arguments
+    ) -> None:
         self._readers = {
             "local shards": ShardReader(local),
             "cache, second epoch": ShardReader(dataset, cache_dir=folder, cache_bytes=2**40),
@@ -196,16 +210,22 @@ class _SecondEpoch:
     def run(self, measured: Measurements) -> None:
         """Read an epoch from both, twice."""
         for _ in range(2):
-            measured.in_turns({name: partial(self._epoch, reader) for name, reader in self._readers.items()})
+            measured.in_turns(
+                {name: partial(self._epoch, reader) for name, reader in self._readers.items()}
+            )
         assert self._readers["cache, second epoch"].counters.read_through <= 1
 
     def _epoch(self, reader: ShardReader) -> int:
-        order = Order(self._dataset.shard_sizes, config=OrderConfig(), seed=1, global_batch_size=self._batch)
+        order = Order(
+            self._dataset.shard_sizes, config=OrderConfig(), seed=1, global_batch_size=self._batch
+        )
         total, cursor = 0, Cursor()
         while cursor.epoch == 0:
             share = order.share(cursor)
             images, _ = reader.read(self._dataset.lookup(share.sample_ids_B))
-            total += sum(len(image.tobytes()) for image in images)  # copied, so that every page is touched
+            total += sum(
+                len(image.tobytes()) for image in images
+            )  # copied, so that every page is touched
             cursor = share.end
         return total
 
@@ -216,12 +236,19 @@ class _SecondEpoch:
 
 
 def _resume(folder: Path, measured: Measurements) -> None:
-    """Find the samples of a batch at places all over ten epochs of a dataset of ImageNet's size, from a cold start."""
+    """Find the samples of a batch at places all over ten epochs of a dataset of ImageNet's size,
+    from a cold start."""
     for epoch, share_of_epoch in ((0, 0.0), (0, 0.37), (3, 0.999), (9, 0.5)):
 
         def start(epoch: int = epoch, share_of_epoch: float = share_of_epoch) -> None:
             dataset = open_dataset(str(folder))
-            order = Order(dataset.shard_sizes, config=OrderConfig(), seed=0, global_batch_size=4096, world_size=8)
+            order = Order(
+                dataset.shard_sizes,
+                config=OrderConfig(),
+                seed=0,
+                global_batch_size=4096,
+                world_size=8,
+            )
             position = int(order.num_samples * share_of_epoch)
             dataset.lookup(order.share(Cursor(epoch, position)).sample_ids_B)
 
@@ -251,7 +278,9 @@ def _data(arguments: Arguments) -> Iterator[tuple[str, Path]]:
             yield arguments.uri, local
             return
         say(f"storage_bench: making {arguments.num_shards} shards of {arguments.shard_mb:g} MB")
-        write_bench_dataset(local, num_shards=arguments.num_shards, shard_bytes=int(arguments.shard_mb * 1e6))
+        write_bench_dataset(
+            local, num_shards=arguments.num_shards, shard_bytes=int(arguments.shard_mb * 1e6)
+        )
         stack.enter_context(loopback_store(root / "buckets"))
         yield "s3://bench/data", local
 
@@ -259,14 +288,24 @@ def _data(arguments: Arguments) -> Iterator[tuple[str, Path]]:
 def measure(arguments: Arguments) -> dict[str, Any]:
     """Measure everything and return seconds, rates and the ratios that matter."""
     measured = Measurements()
-    with _data(arguments) as (uri, local), tempfile.TemporaryDirectory(prefix="maelstrom-bench-") as folder:
+    with (
+        _data(arguments) as (uri, local),
+        tempfile.TemporaryDirectory(prefix="maelstrom-bench-") as folder,
+    ):
         dataset = open_dataset(uri)
         throughput = _Throughput(dataset, arguments)
         first_batch = _FirstBatch(dataset, arguments, throughput)
-        second_epoch = _SecondEpoch(dataset, open_dataset(str(local)), Path(folder) / "cache", arguments)
-        generate_manifest(Path(folder) / "imagenet", num_shards=_IMAGENET[0], samples_per_shard=_IMAGENET[1])
+        second_epoch = _SecondEpoch(
+            dataset, open_dataset(str(local)), Path(folder) / "cache", arguments
+        )
+        generate_manifest(
+            Path(folder) / "imagenet", num_shards=_IMAGENET[0], samples_per_shard=_IMAGENET[1]
+        )
         for run in range(1 + arguments.runs):
-            say(f"storage_bench: run {run} of {arguments.runs}" + (" (to warm up, not counted)" if not run else ""))
+            say(
+                f"storage_bench: run {run} of {arguments.runs}"
+                + (" (to warm up, not counted)" if not run else "")
+            )
             into = measured if run else Measurements()
             first_batch.run(into)
             throughput.run(into)
@@ -276,13 +315,23 @@ def measure(arguments: Arguments) -> dict[str, Any]:
         return _result(measured, throughput, arguments)
 
 
-def _result(measured: Measurements, throughput: _Throughput, arguments: Arguments) -> dict[str, Any]:
+def _result(
+    measured: Measurements, throughput: _Throughput, arguments: Arguments
+) -> dict[str, Any]:
     whole = [measured.median_s(f"{name}, whole objects") for name in throughput.clients]
     ranges = {name: measured.median_s(f"{name}, ranges") for name in throughput.clients}
     ours_s = measured.median_s(_OUR_BATCH)
-    sizes = {name: throughput.num_bytes for name in measured.times_s if "whole" in name or name.startswith("our reads")}
+    sizes = {
+        name: throughput.num_bytes
+        for name in measured.times_s
+        if "whole" in name or name.startswith("our reads")
+    }
     sizes |= dict.fromkeys(("local shards", "cache, second epoch"), throughput.num_bytes)
-    sizes |= {name: throughput.num_bytes for name in measured.times_s if "staging" in name or "writes" in name}
+    sizes |= {
+        name: throughput.num_bytes
+        for name in measured.times_s
+        if "staging" in name or "writes" in name
+    }
     rows = [
         {
             "what": name,
@@ -294,11 +343,20 @@ def _result(measured: Measurements, throughput: _Throughput, arguments: Argument
         for name, times_s in measured.times_s.items()
     ]
     ratios = {
-        "throughput of our reads / fastest plain client": min(whole) / measured.median_s("our reads"),
+        "throughput of our reads / fastest plain client": min(whole)
+        / measured.median_s("our reads"),
         "throughput of the cache in epoch 2 / local shards": measured.median_s("local shards")
         / measured.median_s("cache, second epoch"),
         "time of our first batch / fastest plain client's ranges": ours_s / min(ranges.values()),
-        **{f"time of our first batch / {name}'s ranges": ours_s / time_s for name, time_s in ranges.items()},
+        **{
+            f"time of our first batch / {name}'s ranges": ours_s / time_s
+            for name, time_s in ranges.items()
+        },
         "slowest resume in seconds": max(measured.times_s[_RESUME]),
     }
-    return {"settings": asdict(arguments), "num_bytes": throughput.num_bytes, "rows": rows, "ratios": ratios}
+    return {
+        "settings": asdict(arguments),
+        "num_bytes": throughput.num_bytes,
+        "rows": rows,
+        "ratios": ratios,
+    }

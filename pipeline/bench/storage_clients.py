@@ -1,4 +1,5 @@
-"""What storage is measured against: plain clients as anybody would use them, a store on loopback, a dataset to read."""
+"""What storage is measured against: plain clients as anybody would use them, a store on loopback, a
+dataset to read."""
 
 from __future__ import annotations
 
@@ -50,7 +51,9 @@ class Boto3Client:
 
     def read(self, key: str, start: int, length: int) -> int:
         """Read a range."""
-        reply = self._client.get_object(Bucket=self._bucket, Key=key, Range=f"bytes={start}-{start + length - 1}")
+        reply = self._client.get_object(
+            Bucket=self._bucket, Key=key, Range=f"bytes={start}-{start + length - 1}"
+        )
         return len(reply["Body"].read())
 
     def read_whole(self, key: str) -> int:
@@ -92,7 +95,9 @@ class ObstoreClient:
 
     def read_whole(self, key: str) -> int:
         """Read an object as a stream."""
-        return sum(len(part) for part in self._obstore.get(self._store, key).stream(min_chunk_size=2**20))
+        return sum(
+            len(part) for part in self._obstore.get(self._store, key).stream(min_chunk_size=2**20)
+        )
 
 
 _CLIENTS: dict[str, tuple[str, Callable[[str], Client]]] = {
@@ -110,7 +115,9 @@ def plain_clients(bucket: str) -> dict[str, Client]:
         if importlib.util.find_spec(package) is not None
     }
     if not found:
-        raise ConfigError("storage_bench: no plain client to compare with. Install one of boto3, s3fs, obstore")
+        raise ConfigError(
+            "storage_bench: no plain client to compare with. Install one of boto3, s3fs, obstore"
+        )
     return found
 
 
@@ -128,7 +135,8 @@ def read_objects(client: Client, keys: list[str], *, streams: int) -> int:
 
 @contextmanager
 def loopback_store(root: Path) -> Iterator[str]:
-    """Serve a folder's subfolders as S3 buckets on loopback, with AWS_* set for this process; gives the endpoint.
+    """Serve a folder's subfolders as S3 buckets on loopback, with AWS_* set for this process; gives
+    the endpoint.
 
     Raises:
         ConfigError: localbucket is not installed.
@@ -136,15 +144,24 @@ def loopback_store(root: Path) -> Iterator[str]:
     """
     if importlib.util.find_spec("localbucket") is None:
         raise ConfigError(
-            "storage_bench: there is no --uri, and localbucket, the store it would start, is not installed. "
+            "storage_bench: there is no --uri, and localbucket, the store it would start, is not "
+            "installed. "
             "Install it with: pip install localbucket"
         )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = int(free.getsockname()[1])
     url = f"http://127.0.0.1:{port}"
-    ours = {"AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "bench", "AWS_SECRET_ACCESS_KEY": "bench-secret"}
-    ours |= {"AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true", "NO_PROXY": "127.0.0.1"}
+    ours = {
+        "AWS_ENDPOINT_URL": url,
+        "AWS_ACCESS_KEY_ID": "bench",
+        "AWS_SECRET_ACCESS_KEY": "bench-secret",
+    }
+    ours |= {
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "NO_PROXY": "127.0.0.1",
+    }
     before = {name: os.environ.get(name) for name in ours}
     command = [sys.executable, "-m", "localbucket", str(root), "--port", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -170,7 +187,9 @@ def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
             return
         except OSError:
             time.sleep(0.02)
-    raise InfrastructureError(f"storage_bench: localbucket did not answer on port {port} (exit code {server.poll()})")
+    raise InfrastructureError(
+        f"storage_bench: localbucket did not answer on port {port} (exit code {server.poll()})"
+    )
 
 
 def write_bench_dataset(folder: Path, *, num_shards: int, shard_bytes: int) -> int:
@@ -200,7 +219,9 @@ def _jpegs() -> list[bytes]:
     found = []
     for _ in range(_DISTINCT_IMAGES):
         small = random.integers(0, 256, (24, 32, 3), dtype=np.uint8)
-        image = np.asarray(Image.fromarray(small).resize((500, 375), Image.Resampling.BICUBIC), dtype=np.int16)
+        image = np.asarray(
+            Image.fromarray(small).resize((500, 375), Image.Resampling.BICUBIC), dtype=np.int16
+        )
         noisy = np.clip(image + random.normal(0, 11, image.shape), 0, 255).astype(np.uint8)
         buffer = io.BytesIO()
         Image.fromarray(noisy).save(buffer, "JPEG", quality=92)

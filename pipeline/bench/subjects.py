@@ -1,7 +1,9 @@
-"""What the loader benchmark compares: this loader, the loaders that others use, and the bare loop that bounds both.
+"""What the loader benchmark compares: this loader, the loaders that others use, and the bare loop
+that bounds both.
 
-Every subject gives batches of 224-pixel uint8 images from boxes of 20-100% of the area, half of them mirrored, without
-end, and yields how many images each batch had. All of them read the same photographs.
+Every subject gives batches of 224-pixel uint8 images from boxes of 20-100% of the area, half of
+them mirrored, without end, and yields how many images each batch had. All of them read the same
+photographs.
 
 Shapes: B images, H W 224 pixels, 3 RGB.
 """
@@ -31,8 +33,8 @@ from pipeline.sampling.boxes import draw_boxes
 SIZE = 224
 MIN_AREA = 0.2
 ORDER = OrderConfig(lanes=4)
-"""The default's 256 lanes would hold six of these samples each, to be permuted anew every 24 batches: 12 microseconds
-an image. ImageNet's order costs 2.6 with 256 lanes; this one 0.9."""
+"""The default's 256 lanes would hold six of these samples each, to be permuted anew every 24
+batches: 12 microseconds an image. ImageNet's order costs 2.6 with 256 lanes; this one 0.9."""
 Filter = Literal["bicubic", "bilinear", "area"]
 Batches = Iterator[int]
 
@@ -74,14 +76,17 @@ class Subject:
 def ours(
     decoder: Literal["turbo", "dali", "ffcv"], hw_decoder_load: float = 0.0
 ) -> Callable[[Setup, Subject], Batches]:
-    """Return a builder of this loader with a decoder, and with a share of a GPU's JPEG engine where one is given."""
+    """Return a builder of this loader with a decoder, and with a share of a GPU's JPEG engine where
+    one is given."""
 
     def build(setup: Setup, subject: Subject) -> Batches:
         loader = Loader(
             open_dataset(str(setup.folder / subject.dataset)),
             ViewConfig(interpolation=subject.resize_filter),  # type: ignore[arg-type]
             ORDER,
-            LoaderConfig(decoder=decoder, num_threads=setup.num_threads, hw_decoder_load=hw_decoder_load),
+            LoaderConfig(
+                decoder=decoder, num_threads=setup.num_threads, hw_decoder_load=hw_decoder_load
+            ),
             seed=0,
             global_batch_size=setup.batch_size,
             micro_batch_size=setup.batch_size,
@@ -94,7 +99,8 @@ def ours(
 
 
 def bare_loop(setup: Setup, subject: Subject) -> Batches:
-    """Decode, cut, resize and mirror in one thread, bytes and boxes ready beforehand: what no loader can beat."""
+    """Decode, cut, resize and mirror in one thread, bytes and boxes ready beforehand: what no
+    loader can beat."""
     dataset = open_dataset(str(setup.folder / subject.dataset))
     rows = dataset.lookup(np.arange(dataset.info.num_samples))
     images, _ = ShardReader(dataset).read(rows)
@@ -146,7 +152,9 @@ def transform_with_pillow(image: Any) -> torch.Tensor:
     """Cut, resize and mirror a PIL image the usual way."""
     from PIL import Image
 
-    cut = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=random_box(*image.size))
+    cut = image.convert("RGB").resize(
+        (SIZE, SIZE), Image.Resampling.BICUBIC, box=random_box(*image.size)
+    )
     if random.random() < 0.5:
         cut = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return torch.from_numpy(np.array(cut)).permute(2, 0, 1).contiguous()
@@ -173,7 +181,11 @@ def torch_with_pillow(setup: Setup, subject: Subject) -> Batches:
     dataset = PillowFolder(setup.folder / subject.dataset)
     sampler = torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=10**9)
     loader = torch.utils.data.DataLoader(
-        dataset, setup.batch_size, sampler=sampler, num_workers=setup.num_threads, persistent_workers=True
+        dataset,
+        setup.batch_size,
+        sampler=sampler,
+        num_workers=setup.num_threads,
+        persistent_workers=True,
     )
     return (len(batch) for batch in loader)
 
@@ -196,14 +208,19 @@ def webdataset_with_pillow(setup: Setup, subject: Subject) -> Batches:
 
 
 def dalis_own(setup: Setup, subject: Subject) -> Batches:
-    """Read tars with DALI's reader, its shuffle buffer and its random crop; on a CUDA device with its mixed decoder."""
+    """Read tars with DALI's reader, its shuffle buffer and its random crop; on a CUDA device with
+    its mixed decoder."""
     dali: Any = import_module("nvidia.dali")
     fn: Any = import_module("nvidia.dali.fn")
     types: Any = import_module("nvidia.dali.types")
     folder = setup.folder / subject.dataset
     on_gpu = setup.device != "cpu"
     pipeline = dali.Pipeline(
-        setup.batch_size, setup.num_threads, device_id=0 if on_gpu else None, prefetch_queue_depth=2, seed=0
+        setup.batch_size,
+        setup.num_threads,
+        device_id=0 if on_gpu else None,
+        prefetch_queue_depth=2,
+        seed=0,
     )
     with pipeline:
         encoded = fn.readers.webdataset(
@@ -221,18 +238,25 @@ def dalis_own(setup: Setup, subject: Subject) -> Batches:
             random_area=[MIN_AREA, 1.0],
             random_aspect_ratio=[3 / 4, 4 / 3],
         )
-        kind = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}[subject.resize_filter]
+        kind = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}[
+            subject.resize_filter
+        ]
         pixels = fn.resize(pixels, size=[SIZE, SIZE], interp_type=kind, antialias=True)
         pipeline.set_outputs(fn.flip(pixels, horizontal=fn.random.coin_flip()))
     pipeline.build()
     while True:
         (output,) = pipeline.run()
         tensor = output.as_tensor()
-        yield len(torch.utils.dlpack.from_dlpack(tensor).clone() if on_gpu else torch.from_numpy(np.array(tensor)))
+        yield len(
+            torch.utils.dlpack.from_dlpack(tensor).clone()
+            if on_gpu
+            else torch.from_numpy(np.array(tensor))
+        )
 
 
 def spdl_threads(setup: Setup, subject: Subject) -> Batches:
-    """Read files with SPDL's pipeline: threads over FFmpeg, which cuts, resizes and mirrors in its filter graph."""
+    """Read files with SPDL's pipeline: threads over FFmpeg, which cuts, resizes and mirrors in its
+    filter graph."""
     io: Any = import_module("spdl.io")
     build: Any = import_module("spdl.pipeline").PipelineBuilder
     paths = sorted(str(path) for path in (setup.folder / subject.dataset).rglob("*.jpg"))
@@ -242,14 +266,21 @@ def spdl_threads(setup: Setup, subject: Subject) -> Batches:
             yield random.choice(paths)
 
     def decode(path: str) -> Any:
-        area, aspect = random.uniform(MIN_AREA, 1.0), math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
-        # A box that does not fit is clipped: what RandomResizedCrop draws anew, FFmpeg's expressions cannot.
+        area, aspect = (
+            random.uniform(MIN_AREA, 1.0),
+            math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3))),
+        )
+        # A box that does not fit is clipped: what RandomResizedCrop draws anew, FFmpeg's
+        # expressions cannot.
         box = (
-            f"crop=w=min(iw\\,sqrt(iw*ih*{area * aspect:.4f})):h=min(ih\\,sqrt(iw*ih*{area / aspect:.4f}))"
+            f"crop=w=min(iw\\,sqrt(iw*ih*{area * aspect:.4f}))"
+            f":h=min(ih\\,sqrt(iw*ih*{area / aspect:.4f}))"
             f":x=(iw-ow)*{random.random():.4f}:y=(ih-oh)*{random.random():.4f}:exact=1"
         )
         mirror = ",hflip" if random.random() < 0.5 else ""
-        wanted = f"{box},scale={SIZE}:{SIZE}:flags={subject.resize_filter}{mirror},format=pix_fmts=rgb24"
+        wanted = (
+            f"{box},scale={SIZE}:{SIZE}:flags={subject.resize_filter}{mirror},format=pix_fmts=rgb24"
+        )
         return io.decode_packets(io.demux_image(path), filter_desc=wanted)
 
     pipeline = (
@@ -283,9 +314,14 @@ def ffcvs_own(setup: Setup, subject: Subject) -> Batches:
         order=OrderOption.RANDOM,
         os_cache=True,
         drop_last=True,
-        # One long epoch: starting one costs FFCV time that a real dataset would spread over many more images.
+        # One long epoch: starting one costs FFCV time that a real dataset would spread over many
+        # more images.
         indices=np.tile(np.arange(count), 400),
-        pipelines={"image": [decoder, RandomHorizontalFlip(), ToTensor()], "label": None, "meta": None},
+        pipelines={
+            "image": [decoder, RandomHorizontalFlip(), ToTensor()],
+            "label": None,
+            "meta": None,
+        },
     )
     while True:
         for (images,) in loader:

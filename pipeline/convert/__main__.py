@@ -1,7 +1,8 @@
 """Turn a folder of images into shards: `python -m pipeline.convert SRC DST`.
 
-The dataset is there when `dataset.json` is, and not before. Until then `_plan.json` marks the folder; the same command
-goes on where it was stopped and makes only the missing shards, byte for byte what an undisturbed run makes.
+The dataset is there when `dataset.json` is, and not before. Until then `_plan.json` marks the
+folder; the same command goes on where it was stopped and makes only the missing shards, byte for
+byte what an undisturbed run makes.
 """
 
 from __future__ import annotations
@@ -38,11 +39,12 @@ _OVERHEAD_BYTES = 2_600
 class Arguments:
     """Turn any collection of images into shards with an index.
 
-    SRC is a folder of class folders (labels are the sorted folder names) or a flat one (no labels); a tar of images or
-    of class tars, such as ILSVRC2012_img_train.tar; Parquet files with images in them, by folder or as
-    "data/train-*.parquet"; a .csv, .tsv or .parquet list of URIs and labels; or a dataset of tars or betons, which
-    keeps its order, keys, labels and shards. DST becomes the dataset: shards, manifest.parquet, dataset.json. Stop and
-    run again as you like: the same command goes on.
+    SRC is a folder of class folders (labels are the sorted folder names) or a flat one (no labels);
+    a tar of images or of class tars, such as ILSVRC2012_img_train.tar; Parquet files with images in
+    them, by folder or as "data/train-*.parquet"; a .csv, .tsv or .parquet list of URIs and labels;
+    or a dataset of tars or betons, which keeps its order, keys, labels and shards. DST becomes the
+    dataset: shards, manifest.parquet, dataset.json. Stop and run again as you like: the same
+    command goes on.
     """
 
     src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
@@ -52,7 +54,8 @@ class Arguments:
     format: Container = "webdataset"
     """Container of the shards: tars, or FFCV's betons."""
     write_mode: WriteMode = "jpg"
-    """ffcv: jpg stores JPEG files (as they are unless resized), raw stores pixels, smart stores small images raw."""
+    """ffcv: jpg stores JPEG files (as they are unless resized), raw stores pixels, smart stores
+    small images raw."""
     smart_threshold: str = "256KiB"
     """ffcv, smart: pixels (height x width x 3 bytes) up to this size are stored raw."""
     shard_size: str = "256MB"
@@ -60,19 +63,23 @@ class Arguments:
     samples_per_shard: int | None = None
     """Images of a shard, instead of --shard-size."""
     resize: int | None = None
-    """Shorter side in pixels that larger images are shrunk to. None: images are stored as they are."""
+    """Shorter side in pixels that larger images are shrunk to. None: images are stored as they
+    are."""
     max_resolution: int | None = None
     """Longer side in pixels that larger images are shrunk to. None: no limit."""
     quality: int = 90
     """JPEG quality (1-100) of images that are shrunk."""
     workers: int = 0
-    """Processes. 0: as many as there are cores. The result does not depend on it, nor on the engine."""
+    """Processes. 0: as many as there are cores. The result does not depend on it, nor on the
+    engine."""
     engine: Engine = "local"
-    """local: processes of this machine. ray: Ray tasks, one a shard; SRC and DST must be the same on every node."""
+    """local: processes of this machine. ray: Ray tasks, one a shard; SRC and DST must be the same
+    on every node."""
     ray_address: str | None = None
     """Cluster to use, such as auto or ray://head:10001. None: Ray is started on this machine."""
     shards: str | None = None
-    """I/N: make only shards I, I + N, ... (I from 0), for an array of jobs. The last to finish commits the dataset."""
+    """I/N: make only shards I, I + N, ... (I from 0), for an array of jobs. The last to finish
+    commits the dataset."""
     shuffle_seed: str = "0"
     """Seed of the order images are stored in, or none: by name. A dataset keeps its order."""
     split: str = "train"
@@ -80,9 +87,11 @@ class Arguments:
     limit: int | None = None
     """Images to take, the first in the stored order. None: all."""
     labels: LabelMode = "auto"
-    """folders: the first folder is the class. none: no labels. auto: folders, where every image lies in one."""
+    """folders: the first folder is the class. none: no labels. auto: folders, where every image
+    lies in one."""
     ground_truth: str | None = None
-    """Labels of a flat folder or tar: ImageNet's devkit (.tar.gz or folder), or a text file of classes."""
+    """Labels of a flat folder or tar: ImageNet's devkit (.tar.gz or folder), or a text file of
+    classes."""
     synsets: str | None = None
     """meta.mat, or a text file of `ILSVRC2012_ID class`, for a --ground-truth of numbers."""
     image_column: str | None = None
@@ -90,7 +99,8 @@ class Arguments:
     label_column: str | None = None
     """Column of labels in a table. None: found by its name."""
     stats: bool = False
-    """Decode what is stored and write stats.json: mean and deviation of the pixels, sizes, class counts."""
+    """Decode what is stored and write stats.json: mean and deviation of the pixels, sizes, class
+    counts."""
     dry_run: bool = False
     """Say what would be made, and write nothing."""
     strict: bool = False
@@ -102,7 +112,9 @@ class Arguments:
 def _settings(arguments: Arguments) -> ConvertSettings:
     seed = arguments.shuffle_seed.strip().lower()
     if seed != "none" and not seed.isdecimal():
-        raise ConfigError(f"convert: --shuffle-seed {arguments.shuffle_seed!r}: give a number from 0, or none.")
+        raise ConfigError(
+            f"convert: --shuffle-seed {arguments.shuffle_seed!r}: give a number from 0, or none."
+        )
     try:
         return ConvertSettings(
             format=arguments.format,
@@ -126,7 +138,8 @@ def _settings(arguments: Arguments) -> ConvertSettings:
         )
     except ValidationError as error:
         found = "; ".join(
-            f"--{'-'.join(str(part) for part in item['loc']).replace('_', '-')} {item['input']!r}: {item['msg']}"
+            f"--{'-'.join(str(part) for part in item['loc']).replace('_', '-')} {item['input']!r}: "
+            f"{item['msg']}"
             for item in error.errors()
         )
         raise ConfigError(f"convert: {found}") from None
@@ -165,7 +178,8 @@ def _say_planned(planned: dict[str, Any]) -> None:
     say(
         f"convert: would make {planned['num_shards']:,} shards of {planned['num_images']:,} images "
         f"({planned['source_bytes'] / 1e6:,.1f} MB, {planned['num_classes']:,} classes), about "
-        f"{planned['estimated_bytes'] / 1e6:,.1f} MB in {planned['estimated_s']:,.0f} s (by {planned['tried']} images, "
+        f"{planned['estimated_bytes'] / 1e6:,.1f} MB in {planned['estimated_s']:,.0f} s (by "
+        f"{planned['tried']} images, "
         f"{planned['refused']} of them refused)"
         f"{'; passed over: ' + other if other else ''}; nothing was written"
     )
@@ -211,17 +225,25 @@ def _say_made(arguments: Arguments, info: DatasetInfo) -> None:
         return
     left_out = f"; {num_rejected:,} images left out, see {REJECTED_FILE}" if num_rejected else ""
     stats = f"; see {STATS_FILE}" if arguments.stats else ""
-    say(f"convert: {info.num_samples:,} images in {info.num_shards:,} shards at {arguments.dst}{left_out}{stats}")
+    say(
+        f"convert: {info.num_samples:,} images in {info.num_shards:,} shards at "
+        f"{arguments.dst}{left_out}{stats}"
+    )
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     arguments = tyro.cli(
-        Arguments, args=args, prog="python -m pipeline.convert", config=(tyro.conf.FlagCreatePairsOff,)
+        Arguments,
+        args=args,
+        prog="python -m pipeline.convert",
+        config=(tyro.conf.FlagCreatePairsOff,),
     )
     return run_command(
         lambda: _run(arguments),
-        interrupted="convert: stopped. Finished shards are kept; the same command goes on from here.",
+        interrupted=(
+            "convert: stopped. Finished shards are kept; the same command goes on from here."
+        ),
     )
 
 

@@ -1,4 +1,5 @@
-"""The end of a conversion: what neighbours read, the list of refused images, the manifest, and last `dataset.json`."""
+"""The end of a conversion: what neighbours read, the list of refused images, the manifest, and last
+`dataset.json`."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ STATS_FILE = "stats.json"
 
 
 def commit(listing: Listing, dst: str, plan: Plan, parts: list[Part]) -> DatasetInfo:
-    """Write what neighbours read, the list of refused images, the manifest, and last `dataset.json`.
+    """Write what neighbours read, the list of refused images, the manifest, and last
+    `dataset.json`.
 
     Args:
         listing: What was converted.
@@ -43,24 +45,31 @@ def commit(listing: Listing, dst: str, plan: Plan, parts: list[Part]) -> Dataset
     if not kept:
         seen = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
         raise DataError(
-            f"convert: none of the {len(plan.order)} images in {storage.redact(listing.uri)} can be used: {seen}. "
+            f"convert: none of the {len(plan.order)} images in {storage.redact(listing.uri)} can "
+            f"be used: {seen}. "
             f"Check the source; {storage.redact(dst)} holds no dataset."
         )
     if reasons:
         _write_rejected(dst, parts)
-    for name, content in _neighbour_files(plan, kept).items() if plan.settings.format == "webdataset" else ():
+    for name, content in (
+        _neighbour_files(plan, kept).items() if plan.settings.format == "webdataset" else ()
+    ):
         _write_json(storage.join(dst, name), content)
 
     statistics = DatasetStatistics()
 
     def shards() -> Iterator[FinishedShard]:
         for part in kept:
-            shard = finished_shard(dst, part.stem, identity=plan.identity(), container=plan.settings.format)
+            shard = finished_shard(
+                dst, part.stem, identity=plan.identity(), container=plan.settings.format
+            )
             if shard is not None:
                 statistics.add(shard.table)
                 yield shard
         if plan.settings.stats:
-            found = statistics.describe((part.pixels for part in kept if part.pixels), classes=listing.classes)
+            found = statistics.describe(
+                (part.pixels for part in kept if part.pixels), classes=listing.classes
+            )
             _write_json(storage.join(dst, STATS_FILE), found)
 
     return write_dataset(

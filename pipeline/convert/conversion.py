@@ -12,7 +12,15 @@ from pipeline.convert.plan import ConvertSettings, Plan, make_plan
 from pipeline.convert.processes import _in_processes, warm_up
 from pipeline.convert.ray_tasks import _in_ray
 from pipeline.convert.shard import PARTS_FOLDER, Part, ShardTask, make_shard, read_part
-from pipeline.convert.target import Share, check_places, claim, clean_up, find_finished, list_target, lock_target
+from pipeline.convert.target import (
+    Share,
+    check_places,
+    claim,
+    clean_up,
+    find_finished,
+    list_target,
+    lock_target,
+)
 from pipeline.dataset.info import PLAN_FILE, DatasetInfo
 from pipeline.errors import ConfigError, DataError, MaelstromError
 from pipeline.formats.records import suffix_of
@@ -22,7 +30,12 @@ from pipeline.storage.uri import absolute
 
 
 def convert(
-    src: str, dst: str, settings: ConvertSettings | None = None, *, workers: int = 0, crew: Crew | None = None
+    src: str,
+    dst: str,
+    settings: ConvertSettings | None = None,
+    *,
+    workers: int = 0,
+    crew: Crew | None = None,
 ) -> DatasetInfo:
     """Make a dataset of a collection of images, or finish one that was begun.
 
@@ -43,12 +56,19 @@ def convert(
     """
     info = convert_share(src, dst, settings, crew=crew or Crew(workers=workers))
     if info is None:
-        raise DataError(f"convert: shards have vanished from {storage.redact(dst)}. Run the same command again.")
+        raise DataError(
+            f"convert: shards have vanished from {storage.redact(dst)}. Run the same command again."
+        )
     return info
 
 
 def convert_share(
-    src: str, dst: str, settings: ConvertSettings | None = None, *, share: Share | None = None, crew: Crew | None = None
+    src: str,
+    dst: str,
+    settings: ConvertSettings | None = None,
+    *,
+    share: Share | None = None,
+    crew: Crew | None = None,
 ) -> DatasetInfo | None:
     """Make one share of a dataset's shards; whoever finds all of them made commits the dataset.
 
@@ -76,8 +96,13 @@ def convert_share(
     plan = make_plan(listing, settings)
     done = find_finished(dst, plan)
     if done is not None:
-        say(f"convert: {dst} is finished already: {done.num_samples:,} images in {done.num_shards:,} shards")
-        if storage.exists(storage.join(dst, PLAN_FILE)):  # killed between the commit and cleaning up
+        say(
+            f"convert: {dst} is finished already: {done.num_samples:,} images in "
+            f"{done.num_shards:,} shards"
+        )
+        if storage.exists(
+            storage.join(dst, PLAN_FILE)
+        ):  # killed between the commit and cleaning up
             clean_up(dst)
         return done
     with lock_target(dst, share):
@@ -105,13 +130,18 @@ def _find_parts(dst: str, plan: Plan, shards: Iterable[int]) -> dict[int, Part]:
         stem = plan.shard_stem(shard)
         if f"{PARTS_FOLDER}/{stem}.parquet" in sizes:
             read = read_part(dst, stem, identity=identity)
-            if read is not None and read[0].size_bytes == sizes.get(stem + suffix_of(plan.settings.format), 0):
+            if read is not None and read[0].size_bytes == sizes.get(
+                stem + suffix_of(plan.settings.format), 0
+            ):
                 found[shard] = read[0]
     return found
 
 
-def _make_parts(listing: Listing, dst: str, plan: Plan, share: Share, crew: Crew) -> list[Part] | None:
-    """Make every shard of the share that is not there yet; return all parts in order, or nothing where some lack."""
+def _make_parts(
+    listing: Listing, dst: str, plan: Plan, share: Share, crew: Crew
+) -> list[Part] | None:
+    """Make every shard of the share that is not there yet; return all parts in order, or nothing
+    where some lack."""
     identity = plan.identity()
     mine = [shard for shard in range(plan.num_shards) if shard in share]
     parts = _find_parts(dst, plan, mine)
@@ -140,11 +170,15 @@ def _make_parts(listing: Listing, dst: str, plan: Plan, share: Share, crew: Crew
         for shard, part in make_shards(missing, task, crew, target=dst):
             parts[shard] = part
             progress.advance(part.num_images, size_bytes=part.read_bytes)
-    parts |= _find_parts(dst, plan, (shard for shard in range(plan.num_shards) if shard not in share))
+    parts |= _find_parts(
+        dst, plan, (shard for shard in range(plan.num_shards) if shard not in share)
+    )
     if len(parts) < plan.num_shards:
         say(
-            f"convert: {len(mine):,} shards are made; {plan.num_shards - len(parts):,} of other --shards are not. "
-            "Whichever is last writes dataset.json; so does any of these commands when it is run again."
+            f"convert: {len(mine):,} shards are made; {plan.num_shards - len(parts):,} of other "
+            "--shards are not. "
+            "Whichever is last writes dataset.json; so does any of these commands when it is run "
+            "again."
         )
         return None
     return [parts[shard] for shard in range(plan.num_shards)]
@@ -168,7 +202,9 @@ def make_shards(
         return iter(())
     if crew.engine == "ray":
         if target.startswith("memory:"):
-            raise ConfigError("convert: memory:// is of one process; Ray's workers cannot write there.")
+            raise ConfigError(
+                "convert: memory:// is of one process; Ray's workers cannot write there."
+            )
         return _in_ray(shards, task, crew)
     workers = min(crew.workers or cores(), len(shards))
     if workers == 1 or target.startswith("memory:"):

@@ -1,4 +1,5 @@
-"""Who makes the shards: this process, a pool of processes, or Ray. The bytes are the same whoever does."""
+"""Who makes the shards: this process, a pool of processes, or Ray. The bytes are the same whoever
+does."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ class Crew:
     Args:
         engine: `local`: processes of this machine. `ray`: Ray Core tasks, one a shard.
         workers: Processes, or tasks at a time; 0 means the cores that there are.
-        ray_address: Of a cluster that runs, such as `auto` or `ray://head:10001`; nothing starts Ray on this machine.
+        ray_address: Of a cluster that runs, such as `auto` or `ray://head:10001`; nothing starts
+            Ray on this machine.
     """
 
     engine: Engine = "local"

@@ -1,7 +1,7 @@
 """What a conversion will make, settled before the first shard: its settings, order and shards.
 
-The plan depends on the source and the settings alone, so that a run that was killed goes on where it stopped, and any
-number of workers makes the same bytes.
+The plan depends on the source and the settings alone, so that a run that was killed goes on where
+it stopped, and any number of workers makes the same bytes.
 """
 
 from __future__ import annotations
@@ -41,16 +41,18 @@ class ConvertSettings(SourceSettings):
     format: Container = "webdataset"
     """Container of the shards."""
     write_mode: WriteMode = "jpg"
-    """FFCV: `jpg` stores JPEG files, as they are where they are not resized; `raw` stores pixels; `smart` stores pixels
-    where they take at most `smart_threshold_bytes`, JPEG otherwise."""
+    """FFCV: `jpg` stores JPEG files, as they are where they are not resized; `raw` stores pixels;
+    `smart` stores pixels where they take at most `smart_threshold_bytes`, JPEG otherwise."""
     smart_threshold_bytes: int = Field(default=2**18, ge=0)
     """FFCV, `smart`: largest image, in bytes of pixels (height x width x 3), that is stored raw."""
     shard_size_bytes: int = Field(default=256 * 10**6, ge=1)
-    """Size a shard should have; with `resize` an estimate. Not used where `samples_per_shard` is given."""
+    """Size a shard should have; with `resize` an estimate. Not used where `samples_per_shard` is
+    given."""
     samples_per_shard: int | None = Field(default=None, ge=1)
     """Images of a shard."""
     resize: int | None = Field(default=None, ge=1)
-    """Shorter side in pixels that larger images are shrunk to. Nothing: images are stored as they are."""
+    """Shorter side in pixels that larger images are shrunk to. Nothing: images are stored as they
+    are."""
     max_resolution: int | None = Field(default=None, ge=8)
     """Longer side in pixels that larger images are shrunk to, FFCV's measure. Nothing: no limit."""
     quality: int = Field(default=90, ge=1, le=100)
@@ -62,7 +64,8 @@ class ConvertSettings(SourceSettings):
     limit: int | None = Field(default=None, ge=1)
     """Images to take, the first in the stored order."""
     stats: bool = False
-    """Decode every image that is stored, and write the mean and deviation of the pixels, sizes and class counts."""
+    """Decode every image that is stored, and write the mean and deviation of the pixels, sizes and
+    class counts."""
     strict: bool = False
     """Stop at the first image that cannot be used."""
     limits: ScreenLimits = ScreenLimits()
@@ -78,7 +81,9 @@ class ConvertSettings(SourceSettings):
     @model_validator(mode="after")
     def _readable(self) -> ConvertSettings:
         if self.resize is not None and self.resize < 8:
-            raise ValueError(f"resize {self.resize} leaves nothing to learn from; at least 8 pixels")
+            raise ValueError(
+                f"resize {self.resize} leaves nothing to learn from; at least 8 pixels"
+            )
         if self.format != "ffcv" and self.write_mode != "jpg":
             raise ValueError(f"write_mode {self.write_mode!r} is for the format ffcv")
         return self
@@ -149,7 +154,8 @@ class Plan:
 
 
 def shaping_versions(settings: ConvertSettings) -> dict[str, str]:
-    """Return the versions that the stored bytes depend on: none where images are stored as they are."""
+    """Return the versions that the stored bytes depend on: none where images are stored as they
+    are."""
     if not settings.resizes and settings.write_mode == "jpg":
         return {}
     return {
@@ -169,8 +175,8 @@ def tool_version() -> str:
 def make_plan(listing: Listing, settings: ConvertSettings) -> Plan:
     """Order the images and cut them into shards.
 
-    A dataset keeps its order, and its shards unless `samples_per_shard` says otherwise: with the same bytes, what comes
-    out has the same fingerprint.
+    A dataset keeps its order, and its shards unless `samples_per_shard` says otherwise: with the
+    same bytes, what comes out has the same fingerprint.
     """
     seed = settings.shuffle_seed
     kept = listing.bounds is not None
@@ -192,7 +198,8 @@ def make_plan(listing: Listing, settings: ConvertSettings) -> Plan:
 def _order(count: int, seed: int | None) -> npt.NDArray[np.int64]:
     if seed is None:
         return np.arange(count, dtype=np.int64)
-    # Philox's raw words are fixed for all time; numpy's own permutation may change with its version.
+    # Philox's raw words are fixed for all time; numpy's own permutation may change with its
+    # version.
     words = np.random.Philox(key=seed).random_raw(count)
     return np.argsort(words, kind="stable").astype(np.int64)
 
@@ -203,7 +210,9 @@ def _order_of_runs(runs: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int
     return np.concatenate(pieces).astype(np.int64)
 
 
-def _shuffle_shards(order: npt.NDArray[np.int64], bounds: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int64]:
+def _shuffle_shards(
+    order: npt.NDArray[np.int64], bounds: npt.NDArray[np.int64], seed: int
+) -> npt.NDArray[np.int64]:
     """Shuffle the images of each shard in itself."""
     words = np.random.Philox(key=[seed, 1]).random_raw(len(order))  # another stream than the runs'
     shard = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
@@ -211,7 +220,8 @@ def _shuffle_shards(order: npt.NDArray[np.int64], bounds: npt.NDArray[np.int64],
 
 
 def _bounds(sizes: npt.NDArray[np.int64], settings: ConvertSettings) -> npt.NDArray[np.int64]:
-    """Return shard bounds: equal counts, or as many shards of about equal bytes as the size asked for gives."""
+    """Return shard bounds: equal counts, or as many shards of about equal bytes as the size asked
+    for gives."""
     count = len(sizes)
     if settings.samples_per_shard is not None:
         return np.append(np.arange(0, count, settings.samples_per_shard, dtype=np.int64), count)
@@ -243,5 +253,7 @@ def parse_size(text: str, *, option: str = "--shard-size") -> int:
     """
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
     if not found or found.group(2).upper() not in _UNITS:
-        raise ConfigError(f"convert: {option} {text!r} is no size. Write it as 256MB, 1GB, 512MiB or in bytes.")
+        raise ConfigError(
+            f"convert: {option} {text!r} is no size. Write it as 256MB, 1GB, 512MiB or in bytes."
+        )
     return int(float(found.group(1)) * _UNITS[found.group(2).upper()])

@@ -16,20 +16,28 @@ from pipeline.errors import InfrastructureError
 
 
 def _context() -> Any:
-    """Return the way to start processes: not by fork, for the caller may run threads, which do not survive one."""
+    """Return the way to start processes: not by fork, for the caller may run threads, which do not
+    survive one."""
     methods = multiprocessing.get_all_start_methods()
     return multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
 
 
 def warm_up(crew: Crew) -> None:
-    """Begin to import, in a process beside this one, what workers need: they are forked off it and start at once."""
+    """Begin to import, in a process beside this one, what workers need: they are forked off it and
+    start at once."""
     context = _context()
-    if crew.engine == "local" and (crew.workers or cores()) > 1 and context.get_start_method() == "forkserver":
+    if (
+        crew.engine == "local"
+        and (crew.workers or cores()) > 1
+        and context.get_start_method() == "forkserver"
+    ):
         context.set_forkserver_preload(["pipeline.convert.shard"])
         forkserver.ensure_running()
 
 
-def _in_processes(shards: Sequence[int], task: Callable[[int], ShardTask], workers: int) -> Iterator[tuple[int, Part]]:
+def _in_processes(
+    shards: Sequence[int], task: Callable[[int], ShardTask], workers: int
+) -> Iterator[tuple[int, Part]]:
     """Work in a pool of processes. A failure stops the rest at the next image."""
     context = _context()
     stop = context.Event()
@@ -48,7 +56,8 @@ def _in_processes(shards: Sequence[int], task: Callable[[int], ShardTask], worke
                     yield waiting.pop(future), future.result()
         except BrokenProcessPool as error:
             raise InfrastructureError(
-                "convert: a worker process was killed, most likely for want of memory. Run the same command again with "
+                "convert: a worker process was killed, most likely for want of memory. Run the "
+                "same command again with "
                 f"fewer --workers (now {workers}); finished shards are kept."
             ) from error
         finally:

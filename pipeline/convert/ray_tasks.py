@@ -22,8 +22,11 @@ _OBJECT_STORE_BYTES = 80 * 2**20
 """Ray's shared memory: tasks and parts are small, images never pass through it."""
 
 
-def _in_ray(shards: Sequence[int], task: Callable[[int], ShardTask], crew: Crew) -> Iterator[tuple[int, Part]]:
-    """Work as Ray tasks: what a lost worker did is done again, and a straggler gets a second copy; the first counts."""
+def _in_ray(
+    shards: Sequence[int], task: Callable[[int], ShardTask], crew: Crew
+) -> Iterator[tuple[int, Part]]:
+    """Work as Ray tasks: what a lost worker did is done again, and a straggler gets a second copy;
+    the first counts."""
     ray = _start_ray(crew)
     try:
         remote = ray.remote(make_shard).options(
@@ -38,7 +41,8 @@ def _in_ray(shards: Sequence[int], task: Callable[[int], ShardTask], crew: Crew)
         if isinstance(cause, MaelstromError):
             raise cause from None
         raise InfrastructureError(
-            f"convert: Ray gave up after {_RETRIES} retries ({type(error).__name__}: {str(error).strip()[-500:]}). "
+            f"convert: Ray gave up after {_RETRIES} retries ({type(error).__name__}: "
+            f"{str(error).strip()[-500:]}). "
             "Run the same command again; finished shards are kept."
         ) from error
     finally:
@@ -47,10 +51,12 @@ def _in_ray(shards: Sequence[int], task: Callable[[int], ShardTask], crew: Crew)
 
 def _start_ray(crew: Crew) -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # A task without a GPU keeps the node's CUDA_VISIBLE_DEVICES; Ray warns of a change of that default otherwise.
+    # A task without a GPU keeps the node's CUDA_VISIBLE_DEVICES; Ray warns of a change of that
+    # default otherwise.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if crew.ray_address is not None and _has_ray_token():
-        # Ray 2.60 starts a cluster with its token where there is one, and connects without it unless told.
+        # Ray 2.60 starts a cluster with its token where there is one, and connects without it
+        # unless told.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         import ray
@@ -65,7 +71,9 @@ def _start_ray(crew: Crew) -> Any:
         # The nodes need the packages, not the repository: this one is sent to them.
         options = {"address": crew.ray_address, "runtime_env": {"py_modules": [f"{root}/pipeline"]}}
     else:
-        os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+        os.environ["PYTHONPATH"] = os.pathsep.join(
+            [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
         options = {
             "address": "local",  # not a cluster that happens to run here
             "num_cpus": crew.workers or cores(),
@@ -73,11 +81,14 @@ def _start_ray(crew: Crew) -> Any:
             "object_store_memory": _OBJECT_STORE_BYTES,
         }
     try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=False, **options)
+        ray.init(
+            log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=False, **options
+        )
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"at {crew.ray_address}" if crew.ray_address else "on this machine"
         raise InfrastructureError(
-            f"convert: Ray cannot be used {where} ({error}). Check --ray-address, and the cluster's token "
+            f"convert: Ray cannot be used {where} ({error}). Check --ray-address, and the "
+            "cluster's token "
             "(RAY_AUTH_MODE=token with RAY_AUTH_TOKEN or ~/.ray/auth_token)."
         ) from error
     return ray
@@ -96,7 +107,8 @@ def _places(ray: Any, crew: Crew) -> int:
 def _gather(
     ray: Any, remote: Any, shards: Sequence[int], task: Callable[[int], ShardTask], *, limit: int
 ) -> Iterator[tuple[int, Part]]:
-    """Hand out as many tasks as there are places, so that the time since then is the time they have run."""
+    """Hand out as many tasks as there are places, so that the time since then is the time they have
+    run."""
     left = iter(shards)
     running: dict[Any, tuple[int, float]] = {}
     took_s: list[float] = []
@@ -123,15 +135,20 @@ def _gather(
                     running.pop(other)
                     ray.cancel(other, force=True)
                 yield shard, part
-            for shard in overdue(list(running.values()), took_s, now_s=time.monotonic(), places=limit):
+            for shard in overdue(
+                list(running.values()), took_s, now_s=time.monotonic(), places=limit
+            ):
                 running[remote.remote(task(shard))] = shard, time.monotonic()
     finally:
         for ref in running:
             ray.cancel(ref, force=True)
 
 
-def overdue(running: Sequence[tuple[int, float]], took_s: Sequence[float], *, now_s: float, places: int) -> list[int]:
-    """Return the shards that have run so much longer than others that a second copy should race them.
+def overdue(
+    running: Sequence[tuple[int, float]], took_s: Sequence[float], *, now_s: float, places: int
+) -> list[int]:
+    """Return the shards that have run so much longer than others that a second copy should race
+    them.
 
     Args:
         running: (shard, when it was handed out) of all tasks that are under way, copies too.
@@ -143,5 +160,9 @@ def overdue(running: Sequence[tuple[int, float]], took_s: Sequence[float], *, no
         return []
     limit_s = max(_OVERDUE_LEAST_S, _OVERDUE_FACTOR * statistics.median(took_s))
     numbers = [shard for shard, _ in running]
-    late = [shard for shard, start_s in running if now_s - start_s > limit_s and numbers.count(shard) == 1]
+    late = [
+        shard
+        for shard, start_s in running
+        if now_s - start_s > limit_s and numbers.count(shard) == 1
+    ]
     return late[: max(0, places - len(running))]

@@ -1,7 +1,8 @@
 """One shard of a conversion: a pure function of a slice of the source, run in a process of its own.
 
-A finished shard leaves its file, for a tar its DALI index, and its part, a small Parquet file with the shard's rows.
-The part is written last: where it is, and carries this plan's identity, the shard is done.
+A finished shard leaves its file, for a tar its DALI index, and its part, a small Parquet file with
+the shard's rows. The part is written last: where it is, and carries this plan's identity, the shard
+is done.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ _PART_KEY = b"maelstrom"
 
 
 class StoppedError(MaelstromError):
-    """Another task failed or the user stopped the conversion; this one has cleaned up behind itself."""
+    """Another task failed or the user stopped the conversion; this one has cleaned up behind
+    itself."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ class Part:
 
     Args:
         stem: The shard's name without extension.
-        num_samples: Samples in it; 0 where every image of its slice was refused, and there is no shard file.
+        num_samples: Samples in it; 0 where every image of its slice was refused, and there is no
+            shard file.
         size_bytes: Size of the shard file.
         sha256: Of the shard file.
         num_images: Images looked at.
@@ -102,7 +105,8 @@ def part_uri(target: str, stem: str) -> str:
 
 
 def read_part(target: str, stem: str, *, identity: str) -> tuple[Part, ShardTable] | None:
-    """Return a finished part and its rows, or nothing where it belongs to another plan or cannot be read."""
+    """Return a finished part and its rows, or nothing where it belongs to another plan or cannot be
+    read."""
     try:
         data = storage.read_bytes(part_uri(target, stem))
         table = pq.read_table(pa.BufferReader(data))
@@ -116,11 +120,16 @@ def read_part(target: str, stem: str, *, identity: str) -> tuple[Part, ShardTabl
     return Part(**head), ShardTable.from_arrow(table)
 
 
-def finished_shard(target: str, stem: str, *, identity: str, container: str) -> FinishedShard | None:
+def finished_shard(
+    target: str, stem: str, *, identity: str, container: str
+) -> FinishedShard | None:
     """Return a finished part as the dataset's shard; nothing where the shard is empty."""
     found = read_part(target, stem, identity=identity)
     if found is None:
-        raise DataError(f"convert: {part_uri(target, stem)} has vanished or changed. Run the same command again.")
+        raise DataError(
+            f"convert: {part_uri(target, stem)} has vanished or changed. Run the same command "
+            "again."
+        )
     part, table = found
     name = stem + suffix_of(container)
     return FinishedShard(name, part.size_bytes, part.sha256, table) if part.num_samples else None
@@ -154,7 +163,9 @@ def make_shard(task: ShardTask, stop: Event | None = None) -> Part:
             found, stored = (data, b"") if isinstance(data, str) else prepare(data, task.settings)
             if isinstance(found, str):
                 if task.settings.strict:
-                    raise DataError(f"convert: {name}: {found}. Without --strict it would be left out.")
+                    raise DataError(
+                        f"convert: {name}: {found}. Without --strict it would be left out."
+                    )
                 rejected.append((name, found))
                 continue
             label = task.labels[place]
@@ -167,11 +178,15 @@ def make_shard(task: ShardTask, stop: Event | None = None) -> Part:
         if len(writer):
             written = writer.close()
             if written.dali_index:
-                storage.write_atomic(storage.join(task.target, f"{task.stem}.idx"), written.dali_index)
+                storage.write_atomic(
+                    storage.join(task.target, f"{task.stem}.idx"), written.dali_index
+                )
             table, size_bytes, sha256 = written.table, written.size_bytes, written.sha256
         else:
             table, size_bytes, sha256 = TableBuilder().build(), 0, ""
-    part = Part(task.stem, len(table), size_bytes, sha256, len(task.wanted), size_read, rejected, pixels)
+    part = Part(
+        task.stem, len(table), size_bytes, sha256, len(task.wanted), size_read, rejected, pixels
+    )
     _write_part(task, part, table)
     return part
 
@@ -235,12 +250,13 @@ class Worker:
 
 
 def start_worker(stop: Event, environment: dict[str, str]) -> None:
-    """Set up a worker process: Ctrl-C is the parent's business, and the parent's death ends the worker.
+    """Set up a worker process: Ctrl-C is the parent's business, and the parent's death ends the
+    worker.
 
     Args:
         stop: When set, workers give up.
-        environment: The parent's. The process that workers are forked off keeps the one it was started with, and
-            credentials may have changed since.
+        environment: The parent's. The process that workers are forked off keeps the one it was
+            started with, and credentials may have changed since.
     """
     Worker.stop = stop
     os.environ.clear()
@@ -248,7 +264,9 @@ def start_worker(stop: Event, environment: dict[str, str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=_end_with, args=(parent.sentinel,), name="parent-watch", daemon=True).start()
+        threading.Thread(
+            target=_end_with, args=(parent.sentinel,), name="parent-watch", daemon=True
+        ).start()
 
 
 def _end_with(sentinel: int) -> None:

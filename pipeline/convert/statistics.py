@@ -17,11 +17,21 @@ class DatasetStatistics:
     """Collects what the shards' tables say, shard by shard in order."""
 
     def __init__(self) -> None:
-        self._columns: dict[str, list[npt.NDArray[Any]]] = {"width": [], "height": [], "bytes": [], "label": []}
+        self._columns: dict[str, list[npt.NDArray[Any]]] = {
+            "width": [],
+            "height": [],
+            "bytes": [],
+            "label": [],
+        }
 
     def add(self, table: ShardTable) -> None:
         """Count a shard."""
-        columns: tuple[npt.NDArray[Any], ...] = (table.widths, table.heights, table.sizes, table.labels)
+        columns: tuple[npt.NDArray[Any], ...] = (
+            table.widths,
+            table.heights,
+            table.sizes,
+            table.labels,
+        )
         for values, column in zip(self._columns.values(), columns, strict=True):
             values.append(column)
 
@@ -39,7 +49,9 @@ class DatasetStatistics:
         columns = {name: np.concatenate(values) for name, values in self._columns.items()}
         labels = columns.pop("label")
         numbers = np.bincount(labels[labels != NO_LABEL], minlength=len(classes or []))
-        names = classes if classes is not None and len(classes) == len(numbers) else range(len(numbers))
+        names = (
+            classes if classes is not None and len(classes) == len(numbers) else range(len(numbers))
+        )
         quantiles = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
         return {
             "num_images": count,
@@ -48,7 +60,12 @@ class DatasetStatistics:
             "std": [math.sqrt(max(0.0, s - m * m)) for m, s in zip(mean, square, strict=True)],
             "weights": "every image alike; RGB in [0, 1]",
             "quantiles": list(quantiles),
-            **{name: np.quantile(values, quantiles).round().astype(int).tolist() for name, values in columns.items()},
+            **{
+                name: np.quantile(values, quantiles).round().astype(int).tolist()
+                for name, values in columns.items()
+            },
             "num_unlabelled": int((labels == NO_LABEL).sum()),
-            "class_counts": {str(name): int(number) for name, number in zip(names, numbers, strict=True)},
+            "class_counts": {
+                str(name): int(number) for name, number in zip(names, numbers, strict=True)
+            },
         }

@@ -1,4 +1,5 @@
-"""The folder a conversion writes to: whose it is, whether it is finished, and leaving nothing behind."""
+"""The folder a conversion writes to: whose it is, whether it is finished, and leaving nothing
+behind."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ def parse_share(text: str) -> Share:
     found = re.fullmatch(r"(\d+)/(\d+)", text.strip())
     if not found or not int(found[1]) < int(found[2]):
         raise ConfigError(
-            f"convert: --shards {text!r}: write I/N with I from 0 to N - 1, such as 0/16; in a Slurm array of 0-15 "
+            f"convert: --shards {text!r}: write I/N with I from 0 to N - 1, such as 0/16; in a "
+            "Slurm array of 0-15 "
             "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT."
         )
     return Share(int(found[1]), int(found[2]))
@@ -68,7 +70,9 @@ def check_places(src: str, dst: str) -> None:
         ConfigError: It is.
     """
     if not (storage.is_local(src) and storage.is_local(dst)):
-        inside = storage.join(dst, "").startswith(storage.join(src, "") + "/") or src.rstrip("/") == dst.rstrip("/")
+        inside = storage.join(dst, "").startswith(storage.join(src, "") + "/") or src.rstrip(
+            "/"
+        ) == dst.rstrip("/")
     else:
         source, target = storage.local_path(src).resolve(), storage.local_path(dst).resolve()
         inside = target == source or source in target.parents
@@ -76,7 +80,8 @@ def check_places(src: str, dst: str) -> None:
             raise ConfigError(f"convert: {dst} is a file. Give a folder for the shards.")
     if inside:
         raise ConfigError(
-            f"convert: {storage.redact(dst)} lies in the source {storage.redact(src)}. Choose another folder."
+            f"convert: {storage.redact(dst)} lies in the source {storage.redact(src)}. Choose "
+            "another folder."
         )
 
 
@@ -93,7 +98,8 @@ def find_finished(dst: str, plan: Plan) -> DatasetInfo | None:
     if info.made_by.get("plan") != plan.describe():
         raise ConfigError(
             f"convert: {storage.redact(dst)} already holds a finished dataset made otherwise "
-            f"({_differences(info.made_by.get('plan'), plan)}). Choose another folder, or remove that one."
+            f"({_differences(info.made_by.get('plan'), plan)}). Choose another folder, or remove "
+            "that one."
         )
     return info
 
@@ -153,7 +159,8 @@ def claim(dst: str, plan: Plan, share: Share) -> None:
             storage.delete(uri)
             _remove_locks(dst)
             raise ConfigError(
-                f"convert: {storage.redact(dst)} is not empty and holds no conversion (there is {foreign[0]!r}). "
+                f"convert: {storage.redact(dst)} is not empty and holds no conversion (there is "
+                f"{foreign[0]!r}). "
                 "Choose a new or empty folder; nothing was changed."
             )
         return
@@ -168,7 +175,8 @@ def claim(dst: str, plan: Plan, share: Share) -> None:
     except ValueError:
         other = None
     raise ConfigError(
-        f"convert: {storage.redact(dst)} holds an unfinished conversion made otherwise ({_differences(other, plan)}). "
+        f"convert: {storage.redact(dst)} holds an unfinished conversion made otherwise "
+        f"({_differences(other, plan)}). "
         "Run it with its own settings and source, choose another folder, or remove that one."
     )
 
@@ -183,7 +191,8 @@ def _is_own(name: str) -> bool:
 
 
 def _remove_unfinished(dst: str, share: Share) -> None:
-    """Remove the temporary files of a run that was killed: those of shards that no other run can be writing."""
+    """Remove the temporary files of a run that was killed: those of shards that no other run can be
+    writing."""
     if not storage.is_local(dst):
         return
     for file in list(list_target(dst)):
@@ -200,7 +209,8 @@ def _remove_locks(dst: str) -> None:
 
 
 def clean_up(dst: str) -> None:
-    """Remove what only an unfinished conversion needs; the marker goes last. Two may do this at the same time."""
+    """Remove what only an unfinished conversion needs; the marker goes last. Two may do this at the
+    same time."""
     for file in list(list_target(dst)):
         if file.name.startswith(f"{PARTS_FOLDER}/") or TMP_MARK in file.name:
             storage.delete(file.uri)

@@ -1,4 +1,5 @@
-"""Many shards as one dataset: `open_dataset`, the `Manifest` of its samples, the `DatasetInfo` of its shards."""
+"""Many shards as one dataset: `open_dataset`, the `Manifest` of its samples, the `DatasetInfo` of
+its shards."""
 
 from pipeline.dataset.info import DatasetInfo
 from pipeline.dataset.manifest import Manifest

@@ -1,4 +1,5 @@
-"""`dataset.json`: what a dataset is, shard by shard. Written last, it is the commit of a conversion."""
+"""`dataset.json`: what a dataset is, shard by shard. Written last, it is the commit of a
+conversion."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ _COLUMNS: tuple[tuple[str, type], ...] = (
 
 
 class Shards(Sequence[ShardInfo]):
-    """The dataset's shards in order, kept as columns: 100,000 of them load in a fraction of a second."""
+    """The dataset's shards in order, kept as columns: 100,000 of them load in a fraction of a
+    second."""
 
     def __init__(self, columns: dict[str, list[Any]]) -> None:
         self.columns = columns
@@ -97,7 +99,8 @@ class DatasetInfo:
         versions: Versions of the packages that shaped the bytes.
         manifest: The Parquet files.
         shards: Every shard.
-        fingerprint: sha256 over the shards' content hashes in order; equal for tar and beton of the same samples.
+        fingerprint: sha256 over the shards' content hashes in order; equal for tar and beton of the
+            same samples.
         format_version: Of this file's layout.
     """
 
@@ -140,7 +143,8 @@ class DatasetInfo:
 
 
 def fingerprint_of(content_hashes: Iterable[str]) -> str:
-    """Return the dataset's fingerprint: sha256 of the shards' content hashes, one a line, in order."""
+    """Return the dataset's fingerprint: sha256 of the shards' content hashes, one a line, in
+    order."""
     return hashlib.sha256("".join(f"{value}\n" for value in content_hashes).encode()).hexdigest()
 
 
@@ -152,7 +156,8 @@ def parse_dataset_info(text: bytes, *, where: str) -> DatasetInfo:
         where: What to call it in errors.
 
     Raises:
-        DataError: It is not JSON, misses a field, is newer than this program, or its sums do not match.
+        DataError: It is not JSON, misses a field, is newer than this program, or its sums do not
+            match.
     """
     remedy = "Check the dataset with pipeline.verify, or convert it again."
     try:
@@ -179,7 +184,9 @@ def parse_dataset_info(text: bytes, *, where: str) -> DatasetInfo:
             fingerprint=str(data["fingerprint"]),
         )
     except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{where}: not a dataset description ({type(error).__name__}: {error}). {remedy}") from error
+        raise DataError(
+            f"{where}: not a dataset description ({type(error).__name__}: {error}). {remedy}"
+        ) from error
     _check_sums(info, where, remedy)
     return info
 
@@ -208,12 +215,15 @@ def _check_sums(info: DatasetInfo, where: str, remedy: str) -> None:
     }
     for what, (said, is_) in found.items():
         if said != is_:
-            raise DataError(f"{where}: {what} is given as {said}, but its shards give {is_}. {remedy}")
+            raise DataError(
+                f"{where}: {what} is given as {said}, but its shards give {is_}. {remedy}"
+            )
     first = 0
     for file in info.manifest:
         if file.first_shard != first or "/" in file.name:
             raise DataError(
-                f"{where}: manifest file {file.name!r} starts at shard {file.first_shard}, not {first}. {remedy}"
+                f"{where}: manifest file {file.name!r} starts at shard {file.first_shard}, not "
+                f"{first}. {remedy}"
             )
         first += file.num_shards
     if any(count < 0 for count in counts):

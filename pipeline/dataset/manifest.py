@@ -1,8 +1,8 @@
 """What a dataset is, and where each of its samples lies.
 
-`dataset.json` names the shards; `manifest.parquet` has one row group a shard and one row a sample. Beyond
-`SHARDS_PER_FILE` shards the manifest is cut into `manifest-00000.parquet`, ...: a Parquet footer grows with its row
-groups, and a reader needs the whole footer before the first row.
+`dataset.json` names the shards; `manifest.parquet` has one row group a shard and one row a sample.
+Beyond `SHARDS_PER_FILE` shards the manifest is cut into `manifest-00000.parquet`, ...: a Parquet
+footer grows with its row groups, and a reader needs the whole footer before the first row.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ _NAMED = 10
 _CACHED_ROWS = 4_000_000
 """Rows of shard tables kept in memory, 46 bytes each."""
 _OPEN_FILES = 32
-"""Manifest files kept open, 2 MB of parsed footer each; opening one again takes 3 ms on a local disk."""
+"""Manifest files kept open, 2 MB of parsed footer each; opening one again takes 3 ms on a local
+disk."""
 _COLUMNS = [name for name in SCHEMA.names if name != "key"]
 
 
@@ -64,7 +65,8 @@ class Rows:
 
 
 class _OpenFile:
-    """One manifest file, open. Its lock is needed because a Parquet reader serves one thread at a time."""
+    """One manifest file, open. Its lock is needed because a Parquet reader serves one thread at a
+    time."""
 
     def __init__(self, uri: str, expected: ManifestFile) -> None:
         self.uri = uri
@@ -72,20 +74,27 @@ class _OpenFile:
         size_bytes = storage.size_of(uri)
         if size_bytes != expected.size_bytes:
             raise DataError(
-                f"manifest: {storage.redact(uri)} has {size_bytes} bytes, dataset.json says {expected.size_bytes}. "
+                f"manifest: {storage.redact(uri)} has {size_bytes} bytes, dataset.json says "
+                f"{expected.size_bytes}. "
                 "It was cut or replaced: write it again with pipeline.verify --write-manifest."
             )
         if storage.is_local(uri):
             source: Any = pa.OSFile(str(storage.local_path(uri)), "rb")
         else:
-            source = pa.PythonFile(cast(io.IOBase, storage.open_read(uri, buffer_bytes=2**18)), mode="r")
+            source = pa.PythonFile(
+                cast(io.IOBase, storage.open_read(uri, buffer_bytes=2**18)), mode="r"
+            )
         with _damage_as_data_error(uri):
             self.parquet = pq.ParquetFile(
-                source, read_dictionary=["format", "mode"], page_checksum_verification=True, pre_buffer=False
+                source,
+                read_dictionary=["format", "mode"],
+                page_checksum_verification=True,
+                pre_buffer=False,
             )
         if self.parquet.num_row_groups != expected.num_shards:
             raise DataError(
-                f"manifest: {storage.redact(uri)} holds {self.parquet.num_row_groups} shards, dataset.json says "
+                f"manifest: {storage.redact(uri)} holds {self.parquet.num_row_groups} shards, "
+                "dataset.json says "
                 f"{expected.num_shards}. Write it again with pipeline.verify --write-manifest."
             )
 
@@ -109,8 +118,9 @@ def _damage_as_data_error(uri: str) -> Iterator[None]:
 class Manifest:
     """A dataset's index: shard names, counts, and every sample's place, read as needed.
 
-    Only the row groups of the shards in use are loaded, into a bounded cache, so that a billion samples open at once.
-    Thread-safe; may be pickled to another process, where it opens its files anew.
+    Only the row groups of the shards in use are loaded, into a bounded cache, so that a billion
+    samples open at once. Thread-safe; may be pickled to another process, where it opens its files
+    anew.
 
     Args:
         uri: Folder of the shards.
@@ -179,12 +189,14 @@ class Manifest:
         except DataError:
             if storage.is_local(self.index_uri):
                 raise
-            # A byte may have been flipped on the way: what is damaged in the store is damaged again.
+            # A byte may have been flipped on the way: what is damaged in the store is damaged
+            # again.
             file, group = self._file(s, use="anew")
             table = file.read(group, columns)
         if table.num_rows != self.shard_sizes[s]:
             raise DataError(
-                f"manifest: {storage.redact(file.uri)}: {self.shard_name(s)} has {table.num_rows} rows, dataset.json "
+                f"manifest: {storage.redact(file.uri)}: {self.shard_name(s)} has {table.num_rows} "
+                "rows, dataset.json "
                 f"says {self.shard_sizes[s]}. Write it again with pipeline.verify --write-manifest."
             )
         return table
@@ -196,13 +208,17 @@ class Manifest:
             DataError: The manifest is damaged or does not match `dataset.json`.
         """
         if not 0 <= s < self.info.num_shards:
-            raise DataError(f"manifest: there is no shard {s}; the dataset has {self.info.num_shards}.")
+            raise DataError(
+                f"manifest: there is no shard {s}; the dataset has {self.info.num_shards}."
+            )
         with self._lock:
             known = self._tables.get(s)
             if known is not None:
                 self._tables.move_to_end(s)
                 return known
-        table = ShardTable.from_arrow(self._read(s, _COLUMNS), keys=lambda: key_list(self._read(s, ["key"])))
+        table = ShardTable.from_arrow(
+            self._read(s, _COLUMNS), keys=lambda: key_list(self._read(s, ["key"]))
+        )
         with self._lock:
             if s not in self._tables:
                 self._tables[s] = table
@@ -211,7 +227,9 @@ class Manifest:
                 self._cached_rows -= len(self._tables.popitem(last=False)[1])
         return table
 
-    def locate(self, sample_ids_B: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def locate(
+        self, sample_ids_B: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Return (shards_B, indices_B) of samples without reading the manifest.
 
         Raises:
@@ -236,7 +254,8 @@ class Manifest:
         names = ("offsets", "sizes", "labels", "widths", "heights", "hashes", "formats", "modes")
         dtypes = ("int64", "int64", "int32", "int32", "int32", "uint64", "uint8", "uint8")
         columns = {
-            name: np.empty(len(shards_B), dtype=np.dtype(dtype)) for name, dtype in zip(names, dtypes, strict=True)
+            name: np.empty(len(shards_B), dtype=np.dtype(dtype))
+            for name, dtype in zip(names, dtypes, strict=True)
         }
         order_B = np.argsort(shards_B, kind="stable")
         unique, starts = np.unique(shards_B[order_B], return_index=True)
@@ -245,12 +264,18 @@ class Manifest:
             table = self.shard_table(s)
             for name, column in columns.items():
                 column[places] = getattr(table, name)[indices_B[places]]
-        return Rows(shards_B, indices_B, **{f"{name}_B": column for name, column in columns.items()})
+        return Rows(
+            shards_B, indices_B, **{f"{name}_B": column for name, column in columns.items()}
+        )
 
     def keys(self, sample_ids_B: npt.NDArray[np.int64]) -> list[str]:
-        """Return the keys of some samples, in the order given; for reports, not for the hot path."""
+        """Return the keys of some samples, in the order given; for reports, not for the hot
+        path."""
         shards_B, indices_B = self.locate(sample_ids_B)
-        return [self.shard_table(s).keys[i] for s, i in zip(shards_B.tolist(), indices_B.tolist(), strict=True)]
+        return [
+            self.shard_table(s).keys[i]
+            for s, i in zip(shards_B.tolist(), indices_B.tolist(), strict=True)
+        ]
 
 
 def _reopen(uri: str, info: DatasetInfo, index_uri: str) -> Manifest:
@@ -258,7 +283,8 @@ def _reopen(uri: str, info: DatasetInfo, index_uri: str) -> Manifest:
 
 
 def diff(a: DatasetInfo, b: DatasetInfo) -> list[str]:
-    """Return the names of shards whose samples differ, or that only one of the two has, in order."""
+    """Return the names of shards whose samples differ, or that only one of the two has, in
+    order."""
     first = {shard.name: shard.content_hash for shard in a.shards}
     second = {shard.name: shard.content_hash for shard in b.shards}
     return [
@@ -277,13 +303,22 @@ def describe_change(dataset: Manifest, fingerprint: str, trained_on: DatasetInfo
         trained_on: its description, where it was kept.
     """
     what = (
-        f"dataset: {storage.redact(dataset.uri)} has fingerprint {dataset.info.fingerprint[:16]}, the run was started "
+        f"dataset: {storage.redact(dataset.uri)} has fingerprint {dataset.info.fingerprint[:16]}, "
+        "the run was started "
         f"on {fingerprint[:16]}: its samples changed"
     )
-    changed = diff(trained_on, dataset.info) if trained_on and trained_on.fingerprint == fingerprint else []
+    changed = (
+        diff(trained_on, dataset.info)
+        if trained_on and trained_on.fingerprint == fingerprint
+        else []
+    )
     if changed:
         more = f" and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
-        what += f" in {len(changed)} of {dataset.info.num_shards} shards: {', '.join(changed[:_NAMED])}{more}"
+        named = ", ".join(changed[:_NAMED])
+        what += f" in {len(changed)} of {dataset.info.num_shards} shards: {named}{more}"
     elif trained_on and trained_on.fingerprint == fingerprint:
         what += " places: the same shards are in another order"
-    return f"{what}. Restore the old shards, start a new run, or accept them with data.on_change next-epoch"
+    return (
+        f"{what}. Restore the old shards, start a new run, or accept them with "
+        "data.on_change next-epoch"
+    )

@@ -9,7 +9,13 @@ from pathlib import Path
 from filelock import FileLock
 
 from pipeline import storage
-from pipeline.dataset.info import DATASET_FILE, FORMAT_VERSION, PLAN_FILE, DatasetInfo, parse_dataset_info
+from pipeline.dataset.info import (
+    DATASET_FILE,
+    FORMAT_VERSION,
+    PLAN_FILE,
+    DatasetInfo,
+    parse_dataset_info,
+)
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.scan import finished_shards, list_shards, logger
 from pipeline.dataset.writer import write_dataset
@@ -19,11 +25,13 @@ from pipeline.errors import DataError
 def open_dataset(uri: str, *, cache_dir: Path | None = None) -> Manifest:
     """Open a dataset by the folder that holds it.
 
-    Without `dataset.json`, the folder's tars or betons are scanned once and the result is kept in `cache_dir`.
+    Without `dataset.json`, the folder's tars or betons are scanned once and the result is kept in
+    `cache_dir`.
 
     Args:
         uri: Folder, or the `dataset.json` in it.
-        cache_dir: Where scans of foreign shards are kept. A folder under the user's cache directory where not given.
+        cache_dir: Where scans of foreign shards are kept. A folder under the user's cache directory
+            where not given.
 
     Raises:
         DataError: Not found, unfinished, empty or damaged.
@@ -38,8 +46,10 @@ def open_dataset(uri: str, *, cache_dir: Path | None = None) -> Manifest:
         return Manifest(folder, info)
     if storage.exists(storage.join(folder, PLAN_FILE)):
         raise DataError(
-            f"dataset: {storage.redact(folder)} holds a conversion that has not finished ({PLAN_FILE} is there, "
-            f"{DATASET_FILE} is not). Run the same pipeline.convert command again: it makes only what is missing."
+            f"dataset: {storage.redact(folder)} holds a conversion that has not finished "
+            f"({PLAN_FILE} is there, "
+            f"{DATASET_FILE} is not). Run the same pipeline.convert command again: it makes only "
+            "what is missing."
         )
 
     return scan_cached(folder, cache_dir=cache_dir)
@@ -52,9 +62,11 @@ def default_cache_dir() -> Path:
 
 
 def scan_cached(uri: str, *, cache_dir: Path | None) -> Manifest:
-    """Open a folder of shards that has no `dataset.json`: scan it, or use the scan of an earlier run.
+    """Open a folder of shards that has no `dataset.json`: scan it, or use the scan of an earlier
+    run.
 
-    The scan is kept by the folder's URI and every shard's name, size and version: a changed shard is scanned anew.
+    The scan is kept by the folder's URI and every shard's name, size and version: a changed shard
+    is scanned anew.
 
     Raises:
         DataError: No shards, or one that is damaged.
@@ -66,12 +78,16 @@ def scan_cached(uri: str, *, cache_dir: Path | None) -> Manifest:
         digest.update(f"\0{file.name}\0{file.size_bytes}\0{file.version}".encode())
     index_uri = str((cache_dir or default_cache_dir()) / "scans" / digest.hexdigest()[:32])
     storage.make_folder(index_uri)
-    with FileLock(storage.join(index_uri, "lock")):  # the ranks of a node start together: one scans, the rest wait
+    with FileLock(
+        storage.join(index_uri, "lock")
+    ):  # the ranks of a node start together: one scans, the rest wait
         info = _scan_once(uri, container, files, index_uri)
     return Manifest(uri, info, index_uri=index_uri)
 
 
-def _scan_once(uri: str, container: str, files: list[storage.FileInfo], index_uri: str) -> DatasetInfo:
+def _scan_once(
+    uri: str, container: str, files: list[storage.FileInfo], index_uri: str
+) -> DatasetInfo:
     description = storage.join(index_uri, DATASET_FILE)
     if storage.exists(description):
         return parse_dataset_info(storage.read_bytes(description), where=f"dataset: {description}")

@@ -1,4 +1,5 @@
-"""Indexing of shards made elsewhere: one pass over each, the result kept so that it happens once."""
+"""Indexing of shards made elsewhere: one pass over each, the result kept so that it happens
+once."""
 
 from __future__ import annotations
 
@@ -46,13 +47,15 @@ def list_shards(uri: str) -> tuple[str, list[storage.FileInfo]]:
                 shards.setdefault(container, []).append(file)
     if len(shards) > 1:
         raise DataError(
-            f"dataset: {storage.redact(uri)} holds shards of several containers ({', '.join(sorted(shards))}). "
+            f"dataset: {storage.redact(uri)} holds shards of several containers "
+            f"({', '.join(sorted(shards))}). "
             "Give each a folder of its own."
         )
     if not shards:
         what = ", ".join(f"{count} {suffix}" for suffix, count in seen.most_common(5)) or "nothing"
         raise DataError(
-            f"dataset: {storage.redact(uri)} holds neither {DATASET_FILE} nor tars or betons; seen: {what}. "
+            f"dataset: {storage.redact(uri)} holds neither {DATASET_FILE} nor tars or betons; "
+            f"seen: {what}. "
             "Give the folder of the shards, or make shards from images with pipeline.convert."
         )
     ((container, found),) = shards.items()
@@ -60,7 +63,8 @@ def list_shards(uri: str) -> tuple[str, list[storage.FileInfo]]:
 
 
 def scan(uri: str, files: list[storage.FileInfo]) -> Iterator[ScannedShard]:
-    """Index shards in order, several at a time; a shard that cannot be indexed is reported, not raised."""
+    """Index shards in order, several at a time; a shard that cannot be indexed is reported, not
+    raised."""
 
     def one(file: storage.FileInfo) -> ScannedShard:
         try:
@@ -95,8 +99,12 @@ def finished_shards(uri: str, files: list[storage.FileInfo]) -> Iterator[Finishe
             raise DataError(f"dataset: {shard.problem}")
         ignored.update(shard.index.ignored)
         num_bad += len(shard.index.bad)
-        yield FinishedShard(shard.name, shard.index.size_bytes, shard.index.sha256, shard.index.table)
+        yield FinishedShard(
+            shard.name, shard.index.size_bytes, shard.index.sha256, shard.index.table
+        )
     if ignored:
         logger.warning("%s: passed over: %s", storage.redact(uri), dict(ignored))
     if num_bad:
-        logger.warning("%s: %d images cannot be read and will be replaced", storage.redact(uri), num_bad)
+        logger.warning(
+            "%s: %d images cannot be read and will be replaced", storage.redact(uri), num_bad
+        )

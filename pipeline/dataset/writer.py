@@ -12,13 +12,21 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.dataset.info import DATASET_FILE, DatasetInfo, ManifestFile, ShardInfo, Shards, fingerprint_of
+from pipeline.dataset.info import (
+    DATASET_FILE,
+    DatasetInfo,
+    ManifestFile,
+    ShardInfo,
+    Shards,
+    fingerprint_of,
+)
 from pipeline.errors import ConfigError, DataError, InfrastructureError
 from pipeline.formats.table import SCHEMA, ShardTable
 
 SHARDS_PER_FILE = 256
-"""Row groups of one manifest file. A parsed footer takes 8 kB a row group: 100,000 shards in files of 1,024 took 2.7 s
-and 812 MB for 256 scattered samples, in files of 256 below 1.5 s and 365 MB (2 cores, local disk)."""
+"""Row groups of one manifest file. A parsed footer takes 8 kB a row group: 100,000 shards in files
+of 1,024 took 2.7 s and 812 MB for 256 scattered samples, in files of 256 below 1.5 s and 365 MB (2
+cores, local disk)."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,8 @@ def write_dataset(
     versions: dict[str, str] | None = None,
     shards_per_file: int = SHARDS_PER_FILE,
 ) -> DatasetInfo:
-    """Write the manifest files of a dataset whose shards are in place, then `dataset.json`, the commit.
+    """Write the manifest files of a dataset whose shards are in place, then `dataset.json`, the
+    commit.
 
     Args:
         uri: Folder to write to.
@@ -67,7 +76,13 @@ def write_dataset(
         for shard in shards:
             parts.add(shard.table)
             infos.append(
-                ShardInfo(shard.name, len(shard.table), shard.size_bytes, shard.sha256, shard.table.content_hash())
+                ShardInfo(
+                    shard.name,
+                    len(shard.table),
+                    shard.size_bytes,
+                    shard.sha256,
+                    shard.table.content_hash(),
+                )
             )
         if not infos:
             raise DataError(f"dataset: {storage.redact(uri)}: there is no shard to describe.")
@@ -154,5 +169,6 @@ def _write_as_infrastructure(folder: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise InfrastructureError(
-            f"manifest: cannot write in {folder} ({error}). Free space there, or point TMPDIR elsewhere."
+            f"manifest: cannot write in {folder} ({error}). Free space there, or point TMPDIR "
+            "elsewhere."
         ) from error

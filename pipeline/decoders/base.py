@@ -56,16 +56,19 @@ class Decoder(Protocol):
     depth: int
     device: torch.device
 
-    def submit(self, images_B: Sequence[U8], boxes: Boxes, out_BHW3: torch.Tensor | None = None) -> Pending:
+    def submit(
+        self, images_B: Sequence[U8], boxes: Boxes, out_BHW3: torch.Tensor | None = None
+    ) -> Pending:
         """Begin to decode, cut, resize and mirror a batch.
 
         Batches are waited for in the order in which they were submitted.
 
         Args:
-            images_B: each image as a uint8 array: encoded bytes (one dimension), or the pixels themselves where they
-                are stored raw, (height, width, 3).
+            images_B: each image as a uint8 array: encoded bytes (one dimension), or the pixels
+                themselves where they are stored raw, (height, width, 3).
             boxes: one box and flip an image, in pixels of the stored image.
-            out_BHW3: uint8 host memory for the pixels, where they come out on the host. Without it, new memory.
+            out_BHW3: uint8 host memory for the pixels, where they come out on the host. Without it,
+                new memory.
         """
         ...
 
@@ -115,5 +118,7 @@ def decode_single(image: U8, boxes: Boxes, view: ViewConfig) -> U8:
 
 def resize_with_pillow(cut_HW3: U8, view: ViewConfig) -> U8:
     """Resize RGB pixels to the view's size with the view's filter."""
-    resized = Image.fromarray(cut_HW3).resize((view.width, view.height), _FILTERS[view.interpolation])
+    resized = Image.fromarray(cut_HW3).resize(
+        (view.width, view.height), _FILTERS[view.interpolation]
+    )
     return np.asarray(resized)

@@ -17,13 +17,18 @@ HW_DECODER_LOAD = 0.65
 
 
 def build_decoder(
-    settings: LoaderConfig, *, view: ViewConfig, max_batch_size: int, local_world_size: int, device: torch.device
+    settings: LoaderConfig,
+    *,
+    view: ViewConfig,
+    max_batch_size: int,
+    local_world_size: int,
+    device: torch.device,
 ) -> Decoder:
     """Build the decoder that `loader.decoder` names.
 
-    `auto` takes what the tuning file found best, where there is one. Else it takes DALI on a CUDA device where DALI is
-    installed and has the filter: the GPU decodes. On a CPU it takes turbo, which needs less than half of DALI's CPU
-    time for bicubic pixels (docs/benchmarks/loaders.md).
+    `auto` takes what the tuning file found best, where there is one. Else it takes DALI on a CUDA
+    device where DALI is installed and has the filter: the GPU decodes. On a CPU it takes turbo,
+    which needs less than half of DALI's CPU time for bicubic pixels (docs/benchmarks/loaders.md).
 
     Args:
         settings: what is asked for.
@@ -33,8 +38,8 @@ def build_decoder(
         device: where the pixels are wanted.
 
     Raises:
-        ConfigError: the decoder is not installed, or lacks the filter that the view asks for; the tuning file cannot
-            be read or is another machine's.
+        ConfigError: the decoder is not installed, or lacks the filter that the view asks for; the
+            tuning file cannot be read or is another machine's.
     """
     settings = with_tuning(settings, device=device)
     num_threads = threads_of_rank(settings, local_world_size=local_world_size)
@@ -81,7 +86,8 @@ def with_tuning(settings: LoaderConfig, *, device: torch.device) -> LoaderConfig
 
 
 def threads_of_rank(settings: LoaderConfig, *, local_world_size: int) -> int:
-    """Return the decoding threads of one rank: as set, or its part of the cores this process may use."""
+    """Return the decoding threads of one rank: as set, or its part of the cores this process may
+    use."""
     if settings.num_threads:
         return settings.num_threads
     return max(1, len(os.sched_getaffinity(0)) // local_world_size)

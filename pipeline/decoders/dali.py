@@ -1,7 +1,8 @@
 """Decode with NVIDIA DALI: on the GPU where there is one, with the same code on the CPU.
 
-DALI's own readers and random crops are not used: our readers hand it the bytes, our boxes say where to cut, so that
-what comes out does not depend on DALI's state. `image_slice` decodes no further than the box needs.
+DALI's own readers and random crops are not used: our readers hand it the bytes, our boxes say where
+to cut, so that what comes out does not depend on DALI's state. `image_slice` decodes no further
+than the box needs.
 
 Shapes: B images, H W height and width of the output.
 """
@@ -38,9 +39,10 @@ _FILTERS = {"bicubic": "INTERP_CUBIC", "bilinear": "INTERP_LINEAR"}
 def _route(image: U8) -> Route:
     """Decide who decodes an image, from its header and its last bytes.
 
-    DALI 2.4 hangs on an empty sample, and JPEGs whose header is damaged end the process with a segmentation fault: 16
-    of 1,863 single changes of a header did, all of them changes that libjpeg-turbo's header parser refuses (in 1.3
-    microseconds). Such a JPEG, one without its end marker, and any other file that does not look whole, is Pillow's.
+    DALI 2.4 hangs on an empty sample, and JPEGs whose header is damaged end the process with a
+    segmentation fault: 16 of 1,863 single changes of a header did, all of them changes that
+    libjpeg-turbo's header parser refuses (in 1.3 microseconds). Such a JPEG, one without its end
+    marker, and any other file that does not look whole, is Pillow's.
     """
     if image.ndim == 3:
         return "raw"
@@ -62,8 +64,9 @@ class _Ahead:
 class DaliDecoder:
     """Decode batches with a DALI pipeline that is fed from outside.
 
-    One bad image makes DALI lose the whole batch without saying which it was. Such a batch is run again image by image,
-    so that only the bad one is lost; what was submitted behind it is run again too.
+    One bad image makes DALI lose the whole batch without saying which it was. Such a batch is run
+    again image by image, so that only the bad one is lost; what was submitted behind it is run
+    again too.
 
     Args:
         view: output size and filter.
@@ -71,7 +74,8 @@ class DaliDecoder:
         num_threads: DALI's CPU threads.
         device: where the pixels are wanted; a CUDA device decodes there ("mixed").
         depth: batches in DALI's hands at once.
-        hw_decoder_load: share of the JPEGs that the GPU's own JPEG engine decodes, where it has one.
+        hw_decoder_load: share of the JPEGs that the GPU's own JPEG engine decodes, where it has
+            one.
 
     Raises:
         ConfigError: DALI is not installed, or it does not have the filter.
@@ -102,8 +106,11 @@ class DaliDecoder:
         self._ahead: dict[Stored, _Ahead] = {"encoded": _Ahead(self._build("encoded", depth))}
         self._alone: dict[Stored, Any] = {}
 
-    def submit(self, images_B: Sequence[U8], boxes: Boxes, out_BHW3: torch.Tensor | None = None) -> Pending:
-        """Begin to decode a batch (see `Decoder.submit`). One that DALI must not see whole is decoded at once."""
+    def submit(
+        self, images_B: Sequence[U8], boxes: Boxes, out_BHW3: torch.Tensor | None = None
+    ) -> Pending:
+        """Begin to decode a batch (see `Decoder.submit`). One that DALI must not see whole is
+        decoded at once."""
         routes = {_route(image) for image in images_B}
         stored = next(iter(routes)) if len(routes) == 1 else "pillow"
         if stored == "pillow":
@@ -119,7 +126,8 @@ class DaliDecoder:
                 try:
                     return Decoded(self._outputs(ahead.pipeline, out_BHW3))
                 except RuntimeError:
-                    # What was submitted behind this batch is lost with it, and is run again when it is waited for.
+                    # What was submitted behind this batch is lost with it, and is run again when it
+                    # is waited for.
                     ahead.is_broken = True
                     self._ahead.pop(stored, None)
             return self._decode_alike(images_B, boxes, stored)
@@ -137,7 +145,9 @@ class DaliDecoder:
         decoded = self._zeros(len(images_B))
         for stored in _STORED:
             if some := places[stored]:
-                part = self._decode_alike([images_B[i] for i in some], boxes.take(np.array(some)), stored)
+                part = self._decode_alike(
+                    [images_B[i] for i in some], boxes.take(np.array(some)), stored
+                )
                 decoded.pixels_BHW3[torch.tensor(some, device=self.device)] = part.pixels_BHW3
                 decoded.bad.update({some[i]: reason for i, reason in part.bad.items()})
         for i in places["pillow"]:
@@ -166,7 +176,8 @@ class DaliDecoder:
         return decoded
 
     def _with_pillow(self, image: U8, box: Boxes, decoded: Decoded, i: int) -> None:
-        """Have the last word on an image: what Pillow can read is not lost, and every decoder gives up on the same."""
+        """Have the last word on an image: what Pillow can read is not lost, and every decoder gives
+        up on the same."""
         try:
             decoded.pixels_BHW3[i] = torch.from_numpy(decode_single(image, box, self._view).copy())
         except ValueError as error:
@@ -184,11 +195,13 @@ class DaliDecoder:
             raise
 
     def _outputs(self, pipeline: Any, out_BHW3: torch.Tensor | None) -> torch.Tensor:
-        """Wait for a pipeline's next batch. The buffer is DALI's and is used again, so the pixels are copied out."""
+        """Wait for a pipeline's next batch. The buffer is DALI's and is used again, so the pixels
+        are copied out."""
         (output,) = pipeline.share_outputs()
         try:
             if self._stream is not None:
-                # On a stream of its own, not behind the step that is running; and over before the buffer goes back.
+                # On a stream of its own, not behind the step that is running; and over before the
+                # buffer goes back.
                 with torch.cuda.stream(self._stream):
                     copy_BHW3 = torch.utils.dlpack.from_dlpack(output.as_tensor()).clone()
                 self._stream.synchronize()
@@ -209,7 +222,8 @@ class DaliDecoder:
         except ImportError as error:
             raise ConfigError(
                 "loader.decoder 'dali' needs NVIDIA DALI, which is not installed. "
-                "Install the extra: pip install -e '.[dali]' -c constraints.txt, or choose loader.decoder 'turbo'"
+                "Install the extra: pip install -e '.[dali]' -c constraints.txt, or choose "
+                "loader.decoder 'turbo'"
             ) from error
         on_gpu = self.device.type == "cuda"
         pipeline = dali.Pipeline(
@@ -252,9 +266,14 @@ class DaliDecoder:
 
 
 def _start(pipeline: Any, stored: Stored, depth: int) -> None:
-    """Run small images through a new pipeline: its first `schedule_run` wants all the batches it may hold at once."""
+    """Run small images through a new pipeline: its first `schedule_run` wants all the batches it
+    may hold at once."""
     pixels_HW3 = np.full((16, 16, 3), 128, dtype=np.uint8)
-    image = pixels_HW3 if stored == "raw" else np.frombuffer(simplejpeg.encode_jpeg(pixels_HW3), dtype=np.uint8)
+    image = (
+        pixels_HW3
+        if stored == "raw"
+        else np.frombuffer(simplejpeg.encode_jpeg(pixels_HW3), dtype=np.uint8)
+    )
     zero, side = np.zeros(1, dtype=np.int32), np.full(1, 16, dtype=np.int32)
     for _ in range(depth):
         _feed_inputs(pipeline, [image], Boxes(zero, zero, side, side, zero.astype(np.bool_)))

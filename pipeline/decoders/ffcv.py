@@ -1,7 +1,9 @@
-"""Decode with FFCV's compiled CPU kernels, called by a pool of threads: no Loader, no compiling, no ring of its own.
+"""Decode with FFCV's compiled CPU kernels, called by a pool of threads: no Loader, no compiling, no
+ring of its own.
 
-They read any JPEG, a tar's as well as a beton's, and pixels that are stored raw. JPEG is decoded whole, with
-libjpeg-turbo's faster and coarser transforms: on average 1.3 of 255 levels from what every other decoder gives.
+They read any JPEG, a tar's as well as a beton's, and pixels that are stored raw. JPEG is decoded
+whole, with libjpeg-turbo's faster and coarser transforms: on average 1.3 of 255 levels from what
+every other decoder gives.
 
 Shapes: H W height and width of the output, 3 RGB.
 """
@@ -37,7 +39,8 @@ class FfcvDecoder(ThreadedDecoder):
     def __init__(self, *, view: ViewConfig, num_threads: int) -> None:
         if view.interpolation != "area":
             raise ConfigError(
-                f"view.interpolation {view.interpolation!r}: FFCV has only area; choose it, or loader.decoder 'turbo' "
+                f"view.interpolation {view.interpolation!r}: FFCV has only area; choose it, or "
+                "loader.decoder 'turbo' "
                 "or 'dali'"
             )
         _library()  # a missing FFCV is a mistake of the configuration, to be met now
@@ -82,21 +85,29 @@ class _FfcvKernels:
 
 @cache
 def _library() -> ctypes.CDLL:
-    """Load FFCV's compiled part without importing FFCV, which takes seconds and brings numba along."""
+    """Load FFCV's compiled part without importing FFCV, which takes seconds and brings numba
+    along."""
     found = find_spec("ffcv")
-    files = [] if found is None or not found.origin else sorted(Path(found.origin).parent.glob("_libffcv*.so"))
+    files = (
+        []
+        if found is None or not found.origin
+        else sorted(Path(found.origin).parent.glob("_libffcv*.so"))
+    )
     if not files:
         raise ConfigError(
-            "loader.decoder 'ffcv' needs FFCV, which is not installed. Run deploy/setup.sh with ffcv among its EXTRAS, "
+            "loader.decoder 'ffcv' needs FFCV, which is not installed. Run deploy/setup.sh with "
+            "ffcv among its EXTRAS, "
             "or choose loader.decoder 'turbo', which reads betons too"
         )
     library = ctypes.CDLL(str(files[0]))
     u32 = ctypes.c_uint32
-    # (source, its bytes, height, width, destination, crop height and width, x, y, scale as a fraction, crop, flip)
+    # (source, its bytes, height, width, destination, crop height and width, x, y, scale as a
+    # fraction, crop, flip)
     library.imdecode.argtypes = [
         *(ctypes.c_void_p, ctypes.c_uint64, u32, u32, ctypes.c_void_p),
         *(u32, u32, u32, u32, u32, u32, ctypes.c_bool, ctypes.c_bool),
     ]
-    # (0, source, height, width, first and last row, first and last column, destination, height, width)
+    # (0, source, height, width, first and last row, first and last column, destination, height,
+    # width)
     library.resize.argtypes = [ctypes.c_int64] * 11
     return library

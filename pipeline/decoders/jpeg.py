@@ -1,7 +1,8 @@
 """Decode of a JPEG no more than a box needs, with libjpeg-turbo.
 
-simplejpeg decodes whole images. nvImageCodec, which DALI brings along, skips the inverse transform outside of a box and
-stops below it; its pixels are the same, bit for bit, in about five sixths of the time (docs/benchmarks/loaders.md).
+simplejpeg decodes whole images. nvImageCodec, which DALI brings along, skips the inverse transform
+outside of a box and stops below it; its pixels are the same, bit for bit, in about five sixths of
+the time (docs/benchmarks/loaders.md).
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ _TAIL_BYTES = 4096
 _KEPT_SCRATCH_BYTES = 64 * 2**20
 """Scratch memory that is kept; what a larger image needs is given back after it."""
 _REGION_MIN_PIXELS = 256 * 256
-"""Below this an image is decoded whole: a region saves a sixth, and costs some 25 microseconds of its own."""
+"""Below this an image is decoded whole: a region saves a sixth, and costs some 25 microseconds of
+its own."""
 _REGION_MAX_SHARE = 0.95
 """A box of more than this share of the image is decoded with all of it."""
 
@@ -30,8 +32,9 @@ _REGION_MAX_SHARE = 0.95
 def is_whole_jpeg(image: U8) -> bool:
     """Say whether a file begins, declares itself and ends as a JPEG does.
 
-    What decodes only a part of an image must ask this first: it would not notice that the rest is missing. And
-    nvImageCodec ends the process on some damaged headers, all of which libjpeg-turbo's parser refuses.
+    What decodes only a part of an image must ask this first: it would not notice that the rest is
+    missing. And nvImageCodec ends the process on some damaged headers, all of which libjpeg-turbo's
+    parser refuses.
     """
     if not _has_both_ends(image):
         return False
@@ -49,7 +52,8 @@ def _has_both_ends(image: U8) -> bool:
 
 
 def read_header(image: U8, *, bottom: int, right: int) -> tuple[int, int, str] | None:
-    """Return a JPEG's height, width and colours ("YCbCr", "Gray", "CMYK", ...); None where the file is no JPEG.
+    """Return a JPEG's height, width and colours ("YCbCr", "Gray", "CMYK", ...); None where the file
+    is no JPEG.
 
     Raises:
         ValueError: the image is smaller than its box.
@@ -74,7 +78,8 @@ class JpegCutter:
         self._scratch = np.empty(0, dtype=np.uint8)
         self._codec: Any = None
         if regions and has_regions():
-            # It writes to stderr of each damaged image; those are counted and reported here, with their names.
+            # It writes to stderr of each damaged image; those are counted and reported here, with
+            # their names.
             os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
             self._codec = import_module("nvidia.nvimgcodec")
             self._decoder = self._codec.Decoder(
@@ -88,7 +93,8 @@ class JpegCutter:
         """Return the pixels of a box, uint8 RGB (height, width, 3), valid until the next call.
 
         Returns:
-            None where Pillow must have a look: no JPEG, damaged, or of a kind that does not become RGB here.
+            None where Pillow must have a look: no JPEG, damaged, or of a kind that does not become
+            RGB here.
 
         Raises:
             ValueError: the image is smaller than its box.
@@ -108,7 +114,9 @@ class JpegCutter:
         ):
             return self._region(image, (top, left, bottom, right))
         try:
-            whole_HW3 = simplejpeg.decode_jpeg(image, "RGB", buffer=self._scratch_of(num_pixels * 3))
+            whole_HW3 = simplejpeg.decode_jpeg(
+                image, "RGB", buffer=self._scratch_of(num_pixels * 3)
+            )
         except ValueError:
             # Damaged: Pillow has the last word, so that every decoder gives up on the same images.
             return None

@@ -24,7 +24,8 @@ class Kernels(Protocol):
     """What one thread decodes and resizes with."""
 
     def cut(self, image: U8, *, top: int, left: int, height: int, width: int) -> U8 | None:
-        """Return a box of an encoded image as RGB, None where Pillow must have a look; see `JpegCutter.cut`."""
+        """Return a box of an encoded image as RGB, None where Pillow must have a look; see
+        `JpegCutter.cut`."""
         ...
 
     def resize(self, cut_HW3: U8, out_HW3: U8, *, flip: bool) -> None:
@@ -44,23 +45,35 @@ class ThreadedDecoder:
     depth = 2  # so that no thread idles while a batch's last images are decoded
     device = torch.device("cpu")
 
-    def __init__(self, *, view: ViewConfig, num_threads: int, kernels: Callable[[], Kernels]) -> None:
+    def __init__(
+        self, *, view: ViewConfig, num_threads: int, kernels: Callable[[], Kernels]
+    ) -> None:
         self._view = view
         self._num_threads = num_threads
         self._kernels = kernels
         self._local = threading.local()
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode", initializer=self._begin_thread)
+        self._pool = ThreadPoolExecutor(
+            num_threads, thread_name_prefix="decode", initializer=self._begin_thread
+        )
 
-    def submit(self, images_B: Sequence[U8], boxes: Boxes, out_BHW3: torch.Tensor | None = None) -> Pending:
+    def submit(
+        self, images_B: Sequence[U8], boxes: Boxes, out_BHW3: torch.Tensor | None = None
+    ) -> Pending:
         """Begin to decode a batch (see `Decoder.submit`)."""
         count = len(images_B)
         if out_BHW3 is None:
-            out_BHW3 = torch.empty((count, self._view.height, self._view.width, 3), dtype=torch.uint8)
+            out_BHW3 = torch.empty(
+                (count, self._view.height, self._view.width, 3), dtype=torch.uint8
+            )
         pixels_BHW3 = out_BHW3
         size = -(-count // (_PIECES_PER_THREAD * self._num_threads)) or 1
         pieces = [
             self._pool.submit(
-                self._decode_piece, range(first, min(first + size, count)), images_B, boxes, pixels_BHW3.numpy()
+                self._decode_piece,
+                range(first, min(first + size, count)),
+                images_B,
+                boxes,
+                pixels_BHW3.numpy(),
             )
             for first in range(0, count, size)
         ]
@@ -86,7 +99,9 @@ class ThreadedDecoder:
         torch.set_grad_enabled(False)
         self._local.kernels = self._kernels()
 
-    def _decode_piece(self, piece: range, images_B: Sequence[U8], boxes: Boxes, out_BHW3: U8) -> dict[int, str]:
+    def _decode_piece(
+        self, piece: range, images_B: Sequence[U8], boxes: Boxes, out_BHW3: U8
+    ) -> dict[int, str]:
         kernels: Kernels = self._local.kernels
         bad: dict[int, str] = {}
         part = slice(piece.start, piece.stop)
@@ -118,5 +133,7 @@ class ThreadedDecoder:
 
 def _cut_raw(image_HW3: U8, top: int, left: int, height: int, width: int) -> U8:
     if top + height > image_HW3.shape[0] or left + width > image_HW3.shape[1]:
-        raise ValueError(f"is {image_HW3.shape[1]} x {image_HW3.shape[0]} pixels, smaller than the manifest says")
+        raise ValueError(
+            f"is {image_HW3.shape[1]} x {image_HW3.shape[0]} pixels, smaller than the manifest says"
+        )
     return image_HW3[top : top + height, left : left + width]

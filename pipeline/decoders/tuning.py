@@ -1,4 +1,5 @@
-"""The tuning file: which decoder and settings were fastest on a machine, as `pipeline.bench --tune` wrote them."""
+"""The tuning file: which decoder and settings were fastest on a machine, as `pipeline.bench --tune`
+wrote them."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from pipeline.errors import ConfigError
 
 
 class Tuning(Settings):
-    """The `[loader]` table of a tuning file; every name and unit is that of the loader's settings."""
+    """The `[loader]` table of a tuning file; every name and unit is that of the loader's
+    settings."""
 
     decoder: Literal["dali", "turbo", "ffcv"]
     num_threads: int = Field(ge=1)
@@ -25,7 +27,8 @@ class Tuning(Settings):
 
 
 def is_installed(package: str) -> bool:
-    """Say whether a package can be imported, without importing it; `a.b` where `a` is missing too is no error."""
+    """Say whether a package can be imported, without importing it; `a.b` where `a` is missing too
+    is no error."""
     try:
         return find_spec(package) is not None
     except ModuleNotFoundError:
@@ -58,7 +61,9 @@ def candidates(*, device: torch.device, interpolation: str) -> list[Tuning]:
 
 def describe(tuning: Tuning) -> str:
     """Say what a tuning sets, in a line."""
-    return ", ".join(f"{name} {value}" for name, value in tuning.model_dump(exclude_defaults=True).items())
+    return ", ".join(
+        f"{name} {value}" for name, value in tuning.model_dump(exclude_defaults=True).items()
+    )
 
 
 def describe_machine(device: torch.device) -> str:
@@ -95,12 +100,14 @@ def read_tuning(path: str, *, device: torch.device) -> Tuning:
         tuning = Tuning(**content.get("loader", {}))
     except (OSError, tomllib.TOMLDecodeError, ValidationError) as error:
         raise ConfigError(
-            f"loader.tuning_file {path}: cannot be used ({error}). Write it with python -m pipeline.bench URI --tune"
+            f"loader.tuning_file {path}: cannot be used ({error}). Write it with python -m "
+            "pipeline.bench URI --tune"
         ) from error
     here = describe_machine(device)
     if content.get("machine") != here:
         raise ConfigError(
-            f"loader.tuning_file {path}: is of {content.get('machine')!r}, this is {here!r}. Tune again here with "
+            f"loader.tuning_file {path}: is of {content.get('machine')!r}, this is {here!r}. Tune "
+            "again here with "
             "python -m pipeline.bench URI --tune, or leave the setting empty"
         )
     return tuning

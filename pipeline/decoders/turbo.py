@@ -1,4 +1,5 @@
-"""Decode with threads over libjpeg-turbo, torch's and OpenCV's resize kernels: always there, on any machine.
+"""Decode with threads over libjpeg-turbo, torch's and OpenCV's resize kernels: always there, on any
+machine.
 
 Pixels that are stored raw (FFCV's `raw` mode) pass through the same code without the JPEG step.
 
@@ -20,19 +21,22 @@ from pipeline.decoders.threads import ThreadedDecoder
 class TurboDecoder(ThreadedDecoder):
     """Decode JPEG with libjpeg-turbo on a thread pool; formats that it does not read with Pillow.
 
-    `bicubic` and `bilinear` are Pillow's filters, which widen when they shrink an image as those of the published
-    recipes do. torch computes them on AVX2 to within rounding, bicubic in a fifth of Pillow's time or less
-    (docs/benchmarks/loaders.md); where the CPU lacks AVX2, Pillow does. `area` is OpenCV's INTER_AREA, which is what
-    FFCV's loader uses too.
+    `bicubic` and `bilinear` are Pillow's filters, which widen when they shrink an image as those of
+    the published recipes do. torch computes them on AVX2 to within rounding, bicubic in a fifth of
+    Pillow's time or less (docs/benchmarks/loaders.md); where the CPU lacks AVX2, Pillow does.
+    `area` is OpenCV's INTER_AREA, which is what FFCV's loader uses too.
 
     Args:
         view: output size and filter.
         num_threads: decoding threads.
-        regions: whether nvImageCodec may decode parts of images where it is installed; the pixels are the same.
+        regions: whether nvImageCodec may decode parts of images where it is installed; the pixels
+            are the same.
     """
 
     def __init__(self, *, view: ViewConfig, num_threads: int, regions: bool = True) -> None:
-        super().__init__(view=view, num_threads=num_threads, kernels=lambda: _TurboKernels(view, regions=regions))
+        super().__init__(
+            view=view, num_threads=num_threads, kernels=lambda: _TurboKernels(view, regions=regions)
+        )
 
 
 class _TurboKernels:
@@ -45,7 +49,12 @@ class _TurboKernels:
     def resize(self, cut_HW3: U8, out_HW3: U8, *, flip: bool) -> None:
         """Resize a cut into its place in the batch (see `Kernels.resize`)."""
         if self._view.interpolation == "area":
-            cv2.resize(cut_HW3, (self._view.width, self._view.height), dst=out_HW3, interpolation=cv2.INTER_AREA)
+            cv2.resize(
+                cut_HW3,
+                (self._view.width, self._view.height),
+                dst=out_HW3,
+                interpolation=cv2.INTER_AREA,
+            )
             if flip:
                 cv2.flip(out_HW3, 1, dst=out_HW3)
             return
@@ -62,9 +71,9 @@ class _TurboKernels:
             return resize_with_pillow(cut_HW3, self._view)
         if cut_HW3.shape[:2] == size:
             return cut_HW3
-        # Packed channels-last is what the kernel works on in place; anything else it takes apart into planes, which
-        # trebles the time. The batch axis must come first: torch tells the layout by its stride. A mapped shard's raw
-        # pixels cannot be written, which torch warns of.
+        # Packed channels-last is what the kernel works on in place; anything else it takes apart
+        # into planes, which trebles the time. The batch axis must come first: torch tells the
+        # layout by its stride. A mapped shard's raw pixels cannot be written, which torch warns of.
         if not (cut_HW3.flags.c_contiguous and cut_HW3.flags.writeable):
             cut_HW3 = cut_HW3.copy()
         cut_1CHW = torch.from_numpy(cut_HW3).unsqueeze(0).permute(0, 3, 1, 2)

@@ -1,7 +1,8 @@
-"""Layout of FFCV's `.beton` files, version 2: header, field descriptions, one row a sample, pages, allocations.
+"""Layout of FFCV's `.beton` files, version 2: header, field descriptions, one row a sample, pages,
+allocations.
 
-FFCV is not needed to read or write one. All numbers are little-endian. Source: ffcv 1.0.2, whose own reader and writer
-tests/integration/test_ffcv_interop.py compares with.
+FFCV is not needed to read or write one. All numbers are little-endian. Source: ffcv 1.0.2, whose
+own reader and writer tests/integration/test_ffcv_interop.py compares with.
 """
 
 from __future__ import annotations
@@ -39,13 +40,15 @@ FIELD_ROWS: dict[int, np.dtype] = {
     JSON: BYTES_ROW,
     6: _PTR_ROW,
 }
-"""What one sample takes in the table of samples, by type id: float, int, image, bytes, array, JSON, tensor."""
+"""What one sample takes in the table of samples, by type id: float, int, image, bytes, array, JSON,
+tensor."""
 MODE_JPEG, MODE_RAW = 0, 1
 MAX_SIDE = 2**16 - 1
 """Widths and heights are stored in 16 bits."""
 MIN_PAGE_BYTES = 2**21
 DEFAULT_PAGE_BYTES = 2**23
-"""FFCV's own default. A sample lies in one page; the rest of a page that the next one does not fit in stays empty."""
+"""FFCV's own default. A sample lies in one page; the rest of a page that the next one does not fit
+in stays empty."""
 MAX_PAGE_BYTES = 2**31
 """Page sizes are powers of two in 32 bits."""
 OUR_FIELDS = (("image", IMAGE), ("label", INT), ("meta", JSON))
@@ -72,7 +75,9 @@ def row_dtype(type_ids: list[int]) -> np.dtype:
 def fields_of(descriptions: npt.NDArray) -> list[Field]:
     """Return names and kinds from the field descriptions."""
     return [
-        Field(bytes(entry["name"]).split(b"\0")[0].decode("ascii", "replace"), int(entry["type_id"]))
+        Field(
+            bytes(entry["name"]).split(b"\0")[0].decode("ascii", "replace"), int(entry["type_id"])
+        )
         for entry in descriptions
     ]
 

@@ -1,7 +1,8 @@
 """FFCV shards: samples as slices of a `.beton`, whoever wrote it; images in JPEG or raw pixels.
 
-Keys and labels: of a beton made here, from its `meta` and `label` fields. Of another: the key is what its JSON or
-bytes field holds, or the file's name and the sample's number; the label is the field `label`, or the only integer.
+Keys and labels: of a beton made here, from its `meta` and `label` fields. Of another: the key is
+what its JSON or bytes field holds, or the file's name and the sample's number; the label is the
+field `label`, or the only integer.
 """
 
 from __future__ import annotations
@@ -61,21 +62,40 @@ def read_layout(file: BinaryIO, *, name: str, size_bytes: int) -> Layout:
     """
     head = _exactly(file, 0, beton.HEADER.itemsize, name).view(beton.HEADER)[0]
     if head["version"] != beton.VERSION:
-        raise DataError(f"{name}: not a beton of version {beton.VERSION} (found {head['version']}). Write it again.")
-    count, num_fields, table_at = int(head["num_samples"]), int(head["num_fields"]), int(head["alloc_table_ptr"])
-    left = size_bytes - table_at
-    if not 0 < count < _MAX_SAMPLES or not 0 < table_at <= size_bytes or left % beton.ALLOCATION.itemsize:
         raise DataError(
-            f"{name}: the beton is empty, cut or was never finished: {count} samples, allocations at byte {table_at} "
+            f"{name}: not a beton of version {beton.VERSION} (found {head['version']}). Write it "
+            "again."
+        )
+    count, num_fields, table_at = (
+        int(head["num_samples"]),
+        int(head["num_fields"]),
+        int(head["alloc_table_ptr"]),
+    )
+    left = size_bytes - table_at
+    if (
+        not 0 < count < _MAX_SAMPLES
+        or not 0 < table_at <= size_bytes
+        or left % beton.ALLOCATION.itemsize
+    ):
+        raise DataError(
+            f"{name}: the beton is empty, cut or was never finished: {count} samples, allocations "
+            f"at byte {table_at} "
             f"of {size_bytes}. Copy it again from its source, or write it again."
         )
-    descriptions = _exactly(file, beton.HEADER.itemsize, num_fields * beton.FIELD.itemsize, name).view(beton.FIELD)
+    descriptions = _exactly(
+        file, beton.HEADER.itemsize, num_fields * beton.FIELD.itemsize, name
+    ).view(beton.FIELD)
     fields = beton.fields_of(descriptions)
     unknown = [entry.name for entry in fields if entry.type_id not in beton.FIELD_ROWS]
     if unknown:
-        raise DataError(f"{name}: field {unknown[0]!r} is of a custom kind, so the samples' rows cannot be read.")
+        raise DataError(
+            f"{name}: field {unknown[0]!r} is of a custom kind, so the samples' rows cannot be "
+            "read."
+        )
     dtype = beton.row_dtype([entry.type_id for entry in fields])
-    rows = _exactly(file, beton.HEADER.itemsize + descriptions.nbytes, count * dtype.itemsize, name).view(dtype)
+    rows = _exactly(
+        file, beton.HEADER.itemsize + descriptions.nbytes, count * dtype.itemsize, name
+    ).view(dtype)
     allocations = _exactly(file, table_at, left, name).view(beton.ALLOCATION)
     names = dtype.names or ()
     images = [i for i, entry in enumerate(fields) if entry.type_id == beton.IMAGE]
@@ -94,7 +114,9 @@ def read_layout(file: BinaryIO, *, name: str, size_bytes: int) -> Layout:
         texts = rows[names[text]]
         held = texts[texts["size"] > 0]
         if (_sizes(held["ptr"], allocations, name) != held["size"]).any():
-            raise DataError(f"{name}: the beton's tables disagree about a sample's texts. Write it again.")
+            raise DataError(
+                f"{name}: the beton's tables disagree about a sample's texts. Write it again."
+            )
     ignored = Counter(f"field {entry.name!r}" for i, entry in enumerate(fields) if i not in used)
     return Layout(
         image=image,
@@ -107,7 +129,8 @@ def read_layout(file: BinaryIO, *, name: str, size_bytes: int) -> Layout:
 
 
 def _choose(fields: list[beton.Field], kinds: tuple[int, ...], *names: str) -> int | None:
-    """Return the field of one of these kinds that has one of these names, or the only one of these kinds."""
+    """Return the field of one of these kinds that has one of these names, or the only one of these
+    kinds."""
     fitting = [i for i, entry in enumerate(fields) if entry.type_id in kinds]
     named = [i for i in fitting if fields[i].name in names]
     return named[0] if named else fitting[0] if len(fitting) == 1 else None
@@ -118,7 +141,8 @@ def _exactly(file: BinaryIO, start: int, size: int, name: str) -> npt.NDArray[np
     data = file.read(size)
     if len(data) != size:
         raise DataError(
-            f"{name}: the beton ends at byte {start + len(data)}, inside its tables. Copy it again from its source."
+            f"{name}: the beton ends at byte {start + len(data)}, inside its tables. Copy it again "
+            "from its source."
         )
     return np.frombuffer(data, np.uint8)
 
@@ -130,7 +154,8 @@ def _sizes(places: npt.NDArray, allocations: npt.NDArray, name: str) -> npt.NDAr
     found = np.searchsorted(starts, places).clip(max=max(len(starts) - 1, 0))
     if len(places) and (not len(starts) or (starts[found] != places).any()):
         raise DataError(
-            f"{name}: a sample lies where nothing was allocated; the beton was cut or damaged. Copy it again from its "
+            f"{name}: a sample lies where nothing was allocated; the beton was cut or damaged. "
+            "Copy it again from its "
             "source, or write it again."
         )
     return allocations["size"][order][found].astype(np.int64)
@@ -146,7 +171,9 @@ def index_shard(uri: str) -> IndexedShard:
     size_bytes = storage.size_of(uri)
     with storage.open_read(uri) as file:
         layout = read_layout(file, name=name, size_bytes=size_bytes)
-        pass_over = _Pass(file, layout, name=name, stem=storage.name_of(uri).removesuffix(SUFFIXES["ffcv"]))
+        pass_over = _Pass(
+            file, layout, name=name, stem=storage.name_of(uri).removesuffix(SUFFIXES["ffcv"])
+        )
         pass_over.run()
     return IndexedShard(
         name=storage.name_of(uri),
@@ -160,7 +187,8 @@ def index_shard(uri: str) -> IndexedShard:
 
 
 class _Pass:
-    """Reads a beton from its first byte to its last, hashing, and looks at images and texts as they come by."""
+    """Reads a beton from its first byte to its last, hashing, and looks at images and texts as they
+    come by."""
 
     def __init__(self, file: BinaryIO, layout: Layout, *, name: str, stem: str) -> None:
         self._file = file
@@ -188,7 +216,10 @@ class _Pass:
         at = 0
         for start, size, row, is_image in sorted(spans):
             if start < at:
-                raise DataError(f"{self._name}: samples lie on top of each other at byte {start}. Write it again.")
+                raise DataError(
+                    f"{self._name}: samples lie on top of each other at byte {start}. Write it "
+                    "again."
+                )
             self._skip(start - at)
             data = self._read(size)
             at = start + size
@@ -203,7 +234,9 @@ class _Pass:
     def _read(self, size: int) -> bytes:
         data = self._file.read(size)
         if len(data) != size:
-            raise DataError(f"{self._name}: the beton ends inside a sample. Copy it again from its source.")
+            raise DataError(
+                f"{self._name}: the beton ends inside a sample. Copy it again from its source."
+            )
         self.digest.update(data)
         return data
 
@@ -215,7 +248,9 @@ class _Pass:
         entry = self._layout.image[row]
         width, height = int(entry["width"]), int(entry["height"])
         if entry["mode"] == beton.MODE_RAW:
-            return Probe("raw", width, height, "RGB") if len(data) == width * height * 3 else TRUNCATED
+            return (
+                Probe("raw", width, height, "RGB") if len(data) == width * height * 3 else TRUNCATED
+            )
         found = probe(data)
         if isinstance(found, Probe) and (found.width, found.height) != (width, height):
             return f"is {found.width} x {found.height} pixels, the beton says {width} x {height}"
@@ -245,8 +280,12 @@ class _Pass:
         return rows.build()
 
     def _keys(self) -> list[str]:
-        """Return the stored keys where every sample has one of its own, or the file's name and the number."""
-        keys = [_key_of(self._texts.get(row, b""), self._layout.texts_are_json) for row in range(len(self._found))]
+        """Return the stored keys where every sample has one of its own, or the file's name and the
+        number."""
+        keys = [
+            _key_of(self._texts.get(row, b""), self._layout.texts_are_json)
+            for row in range(len(self._found))
+        ]
         if all(keys) and len(set(keys)) == len(keys):
             return keys
         stem = "_".join(self._stem.replace(".", "_").split())
@@ -264,7 +303,8 @@ def _key_of(text: bytes, is_json: bool) -> str:
 
 
 def read_metas(uri: str) -> list[dict[str, object] | None]:
-    """Return what a beton knows of each image beside its key: `about`, or all of another writer's JSON; or nothing.
+    """Return what a beton knows of each image beside its key: `about`, or all of another writer's
+    JSON; or nothing.
 
     Raises:
         DataError: It is no beton, or cut.

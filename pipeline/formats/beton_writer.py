@@ -1,7 +1,9 @@
-"""Writes `.beton` files that FFCV's own Loader reads, without FFCV: given bytes are stored as they are.
+"""Writes `.beton` files that FFCV's own Loader reads, without FFCV: given bytes are stored as they
+are.
 
-FFCV's DatasetWriter encodes images again, waits for ever for a worker that has died, and starts processes. This writer
-lays the same bytes out as that one does with one worker; tests/integration/test_ffcv_interop.py holds the two together.
+FFCV's DatasetWriter encodes images again, waits for ever for a worker that has died, and starts
+processes. This writer lays the same bytes out as that one does with one worker;
+tests/integration/test_ffcv_interop.py holds the two together.
 """
 
 from __future__ import annotations
@@ -29,19 +31,24 @@ _CHUNK_BYTES = 2**20
 
 
 def storable(found: Probe) -> bool:
-    """Tell whether FFCV's readers can decode an image of this kind: a JPEG in RGB or grey, or raw RGB."""
+    """Tell whether FFCV's readers can decode an image of this kind: a JPEG in RGB or grey, or raw
+    RGB."""
     small = max(found.width, found.height) <= beton.MAX_SIDE
-    return small and ((found.format == "jpeg" and found.mode in ("RGB", "L")) or found.format == "raw")
+    return small and (
+        (found.format == "jpeg" and found.mode in ("RGB", "L")) or found.format == "raw"
+    )
 
 
 class BetonWriter:
-    """Write one shard: samples go to a temporary file, and are laid out in pages when all are known.
+    """Write one shard: samples go to a temporary file, and are laid out in pages when all are
+    known.
 
-    A page must hold a whole sample, and pages begin behind a table that has a row a sample: neither is known before the
-    last. The bytes depend on what is added and its order alone. Use it as a context manager; leaving it by an exception
-    removes the temporary files.
+    A page must hold a whole sample, and pages begin behind a table that has a row a sample: neither
+    is known before the last. The bytes depend on what is added and its order alone. Use it as a
+    context manager; leaving it by an exception removes the temporary files.
 
-    Fields: `image` (RGBImageField), `label` (IntField, -1 for none), `meta` (JSONField: `key`, and `about` if given).
+    Fields: `image` (RGBImageField), `label` (IntField, -1 for none), `meta` (JSONField: `key`, and
+        `about` if given).
 
     Args:
         uri: Where the finished shard goes.
@@ -70,7 +77,9 @@ class BetonWriter:
                     path = local_files.tmp_path(folder)
                     self._files.append(path.open("x+b"))
                 else:
-                    file = tempfile.NamedTemporaryFile(prefix="maelstrom-", suffix=SUFFIXES["ffcv"], delete=False)
+                    file = tempfile.NamedTemporaryFile(
+                        prefix="maelstrom-", suffix=SUFFIXES["ffcv"], delete=False
+                    )
                     path = Path(file.name)
                     self._files.append(file)  # type: ignore[arg-type]
                 self._tmp.append(path)
@@ -79,7 +88,10 @@ class BetonWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         for file in self._files:
             with suppress(OSError):
@@ -92,13 +104,20 @@ class BetonWriter:
         return len(self._images)
 
     def add(
-        self, key: str, image: bytes, found: Probe, *, label: int = NO_LABEL, metadata: dict[str, Any] | None = None
+        self,
+        key: str,
+        image: bytes,
+        found: Probe,
+        *,
+        label: int = NO_LABEL,
+        metadata: dict[str, Any] | None = None,
     ) -> None:
         """Append one sample.
 
         Args:
             key: Unique in the dataset.
-            image: A JPEG file, stored as it is, or the pixels of a `raw` image: height x width x 3 bytes.
+            image: A JPEG file, stored as it is, or the pixels of a `raw` image: height x width x 3
+                bytes.
             found: What the image is.
             label: Class number, -1 for none.
             metadata: Stored as `about` in the field `meta`.
@@ -109,17 +128,26 @@ class BetonWriter:
         """
         if not storable(found):
             raise DataError(
-                f"{key}: a {found.mode} {found.format} of {found.width} x {found.height} pixels cannot be stored in a "
-                "beton, which holds JPEG or raw pixels; re-encode it (--resize, or --write-mode raw)."
+                f"{key}: a {found.mode} {found.format} of {found.width} x {found.height} pixels "
+                "cannot be stored in a "
+                "beton, which holds JPEG or raw pixels; re-encode it (--resize, or --write-mode "
+                "raw)."
             )
         if found.format == "raw" and len(image) != found.width * found.height * 3:
-            raise ValueError(f"{key}: {len(image)} bytes are not {found.height} x {found.width} x 3 pixels")
+            raise ValueError(
+                f"{key}: {len(image)} bytes are not {found.height} x {found.width} x 3 pixels"
+            )
         if key in self._keys:
-            raise DataError(f"{key!r} is already in {storage.name_of(self._uri)}: keys must be unique.")
+            raise DataError(
+                f"{key!r} is already in {storage.name_of(self._uri)}: keys must be unique."
+            )
         known = {} if metadata is None else {"about": dict(sorted(metadata.items()))}
         meta = beton.json_bytes({"key": key, **known})
         if len(image) + len(meta) > beton.MAX_PAGE_BYTES:
-            raise DataError(f"{key}: {len(image)} bytes do not fit in a beton's page of at most 2 GiB; use --resize.")
+            raise DataError(
+                f"{key}: {len(image)} bytes do not fit in a beton's page of at most 2 GiB; use "
+                "--resize."
+            )
         try:
             self._files[0].write(image)
         except OSError as error:
@@ -134,7 +162,10 @@ class BetonWriter:
         Raises:
             InfrastructureError: The disk is full or not writable.
         """
-        needed = max(size + len(meta) for (_, size, _, _), meta in zip(self._images, self._metas, strict=True))
+        needed = max(
+            size + len(meta)
+            for (_, size, _, _), meta in zip(self._images, self._metas, strict=True)
+        )
         while self._page_bytes < needed:
             self._page_bytes *= 2
         head, places, end = self._lay_out()
@@ -148,7 +179,9 @@ class BetonWriter:
         except OSError as error:
             raise explain("write", self._uri, error) from error
         rows = TableBuilder()
-        for key, (found, size, label, digest), (offset, _) in zip(self._keys, self._images, places, strict=True):
+        for key, (found, size, label, digest), (offset, _) in zip(
+            self._keys, self._images, places, strict=True
+        ):
             rows.add(
                 key,
                 offset=offset,
@@ -163,15 +196,20 @@ class BetonWriter:
         return WrittenShard(storage.name_of(self._uri), size_bytes, sha256, rows.build(), b"")
 
     def _lay_out(self) -> tuple[bytes, list[tuple[int, int]], int]:
-        """Return (all that stands before the pages, where each sample's image and meta go, where the pages end)."""
+        """Return (all that stands before the pages, where each sample's image and meta go, where
+        the pages end)."""
         row = beton.row_dtype([type_id for _, type_id in beton.OUR_FIELDS])
         fields = beton.describe_fields(beton.OUR_FIELDS)
         samples = np.zeros(len(self._images), row)
         image_name, label_name, meta_name = row.names or ()
-        first_page = beton.align(beton.HEADER.itemsize + fields.nbytes + samples.nbytes, self._page_bytes)
+        first_page = beton.align(
+            beton.HEADER.itemsize + fields.nbytes + samples.nbytes, self._page_bytes
+        )
         at, left = first_page, self._page_bytes
         places = []
-        for sample, (found, size, label, _), meta in zip(samples, self._images, self._metas, strict=True):
+        for sample, (found, size, label, _), meta in zip(
+            samples, self._images, self._metas, strict=True
+        ):
             if size + len(meta) > left:
                 at, left = at + left, self._page_bytes
             places.append((at, at + size))

@@ -20,8 +20,8 @@ class IndexedShard:
         size_bytes: Size of the file.
         sha256: Of the file, in hex.
         table: One row a sample. An image whose header cannot be read has width 0 and format `bad`.
-        dali_index: The file's index for DALI's webdataset reader; empty where a name holds blanks, which that
-            format cannot express, and for betons.
+        dali_index: The file's index for DALI's webdataset reader; empty where a name holds blanks,
+            which that format cannot express, and for betons.
         ignored: What was passed over, counted by reason.
         bad: (key, reason) of images whose header cannot be read.
     """

@@ -19,7 +19,21 @@ Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
 FORMATS = ("bad", "jpeg", "png", "webp", "gif", "bmp", "tiff", "raw")
 """What an image member may be. `bad`: its header cannot be read; its width and height are 0."""
-MODES = ("", "RGB", "L", "CMYK", "P", "RGBA", "LA", "I;16", "RGB;16", "RGBA;16", "LA;16", "1", "YCCK")
+MODES = (
+    "",
+    "RGB",
+    "L",
+    "CMYK",
+    "P",
+    "RGBA",
+    "LA",
+    "I;16",
+    "RGB;16",
+    "RGBA;16",
+    "LA;16",
+    "1",
+    "YCCK",
+)
 """Colour layout of the stored pixels, in Pillow's names; `;16` is 16 bits a channel."""
 NO_LABEL = -1
 """Label of a sample that has none."""
@@ -47,7 +61,8 @@ class ShardTable:
         offsets: First byte of the image in the shard file.
         sizes: Bytes of the image.
         labels: Class numbers, -1 where there is none.
-        widths: Pixels of the stored image, before any EXIF rotation; 0 where the header cannot be read.
+        widths: Pixels of the stored image, before any EXIF rotation; 0 where the header cannot be
+            read.
         heights: Likewise.
         formats: Indices into `FORMATS`.
         modes: Indices into `MODES`.
@@ -74,10 +89,11 @@ class ShardTable:
         return list(self.key_source() if callable(self.key_source) else self.key_source)
 
     def content_hash(self) -> str:
-        """Return the xxh3_128 of what the shard holds, in order: the same whatever the container format.
+        """Return the xxh3_128 of what the shard holds, in order: the same whatever the container
+        format.
 
-        Hashed per sample: length of the key in bytes (uint32), key (UTF-8), label, width, height (int32 each) and
-        xxh3_64 of the image (uint64), little-endian.
+        Hashed per sample: length of the key in bytes (uint32), key (UTF-8), label, width, height
+        (int32 each) and xxh3_64 of the image (uint64), little-endian.
         """
         digest = xxhash.xxh3_128()
         pack = struct.Struct("<iiiQ").pack
@@ -110,7 +126,9 @@ class ShardTable:
         return pa.Table.from_arrays(columns, schema=SCHEMA)
 
     @classmethod
-    def from_arrow(cls, table: pa.Table, keys: Callable[[], Sequence[str]] | None = None) -> ShardTable:
+    def from_arrow(
+        cls, table: pa.Table, keys: Callable[[], Sequence[str]] | None = None
+    ) -> ShardTable:
         """Build the columns from an Arrow table, copying them out of Arrow's memory.
 
         Args:
@@ -164,13 +182,26 @@ class TableBuilder:
     ) -> None:
         """Append one sample."""
         self._keys.append(key)
-        self._rows.append((offset, size, label, width, height, _code(image_format, FORMATS), _code(mode, MODES), xxh3))
+        self._rows.append(
+            (
+                offset,
+                size,
+                label,
+                width,
+                height,
+                _code(image_format, FORMATS),
+                _code(mode, MODES),
+                xxh3,
+            )
+        )
 
     def build(self) -> ShardTable:
         """Return what was added as columns."""
         columns = list(zip(*self._rows, strict=True)) if self._rows else [()] * 8
         dtypes = ("int64", "int64", "int32", "int32", "int32", "uint8", "uint8", "uint64")
-        arrays: list[Any] = [np.array(values, dtype=dtype) for values, dtype in zip(columns, dtypes, strict=True)]
+        arrays: list[Any] = [
+            np.array(values, dtype=dtype) for values, dtype in zip(columns, dtypes, strict=True)
+        ]
         return ShardTable(*arrays, key_source=self._keys)  # type: ignore[misc]
 
 
@@ -178,7 +209,9 @@ def _code(name: str, names: tuple[str, ...]) -> int:
     try:
         return names.index(name)
     except ValueError:
-        raise DataError(f"manifest: {name!r} is not one of {', '.join(map(repr, names))}.") from None
+        raise DataError(
+            f"manifest: {name!r} is not one of {', '.join(map(repr, names))}."
+        ) from None
 
 
 def _codes(column: pa.ChunkedArray, names: tuple[str, ...]) -> npt.NDArray[np.uint8]:
@@ -186,6 +219,8 @@ def _codes(column: pa.ChunkedArray, names: tuple[str, ...]) -> npt.NDArray[np.ui
     parts = [np.empty(0, np.uint8)]
     for chunk in column.chunks:
         encoded = chunk if isinstance(chunk, pa.DictionaryArray) else chunk.dictionary_encode()
-        known = [names.index(name) if name in names else 0 for name in encoded.dictionary.to_pylist()]
+        known = [
+            names.index(name) if name in names else 0 for name in encoded.dictionary.to_pylist()
+        ]
         parts.append(np.array(known, np.uint8)[encoded.indices.to_numpy()])
     return np.concatenate(parts)

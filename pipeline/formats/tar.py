@@ -1,9 +1,11 @@
-"""A strict reader of tar headers: what tarfile and webdataset pass over in silence is an error here.
+"""A strict reader of tar headers: what tarfile and webdataset pass over in silence is an error
+here.
 
-Read: ustar with its prefix field, GNU long names, PAX `path` and `size`, old v7 headers. Refused: links, devices,
-sparse members, absolute names and `..`. Checked: every header's checksum, every member's length, zero padding of the
-end. An archive must end with at least one zero block: without it a file that was cut between two members could not be
-told from a whole one. (Two zero blocks are the standard; one is accepted, because no member can be missing then.)
+Read: ustar with its prefix field, GNU long names, PAX `path` and `size`, old v7 headers. Refused:
+links, devices, sparse members, absolute names and `..`. Checked: every header's checksum, every
+member's length, zero padding of the end. An archive must end with at least one zero block: without
+it a file that was cut between two members could not be told from a whole one. (Two zero blocks are
+the standard; one is accepted, because no member can be missing then.)
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ class Stream(Protocol):
 
 @runtime_checkable
 class SkippingStream(Protocol):
-    """A stream that can pass over bytes without reading them: of an archive's members only the headers are read."""
+    """A stream that can pass over bytes without reading them: of an archive's members only the
+    headers are read."""
 
     def skip(self, size: int, /) -> int:
         """Pass over up to `size` bytes; return how many there were."""
@@ -80,11 +83,14 @@ class TarScanner:
         self.num_members = 0
 
     def error(self, what: str, *, offset: int | None = None) -> DataError:
-        """Return an error that names the shard, the place and the count of whole members before it."""
+        """Return an error that names the shard, the place and the count of whole members before
+        it."""
         place = self._at if offset is None else offset
         return DataError(
-            f"{self._shard}: {what} at byte {place}, after {self.num_members} whole members. The file was cut, "
-            "damaged or badly made: copy it again from its source, or convert the images again with pipeline.convert."
+            f"{self._shard}: {what} at byte {place}, after {self.num_members} whole members. The "
+            "file was cut, "
+            "damaged or badly made: copy it again from its source, or convert the images again "
+            "with pipeline.convert."
         )
 
     def _read_exactly(self, size: int, what: str) -> bytes:
@@ -97,7 +103,9 @@ class TarScanner:
         data = parts[0] if len(parts) == 1 else b"".join(parts)
         self._at += len(data)
         if left:
-            raise self.error(f"the file ends inside {what}: expected {size} bytes, got {len(data)}", offset=start)
+            raise self.error(
+                f"the file ends inside {what}: expected {size} bytes, got {len(data)}", offset=start
+            )
         return data
 
     def __iter__(self) -> Iterator[TarMember]:
@@ -143,7 +151,9 @@ class TarScanner:
     def read_chunks(self) -> Iterator[bytes]:
         """Yield the current member's data in pieces, for members too large to hold."""
         while self._data_left:
-            part = self._read_exactly(min(self._data_left, _CHUNK_BYTES), f"the data of {self._name!r}")
+            part = self._read_exactly(
+                min(self._data_left, _CHUNK_BYTES), f"the data of {self._name!r}"
+            )
             self._data_left -= len(part)
             self._pending -= len(part)
             yield part
@@ -156,7 +166,8 @@ class TarScanner:
             self._pending = self._data_left = 0
             if skipped != size:
                 raise self.error(
-                    f"the file ends inside the data of {self._name!r}: expected {size} bytes, got {skipped}",
+                    f"the file ends inside the data of {self._name!r}: expected {size} bytes, got "
+                    f"{skipped}",
                     offset=start,
                 )
         for _ in self.read_chunks():
@@ -169,28 +180,42 @@ class TarScanner:
         """Return the next header, or nothing at the archive's end mark."""
         start = self._at
         block = self._stream.read(BLOCK_BYTES)
-        while block and len(block) < BLOCK_BYTES and (more := self._stream.read(BLOCK_BYTES - len(block))):
+        while (
+            block
+            and len(block) < BLOCK_BYTES
+            and (more := self._stream.read(BLOCK_BYTES - len(block)))
+        ):
             block += more
         self._at += len(block)
         if not block:
             if start == 0:
                 raise self.error("the file is empty")
-            raise self.error("the file ends without the end mark (a block of zeros), so members may be missing")
+            raise self.error(
+                "the file ends without the end mark (a block of zeros), so members may be missing"
+            )
         if len(block) < BLOCK_BYTES:
             raise self.error(
-                f"the file ends inside a header: expected {BLOCK_BYTES} bytes, got {len(block)}", offset=start
+                f"the file ends inside a header: expected {BLOCK_BYTES} bytes, got {len(block)}",
+                offset=start,
             )
         if block == _ZERO_BLOCK:
             return None
         stored = self._octal(block[148:156], "checksum", start)
         rest = block[:148] + b" " * 8 + block[156:]
-        signed = sum(byte - 256 if byte > 127 else byte for byte in rest) if stored != sum(rest) else stored
+        signed = (
+            sum(byte - 256 if byte > 127 else byte for byte in rest)
+            if stored != sum(rest)
+            else stored
+        )
         if stored not in (sum(rest), signed):  # some old writers summed signed bytes
-            raise self.error(f"the header's checksum is {stored}, its bytes sum to {sum(rest)},", offset=start)
+            raise self.error(
+                f"the header's checksum is {stored}, its bytes sum to {sum(rest)},", offset=start
+            )
         return block
 
     def _check_end(self) -> None:
-        """Check that nothing but zeros follows the end mark: a member there would be silently lost by every reader."""
+        """Check that nothing but zeros follows the end mark: a member there would be silently lost
+        by every reader."""
         while block := self._stream.read(_CHUNK_BYTES):
             if block.count(0) != len(block):
                 raise self.error("there is junk, or another archive, after the end mark")
@@ -211,7 +236,10 @@ class TarScanner:
 
     def _extension(self, size: int, start: int) -> bytes:
         if size > _MAX_EXTENSION_BYTES:
-            raise self.error(f"an extended header of {size} bytes (limit {_MAX_EXTENSION_BYTES}) stands", offset=start)
+            raise self.error(
+                f"an extended header of {size} bytes (limit {_MAX_EXTENSION_BYTES}) stands",
+                offset=start,
+            )
         self._begin("an extended header", size)
         record = self.read()
         self._finish_member()
@@ -261,12 +289,14 @@ class TarScanner:
             raise self.error(f"{name!r} is {found}, which is refused,", offset=start)
         if not name or "\0" in name or name.startswith("/") or ".." in name.split("/"):
             raise self.error(
-                f"the member name {name!r} is absolute, empty or leaves the folder, and is refused", offset=start
+                f"the member name {name!r} is absolute, empty or leaves the folder, and is refused",
+                offset=start,
             )
 
 
 def make_header(name: str, size: int) -> bytes:
-    """Return the header of a regular file: ustar where the name fits, preceded by a PAX header where it does not.
+    """Return the header of a regular file: ustar where the name fits, preceded by a PAX header
+    where it does not.
 
     Owner, group, mode and time are fixed, so that equal content gives equal bytes.
 
@@ -283,25 +313,36 @@ def make_header(name: str, size: int) -> bytes:
         length += 1
     body = f"{length} ".encode() + record
     plain = name.encode("ascii", "replace").replace(b"?", b"_")[-100:]
-    return _ustar(b"PaxHeader", len(body), b"x") + body + bytes(-len(body) % BLOCK_BYTES) + _ustar(plain, size, b"0")
+    return (
+        _ustar(b"PaxHeader", len(body), b"x")
+        + body
+        + bytes(-len(body) % BLOCK_BYTES)
+        + _ustar(plain, size, b"0")
+    )
 
 
 _OWNER = b"0000644\0" + b"0000000\0" * 2
 _TIME = b"\0" + b"00000000000\0"
 _REST = bytes(100) + b"ustar\x0000" + bytes(32 * 2) + b"0000000\0" * 2 + bytes(155 + 12)
 _FIXED_SUM = sum(_OWNER + _TIME + b" " * 8 + _REST)
-"""What is the same in every header that is written: mode and owner, time, and all that follows the type."""
+"""What is the same in every header that is written: mode and owner, time, and all that follows the
+type."""
 
 
 def _ustar(name: bytes, size: int, kind: bytes) -> bytes:
     if size >= 8**11:
         raise DataError(f"{name!r}: {size} bytes do not fit a tar header (limit {8**11 - 1}).")
     digits = b"%011o" % size
-    checksum = sum(name) + sum(digits) + sum(kind) + _FIXED_SUM  # of all bytes, its own field taken as blanks
-    return b"".join((name.ljust(100, b"\0"), _OWNER, digits, _TIME, b"%06o\0 " % checksum, kind, _REST))
+    checksum = (
+        sum(name) + sum(digits) + sum(kind) + _FIXED_SUM
+    )  # of all bytes, its own field taken as blanks
+    return b"".join(
+        (name.ljust(100, b"\0"), _OWNER, digits, _TIME, b"%06o\0 " % checksum, kind, _REST)
+    )
 
 
 def end_mark(size_bytes: int) -> bytes:
-    """Return the zeros that end an archive of this many bytes so far: two blocks, then up to a record of 10 KiB."""
+    """Return the zeros that end an archive of this many bytes so far: two blocks, then up to a
+    record of 10 KiB."""
     record = 20 * BLOCK_BYTES
     return bytes(2 * BLOCK_BYTES + -(size_bytes + 2 * BLOCK_BYTES) % record)

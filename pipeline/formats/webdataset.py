@@ -1,8 +1,9 @@
 """WebDataset shards: samples are the adjacent members of a tar that share a key.
 
-The key is the member's path up to the first dot of its base name, as in the webdataset library. Only members with the
-extensions in `EXTENSIONS` are read; a pickle is never opened. Whatever makes other readers lose samples in silence (a
-cut file, a damaged header, members of a key that are not adjacent) is an error here.
+The key is the member's path up to the first dot of its base name, as in the webdataset library.
+Only members with the extensions in `EXTENSIONS` are read; a pickle is never opened. Whatever makes
+other readers lose samples in silence (a cut file, a damaged header, members of a key that are not
+adjacent) is an error here.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ _META = re.compile(r"^__[^/]*__($|/)")
 
 
 def split_key(name: str) -> tuple[str, str] | None:
-    """Return (key, extension in lower case) of a member's path, or nothing where it has no extension."""
+    """Return (key, extension in lower case) of a member's path, or nothing where it has no
+    extension."""
     found = _MEMBER.match(name)
     return (found.group(1), found.group(2).lower()) if found else None
 
@@ -34,7 +36,12 @@ def make_dali_index(samples: list[list[tuple[str, int, int, str]]]) -> bytes:
     """
     lines = [f"v1.2 {len(samples)}"]
     for components in samples:
-        if any(not name or name.split() != [name] or len(part.split()) != 1 for part, _, _, name in components):
+        if any(
+            not name or name.split() != [name] or len(part.split()) != 1
+            for part, _, _, name in components
+        ):
             return b""
-        lines.append(" ".join(f"{part} {offset} {size} {name}" for part, offset, size, name in components))
+        lines.append(
+            " ".join(f"{part} {offset} {size} {name}" for part, offset, size, name in components)
+        )
     return ("\n".join(lines) + "\n").encode()

@@ -16,7 +16,13 @@ from pipeline.errors import DataError
 from pipeline.formats.records import IndexedShard
 from pipeline.formats.table import NO_LABEL, ShardTable, TableBuilder
 from pipeline.formats.tar import TarMember, TarScanner
-from pipeline.formats.webdataset import _META, EXTENSIONS, IMAGE_EXTENSIONS, make_dali_index, split_key
+from pipeline.formats.webdataset import (
+    _META,
+    EXTENSIONS,
+    IMAGE_EXTENSIONS,
+    make_dali_index,
+    split_key,
+)
 from pipeline.images.header import TOO_MANY_BYTES, Probe, probe
 
 _MAX_IMAGE_BYTES = 2**30
@@ -51,8 +57,8 @@ def index_shard(uri: str) -> IndexedShard:
     """Read a tar once, from end to end, and return its samples' places, sizes and hashes.
 
     Raises:
-        DataError: The tar is cut, damaged or badly made, or holds no sample. The message names the shard, the byte
-            and how many members before it are whole.
+        DataError: The tar is cut, damaged or badly made, or holds no sample. The message names the
+            shard, the byte and how many members before it are whole.
     """
     name = storage.name_of(uri)
     with storage.open_read(uri) as file:
@@ -98,7 +104,8 @@ class _Indexer:
                 self._finish(current)
                 if key in self._seen:
                     raise self.scanner.error(
-                        f"the key {key!r} comes again: its members are not adjacent, or two samples share it,",
+                        f"the key {key!r} comes again: its members are not adjacent, or two "
+                        "samples share it,",
                         offset=member.header_offset,
                     )
                 self._seen.add(key)

@@ -29,8 +29,8 @@ _EXTENSION_OF = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 class WebDatasetWriter:
     """Write one shard: streamed to a temporary file, in place only when whole.
 
-    The bytes depend on what is added and its order alone: no time, owner or machine is stored. Use it as a context
-    manager; leaving it by an exception removes the temporary file.
+    The bytes depend on what is added and its order alone: no time, owner or machine is stored. Use
+    it as a context manager; leaving it by an exception removes the temporary file.
 
     Args:
         uri: Where the finished shard goes.
@@ -61,7 +61,10 @@ class WebDatasetWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         with suppress(OSError):
             if self._file is not None:
@@ -74,9 +77,16 @@ class WebDatasetWriter:
         return len(self._rows)
 
     def add(
-        self, key: str, image: bytes, found: Probe, *, label: int = NO_LABEL, metadata: dict[str, Any] | None = None
+        self,
+        key: str,
+        image: bytes,
+        found: Probe,
+        *,
+        label: int = NO_LABEL,
+        metadata: dict[str, Any] | None = None,
     ) -> None:
-        """Append one sample: `key.jpg` (by its format), `key.cls` where there is a label, `key.json` if given.
+        """Append one sample: `key.jpg` (by its format), `key.cls` where there is a label,
+        `key.json` if given.
 
         Args:
             key: Path without dots or blanks, unique in the dataset.
@@ -91,11 +101,23 @@ class WebDatasetWriter:
         """
         extension = _EXTENSION_OF.get(found.format)
         if extension is None:
-            raise DataError(f"{key}: a {found.format} image cannot be stored in a WebDataset; re-encode it (--resize).")
-        if split_key(f"{key}.{extension}") != (key, extension) or key.split() != [key] or _META.match(key):
-            raise DataError(f"{key!r} cannot be a WebDataset key: no dots in its last part, no blanks, no __name__.")
+            raise DataError(
+                f"{key}: a {found.format} image cannot be stored in a WebDataset; re-encode it "
+                "(--resize)."
+            )
+        if (
+            split_key(f"{key}.{extension}") != (key, extension)
+            or key.split() != [key]
+            or _META.match(key)
+        ):
+            raise DataError(
+                f"{key!r} cannot be a WebDataset key: no dots in its last part, no blanks, no "
+                "__name__."
+            )
         if key in self._keys:
-            raise DataError(f"{key!r} is already in {storage.name_of(self._uri)}: keys must be unique.")
+            raise DataError(
+                f"{key!r} is already in {storage.name_of(self._uri)}: keys must be unique."
+            )
         self._keys.add(key)
         members = [(extension, image)]
         if label != NO_LABEL:
@@ -103,7 +125,8 @@ class WebDatasetWriter:
         if metadata is not None:
             members.append(("json", _to_json(metadata).encode()))
         components = []
-        small = b""  # what stands around the image goes out in one piece: calls cost more than bytes here
+        # What stands around the image goes out in one piece: calls cost more than bytes here.
+        small = b""
         for part, data in members:
             name = f"{key}.{part}"
             small += make_header(name, len(data))

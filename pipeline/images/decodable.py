@@ -1,4 +1,5 @@
-"""Whether an image's pixels can be decoded: the slow, sure check behind `pipeline.verify --full`."""
+"""Whether an image's pixels can be decoded: the slow, sure check behind `pipeline.verify
+--full`."""
 
 from __future__ import annotations
 
@@ -29,7 +30,11 @@ def undecodable(data: bytes) -> str:
         except ValueError:
             pass  # libjpeg's word alone is too strict in places; Pillow decides
         else:
-            return "" if pixels_HWC.shape[:2] == (found.height, found.width) else "the header's size is not the image's"
+            return (
+                ""
+                if pixels_HWC.shape[:2] == (found.height, found.width)
+                else "the header's size is not the image's"
+            )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # sizes that the screen has let through

@@ -12,11 +12,14 @@ from pipeline.images.header import Probe
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any of Pillow's modes to RGB; 16-bit grey keeps its high byte, transparency is dropped."""
+    """Convert any of Pillow's modes to RGB; 16-bit grey keeps its high byte, transparency is
+    dropped."""
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "I":
-        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert(
+            "RGB"
+        )
     if image.mode in ("P", "PA") and "transparency" in image.info:
         return image.convert("RGBA").convert("RGB")
     return image.convert("RGB")
@@ -26,17 +29,20 @@ DECODER_ERRORS = (OSError, ValueError, SyntaxError, EOFError, Image.Decompressio
 """Pillow has no one exception for a broken file; these are what its decoders raise."""
 CANNOT_DECODE = "cannot be decoded"
 NEEDS_RESIZE = "format needs --resize"
-"""GIF, BMP and TIFF have no place in a WebDataset as they are; in a beton, nothing but RGB and grey JPEG has."""
+"""GIF, BMP and TIFF have no place in a WebDataset as they are; in a beton, nothing but RGB and grey
+JPEG has."""
 _PROFILE_SEARCH_BYTES = 65_536
 
 
 def reencode(
     data: bytes, found: Probe, *, short_side: int | None, long_side: int | None = None, quality: int
 ) -> bytes | str:
-    """Return a JPEG whose sides are at most `short_side` and `long_side`, or the reason why there is none.
+    """Return a JPEG whose sides are at most `short_side` and `long_side`, or the reason why there
+    is none.
 
-    Upright (EXIF applied), sRGB (an embedded profile is converted), CMYK converted, alpha dropped, first frame only,
-    grey stays grey, never enlarged. Bicubic with antialiasing. A JPEG that is all this already keeps its bytes.
+    Upright (EXIF applied), sRGB (an embedded profile is converted), CMYK converted, alpha dropped,
+    first frame only, grey stays grey, never enlarged. Bicubic with antialiasing. A JPEG that is all
+    this already keeps its bytes.
 
     Args:
         data: The encoded image.
@@ -49,14 +55,19 @@ def reencode(
         return data
     try:
         buffer = io.BytesIO()
-        _shrunk(data, short_side, long_side, upright=_is_upright(found)).save(buffer, "JPEG", quality=quality)
+        _shrunk(data, short_side, long_side, upright=_is_upright(found)).save(
+            buffer, "JPEG", quality=quality
+        )
         return buffer.getvalue()
     except DECODER_ERRORS:
         return CANNOT_DECODE
 
 
-def to_pixels(data: bytes, *, short_side: int | None, long_side: int | None) -> tuple[Probe, bytes] | str:
-    """Return an image as bare RGB pixels, shrunk and made plain as `reencode` does, or the reason why there is none.
+def to_pixels(
+    data: bytes, *, short_side: int | None, long_side: int | None
+) -> tuple[Probe, bytes] | str:
+    """Return an image as bare RGB pixels, shrunk and made plain as `reencode` does, or the reason
+    why there is none.
 
     Returns:
         What the pixels are, and height x width x 3 bytes.
@@ -75,7 +86,9 @@ def as_png(pixels: bytes, width: int, height: int) -> bytes:
     return buffer.getvalue()
 
 
-def shrunk_size(width: int, height: int, *, short_side: int | None, long_side: int | None) -> tuple[int, int]:
+def shrunk_size(
+    width: int, height: int, *, short_side: int | None, long_side: int | None
+) -> tuple[int, int]:
     """Return width and height after shrinking; never larger."""
     scales = [1.0]
     if short_side is not None:
@@ -83,22 +96,35 @@ def shrunk_size(width: int, height: int, *, short_side: int | None, long_side: i
     if long_side is not None:
         scales.append(long_side / max(width, height))
     scale = min(scales)
-    return (max(1, round(width * scale)), max(1, round(height * scale))) if scale < 1 else (width, height)
+    return (
+        (max(1, round(width * scale)), max(1, round(height * scale)))
+        if scale < 1
+        else (width, height)
+    )
 
 
 def _is_upright(found: Probe) -> bool:
-    return found.format == "jpeg" and found.orientation == 1  # of other formats the probe reads no orientation
+    return (
+        found.format == "jpeg" and found.orientation == 1
+    )  # of other formats the probe reads no orientation
 
 
-def _shrunk(data: bytes, short_side: int | None, long_side: int | None, *, upright: bool = False) -> Image.Image:
-    """Decode an image: upright, 8-bit sRGB or grey, shrunk. One that is known to be upright is not copied for it."""
+def _shrunk(
+    data: bytes, short_side: int | None, long_side: int | None, *, upright: bool = False
+) -> Image.Image:
+    """Decode an image: upright, 8-bit sRGB or grey, shrunk. One that is known to be upright is not
+    copied for it."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of sizes that the screen has already let through
+        warnings.simplefilter(
+            "ignore"
+        )  # Pillow warns of sizes that the screen has already let through
         with Image.open(io.BytesIO(data)) as image:
             plain = _plain(image if upright else ImageOps.exif_transpose(image))
             size = shrunk_size(*plain.size, short_side=short_side, long_side=long_side)
             # A fully decoded copy: the file is closed on return.
-            return plain.resize(size, Image.Resampling.BICUBIC) if size != plain.size else plain.copy()
+            return (
+                plain.resize(size, Image.Resampling.BICUBIC) if size != plain.size else plain.copy()
+            )
 
 
 def _is_fine(data: bytes, found: Probe, short_side: int | None, long_side: int | None) -> bool:
@@ -122,4 +148,8 @@ def _plain(image: Image.Image) -> Image.Image:
                 return converted
         except (ImageCms.PyCMSError, OSError):
             pass  # a broken profile says nothing about the pixels
-    return image if image.mode in ("RGB", "L") else image.convert("L" if image.mode in ("1", "LA") else "RGB")
+    return (
+        image
+        if image.mode in ("RGB", "L")
+        else image.convert("L" if image.mode in ("1", "LA") else "RGB")
+    )

@@ -22,8 +22,11 @@ REASONS = (NOT_AN_IMAGE, EMPTY, TRUNCATED, TOO_MANY_PIXELS, TOO_MANY_BYTES, ASPE
 """Why an image is not decoded."""
 _LOADER_DEFAULTS = LoaderConfig()
 _TAIL_BYTES = 4096
-_JPEG_SOF = frozenset((0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF))
-"""Start-of-frame markers, which carry the size. Source: ITU-T T.81, table B.1 (all C0-CF but DHT, JPG and DAC)."""
+_JPEG_SOF = frozenset(
+    (0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
+)
+"""Start-of-frame markers, which carry the size. Source: ITU-T T.81, table B.1 (all C0-CF but DHT,
+JPG and DAC)."""
 _JPEG_PROGRESSIVE = frozenset((0xC2, 0xC6, 0xCA, 0xCE))
 _PNG_MODES = {0: "L", 2: "RGB", 3: "P", 4: "LA", 6: "RGBA"}
 """Colour types. Source: PNG specification (third edition), table 11.1."""
@@ -53,7 +56,8 @@ class Probe(NamedTuple):
 
     Args:
         format: One of `pipeline.formats.table.FORMATS`, never `bad`.
-        width: Stored pixels: an EXIF orientation is reported, not applied. Decoders see the same pixels.
+        width: Stored pixels: an EXIF orientation is reported, not applied. Decoders see the same
+            pixels.
         height: Likewise.
         mode: One of `pipeline.formats.table.MODES`.
         orientation: EXIF orientation of a JPEG, 1 (upright) to 8; 1 where it says nothing.
@@ -121,7 +125,13 @@ def _probe(data: bytes) -> Probe | str:
         return _gif(data)
     if data[:4] in (b"II*\0", b"MM\0*"):
         return _tiff(data)
-    if data[:2] == b"BM" and data[14:18] in (b"\x0c\0\0\0", b"\x28\0\0\0", b"\x6c\0\0\0", b"\x7c\0\0\0", b"\x38\0\0\0"):
+    if data[:2] == b"BM" and data[14:18] in (
+        b"\x0c\0\0\0",
+        b"\x28\0\0\0",
+        b"\x6c\0\0\0",
+        b"\x7c\0\0\0",
+        b"\x38\0\0\0",
+    ):
         return _bmp(data)
     whole_magics = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"GIF87a", b"II*\0", b"MM\0*")
     if any(len(data) < len(magic) and magic.startswith(data) for magic in whole_magics):
@@ -211,14 +221,21 @@ def _webp(data: bytes) -> Probe | str:
         if data[20] != 0x2F:
             return NOT_AN_IMAGE
         (bits,) = struct.unpack_from("<I", data, 21)
-        return Probe("webp", (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1, "RGBA" if bits >> 28 & 1 else "RGB")
+        return Probe(
+            "webp",
+            (bits & 0x3FFF) + 1,
+            (bits >> 14 & 0x3FFF) + 1,
+            "RGBA" if bits >> 28 & 1 else "RGB",
+        )
     if chunk == b"VP8X":
         flags = data[20]
         width = int.from_bytes(data[24:27], "little") + 1
         height = int.from_bytes(data[27:30], "little") + 1
         if len(data) < 30:
             return TRUNCATED
-        return Probe("webp", width, height, "RGBA" if flags & 0x10 else "RGB", animated=bool(flags & 0x02))
+        return Probe(
+            "webp", width, height, "RGBA" if flags & 0x10 else "RGB", animated=bool(flags & 0x02)
+        )
     return NOT_AN_IMAGE
 
 
@@ -268,16 +285,25 @@ def _tiff(data: bytes) -> Probe | str:
         at = start + 2 + 12 * entry
         tag, kind, number = struct.unpack_from(order + "HHI", data, at)
         value_bytes = _TIFF_TYPE_BYTES.get(kind, 1) * number
-        if value_bytes > 4 and struct.unpack_from(order + "I", data, at + 8)[0] + value_bytes > len(data):
+        if value_bytes > 4 and struct.unpack_from(order + "I", data, at + 8)[0] + value_bytes > len(
+            data
+        ):
             return TRUNCATED  # a profile or other value that is stored behind the pixels
         if kind in _TIFF_TYPES and 1 <= number <= _TIFF_VALUES:
             layout = f"{order}{number}{_TIFF_TYPES[kind]}"
-            place = at + 8 if struct.calcsize(layout) <= 4 else struct.unpack_from(order + "I", data, at + 8)[0]
+            place = (
+                at + 8
+                if struct.calcsize(layout) <= 4
+                else struct.unpack_from(order + "I", data, at + 8)[0]
+            )
             tags[tag] = struct.unpack_from(layout, data, place)
     if 256 not in tags or 257 not in tags:
         return NOT_AN_IMAGE
     for starts, lengths in ((273, 279), (324, 325)):  # strips, tiles
-        ends = [first + length for first, length in zip(tags.get(starts, ()), tags.get(lengths, ()), strict=False)]
+        ends = [
+            first + length
+            for first, length in zip(tags.get(starts, ()), tags.get(lengths, ()), strict=False)
+        ]
         if ends and max(ends) > len(data):
             return TRUNCATED
     samples, bits, photometric = (tags.get(tag, (1,))[0] for tag in (277, 258, 262))

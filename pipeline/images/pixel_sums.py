@@ -1,4 +1,5 @@
-"""Mean and deviation of a dataset's pixels, and the rest of what `pipeline.convert --stats` writes down."""
+"""Mean and deviation of a dataset's pixels, and the rest of what `pipeline.convert --stats` writes
+down."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from pipeline.images.header import Probe
 
 @dataclass
 class PixelSums:
-    """Sums over images of their pixels' means and mean squares in [0, 1], channel by channel; every image counts alike.
+    """Sums over images of their pixels' means and mean squares in [0, 1], channel by channel; every
+    image counts alike.
 
     Args:
         num_images: Images that were decoded.
@@ -42,7 +44,9 @@ class PixelSums:
         self.num_images += 1
         self.means = [total + float(value) for total, value in zip(self.means, mean, strict=True)]
         square = deviation**2 + mean**2
-        self.squares = [total + float(value) for total, value in zip(self.squares, square, strict=True)]
+        self.squares = [
+            total + float(value) for total, value in zip(self.squares, square, strict=True)
+        ]
 
 
 def _decode(data: bytes, found: Probe) -> npt.NDArray[np.uint8] | None:
@@ -53,7 +57,9 @@ def _decode(data: bytes, found: Probe) -> npt.NDArray[np.uint8] | None:
         if found.format == "jpeg" and found.mode in ("RGB", "L"):
             return simplejpeg.decode_jpeg(data, "RGB")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of sizes that the screen has already let through
+            warnings.simplefilter(
+                "ignore"
+            )  # Pillow warns of sizes that the screen has already let through
             with Image.open(io.BytesIO(data)) as image:
                 return np.asarray(image.convert("RGB"))
     except DECODER_ERRORS:

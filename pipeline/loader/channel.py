@@ -1,4 +1,5 @@
-"""A bounded hand-over between two threads that can be closed, and that carries errors to the reader."""
+"""A bounded hand-over between two threads that can be closed, and that carries errors to the
+reader."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ class ChannelClosedError(Exception):
 class Channel(Generic[T]):
     """Pass items in order from one thread to another.
 
-    Unlike a queue, closing it wakes both sides at once, so that no thread is ever left waiting for one that ended.
+    Unlike a queue, closing it wakes both sides at once, so that no thread is ever left waiting for
+    one that ended.
 
     Args:
         capacity: items that may wait before `put` blocks.

@@ -22,8 +22,9 @@ class DataReport:
     """Count of good and bad samples; thread-safe.
 
     Args:
-        max_bad_share: Share of bad samples among the last 10,000 above which `DataError` is raised. Fewer seen so far
-            count as if the rest had been good: one bad sample among the first ten is no reason to stop.
+        max_bad_share: Share of bad samples among the last 10,000 above which `DataError` is raised.
+            Fewer seen so far count as if the rest had been good: one bad sample among the first ten
+            is no reason to stop.
         max_bad_in_a_row: Consecutive bad samples at which `DataError` is raised.
     """
 
@@ -100,14 +101,17 @@ class DataReport:
         if self._in_a_row >= self._max_in_a_row:
             found = f"{self._in_a_row} bad samples in a row (limit {self._max_in_a_row})"
         elif len(self._recent) > self._max_bad:
-            found = f"{len(self._recent)} bad samples among the last {_WINDOW:,} (limit {self._max_bad:g})"
+            count = f"{len(self._recent)} bad samples"
+            found = f"{count} among the last {_WINDOW:,} (limit {self._max_bad:g})"
         else:
             return ""
         reasons = ", ".join(f"{reason} ({count})" for reason, count in self._reasons.most_common(3))
         shards = ", ".join(f"{shard} ({count})" for shard, count in self._shards.most_common(3))
         return (
-            f"data: {found}, {self._reasons.total()} of {self._num_seen} in all. Reasons: {reasons}. Shards: {shards}. "
-            "Check them with pipeline.verify --full; loader.max_bad_share and loader.max_bad_in_a_row set the limits."
+            f"data: {found}, {self._reasons.total()} of {self._num_seen} in all. Reasons: "
+            f"{reasons}. Shards: {shards}. "
+            "Check them with pipeline.verify --full; loader.max_bad_share and "
+            "loader.max_bad_in_a_row set the limits."
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -123,7 +127,9 @@ class DataReport:
 
     def write(self, uri: str) -> None:
         """Write the report as JSON."""
-        storage.write_atomic(uri, json.dumps(self.to_json(), indent=1, ensure_ascii=False).encode() + b"\n")
+        storage.write_atomic(
+            uri, json.dumps(self.to_json(), indent=1, ensure_ascii=False).encode() + b"\n"
+        )
 
 
 def merge_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -141,7 +147,12 @@ def merge_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
         reasons.update(report["reasons"])
         shards.update(report["shards"])
     # In turn, so that no rank's list hides another's.
-    in_turn = [entry for row in zip_longest(*(report["first"] for report in reports)) for entry in row if entry]
+    in_turn = [
+        entry
+        for row in zip_longest(*(report["first"] for report in reports))
+        for entry in row
+        if entry
+    ]
     unique = {(entry["shard"], entry["key"], entry["reason"]): entry for entry in in_turn}
     return {
         "num_seen": sum(report["num_seen"] for report in reports),

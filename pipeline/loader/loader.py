@@ -1,7 +1,8 @@
 """From a dataset and a place in its order to batches on the device.
 
-Two threads work ahead of the caller: one looks up and reads encoded images, one decodes them. What a batch holds is
-decided by `order` and `augment` alone; threads, decoder, cache and world size only decide how fast it comes.
+Two threads work ahead of the caller: one looks up and reads encoded images, one decodes them. What
+a batch holds is decided by `order` and `augment` alone; threads, decoder, cache and world size only
+decide how fast it comes.
 
 Shapes: B images of one micro-batch, C H W channels, height and width, N patches.
 """
@@ -55,7 +56,8 @@ class Batch:
     Attributes:
         images_BCHW: normalised with ImageNet's mean and standard deviation, on the loader's device.
         labels_B: int64 class numbers on the same device, -1 where a sample has none.
-        sample_ids_B: int64 numpy array; with the seed and the epoch it names every random choice made for an image.
+        sample_ids_B: int64 numpy array; with the seed and the epoch it names every random choice
+            made for an image.
         epochs_B: int64 numpy array; a batch may span two epochs.
         boxes: where each image was cut, and whether it was mirrored.
         epoch, position: where the global batch begins that this is a part of.
@@ -72,7 +74,8 @@ class Batch:
 
 @dataclass
 class _Work:
-    """A micro-batch on its way through the threads, with the host buffer that its pixels lie in, if they do."""
+    """A micro-batch on its way through the threads, with the host buffer that its pixels lie in, if
+    they do."""
 
     encoded: Encoded
     start: Cursor
@@ -96,8 +99,9 @@ class Loader:
         global_batch_size: images of one optimizer step over all ranks.
         micro_batch_size: images of one batch that this loader yields.
         device: where batches are wanted.
-        dtype: type of the images. uint8 gives the pixels as they are decoded; on a CPU such a batch stays valid
-            until the next but one is asked for, for its memory is used again. Every other batch is the caller's.
+        dtype: type of the images. uint8 gives the pixels as they are decoded; on a CPU such a batch
+            stays valid until the next but one is asked for, for its memory is used again. Every
+            other batch is the caller's.
 
     Raises:
         ConfigError: where the sizes cannot work together, or a decoder is not installed.
@@ -121,7 +125,8 @@ class Loader:
     ) -> None:
         if micro_batch_size < 1 or global_batch_size % (micro_batch_size * world_size):
             raise ConfigError(
-                f"train.global_batch_size {global_batch_size} is not a multiple of train.micro_batch_size "
+                f"train.global_batch_size {global_batch_size} is not a multiple of "
+                "train.micro_batch_size "
                 f"{micro_batch_size} x {world_size} ranks"
             )
         self._dataset = dataset
@@ -135,7 +140,9 @@ class Loader:
             rank=rank,
             world_size=world_size,
         )
-        self.report = DataReport(max_bad_share=settings.max_bad_share, max_bad_in_a_row=settings.max_bad_in_a_row)
+        self.report = DataReport(
+            max_bad_share=settings.max_bad_share, max_bad_in_a_row=settings.max_bad_in_a_row
+        )
         self.stats = PipelineStats()
         self._reader = _open_reader(dataset, settings)
         self._source = SampleSource(dataset, self._reader, view=view, settings=settings, seed=seed)
@@ -147,7 +154,9 @@ class Loader:
             device=device,
         )
         self._copier = DeviceCopier(device=device, dtype=dtype)
-        self._buffers = HostBuffers((micro_batch_size, view.height, view.width, 3), pinned=device.type == "cuda")
+        self._buffers = HostBuffers(
+            (micro_batch_size, view.height, view.width, 3), pinned=device.type == "cuda"
+        )
         self._lent: deque[torch.Tensor] = deque()
         self._prefetch = settings.prefetch_batches
         self._cursor = Cursor()
@@ -186,9 +195,11 @@ class Loader:
 
         Args:
             state: the place.
-            trained_on: the dataset that the state is of, where it was kept; names the shards that changed.
-            on_change: what happens where the dataset is another: `refuse`, or go on with its `next-epoch`. Never
-                within an epoch, for some samples would come twice and others not at all.
+            trained_on: the dataset that the state is of, where it was kept; names the shards that
+                changed.
+            on_change: what happens where the dataset is another: `refuse`, or go on with its
+                `next-epoch`. Never within an epoch, for some samples would come twice and others
+                not at all.
 
         Raises:
             DataError: the dataset is not the one that the state is of.
@@ -198,7 +209,8 @@ class Loader:
             raise ConfigError("loader: the state must be loaded before the first batch is taken")
         if state["seed"] != self._seed:
             raise ConfigError(
-                f"train.seed is {self._seed}, the run was started with {state['seed']}: keep the seed to resume"
+                f"train.seed is {self._seed}, the run was started with {state['seed']}: keep the "
+                "seed to resume"
             )
         if state["fingerprint"] == self._dataset.info.fingerprint:
             self._cursor = Cursor(state["epoch"], state["position"])
@@ -208,7 +220,8 @@ class Loader:
             raise DataError(describe_change(self._dataset, state["fingerprint"], trained_on))
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield micro-batches without end; iterating again goes on from where the last one stopped."""
+        """Yield micro-batches without end; iterating again goes on from where the last one
+        stopped."""
         if not self._threads:
             self._start()
         while True:
@@ -263,8 +276,13 @@ class Loader:
                     self._reader.prepare(self._shards_ahead(share))
                 for first in range(0, len(share.sample_ids_B), self._micro):
                     piece = slice(first, first + self._micro)
-                    with self.stats.busy("read", items=self._micro), self._naming("read", share.sample_ids_B[piece]):
-                        encoded = self._source.fetch(share.sample_ids_B[piece], share.epochs_B[piece])
+                    with (
+                        self.stats.busy("read", items=self._micro),
+                        self._naming("read", share.sample_ids_B[piece]),
+                    ):
+                        encoded = self._source.fetch(
+                            share.sample_ids_B[piece], share.epochs_B[piece]
+                        )
                     self.stats.add("read", num_bytes=sum(image.size for image in encoded.images))
                     last = first + self._micro >= len(share.sample_ids_B)
                     with self.stats.waiting("read"):
@@ -275,7 +293,8 @@ class Loader:
             self._encoded.fail(error)
 
     def _recycle(self, work: _Work) -> None:
-        """Let the buffer of a batch that is handed over be used again when the caller can no longer look at it."""
+        """Let the buffer of a batch that is handed over be used again when the caller can no longer
+        look at it."""
         if work.buffer_BHW3 is None:
             return
         self._lent.append(work.buffer_BHW3)
@@ -326,12 +345,15 @@ class Loader:
         lanes = self._order.lanes
         horizon = lanes * max(1, self._order.num_samples // self._dataset.info.num_shards)
         epochs_B, positions_B = np.divmod(
-            share.epochs_B * self._order.num_samples + share.positions_B + horizon, self._order.num_samples
+            share.epochs_B * self._order.num_samples + share.positions_B + horizon,
+            self._order.num_samples,
         )
         shards: list[int] = []
         for epochs, positions in ((share.epochs_B, share.positions_B), (epochs_B, positions_B)):
             for epoch in np.unique(epochs):
-                shards += self._order.epoch(int(epoch)).shards_ahead(positions[epochs == epoch]).tolist()
+                shards += (
+                    self._order.epoch(int(epoch)).shards_ahead(positions[epochs == epoch]).tolist()
+                )
         return shards
 
     @contextmanager
@@ -343,10 +365,13 @@ class Loader:
             raise
         except Exception as error:
             shards_B, _ = self._dataset.locate(sample_ids_B)
-            names = ", ".join(sorted({self._dataset.shard_name(int(shard)) for shard in shards_B})[:_NAMED])
+            names = ", ".join(
+                sorted({self._dataset.shard_name(int(shard)) for shard in shards_B})[:_NAMED]
+            )
             raise DataError(
                 f"loader: the {stage} thread failed ({type(error).__name__}: {error}) on samples "
-                f"{sample_ids_B.tolist()} of {names}. Read them alone with pipeline.loader.read_samples, or check the "
+                f"{sample_ids_B.tolist()} of {names}. Read them alone with "
+                "pipeline.loader.read_samples, or check the "
                 "shards with pipeline.verify --full"
             ) from error
 
@@ -381,7 +406,9 @@ def read_samples(
         source = SampleSource(dataset, reader, view=view, settings=settings, seed=seed)
         copier = DeviceCopier(device=device, dtype=dtype)
         encoded = source.fetch(ids_B, epochs_B)
-        pixels_BHW3, _ = copier.begin(source.decode(encoded, decoder, DataReport(max_bad_share=1.0)))
+        pixels_BHW3, _ = copier.begin(
+            source.decode(encoded, decoder, DataReport(max_bad_share=1.0))
+        )
         images_BCHW = copier.normalise(pixels_BHW3)
     finally:
         reader.close()

@@ -27,10 +27,12 @@ _RAW = FORMATS.index("raw")
 
 
 def shape_raw(images: list[npt.NDArray[np.uint8]], rows: Rows) -> None:
-    """Give bare pixels their shape, (height, width, 3), in place: so a decoder knows them from encoded images.
+    """Give bare pixels their shape, (height, width, 3), in place: so a decoder knows them from
+    encoded images.
 
     Args:
-        images: Bytes of some samples, as a shard holds them; samples that could not be read are empty.
+        images: Bytes of some samples, as a shard holds them; samples that could not be read are
+            empty.
         rows: What the manifest says of them.
     """
     for i in np.flatnonzero(rows.formats_B == _RAW).tolist():
@@ -67,8 +69,8 @@ class Encoded:
 class SampleSource:
     """Look up, read, screen and decode samples of one dataset.
 
-    A bad sample is replaced by the next good one of its shard, cut with the random numbers that are the bad one's: the
-    same substitute in every run, whatever the decoder or the world size.
+    A bad sample is replaced by the next good one of its shard, cut with the random numbers that are
+    the bad one's: the same substitute in every run, whatever the decoder or the world size.
 
     Args:
         dataset: an open dataset.
@@ -79,7 +81,13 @@ class SampleSource:
     """
 
     def __init__(
-        self, dataset: Manifest, reader: ShardReader, *, view: ViewConfig, settings: LoaderConfig, seed: int
+        self,
+        dataset: Manifest,
+        reader: ShardReader,
+        *,
+        view: ViewConfig,
+        settings: LoaderConfig,
+        seed: int,
     ) -> None:
         self._dataset = dataset
         self._reader = reader
@@ -92,7 +100,8 @@ class SampleSource:
         return self._fetch(sample_ids_B, named_by_B=sample_ids_B, epochs_B=epochs_B)
 
     def decode(self, encoded: Encoded, decoder: Decoder, report: DataReport) -> torch.Tensor:
-        """Decode a batch; bad samples are replaced, counted and reported, and their labels with them.
+        """Decode a batch; bad samples are replaced, counted and reported, and their labels with
+        them.
 
         Returns:
             uint8 RGB of shape (B, H, W, 3).
@@ -100,9 +109,13 @@ class SampleSource:
         Raises:
             DataError: too much is bad (see `DataReport`), or nothing near a bad sample is good.
         """
-        return self.replace_bad(encoded, decoder.decode(encoded.images, encoded.boxes), decoder, report)
+        return self.replace_bad(
+            encoded, decoder.decode(encoded.images, encoded.boxes), decoder, report
+        )
 
-    def replace_bad(self, encoded: Encoded, decoded: Decoded, decoder: Decoder, report: DataReport) -> torch.Tensor:
+    def replace_bad(
+        self, encoded: Encoded, decoded: Decoded, decoder: Decoder, report: DataReport
+    ) -> torch.Tensor:
         """Replace what is bad in a decoded batch, count and report it (see `decode`)."""
         bad = {**decoded.bad, **encoded.bad}
         for i in sorted(bad):
@@ -142,14 +155,21 @@ class SampleSource:
         """Refuse by what the manifest says, before a byte is read or decoded."""
         pixels_B = rows.widths_B.astype(np.int64) * rows.heights_B
         bad = {int(i): "is not an image" for i in np.flatnonzero(pixels_B <= 0)}
-        bad |= {int(i): "too many pixels" for i in np.flatnonzero(pixels_B > self._settings.max_pixels)}
-        bad |= {int(i): "too many bytes" for i in np.flatnonzero(rows.sizes_B > self._settings.max_bytes)}
+        bad |= {
+            int(i): "too many pixels" for i in np.flatnonzero(pixels_B > self._settings.max_pixels)
+        }
+        bad |= {
+            int(i): "too many bytes"
+            for i in np.flatnonzero(rows.sizes_B > self._settings.max_bytes)
+        }
         return bad
 
     def _screen_headers(self, images: list[U8], rows: Rows) -> dict[int, str]:
-        """Refuse what is not of the size that the manifest says, before it is decoded: 2 microseconds a JPEG.
+        """Refuse what is not of the size that the manifest says, before it is decoded: 2
+        microseconds a JPEG.
 
-        A flipped bit or an exchanged file may declare gigabytes of pixels, and a larger image would be cut elsewhere.
+        A flipped bit or an exchanged file may declare gigabytes of pixels, and a larger image would
+        be cut elsewhere.
         """
         bad = {}
         for i, (image, width, height) in enumerate(
@@ -177,13 +197,15 @@ class SampleSource:
             if not decoded.bad:
                 return decoded.pixels_BHW3[0], int(candidate.labels_B[0])
         raise DataError(
-            f"data: sample {int(sample_id[0])} of {self._dataset.shard_name(shard)} cannot be used, nor can the "
+            f"data: sample {int(sample_id[0])} of {self._dataset.shard_name(shard)} cannot be "
+            "used, nor can the "
             f"{min(size - 1, _SUBSTITUTES)} after it: check the shard with pipeline.verify --full"
         )
 
 
 def _declared_size(image: U8) -> tuple[int, int] | None:
-    """Return the width and height in an image's header; None where it cannot be read, which the decoder will say."""
+    """Return the width and height in an image's header; None where it cannot be read, which the
+    decoder will say."""
     if image[:3].tobytes() == _JPEG_START:
         try:
             height, width = simplejpeg.decode_jpeg_header(image)[:2]

@@ -32,15 +32,24 @@ class StageCounter:
 class PipelineStats:
     """Counters of every stage, written by the loader's threads and read by whoever reports.
 
-    `wait` is the caller's own waiting: where it is near zero, the loader keeps up and the model is the bottleneck.
+    `wait` is the caller's own waiting: where it is near zero, the loader keeps up and the model is
+    the bottleneck.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._stages: dict[Stage, StageCounter] = {name: StageCounter() for name in ("read", "decode", "copy", "wait")}
+        self._stages: dict[Stage, StageCounter] = {
+            name: StageCounter() for name in ("read", "decode", "copy", "wait")
+        }
 
     def add(
-        self, stage: Stage, *, items: int = 0, busy_s: float = 0.0, wait_s: float = 0.0, num_bytes: int = 0
+        self,
+        stage: Stage,
+        *,
+        items: int = 0,
+        busy_s: float = 0.0,
+        wait_s: float = 0.0,
+        num_bytes: int = 0,
     ) -> None:
         """Add to one stage's totals."""
         with self._lock:

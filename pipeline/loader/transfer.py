@@ -1,4 +1,5 @@
-"""From decoded bytes to what the model eats: host buffers, the copy to the device, and normalising there.
+"""From decoded bytes to what the model eats: host buffers, the copy to the device, and normalising
+there.
 
 Shapes: B images, C H W channels, height and width.
 """
@@ -13,10 +14,12 @@ from pipeline.config import IMAGENET_MEAN, IMAGENET_STD
 
 
 class HostBuffers:
-    """Memory for decoded batches on the host, used again and again; pinned where a CUDA device copies from it.
+    """Memory for decoded batches on the host, used again and again; pinned where a CUDA device
+    copies from it.
 
-    New memory for each batch would be cleared page by page by the kernel, which takes a tenth of the time that small
-    images need. A buffer must be given back; one that is not is simply not used again.
+    New memory for each batch would be cleared page by page by the kernel, which takes a tenth of
+    the time that small images need. A buffer must be given back; one that is not is simply not used
+    again.
 
     Args:
         shape_BHW3: of each buffer, uint8.
@@ -39,7 +42,9 @@ class HostBuffers:
             copied.synchronize()
         return buffer_BHW3
 
-    def give_back(self, buffer_BHW3: torch.Tensor, *, after: torch.cuda.Event | None = None) -> None:
+    def give_back(
+        self, buffer_BHW3: torch.Tensor, *, after: torch.cuda.Event | None = None
+    ) -> None:
         """Let a buffer be used again, once an event has passed where one is given."""
         self._free.append((buffer_BHW3, after))
 
@@ -47,7 +52,8 @@ class HostBuffers:
 class DeviceCopier:
     """Move uint8 pixels to the device ahead of need, and normalise them there.
 
-    On a CUDA device the copy runs on a stream of its own from pinned memory, so that it overlaps the step before.
+    On a CUDA device the copy runs on a stream of its own from pinned memory, so that it overlaps
+    the step before.
 
     Args:
         device: where images are wanted.
@@ -60,9 +66,9 @@ class DeviceCopier:
         std_13 = torch.tensor(IMAGENET_STD, dtype=torch.float64)
         # (x / 255 - mean) / std in one multiply and one add.
         self._scale_C11 = (1 / (255 * std_13)).to(device, torch.float32)[:, None, None]
-        self._shift_C11 = (-torch.tensor(IMAGENET_MEAN, dtype=torch.float64) / std_13).to(device, torch.float32)[
-            :, None, None
-        ]
+        self._shift_C11 = (-torch.tensor(IMAGENET_MEAN, dtype=torch.float64) / std_13).to(
+            device, torch.float32
+        )[:, None, None]
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property
@@ -74,7 +80,8 @@ class DeviceCopier:
         """Start the copy to the device; called by the thread that decodes.
 
         Returns:
-            The pixels on the device, and what to wait for before the host's memory is written again.
+            The pixels on the device, and what to wait for before the host's memory is written
+            again.
         """
         if self._stream is None or pixels_BHW3.device == self._device:
             return pixels_BHW3, None
@@ -106,6 +113,7 @@ class DeviceCopier:
 def scale_fused(
     pixels_BCHW: torch.Tensor, scale_C11: torch.Tensor, shift_C11: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Compute pixels * scale + shift in float32 and round to a type, in one kernel on a CUDA device."""
+    """Compute pixels * scale + shift in float32 and round to a type, in one kernel on a CUDA
+    device."""
     images_BCHW = torch.empty_like(pixels_BCHW, dtype=dtype)
     return torch.addcmul(shift_C11, pixels_BCHW, scale_C11, out=images_BCHW)

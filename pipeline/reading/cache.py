@@ -1,8 +1,9 @@
 """Verified copies of remote shards on this machine's disk, staged ahead of need.
 
-A shard is fetched with concurrent ranged reads into a file that nobody serves, checked against the manifest's sha256
-inside the retry, and then renamed: a cut, flipped or killed download is never seen. The ranks of a node share one copy.
-What the cache cannot hold (budget, full or read-only disk) is read from the store sample by sample: slower, not wrong.
+A shard is fetched with concurrent ranged reads into a file that nobody serves, checked against the
+manifest's sha256 inside the retry, and then renamed: a cut, flipped or killed download is never
+seen. The ranks of a node share one copy. What the cache cannot hold (budget, full or read-only
+disk) is read from the store sample by sample: slower, not wrong.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from pipeline.reading.cache_folder import CacheFolder, Partial
 
 logger = logging.getLogger(__name__)
 PART_BYTES = 16 * 2**20
-"""Size of one ranged read of a shard: at 8 at once 16 MiB came to 90% of the fastest plain client, 8 MiB to 82%, 4 MiB
-to 68% (docs/benchmarks/storage.md)."""
+"""Size of one ranged read of a shard: at 8 at once 16 MiB came to 90% of the fastest plain client,
+8 MiB to 82%, 4 MiB to 68% (docs/benchmarks/storage.md)."""
 _PARTS_AT_ONCE = 8
 _SHARDS_AT_ONCE = 2
 _TRIES = 3
@@ -42,7 +43,8 @@ _READ_ON = (errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
 def default_cache_dir() -> Path:
-    """Return the folder under which shards and scans are kept: `$XDG_CACHE_HOME/maelstrom` or `~/.cache/maelstrom`."""
+    """Return the folder under which shards and scans are kept: `$XDG_CACHE_HOME/maelstrom` or
+    `~/.cache/maelstrom`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maelstrom"
 
 
@@ -87,11 +89,13 @@ class ShardCache:
 
     Args:
         manifest: the dataset.
-        folder: cache folder; shared by processes and by runs. Each dataset has a folder of its own in it.
+        folder: cache folder; shared by processes and by runs. Each dataset has a folder of its own
+            in it.
         max_bytes: budget over everything in `folder`.
 
     Raises:
-        InfrastructureError: the folder cannot be used. A full or read-only disk is no error: it is read around.
+        InfrastructureError: the folder cannot be used. A full or read-only disk is no error: it is
+            read around.
     """
 
     def __init__(self, manifest: Manifest, *, folder: Path, max_bytes: int) -> None:
@@ -101,7 +105,9 @@ class ShardCache:
         self._folder = _open_folder(self._root, max_bytes=max_bytes, counters=self.counters)
         self._changed = threading.Condition()
         self._needed: list[int] = []
-        self._waiting: dict[int, float] = {}  # shard: not before this time; in the order in which they are needed
+        self._waiting: dict[
+            int, float
+        ] = {}  # shard: not before this time; in the order in which they are needed
         self._failures: dict[int, int] = {}
         self._full_until = 0.0
         self._warned = False
@@ -110,7 +116,8 @@ class ShardCache:
         self._fetcher = ThreadPoolExecutor(_PARTS_AT_ONCE, thread_name_prefix="fetch")
 
     def name(self, shard: int) -> str:
-        """Return a shard's path below the cache. It carries its hash: another content is another file."""
+        """Return a shard's path below the cache. It carries its hash: another content is another
+        file."""
         prefix = self._manifest.shard_sha256(shard)[:16]
         return f"{self._manifest.info.fingerprint[:24]}/{prefix}-{self._manifest.shard_name(shard)}"
 
@@ -124,7 +131,8 @@ class ShardCache:
         return path if path.exists() else None
 
     def need(self, shards: Iterable[int]) -> bool:
-        """Say which shards are read now and soon, first needed first: these are protected, and fetched once begun.
+        """Say which shards are read now and soon, first needed first: these are protected, and
+        fetched once begun.
 
         Returns:
             Whether this differs from what was needed before.
@@ -148,20 +156,26 @@ class ShardCache:
         return True
 
     def begin(self) -> None:
-        """Begin to fetch what is needed and not here. Separate from `need`, so that a first batch may go first."""
+        """Begin to fetch what is needed and not here. Separate from `need`, so that a first batch
+        may go first."""
         with self._changed:
             if self._stagers or self._folder is None or self._closed:
                 return
             for number in range(_SHARDS_AT_ONCE):
-                thread = threading.Thread(target=self._stage_ahead, name=f"stage-{number}", daemon=True)
+                thread = threading.Thread(
+                    target=self._stage_ahead, name=f"stage-{number}", daemon=True
+                )
                 self._stagers.append(thread)
                 thread.start()
 
     def wait(self) -> None:
-        """Wait until every needed shard is here, has failed, or has found no room. For tests and measurements."""
+        """Wait until every needed shard is here, has failed, or has found no room. For tests and
+        measurements."""
 
         def is_quiet() -> bool:
-            return bool(self._full_until) or not any(time_s in (0.0, _TAKEN) for time_s in self._waiting.values())
+            return bool(self._full_until) or not any(
+                time_s in (0.0, _TAKEN) for time_s in self._waiting.values()
+            )
 
         with self._changed:
             self._changed.wait_for(is_quiet)
@@ -203,8 +217,13 @@ class ShardCache:
                 # Its samples are still readable by range; the caller meets the real failure there.
                 self.counters.add(failed_shards=1)
                 failures = self._failures[shard] = self._failures.get(shard, 0) + 1
-                again_at = time.monotonic() + _FAILED_RETRY_S[min(failures, len(_FAILED_RETRY_S)) - 1]
-                self._warn(f"{self._manifest.shard_name(shard)} could not be staged: {storage.redact(str(error))}")
+                again_at = (
+                    time.monotonic() + _FAILED_RETRY_S[min(failures, len(_FAILED_RETRY_S)) - 1]
+                )
+                self._warn(
+                    f"{self._manifest.shard_name(shard)} could not be staged: "
+                    f"{storage.redact(str(error))}"
+                )
             with self._changed:
                 if again_at is None:
                     self._waiting.pop(shard, None)
@@ -253,9 +272,12 @@ class ShardCache:
             if self._download(uri, size_bytes, partial) == self._manifest.shard_sha256(shard):
                 return
             self.counters.add(refused_shards=1)
-            logger.warning("cache: %s arrived damaged (try %d of %d)", storage.redact(uri), attempt + 1, _TRIES)
+            logger.warning(
+                "cache: %s arrived damaged (try %d of %d)", storage.redact(uri), attempt + 1, _TRIES
+            )
         raise DataError(
-            f"cache: {storage.redact(uri)} has not the sha256 that dataset.json says, {_TRIES} times in a row. "
+            f"cache: {storage.redact(uri)} has not the sha256 that dataset.json says, {_TRIES} "
+            "times in a row. "
             "It was replaced or damaged in the store: check it with pipeline.verify --full"
         )
 
@@ -269,7 +291,8 @@ class ShardCache:
         partial.file.seek(0)
         under_way: deque[Future[memoryview]] = deque()
         starts = iter(range(0, size_bytes, PART_BYTES))
-        # In order, so that the hash is taken while later parts are still under way; few, so that memory stays small.
+        # In order, so that the hash is taken while later parts are still under way; few, so that
+        # memory stays small.
         while True:
             room = _PARTS_AT_ONCE // _SHARDS_AT_ONCE + 2 - len(under_way)
             under_way.extend(self._fetcher.submit(read, start) for start in islice(starts, room))
@@ -282,21 +305,28 @@ class ShardCache:
     def _warn(self, problem: str) -> None:
         if not self._warned:
             self._warned = True
-            logger.warning("cache: %s. Samples are read from the store one by one meanwhile, which is slower", problem)
+            logger.warning(
+                "cache: %s. Samples are read from the store one by one meanwhile, which is slower",
+                problem,
+            )
 
 
 def _open_folder(root: Path, *, max_bytes: int, counters: CacheCounters) -> CacheFolder | None:
     try:
-        return CacheFolder(root, max_bytes=max_bytes, on_evict=lambda path: counters.add(evicted_shards=1))
+        return CacheFolder(
+            root, max_bytes=max_bytes, on_evict=lambda path: counters.add(evicted_shards=1)
+        )
     except OSError as error:
         if error.errno in _READ_ON:
             logger.warning(
-                "cache: %s: %s. Nothing new is cached; samples are read from the store one by one, which is slower. "
+                "cache: %s: %s. Nothing new is cached; samples are read from the store one by one, "
+                "which is slower. "
                 "Set loader.cache_dir to a folder with space",
                 root,
                 error.strerror,
             )
             return None
         raise InfrastructureError(
-            f"cache: cannot use {root}: {error.strerror}. Set loader.cache_dir to a folder that can be written"
+            f"cache: cannot use {root}: {error.strerror}. Set loader.cache_dir to a folder that "
+            "can be written"
         ) from error

@@ -1,7 +1,9 @@
-"""The files of one cache folder: who needs which, what may go, and room for what comes. Shared by processes.
+"""The files of one cache folder: who needs which, what may go, and room for what comes. Shared by
+processes.
 
-Nothing is trusted but the kernel: a process that lives holds an advisory lock on its lease and on every file it is
-filling, and loses it however it ends. So a lease or a half-filled file that can be locked belongs to nobody.
+Nothing is trusted but the kernel: a process that lives holds an advisory lock on its lease and on
+every file it is filling, and loses it however it ends. So a lease or a half-filled file that can be
+locked belongs to nobody.
 
     <root>/cache.lock          held for the moment in which files are looked at, placed or removed
     <root>/leases/<pid>-<id>   what a process reads now or will read soon; locked while it lives
@@ -67,7 +69,9 @@ class CacheFolder:
         OSError: The folder cannot be made or written.
     """
 
-    def __init__(self, root: Path, *, max_bytes: int, on_evict: Callable[[Path], None] = lambda path: None) -> None:
+    def __init__(
+        self, root: Path, *, max_bytes: int, on_evict: Callable[[Path], None] = lambda path: None
+    ) -> None:
         self.root = root
         self._max_bytes = max_bytes
         self._on_evict = on_evict
@@ -158,10 +162,13 @@ class CacheFolder:
             ) from error
 
     def _scan(self) -> tuple[list[_Held], int]:
-        """List the whole shards, and add up what they and the files on their way take. Removes dead files."""
+        """List the whole shards, and add up what they and the files on their way take. Removes dead
+        files."""
         held, total_bytes = [], 0
         for path in self.root.glob("*/*"):
-            if path.parent.name == _LEASES or (path.name.startswith(PARTIAL) and _remove_if_dead(path)):
+            if path.parent.name == _LEASES or (
+                path.name.startswith(PARTIAL) and _remove_if_dead(path)
+            ):
                 continue
             with suppress(FileNotFoundError):
                 stat = path.stat()
@@ -184,7 +191,9 @@ class CacheFolder:
         self._on_evict(file.path)
         return file.size_bytes
 
-    def _take_room(self, path: Path, target: Path, size_bytes: int, spare: Iterator[_Held]) -> Partial | Refusal:
+    def _take_room(
+        self, path: Path, target: Path, size_bytes: int, spare: Iterator[_Held]
+    ) -> Partial | Refusal:
         """Fill the file with room; where the disk is full before the budget is, more shards go."""
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Partial(path, target, path.open("xb"))

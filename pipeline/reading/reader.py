@@ -1,4 +1,5 @@
-"""Bytes of samples out of their shards: mapped in place, out of the cache, or by range from the store.
+"""Bytes of samples out of their shards: mapped in place, out of the cache, or by range from the
+store.
 
 Shapes: B samples.
 """
@@ -56,7 +57,9 @@ class ShardReader:
         self._cache = (
             None
             if storage.is_local(manifest.uri)
-            else ShardCache(manifest, folder=cache_dir or default_cache_dir(), max_bytes=cache_bytes)
+            else ShardCache(
+                manifest, folder=cache_dir or default_cache_dir(), max_bytes=cache_bytes
+            )
         )
         self.counters = self._cache.counters if self._cache else CacheCounters()
         """What the cache did; all zero for local shards."""
@@ -64,13 +67,15 @@ class ShardReader:
 
     @property
     def is_staging(self) -> bool:
-        """Whether shards are copied to this machine's disk, so that it is of use to `prepare` them."""
+        """Whether shards are copied to this machine's disk, so that it is of use to `prepare`
+        them."""
         return self._cache is not None
 
     def prepare(self, shards: Iterable[int]) -> None:
         """Say which shards are read now and soon, first needed first; returns at once.
 
-        They are staged in this order, after the first read, and no process removes them from the cache.
+        They are staged in this order, after the first read, and no process removes them from the
+        cache.
         """
         needed = list(shards)
         if self._cache is None or not self._cache.need(needed):
@@ -86,11 +91,12 @@ class ShardReader:
 
         Args:
             rows: where they lie.
-            skip: places that are not read: what is refused already may be of any size. They come out empty.
+            skip: places that are not read: what is refused already may be of any size. They come
+                out empty.
 
         Returns:
-            One uint8 array a sample (a view of a mapped shard where that is local), and the reason of each that does
-            not match the manifest's hash, by its place.
+            One uint8 array a sample (a view of a mapped shard where that is local), and the reason
+            of each that does not match the manifest's hash, by its place.
 
         Raises:
             DataError: a shard is missing or shorter than the manifest says.
@@ -116,7 +122,9 @@ class ShardReader:
         bad = {
             i: "hash mismatch"
             for i, image in enumerate(done)
-            if i not in skip and (self._verify or isinstance(images[i], Future)) and not _matches(image, rows, i)
+            if i not in skip
+            and (self._verify or isinstance(images[i], Future))
+            and not _matches(image, rows, i)
         }
         return done, bad
 
@@ -129,11 +137,15 @@ class ShardReader:
             self._maps.clear()
 
     def _read_range(self, rows: Rows, i: int) -> U8:
-        """Read one sample by its own range, again where it arrives damaged; the last try is returned as it is."""
+        """Read one sample by its own range, again where it arrives damaged; the last try is
+        returned as it is."""
         uri = self._manifest.shard_uri(int(rows.shards_B[i]))
         for _ in range(_TRIES):
             data = storage.read_view(
-                uri, int(rows.offsets_B[i]), int(rows.sizes_B[i]), on_retry=self.counters.count_retry
+                uri,
+                int(rows.offsets_B[i]),
+                int(rows.sizes_B[i]),
+                on_retry=self.counters.count_retry,
             )
             image = np.frombuffer(data, dtype=np.uint8)
             if _matches(image, rows, i):
@@ -147,7 +159,9 @@ class ShardReader:
             if mapped is not None:
                 self._maps.move_to_end(shard)
                 return mapped
-        mapped = self._map_local(shard) if self._cache is None else self._map_cached(self._cache, shard)
+        mapped = (
+            self._map_local(shard) if self._cache is None else self._map_cached(self._cache, shard)
+        )
         if mapped is not None:
             with self._lock:
                 self._maps[shard] = mapped
@@ -164,11 +178,13 @@ class ShardReader:
             mapped = _map_file(path)
         except FileNotFoundError as error:
             raise DataError(
-                f"dataset: {path} is missing; dataset.json lists it. Restore it, or check with pipeline.verify"
+                f"dataset: {path} is missing; dataset.json lists it. Restore it, or check with "
+                "pipeline.verify"
             ) from error
         if mapped.size != expected_bytes:
             raise DataError(
-                f"dataset: {path} has {mapped.size} bytes, the manifest says {expected_bytes}. It was cut or replaced: "
+                f"dataset: {path} has {mapped.size} bytes, the manifest says {expected_bytes}. It "
+                "was cut or replaced: "
                 "convert it again, or write its manifest anew with pipeline.verify --write-manifest"
             )
         return mapped
@@ -201,7 +217,8 @@ def _map_file(path: Path) -> U8:
 
 
 def _maps_allowed() -> int:
-    """Say how many shards may be mapped at once. Each map keeps a file open: the process's limit is raised for it."""
+    """Say how many shards may be mapped at once. Each map keeps a file open: the process's limit is
+    raised for it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 2 * _MOST_MAPS if hard == resource.RLIM_INFINITY else min(2 * _MOST_MAPS, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:

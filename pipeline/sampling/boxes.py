@@ -14,7 +14,8 @@ from pipeline.config import ViewConfig
 from pipeline.sampling.philox import I64, Purpose, random_words, unit_float32, unit_float64
 
 _TRIES = 10
-"""Boxes that are drawn before falling back to a centred one, as torchvision's RandomResizedCrop does."""
+"""Boxes that are drawn before falling back to a centred one, as torchvision's RandomResizedCrop
+does."""
 
 
 @dataclass(frozen=True)
@@ -38,18 +39,28 @@ class Boxes:
     def take(self, index: npt.NDArray[np.int64] | slice) -> Boxes:
         """Select some of the boxes."""
         return Boxes(
-            self.tops_B[index], self.lefts_B[index], self.heights_B[index], self.widths_B[index], self.flips_B[index]
+            self.tops_B[index],
+            self.lefts_B[index],
+            self.heights_B[index],
+            self.widths_B[index],
+            self.flips_B[index],
         )
 
 
 def draw_boxes(
-    view: ViewConfig, *, seed: int, epochs_B: I64, sample_ids_B: I64, widths_B: npt.ArrayLike, heights_B: npt.ArrayLike
+    view: ViewConfig,
+    *,
+    seed: int,
+    epochs_B: I64,
+    sample_ids_B: I64,
+    widths_B: npt.ArrayLike,
+    heights_B: npt.ArrayLike,
 ) -> Boxes:
     """Compute the box and the flip of each image.
 
-    `random` draws a share of the area and a log-uniform aspect up to ten times and takes the first box that fits, at a
-    uniform place; if none fits, the largest centred box within the aspect limits. `center` takes the largest centred
-    box of the output's aspect and never flips.
+    `random` draws a share of the area and a log-uniform aspect up to ten times and takes the first
+    box that fits, at a uniform place; if none fits, the largest centred box within the aspect
+    limits. `center` takes the largest centred box of the output's aspect and never flips.
 
     Args:
         view: how boxes are drawn.
@@ -68,7 +79,11 @@ def draw_boxes(
     if view.crop == "center":
         return _largest_centred(image_widths_B, image_heights_B, aspect=view.width / view.height)
     words_BT4 = random_words(
-        seed=seed, purpose=Purpose.CROP, epochs_n=epochs_B, streams_n=sample_ids_B, num_blocks=_TRIES
+        seed=seed,
+        purpose=Purpose.CROP,
+        epochs_n=epochs_B,
+        streams_n=sample_ids_B,
+        num_blocks=_TRIES,
     ).reshape(-1, _TRIES, 4)
     units_BT4 = unit_float64(words_BT4)
     areas_BT = view.min_area + (view.max_area - view.min_area) * units_BT4[:, :, 0]
@@ -100,7 +115,9 @@ def draw_boxes(
     )
 
 
-def mask_noise(seed: int, epochs_B: I64, sample_ids_B: I64, num_patches: int) -> npt.NDArray[np.float32]:
+def mask_noise(
+    seed: int, epochs_B: I64, sample_ids_B: I64, num_patches: int
+) -> npt.NDArray[np.float32]:
     """Draw the noise whose order decides which patches a masked autoencoder sees.
 
     Returns:
@@ -117,7 +134,8 @@ def mask_noise(seed: int, epochs_B: I64, sample_ids_B: I64, num_patches: int) ->
 
 
 def _below(words_B: npt.NDArray[np.uint64], limits_B: I64) -> I64:
-    """Map 32-bit words to integers in [0, limit) by multiplication; the bias is below limit / 2^32."""
+    """Map 32-bit words to integers in [0, limit) by multiplication; the bias is below limit /
+    2^32."""
     return ((words_B * np.maximum(limits_B, 1).astype(np.uint64)) >> np.uint64(32)).astype(np.int64)
 
 

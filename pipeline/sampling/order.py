@@ -1,9 +1,10 @@
 """The order of samples: a pure function of (shard sizes, seed, epoch, position).
 
-Each epoch the shards are permuted and laid end to end; that line of samples is cut into `lanes` equal pieces; inside a
-lane, runs of `window` shards are permuted sample by sample. Position p of an epoch is sample p // lanes of lane
-p % lanes. A rank takes the positions that are congruent to it modulo the world size: where the world size divides the
-lanes it reads only its own lanes, and what a global batch holds never depends on the number of ranks.
+Each epoch the shards are permuted and laid end to end; that line of samples is cut into `lanes`
+equal pieces; inside a lane, runs of `window` shards are permuted sample by sample. Position p of an
+epoch is sample p // lanes of lane p % lanes. A rank takes the positions that are congruent to it
+modulo the world size: where the world size divides the lanes it reads only its own lanes, and what
+a global batch holds never depends on the number of ranks.
 
 Everything is addressable: the sample at any position costs one window, not a walk from the start.
 
@@ -64,8 +65,12 @@ class EpochOrder:
         self._epoch = epoch
         self._lanes = config.lanes
         self._window = config.window or max(len(shard_sizes_S), 1)
-        self._line_shards_S = permutation(len(shard_sizes_S), seed=seed, purpose=Purpose.SHARDS, epoch=epoch)
-        self._line_starts = np.concatenate([[0], np.cumsum(shard_sizes_S[self._line_shards_S])]).astype(np.int64)
+        self._line_shards_S = permutation(
+            len(shard_sizes_S), seed=seed, purpose=Purpose.SHARDS, epoch=epoch
+        )
+        self._line_starts = np.concatenate(
+            [[0], np.cumsum(shard_sizes_S[self._line_shards_S])]
+        ).astype(np.int64)
         self._shard_starts = np.concatenate([[0], np.cumsum(shard_sizes_S)]).astype(np.int64)
         self.num_samples = int(self._line_starts[-1])
         # One permuted run a lane is in use at a time; the second is the one a batch reaches into.
@@ -90,14 +95,22 @@ class EpochOrder:
         for begin, finish in pairwise(edges.tolist()):
             members = by_run[begin:finish]
             start, end = int(starts_B[members[0]]), int(ends_B[members[0]])
-            permuted_B[members] = start + self._run_permutation(start, end - start)[line_B[members] - start]
+            permuted_B[members] = (
+                start + self._run_permutation(start, end - start)[line_B[members] - start]
+            )
         on_line_B = np.searchsorted(self._line_starts, permuted_B, side="right") - 1
-        return self._shard_starts[self._line_shards_S[on_line_B]] + permuted_B - self._line_starts[on_line_B]
+        return (
+            self._shard_starts[self._line_shards_S[on_line_B]]
+            + permuted_B
+            - self._line_starts[on_line_B]
+        )
 
     def shards_ahead(self, positions_B: I64) -> I64:
-        """List the shards of the runs that hold the given positions, in the order in which the runs are reached.
+        """List the shards of the runs that hold the given positions, in the order in which the runs
+        are reached.
 
-        A run is permuted sample by sample, so all of its shards are needed as soon as it is entered.
+        A run is permuted sample by sample, so all of its shards are needed as soon as it is
+        entered.
         """
         starts_B, ends_B, _ = self._runs_of(np.asarray(positions_B, dtype=np.int64))
         _, firsts = np.unique(starts_B, return_index=True)
@@ -113,7 +126,8 @@ class EpochOrder:
         return shards[np.sort(firsts)]
 
     def _runs_of(self, positions_B: I64) -> tuple[I64, I64, I64]:
-        """Place positions on the line: start and end of the run each falls in, and its own place before permuting."""
+        """Place positions on the line: start and end of the run each falls in, and its own place
+        before permuting."""
         lanes_B = positions_B % self._lanes
         base, extra = divmod(self.num_samples, self._lanes)
         lane_starts_B = lanes_B * base + np.minimum(lanes_B, extra)
@@ -130,7 +144,9 @@ class EpochOrder:
     def _run_permutation(self, start: int, count: int) -> I64:
         run = self._runs.get(start)
         if run is None:
-            run = permutation(count, seed=self._seed, purpose=Purpose.WINDOW, epoch=self._epoch, stream=start)
+            run = permutation(
+                count, seed=self._seed, purpose=Purpose.WINDOW, epoch=self._epoch, stream=start
+            )
             self._runs[start] = run
             while len(self._runs) > self._max_runs:
                 self._runs.popitem(last=False)
@@ -175,14 +191,16 @@ class Order:
         self._epochs: OrderedDict[int, EpochOrder] = OrderedDict()
         if global_batch_size % world_size:
             raise ConfigError(
-                f"train.global_batch_size {global_batch_size} does not divide over {world_size} ranks: "
+                f"train.global_batch_size {global_batch_size} does not divide over {world_size} "
+                "ranks: "
                 f"use a multiple of {world_size}"
             )
         if self.num_samples == 0:
             raise ConfigError("the dataset holds no samples")
         if config.remainder == "drop" and self.num_samples < global_batch_size:
             raise ConfigError(
-                f"the dataset holds {self.num_samples} samples, fewer than one global batch of {global_batch_size}, "
+                f"the dataset holds {self.num_samples} samples, fewer than one global batch of "
+                f"{global_batch_size}, "
                 "and order.remainder is 'drop': use 'fill' or a smaller train.global_batch_size"
             )
 
@@ -200,7 +218,8 @@ class Order:
             mine = offsets[offsets % self._world_size == self._rank]
             epochs_B, positions_B = np.full_like(mine, start.epoch), mine
         else:
-            # Counted from the run's first sample, so that a batch that spans two epochs is shared out evenly too.
+            # Counted from the run's first sample, so that a batch that spans two epochs is shared
+            # out evenly too.
             absolute = offsets + start.epoch * self.num_samples
             mine = absolute[absolute % self._world_size == self._rank]
             epochs_B, positions_B = np.divmod(mine, self.num_samples)
@@ -222,7 +241,9 @@ class Order:
         """Move a cursor by whole global batches, in constant time."""
         cursor = self._settle(cursor)
         if self._config.remainder == "fill":
-            absolute = cursor.epoch * self.num_samples + cursor.position + batches * self.global_batch_size
+            absolute = (
+                cursor.epoch * self.num_samples + cursor.position + batches * self.global_batch_size
+            )
             return Cursor(*divmod(absolute, self.num_samples))
         left = (self.num_samples - cursor.position) // self.global_batch_size
         if batches < left:
@@ -233,7 +254,9 @@ class Order:
     def epoch(self, epoch: int) -> EpochOrder:
         """Give the order of one epoch; the two in use are kept."""
         if epoch not in self._epochs:
-            self._epochs[epoch] = EpochOrder(self._shard_sizes_S, config=self._config, seed=self._seed, epoch=epoch)
+            self._epochs[epoch] = EpochOrder(
+                self._shard_sizes_S, config=self._config, seed=self._seed, epoch=epoch
+            )
             while len(self._epochs) > 2:
                 self._epochs.popitem(last=False)
         return self._epochs[epoch]

@@ -1,8 +1,8 @@
 """A counter-based random generator: every draw is a pure function of what it is for.
 
-Philox-4x32-10 maps a 128-bit counter and a 64-bit key to 128 random bits, with no state. The counter names the draw
-(purpose, epoch, sample or stream, block), the key is the seed, so any draw of any run can be repeated alone, in any
-order, on any number of processes.
+Philox-4x32-10 maps a 128-bit counter and a 64-bit key to 128 random bits, with no state. The
+counter names the draw (purpose, epoch, sample or stream, block), the key is the seed, so any draw
+of any run can be repeated alone, in any order, on any number of processes.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 
@@ -48,7 +48,8 @@ def philox4x32(counters_4n: tuple[U64, U64, U64, U64], key: int) -> tuple[U64, U
     """Apply the ten rounds of Philox-4x32 to many counters at once.
 
     Args:
-        counters_4n: four arrays of 32-bit words (held as uint64), least significant word first; broadcast together.
+        counters_4n: four arrays of 32-bit words (held as uint64), least significant word first;
+            broadcast together.
         key: 64-bit key.
 
     Returns:
@@ -119,8 +120,8 @@ def unit_float32(words: U32) -> npt.NDArray[np.float32]:
 def permutation(count: int, *, seed: int, purpose: Purpose, epoch: int, stream: int = 0) -> I64:
     """Permute [0, count) as a pure function of the arguments.
 
-    Sorts random 64-bit keys whose low bits carry the index: equal keys cannot occur, so that the result does not
-    depend on the sorting algorithm, and numpy's vectorised sort can be used.
+    Sorts random 64-bit keys whose low bits carry the index: equal keys cannot occur, so that the
+    result does not depend on the sorting algorithm, and numpy's vectorised sort can be used.
 
     Returns:
         int64 array of shape (count,).

@@ -1,4 +1,5 @@
-"""Tells what a source is: from its name where that is enough, from what lies in the folder where it is not."""
+"""Tells what a source is: from its name where that is enough, from what lies in the folder where it
+is not."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ def find_kind(uri: str, settings: SourceSettings) -> SourceKind:
     by_name: dict[str, SourceKind] = {".tar": "tar", ".csv": "list", ".tsv": "list"}
     if suffix in by_name and not (storage.is_local(uri) and storage.is_folder(uri)):
         return by_name[suffix]
-    if is_pattern(uri) or (suffix == ".parquet" and not (storage.is_local(uri) and storage.is_folder(uri))):
+    if is_pattern(uri) or (
+        suffix == ".parquet" and not (storage.is_local(uri) and storage.is_folder(uri))
+    ):
         return _kind_of_table(uri, settings)
     if uri.startswith("https:") or not storage.is_folder(uri):
         return "folder"  # whose own message says what is wrong
@@ -65,14 +68,18 @@ def _kind_of_folder(uri: str, settings: SourceSettings) -> SourceKind:
         found["Parquet files"] = "parquet"
     if len(found) > 1:
         raise ConfigError(
-            f"convert: {storage.redact(uri)} holds {' and '.join(found)}. Give a folder with one of them, or name the "
+            f"convert: {storage.redact(uri)} holds {' and '.join(found)}. Give a folder with one "
+            "of them, or name the "
             "files, as in data/train-*.parquet."
         )
     if found.get("Parquet files"):
         return _kind_of_table(uri, settings)
     if not found and storage.is_folder(storage.join(uri, "data")) and not seen["image"]:
         # A data set cloned from a hub keeps its Parquet files one folder below.
-        below = Counter(PurePosixPath(file.name).suffix for file in storage.list_files(storage.join(uri, "data")))
+        below = Counter(
+            PurePosixPath(file.name).suffix
+            for file in storage.list_files(storage.join(uri, "data"))
+        )
         if below[".parquet"]:
             return _kind_of_table(storage.join(uri, "data"), settings)
     return next(iter(found.values()), "folder")
@@ -94,12 +101,14 @@ def _kind_of_table(uri: str, settings: SourceSettings) -> SourceKind:
     return "parquet" if holds_images(uri, settings) else "list"
 
 
-def open_source(uri: str, settings: SourceSettings | None = None, *, kind: SourceKind | None = None) -> Source:
+def open_source(
+    uri: str, settings: SourceSettings | None = None, *, kind: SourceKind | None = None
+) -> Source:
     """Return the source at a URI.
 
     Args:
-        uri: A folder of images; a dataset; a tar of images or of class tars; Parquet files, by folder, file or pattern;
-            a CSV, TSV or Parquet list of URIs.
+        uri: A folder of images; a dataset; a tar of images or of class tars; Parquet files, by
+            folder, file or pattern; a CSV, TSV or Parquet list of URIs.
         settings: Where labels come from, and which columns of a table are meant.
         kind: What it is, where that is known.
     """

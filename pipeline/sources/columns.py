@@ -1,4 +1,5 @@
-"""What tables share: which column is meant, class numbers out of a column, and the Parquet files of a place."""
+"""What tables share: which column is meant, class numbers out of a column, and the Parquet files of
+a place."""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ def find_files(uri: str) -> list[storage.FileInfo]:
         and storage.is_folder(uri)
     ):
         folder, pattern = uri, "*.parquet"
-    elif storage.name_of(uri).endswith(".parquet") and not any(mark in storage.name_of(uri) for mark in "*["):
+    elif storage.name_of(uri).endswith(".parquet") and not any(
+        mark in storage.name_of(uri) for mark in "*["
+    ):
         return [storage.FileInfo(storage.name_of(uri), uri, storage.size_of(uri))]
     else:
         folder, pattern = uri.rsplit("/", 1) if "/" in uri else (".", uri)
@@ -42,11 +45,15 @@ def find_files(uri: str) -> list[storage.FileInfo]:
     if not found and pattern == "*.parquet" and storage.is_folder(storage.join(uri, "data")):
         return find_files(storage.join(uri, "data"))
     if not found:
-        raise DataError(f"convert: no file {pattern} in {storage.redact(folder)}. Check the folder and the pattern.")
+        raise DataError(
+            f"convert: no file {pattern} in {storage.redact(folder)}. Check the folder and the "
+            "pattern."
+        )
     words = {file.name.split("-")[0] for file in found if "-of-" in file.name}
     if pattern == "*.parquet" and len(words) > 1:
         raise ConfigError(
-            f"convert: {storage.redact(folder)} holds files of {', '.join(sorted(words))}. Give one of them, as "
+            f"convert: {storage.redact(folder)} holds files of {', '.join(sorted(words))}. Give "
+            "one of them, as "
             f"{storage.redact(storage.join(folder, sorted(words)[0]))}-*.parquet."
         )
     return sorted(found, key=lambda file: file.name)
@@ -61,7 +68,8 @@ def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
             yield pq.ParquetFile(source, pre_buffer=False)
         except (pa.ArrowException, OSError) as error:
             raise DataError(
-                f"convert: {storage.redact(uri)} is damaged, or no Parquet file ({type(error).__name__}: {error}). "
+                f"convert: {storage.redact(uri)} is damaged, or no Parquet file "
+                f"({type(error).__name__}: {error}). "
                 "Download it again."
             ) from error
 
@@ -96,7 +104,9 @@ def choose_column(
     """
     if asked is not None:
         if asked not in names:
-            raise ConfigError(f"convert: {where} has no column {asked!r} ({option}); it has {', '.join(names)}.")
+            raise ConfigError(
+                f"convert: {where} has no column {asked!r} ({option}); it has {', '.join(names)}."
+            )
         return asked
     lower = {name.lower(): name for name in reversed(names)}
     return next((lower[name] for name in usual if name in lower), None)
@@ -105,17 +115,24 @@ def choose_column(
 def label_numbers(
     values: pa.ChunkedArray, class_names: list[str] | None
 ) -> tuple[npt.NDArray[np.int32], list[str] | None]:
-    """Return class numbers and names of a column: numbers are kept, names are numbered in sorted order."""
+    """Return class numbers and names of a column: numbers are kept, names are numbered in sorted
+    order."""
     if pa.types.is_integer(values.type):
         given: Any = values
         numbers = given.fill_null(NO_LABEL).to_numpy().astype(np.int64)
         if len(numbers) and (numbers.min() < -1 or numbers.max() >= 2**31):
-            raise DataError(f"convert: labels run from {numbers.min()} to {numbers.max()}; expected 0 and above.")
+            raise DataError(
+                f"convert: labels run from {numbers.min()} to {numbers.max()}; expected 0 and "
+                "above."
+            )
         return numbers.astype(np.int32), class_names
     if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-        return number_classes(pa.concat_arrays(values.cast(pa.string()).chunks or [pa.array([], pa.string())]))
+        return number_classes(
+            pa.concat_arrays(values.cast(pa.string()).chunks or [pa.array([], pa.string())])
+        )
     if pa.types.is_null(values.type):
         return np.full(len(values), NO_LABEL, np.int32), None
     raise ConfigError(
-        f"convert: the label column holds {values.type}; expected numbers or names. Choose with --label-column."
+        f"convert: the label column holds {values.type}; expected numbers or names. Choose with "
+        "--label-column."
     )

@@ -1,4 +1,5 @@
-"""A dataset as the source of another: tars to betons and back, with every key, label, byte and shard kept."""
+"""A dataset as the source of another: tars to betons and back, with every key, label, byte and
+shard kept."""
 
 from __future__ import annotations
 
@@ -54,11 +55,15 @@ class DatasetSource:
         for s in range(manifest.info.num_shards):
             table = manifest.shard_table(s)
             keys.append(pa.array(table.keys, pa.string()))
-            names.append(pa.array([f"{s}/{row}/{key}" for row, key in enumerate(table.keys)], pa.string()))
+            names.append(
+                pa.array([f"{s}/{row}/{key}" for row, key in enumerate(table.keys)], pa.string())
+            )
             sizes.append(table.sizes)
             labels.append(table.labels)
         all_keys = pa.concat_arrays(keys)
-        if pc.any(pc.match_substring_regex(all_keys, _UNFIT_KEY)).as_py() or len(all_keys.unique()) != len(all_keys):
+        if pc.any(pc.match_substring_regex(all_keys, _UNFIT_KEY)).as_py() or len(
+            all_keys.unique()
+        ) != len(all_keys):
             all_keys = sample_keys(all_keys)
         unlabelled = self._labels == "none"
         found = np.concatenate(labels)
@@ -83,7 +88,9 @@ class DatasetSource:
         s, row = _place(name)
         manifest = self._manifest()
         table = manifest.shard_table(s)
-        data = storage.read_bytes(manifest.shard_uri(s), int(table.offsets[row]), int(table.sizes[row]))
+        data = storage.read_bytes(
+            manifest.shard_uri(s), int(table.offsets[row]), int(table.sizes[row])
+        )
         if FORMATS[table.formats[row]] == "raw":
             return as_png(data, int(table.widths[row]), int(table.heights[row]))
         return data
@@ -92,7 +99,9 @@ class DatasetSource:
         """Return the JSON that is stored beside the image, as it is."""
         s, row = _place(name)
         if s not in self._texts:
-            self._texts = {s: self._read_texts(s)}  # samples come shard by shard: one shard's are enough
+            self._texts = {
+                s: self._read_texts(s)
+            }  # samples come shard by shard: one shard's are enough
         return self._texts[s][row]
 
     def _read_texts(self, s: int) -> list[dict[str, Any] | None]:

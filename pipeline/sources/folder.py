@@ -19,7 +19,8 @@ from pipeline.sources.listing import (
 
 
 class FolderSource:
-    """A folder of class folders (the first folder of a path is its class), or a flat folder without labels.
+    """A folder of class folders (the first folder of a path is its class), or a flat folder without
+    labels.
 
     Hidden files and folders are passed over.
 
@@ -50,7 +51,8 @@ class FolderSource:
         """
         if storage.exists(self.uri) and not storage.is_folder(self.uri):
             raise ConfigError(
-                f"convert: {storage.redact(self.uri)} is a file. Give the folder that holds the images, or a .tar, "
+                f"convert: {storage.redact(self.uri)} is a file. Give the folder that holds the "
+                "images, or a .tar, "
                 ".parquet, .csv or .tsv file."
             )
         found = ListingBuilder()
@@ -58,7 +60,8 @@ class FolderSource:
             found.add(file.name, file.size_bytes)
         if not len(found):
             raise DataError(
-                f"convert: no image in {storage.redact(self.uri)}; seen: {found.seen()}. Looked for "
+                f"convert: no image in {storage.redact(self.uri)}; seen: {found.seen()}. Looked "
+                "for "
                 f"{', '.join(IMAGE_SUFFIXES)}, tars, betons and Parquet files."
             )
         return found.build(self.uri, self._settings, kind="folder")

@@ -1,8 +1,8 @@
 """Labels that are kept apart from the images: ImageNet's validation set, whose tar has no folders.
 
-Class numbers are places in the sorted list of class names, as folders give them: a train set from folders or class tars
-and a val set labelled here agree. ImageNet's own ILSVRC2012_ID is another order, which only the devkit's `meta.mat`, or
-a list made from it, translates.
+Class numbers are places in the sorted list of class names, as folders give them: a train set from
+folders or class tars and a val set labelled here agree. ImageNet's own ILSVRC2012_ID is another
+order, which only the devkit's `meta.mat`, or a list made from it, translates.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _LABELS_FILE = "ILSVRC2012_validation_ground_truth.txt"
 _META_FILE = "meta.mat"
 _MAX_FILE_BYTES = 64 * 2**20
 _HOW = (
-    "Give the devkit (ILSVRC2012_devkit_t12.tar.gz or its folder), or a text file with a class name such as n01440764 "
+    "Give the devkit (ILSVRC2012_devkit_t12.tar.gz or its folder), or a text file with a class "
+    "name such as n01440764 "
     "a line, in the order of the images' names, or with an image's name and its class a line."
 )
 
@@ -60,7 +61,8 @@ class GroundTruth:
         number = {name: place for place, name in enumerate(self.names)}
         if self.in_order and len(self.in_order) != len(names):
             raise DataError(
-                f"convert: {self.where} has the classes of {len(self.in_order)} images, but there are {len(names)}. "
+                f"convert: {self.where} has the classes of {len(self.in_order)} images, but there "
+                f"are {len(names)}. "
                 "Use the file that belongs to these images."
             )
         if self.in_order:
@@ -69,7 +71,9 @@ class GroundTruth:
         for place, name in enumerate(names.to_pylist()):
             stem = PurePosixPath(str(name)).stem
             if stem not in self.by_name:
-                raise DataError(f"convert: {self.where} has no class for {name}. Use the file for these images.")
+                raise DataError(
+                    f"convert: {self.where} has no class for {name}. Use the file for these images."
+                )
             labels[place] = number[self.by_name[stem]]
         return labels, self.names
 
@@ -78,13 +82,15 @@ def read_ground_truth(uri: str, synsets: str | None = None) -> GroundTruth:
     """Read the classes of a set of images.
 
     Args:
-        uri: ImageNet's devkit, packed or not, or a text file: an ILSVRC2012_ID or a class name a line in the order of
-            the images' names, or an image's name and its class a line (blank or comma between; the rest is ignored).
-        synsets: `meta.mat`, or a text file whose line k is the class with ILSVRC2012_ID k, or `ID class` lines. Needed
-            where a text file holds numbers.
+        uri: ImageNet's devkit, packed or not, or a text file: an ILSVRC2012_ID or a class name a
+            line in the order of the images' names, or an image's name and its class a line (blank
+            or comma between; the rest is ignored).
+        synsets: `meta.mat`, or a text file whose line k is the class with ILSVRC2012_ID k, or `ID
+            class` lines. Needed where a text file holds numbers.
 
     Raises:
-        ConfigError: Numbers without the list that says what they mean; scipy is missing for `meta.mat`.
+        ConfigError: Numbers without the list that says what they mean; scipy is missing for
+            `meta.mat`.
         DataError: There is no such file, or it cannot be understood.
     """
     where = storage.redact(uri)
@@ -96,7 +102,10 @@ def read_ground_truth(uri: str, synsets: str | None = None) -> GroundTruth:
         meta = synsets and storage.read_bytes(synsets)
         classes = _read_synsets(meta or files[_META_FILE], where=storage.redact(synsets or uri))
         return _numbered(files[_LABELS_FILE].decode().split(), classes, where=where)
-    rows = [re.split(r"[\s,]+", line.strip()) for line in _text(storage.read_bytes(uri), where).splitlines()]
+    rows = [
+        re.split(r"[\s,]+", line.strip())
+        for line in _text(storage.read_bytes(uri), where).splitlines()
+    ]
     rows = [row for row in rows if row != [""]]
     if rows and rows[0][0].lower() in ("imageid", "image", "filename", "file"):
         rows = rows[1:]
@@ -108,11 +117,17 @@ def read_ground_truth(uri: str, synsets: str | None = None) -> GroundTruth:
             return GroundTruth(where, sorted(set(firsts)), firsts, {})
         if synsets is None:
             raise ConfigError(
-                f"convert: {where} holds numbers, which are ILSVRC2012_IDs and not places in the sorted class names: "
-                "labels would not agree with those of the train set. Give --synsets meta.mat, or the whole devkit as "
+                f"convert: {where} holds numbers, which are ILSVRC2012_IDs and not places in the "
+                "sorted class names: "
+                "labels would not agree with those of the train set. Give --synsets meta.mat, or "
+                "the whole devkit as "
                 "--ground-truth."
             )
-        return _numbered(firsts, _read_synsets(storage.read_bytes(synsets), where=storage.redact(synsets)), where=where)
+        return _numbered(
+            firsts,
+            _read_synsets(storage.read_bytes(synsets), where=storage.redact(synsets)),
+            where=where,
+        )
     if any(len(row) < 2 for row in rows) or all(row[1].isdecimal() for row in rows):
         raise DataError(f"convert: {where} cannot be understood: {' '.join(rows[0])!r}. {_HOW}")
     by_name = {PurePosixPath(row[0]).stem: row[1] for row in rows}
@@ -122,8 +137,13 @@ def read_ground_truth(uri: str, synsets: str | None = None) -> GroundTruth:
 def _numbered(numbers: list[str], classes: dict[int, str], *, where: str) -> GroundTruth:
     unknown = [text for text in numbers if not text.isdecimal() or int(text) not in classes]
     if unknown:
-        raise DataError(f"convert: {where} has the class number {unknown[0]!r}, which the list of classes lacks.")
-    return GroundTruth(where, sorted(classes.values()), [classes[int(text)] for text in numbers], {})
+        raise DataError(
+            f"convert: {where} has the class number {unknown[0]!r}, which the list of classes "
+            "lacks."
+        )
+    return GroundTruth(
+        where, sorted(classes.values()), [classes[int(text)] for text in numbers], {}
+    )
 
 
 def _devkit(uri: str) -> dict[str, bytes]:
@@ -131,14 +151,22 @@ def _devkit(uri: str) -> dict[str, bytes]:
     wanted = (_LABELS_FILE, _META_FILE)
     if uri.endswith((".tar.gz", ".tgz", ".tar")):
         with storage.open_read(uri) as packed:
-            plain = packed if uri.endswith(".tar") else cast(BinaryIO, gzip.GzipFile(fileobj=packed))
+            plain = (
+                packed if uri.endswith(".tar") else cast(BinaryIO, gzip.GzipFile(fileobj=packed))
+            )
             try:
                 return dict(_unpack(TarScanner(plain, shard=storage.redact(uri)), wanted))
             except (gzip.BadGzipFile, EOFError) as error:
-                raise DataError(f"convert: {storage.redact(uri)} is damaged ({error}). Download it again.") from error
+                raise DataError(
+                    f"convert: {storage.redact(uri)} is damaged ({error}). Download it again."
+                ) from error
     if not uri.startswith("https:") and storage.is_folder(uri):
-        found = {storage.name_of(file.name): file.uri for file in storage.list_files(uri, recursive=True)}
-        return {name: storage.read_bytes(found[name]) for name in wanted if name in found} or {"": b""}
+        found = {
+            storage.name_of(file.name): file.uri for file in storage.list_files(uri, recursive=True)
+        }
+        return {name: storage.read_bytes(found[name]) for name in wanted if name in found} or {
+            "": b""
+        }
     return {}
 
 
@@ -160,7 +188,8 @@ def _read_synsets(data: bytes, *, where: str) -> dict[int, str]:
     names = [row[0] for row in rows]
     if len(names) > 2 and names == sorted(names):
         raise DataError(
-            f"convert: {where} lists the classes in sorted order, but ILSVRC2012_IDs are given in another. Use "
+            f"convert: {where} lists the classes in sorted order, but ILSVRC2012_IDs are given in "
+            "another. Use "
             "meta.mat of the devkit, or lines of an ID and a class."
         )
     return dict(enumerate(names, start=1))
@@ -171,16 +200,21 @@ def _read_meta(data: bytes, *, where: str) -> dict[int, str]:
         from scipy.io import loadmat
     except ImportError:
         raise ConfigError(
-            "convert: reading meta.mat needs scipy, which is not installed (pip install -c constraints.txt scipy). Or "
+            "convert: reading meta.mat needs scipy, which is not installed (pip install -c "
+            "constraints.txt scipy). Or "
             "give --synsets a text file with `ILSVRC2012_ID class` a line."
         ) from None
     try:
-        table: Any = loadmat(io.BytesIO(data), squeeze_me=True, variable_names=["synsets"])["synsets"]
+        table: Any = loadmat(io.BytesIO(data), squeeze_me=True, variable_names=["synsets"])[
+            "synsets"
+        ]
         rows = zip(table["ILSVRC2012_ID"], table["WNID"], table["num_children"], strict=True)
         # Classes are the leaves; the rest are the groups they fall into.
         return {int(number): str(wnid) for number, wnid, children in rows if int(children) == 0}
     except (ValueError, TypeError, KeyError, IndexError, NotImplementedError) as error:
-        raise DataError(f"convert: {where} is not ImageNet's meta.mat ({type(error).__name__}: {error}).") from error
+        raise DataError(
+            f"convert: {where} is not ImageNet's meta.mat ({type(error).__name__}: {error})."
+        ) from error
 
 
 def _text(data: bytes, where: str) -> str:

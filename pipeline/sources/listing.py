@@ -1,4 +1,5 @@
-"""Where images come from before they are shards: what there is, in a fixed order, and its labels."""
+"""Where images come from before they are shards: what there is, in a fixed order, and its
+labels."""
 
 from __future__ import annotations
 
@@ -20,7 +21,18 @@ from pipeline.config import Settings
 from pipeline.errors import ConfigError
 from pipeline.formats.table import NO_LABEL
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".webp",
+    ".gif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+)
 """File names that are taken for images, in any case. What the file really is, its content tells."""
 LabelMode = Literal["auto", "folders", "none"]
 SourceKind = Literal["folder", "dataset", "tar", "parquet", "list"]
@@ -29,10 +41,12 @@ _LISTED_AT_ONCE = 16_384
 
 
 class SourceSettings(Settings):
-    """What a source needs to be told. None of it shapes a shard but through names and labels, which the plan holds."""
+    """What a source needs to be told. None of it shapes a shard but through names and labels, which
+    the plan holds."""
 
     labels: LabelMode = "auto"
-    """`folders`: the first folder is the class. `none`: no labels. `auto`: classes where every image lies in one."""
+    """`folders`: the first folder is the class. `none`: no labels. `auto`: classes where every
+    image lies in one."""
     ground_truth: str | None = None
     """URI of the labels of a flat folder or tar: ImageNet's devkit, or a text file."""
     synsets: str | None = None
@@ -80,7 +94,8 @@ class Listing:
         fingerprint: Of the content, where the source knows it.
         places: Where each image lies, in the source's own count, where its name does not tell.
         files: What the places point into.
-        runs: Bounds of the runs of images that can only be read together, such as Parquet's row groups.
+        runs: Bounds of the runs of images that can only be read together, such as Parquet's row
+            groups.
     """
 
     uri: str
@@ -136,7 +151,8 @@ class Source(Protocol):
 
 
 def read_each(uri: str, read: Callable[[int], bytes | str], count: int) -> Iterator[bytes | str]:
-    """Yield `read(0)`, `read(1)` and so on; several are under way at a time where each is a request to a server."""
+    """Yield `read(0)`, `read(1)` and so on; several are under way at a time where each is a request
+    to a server."""
     if storage.is_local(uri):
         yield from map(read, range(count))
         return
@@ -152,7 +168,8 @@ def name_and_class(name: str, class_name: str | None) -> dict[str, Any]:
 
 
 class ListingBuilder:
-    """Collects named images as they are met, in any order; a million take some hundred megabytes at most."""
+    """Collects named images as they are met, in any order; a million take some hundred megabytes at
+    most."""
 
     def __init__(self) -> None:
         self.passed_over: Counter[str] = Counter()
@@ -181,15 +198,24 @@ class ListingBuilder:
 
     def _close_chunk(self) -> None:
         self._chunks.append(
-            (pa.array(self._names, pa.string()), np.array(self._sizes, np.int64), np.array(self._places, np.int64))
+            (
+                pa.array(self._names, pa.string()),
+                np.array(self._sizes, np.int64),
+                np.array(self._places, np.int64),
+            )
         )
         self._names, self._sizes, self._places = [], [], []
 
     def seen(self) -> str:
         """Return what was passed over, for an error message."""
-        return ", ".join(f"{count} {suffix}" for suffix, count in self.passed_over.most_common(5)) or "nothing"
+        return (
+            ", ".join(f"{count} {suffix}" for suffix, count in self.passed_over.most_common(5))
+            or "nothing"
+        )
 
-    def build(self, uri: str, settings: SourceSettings, *, kind: SourceKind, files: tuple[str, ...] = ()) -> Listing:
+    def build(
+        self, uri: str, settings: SourceSettings, *, kind: SourceKind, files: tuple[str, ...] = ()
+    ) -> Listing:
         """Return the images sorted by name, labelled as the settings say."""
         from pipeline.sources.ground_truth import read_ground_truth
 
@@ -217,7 +243,9 @@ class ListingBuilder:
         )
 
 
-def label_by_folder(uri: str, names: pa.StringArray, mode: LabelMode) -> tuple[npt.NDArray[np.int32], list[str] | None]:
+def label_by_folder(
+    uri: str, names: pa.StringArray, mode: LabelMode
+) -> tuple[npt.NDArray[np.int32], list[str] | None]:
     """Return class numbers and names, where the first folder of a path is its class.
 
     Raises:
@@ -228,8 +256,10 @@ def label_by_folder(uri: str, names: pa.StringArray, mode: LabelMode) -> tuple[n
     if mode != "none" and 0 < num_nested < len(names):
         loose = names.filter(pc.invert(in_folder))
         raise ConfigError(
-            f"convert: {storage.redact(uri)} has {len(loose)} images beside its folders (such as {loose[0]}) "
-            f"and {num_nested} in them, so the classes cannot be told. Move them, or give --labels none."
+            f"convert: {storage.redact(uri)} has {len(loose)} images beside its folders (such as "
+            f"{loose[0]}) "
+            f"and {num_nested} in them, so the classes cannot be told. Move them, or give --labels "
+            "none."
         )
     if mode == "folders" and not num_nested:
         raise ConfigError(f"convert: {storage.redact(uri)} has no folders to take classes from.")
@@ -249,10 +279,11 @@ def number_classes(texts: pa.Array[Any]) -> tuple[npt.NDArray[np.int32], list[st
 
 
 def sample_keys(names: pa.StringArray) -> pa.StringArray:
-    """Return a unique key for each file name: the path without its extension, dots and blanks made underscores.
+    """Return a unique key for each file name: the path without its extension, dots and blanks made
+    underscores.
 
-    Files that differ in nothing else get their extension, then their place in the list, added. The result depends on
-    the sorted list alone.
+    Files that differ in nothing else get their extension, then their place in the list, added. The
+    result depends on the sorted list alone.
     """
     keys = pc.replace_substring_regex(names, r"\.[^./]*$", "")
     keys = pc.replace_substring_regex(keys, r"[.\s\p{Z}\p{C}]", "_")

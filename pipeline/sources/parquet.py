@@ -1,8 +1,10 @@
-"""Images inside Parquet files, as data set hubs keep them: a column of bytes, or of (bytes, path), and a label.
+"""Images inside Parquet files, as data set hubs keep them: a column of bytes, or of (bytes, path),
+and a label.
 
-Images cannot be read one by one, only by the row group, and a shuffle across all of them would read every row group
-once a shard. So whole row groups are shuffled, laid end to end and cut into shards, and each shard is shuffled in
-itself: a shard reads its own row groups, streamed, and at most one of each neighbour's.
+Images cannot be read one by one, only by the row group, and a shuffle across all of them would read
+every row group once a shard. So whole row groups are shuffled, laid end to end and cut into shards,
+and each shard is shuffled in itself: a shard reads its own row groups, streamed, and at most one of
+each neighbour's.
 """
 
 from __future__ import annotations
@@ -21,10 +23,28 @@ import pyarrow.compute as pc
 
 from pipeline import storage
 from pipeline.errors import ConfigError, DataError
-from pipeline.sources.columns import LABEL_COLUMNS, _bytes_of, choose_column, find_files, label_numbers, open_parquet
+from pipeline.sources.columns import (
+    LABEL_COLUMNS,
+    _bytes_of,
+    choose_column,
+    find_files,
+    label_numbers,
+    open_parquet,
+)
 from pipeline.sources.listing import Listing, SourceSettings, Wanted, name_and_class, sample_keys
 
-IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo", "bytes", "image_bytes")
+IMAGE_COLUMNS = (
+    "image",
+    "img",
+    "jpg",
+    "jpeg",
+    "png",
+    "webp",
+    "picture",
+    "photo",
+    "bytes",
+    "image_bytes",
+)
 _FILE_SHIFT, _GROUP_SHIFT = 44, 24
 """A place is file << 44 | row group << 24 | row in it."""
 _BATCH_ROWS = 64
@@ -59,18 +79,26 @@ class ParquetSource:
         places = {field.name: _bytes_of(field) for field in schema}
         with_bytes = [name for name, place in places.items() if place]
         option = "--image-column"
-        chosen = choose_column(with_bytes, IMAGE_COLUMNS, self._settings.image_column, option=option, where=where)
+        chosen = choose_column(
+            with_bytes, IMAGE_COLUMNS, self._settings.image_column, option=option, where=where
+        )
         if chosen is None and len(with_bytes) == 1:
             chosen = with_bytes[0]
         if chosen is None:
             raise ConfigError(
-                f"convert: {where} has no column of images that can be told by its name; those with bytes are "
-                f"{', '.join(with_bytes) or 'none'} of {', '.join(schema.names)}. Choose one with {option}."
+                f"convert: {where} has no column of images that can be told by its name; those "
+                "with bytes are "
+                f"{', '.join(with_bytes) or 'none'} of {', '.join(schema.names)}. Choose one with "
+                f"{option}."
             )
         label = None
         if self._settings.labels != "none":
             label = choose_column(
-                schema.names, LABEL_COLUMNS, self._settings.label_column, option="--label-column", where=where
+                schema.names,
+                LABEL_COLUMNS,
+                self._settings.label_column,
+                option="--label-column",
+                where=where,
             )
         kind: Any = schema.field(chosen).type
         has_path = pa.types.is_struct(kind) and kind.get_field_index("path") >= 0
@@ -84,7 +112,9 @@ class ParquetSource:
             ConfigError: It cannot be told which column holds the images.
         """
         files = find_files(self.uri)
-        with ThreadPoolExecutor(1 if storage.is_local(self.uri) else _READERS, thread_name_prefix="parquet") as pool:
+        with ThreadPoolExecutor(
+            1 if storage.is_local(self.uri) else _READERS, thread_name_prefix="parquet"
+        ) as pool:
             found = list(pool.map(self._read_index, range(len(files)), files))
         names = pa.concat_arrays([part.names for part in found])
         if not len(names):
@@ -114,40 +144,70 @@ class ParquetSource:
             columns = self._columns(parquet.schema_arrow, storage.redact(file.uri))
             groups = [parquet.metadata.row_group(g) for g in range(parquet.num_row_groups)]
             counts = np.array([group.num_rows for group in groups], np.int64)
-            sizes = [_column_bytes(group, columns.image) // max(1, group.num_rows) for group in groups]
+            sizes = [
+                _column_bytes(group, columns.image) // max(1, group.num_rows) for group in groups
+            ]
             wanted = [name for name in (columns.path, columns.label) if name]
             table = parquet.read(columns=wanted, use_threads=False) if wanted else None
             names = _class_names(parquet.schema_arrow, columns.label)
         count = int(counts.sum())
-        labels = table[columns.label] if table is not None and columns.label else pa.chunked_array([pa.nulls(count)])
-        plain = pa.array([f"{PurePosixPath(file.name).stem}/{row:08d}" for row in range(count)], pa.string())
+        labels = (
+            table[columns.label]
+            if table is not None and columns.label
+            else pa.chunked_array([pa.nulls(count)])
+        )
+        plain = pa.array(
+            [f"{PurePosixPath(file.name).stem}/{row:08d}" for row in range(count)], pa.string()
+        )
         if table is not None and columns.path:
-            paths = pc.struct_field(table[columns.path.partition(".")[0]], [0]).combine_chunks().cast(pa.string())
-            plain = pc.if_else(pc.invert(pc.match_substring_regex(pc.fill_null(paths, ""), ".")), plain, paths)
+            paths = (
+                pc.struct_field(table[columns.path.partition(".")[0]], [0])
+                .combine_chunks()
+                .cast(pa.string())
+            )
+            plain = pc.if_else(
+                pc.invert(pc.match_substring_regex(pc.fill_null(paths, ""), ".")), plain, paths
+            )
         if isinstance(plain, pa.ChunkedArray):
             plain = pa.concat_arrays(plain.chunks)
-        rows = [np.arange(n) | number << _FILE_SHIFT | g << _GROUP_SHIFT for g, n in enumerate(counts.tolist())]
+        rows = [
+            np.arange(n) | number << _FILE_SHIFT | g << _GROUP_SHIFT
+            for g, n in enumerate(counts.tolist())
+        ]
         places = np.concatenate([np.empty(0, np.int64), *rows])
-        return _Index(plain, labels, names, np.repeat(np.array(sizes, np.int64), counts), places, counts)
+        return _Index(
+            plain, labels, names, np.repeat(np.array(sizes, np.int64), counts), places, counts
+        )
 
     def read_all(self, wanted: Wanted) -> Iterator[bytes | str]:
-        """Yield the images; a shard's are held at once, for its order is not that of the row groups."""
+        """Yield the images; a shard's are held at once, for its order is not that of the row
+        groups."""
         rows = np.array(wanted.places, np.int64)
         groups = rows >> _GROUP_SHIFT
         found: list[bytes | str] = [b""] * len(rows)
         for group in np.unique(groups).tolist():
             positions = np.flatnonzero(groups == group)
             file = wanted.files[group >> (_FILE_SHIFT - _GROUP_SHIFT)]
-            asked = dict(zip((rows[positions] & (1 << _GROUP_SHIFT) - 1).tolist(), positions.tolist(), strict=True))
+            asked = dict(
+                zip(
+                    (rows[positions] & (1 << _GROUP_SHIFT) - 1).tolist(),
+                    positions.tolist(),
+                    strict=True,
+                )
+            )
             self._read_group(file, group & (1 << _FILE_SHIFT - _GROUP_SHIFT) - 1, asked, found)
         yield from found
 
-    def _read_group(self, uri: str, group: int, asked: dict[int, int], found: list[bytes | str]) -> None:
+    def _read_group(
+        self, uri: str, group: int, asked: dict[int, int], found: list[bytes | str]
+    ) -> None:
         """Read some rows of a row group into their positions."""
         with open_parquet(uri) as parquet:
             column = self._columns(parquet.schema_arrow, storage.redact(uri)).image
             start = 0
-            for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[column], use_threads=False):
+            for batch in parquet.iter_batches(
+                _BATCH_ROWS, row_groups=[group], columns=[column], use_threads=False
+            ):
                 values: Any = batch.column(0)
                 if pa.types.is_struct(values.type):
                     values = pc.struct_field(values, [0])
@@ -171,13 +231,22 @@ class _Index:
 
 def _column_bytes(group: Any, path: str) -> int:
     columns = (group.column(i) for i in range(group.num_columns))
-    return next((int(column.total_uncompressed_size) for column in columns if column.path_in_schema == path), 0)
+    return next(
+        (
+            int(column.total_uncompressed_size)
+            for column in columns
+            if column.path_in_schema == path
+        ),
+        0,
+    )
 
 
 def _class_names(schema: pa.Schema, label: str | None) -> list[str] | None:
     """Return the names that Hugging Face's datasets keeps of a column's numbers."""
     try:
-        known = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][label]["names"]
+        known = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][label][
+            "names"
+        ]
         return [str(name) for name in known]
     except (KeyError, ValueError, TypeError):
         return None

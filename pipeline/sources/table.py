@@ -18,10 +18,27 @@ from pipeline import storage
 from pipeline.errors import ConfigError, DataError
 from pipeline.formats.table import NO_LABEL
 from pipeline.sources.columns import LABEL_COLUMNS, choose_column, find_files, label_numbers
-from pipeline.sources.listing import Listing, SourceSettings, Wanted, name_and_class, read_each, sample_keys
+from pipeline.sources.listing import (
+    Listing,
+    SourceSettings,
+    Wanted,
+    name_and_class,
+    read_each,
+    sample_keys,
+)
 from pipeline.storage.uri import SCHEME, split_scheme
 
-URI_COLUMNS = ("uri", "url", "path", "file", "filename", "file_name", "image", "image_path", "image_url")
+URI_COLUMNS = (
+    "uri",
+    "url",
+    "path",
+    "file",
+    "filename",
+    "file_name",
+    "image",
+    "image_path",
+    "image_url",
+)
 SIZE_COLUMNS = ("size_bytes", "size", "bytes")
 GONE = "cannot be read: not found"
 _UNKNOWN_SIZE_BYTES = 110_000
@@ -31,7 +48,8 @@ _UNKNOWN_SIZE_BYTES = 110_000
 class ListSource:
     """Images named one by one.
 
-    An image that is not there is left out with its reason: links die. Names are stored without what may be a secret.
+    An image that is not there is left out with its reason: links die. Names are stored without what
+    may be a secret.
 
     Args:
         uri: The table, with a header. Paths in it that are not whole are taken from its own folder.
@@ -67,7 +85,8 @@ class ListSource:
             return storage.join(folder, name)
         if scheme in ("", "file") and not storage.is_local(self.uri):
             raise ConfigError(
-                f"convert: {storage.redact(self.uri)} names the local file {path!r}; a list from elsewhere must not. "
+                f"convert: {storage.redact(self.uri)} names the local file {path!r}; a list from "
+                "elsewhere must not. "
                 "Copy the list to this machine if that is meant."
             )
         return name
@@ -97,35 +116,49 @@ class ListSource:
         files = find_files(self.uri) if not self.uri.endswith((".csv", ".tsv")) else []
         try:
             if files:
-                table = pa.concat_tables(pq.read_table(pa.BufferReader(storage.read_bytes(f.uri))) for f in files)
+                table = pa.concat_tables(
+                    pq.read_table(pa.BufferReader(storage.read_bytes(f.uri))) for f in files
+                )
             else:
                 delimiter = "\t" if self.uri.endswith(".tsv") else ","
                 options = pa_csv.ParseOptions(delimiter=delimiter)
-                table = pa_csv.read_csv(io.BytesIO(storage.read_bytes(self.uri)), parse_options=options)
+                table = pa_csv.read_csv(
+                    io.BytesIO(storage.read_bytes(self.uri)), parse_options=options
+                )
         except pa.ArrowException as error:
             raise DataError(f"convert: {where} cannot be read as a table ({error}).") from error
         asked = self._settings.image_column
-        column = choose_column(table.column_names, URI_COLUMNS, asked, option="--image-column", where=where)
+        column = choose_column(
+            table.column_names, URI_COLUMNS, asked, option="--image-column", where=where
+        )
         if column is None:
             raise ConfigError(
                 f"convert: {where} has no column of URIs ({', '.join(URI_COLUMNS)}); it has "
-                f"{', '.join(table.column_names)}. Choose one with --image-column; a CSV needs a header."
+                f"{', '.join(table.column_names)}. Choose one with --image-column; a CSV needs a "
+                "header."
             )
         if not len(table):
             raise DataError(f"convert: {where} has no row.")
         values = table[column]
-        if values.null_count or not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
+        if values.null_count or not (
+            pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
+        ):
             raise DataError(f"convert: {where}: column {column!r} must hold a URI in every row.")
         label = None
         if self._settings.labels != "none":
             asked = self._settings.label_column
-            label = choose_column(table.column_names, LABEL_COLUMNS, asked, option="--label-column", where=where)
-        labels: Any = table[label] if label else pa.chunked_array([np.full(len(table), NO_LABEL, np.int32)])
+            label = choose_column(
+                table.column_names, LABEL_COLUMNS, asked, option="--label-column", where=where
+            )
+        labels: Any = (
+            table[label] if label else pa.chunked_array([np.full(len(table), NO_LABEL, np.int32)])
+        )
         names: Any = pa.concat_arrays(values.cast(pa.string()).chunks)
         return table, names, labels
 
     def _sizes(self, table: pa.Table, names: pa.StringArray) -> npt.NDArray[np.int64]:
-        """Return the sizes given, those of local files, and a guess for the rest: only the shards' bounds need them.
+        """Return the sizes given, those of local files, and a guess for the rest: only the shards'
+        bounds need them.
 
         Every URI is looked at: one that is not opened is said before anything is read.
         """
@@ -145,10 +178,13 @@ class ListSource:
 
 
 def _short(names: pa.StringArray) -> pa.StringArray:
-    """Return paths for keys: without scheme, user, query, `..`, and the folders that all have in common."""
+    """Return paths for keys: without scheme, user, query, `..`, and the folders that all have in
+    common."""
     short = pc.replace_substring_regex(names, r"^[A-Za-z][A-Za-z0-9+.-]*://([^/@]*@)?", "")
     short = pc.if_else(
-        pc.match_substring_regex(names, "^https:"), pc.replace_substring_regex(short, r"[?#].*$", ""), short
+        pc.match_substring_regex(names, "^https:"),
+        pc.replace_substring_regex(short, r"[?#].*$", ""),
+        short,
     )
     texts = [posixpath.normpath(str(text)).lstrip("/") for text in short.to_pylist()]
     texts = ["/".join(part for part in text.split("/") if part != "..") for text in texts]

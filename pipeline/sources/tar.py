@@ -1,8 +1,10 @@
-"""Tars of images as they are distributed: one tar, or ImageNet's tar of a tar a class; nothing is unpacked.
+"""Tars of images as they are distributed: one tar, or ImageNet's tar of a tar a class; nothing is
+unpacked.
 
-One pass over the headers finds where each image lies in the outermost file; from then on an image is one ranged read,
-so that any slice of the list can be read in any order, by anybody, from a disk or from object storage. Names are those
-of the unpacked folders: what comes out is byte for byte what the folders give.
+One pass over the headers finds where each image lies in the outermost file; from then on an image
+is one ranged read, so that any slice of the list can be read in any order, by anybody, from a disk
+or from object storage. Names are those of the unpacked folders: what comes out is byte for byte
+what the folders give.
 """
 
 from __future__ import annotations
@@ -68,7 +70,10 @@ class TarSource:
         """Yield the members' bytes."""
 
         def read(i: int) -> bytes:
-            file, offset = wanted.places[i] >> _FILE_SHIFT, wanted.places[i] & (1 << _FILE_SHIFT) - 1
+            file, offset = (
+                wanted.places[i] >> _FILE_SHIFT,
+                wanted.places[i] & (1 << _FILE_SHIFT) - 1,
+            )
             return storage.read_bytes(wanted.files[file], offset, wanted.sizes[i])
 
         return read_each(self.uri, read, len(wanted))
@@ -88,7 +93,9 @@ class TarSource:
         names = [member.name for _, member in loose]
         common = _common_folder(names) if not tars else ""
         for (file, member), name in zip(loose, names, strict=True):
-            found.add(name.removeprefix(common), member.size, place=file << _FILE_SHIFT | member.offset)
+            found.add(
+                name.removeprefix(common), member.size, place=file << _FILE_SHIFT | member.offset
+            )
         local = storage.is_local(self.uri)
         with ThreadPoolExecutor(1 if local else _SCANNERS, thread_name_prefix="tar") as pool:
             for (file, _, start, _), members in zip(
@@ -98,23 +105,35 @@ class TarSource:
                     found.add(name, member.size, place=file << _FILE_SHIFT | start + member.offset)
         if not len(found):
             raise DataError(
-                f"convert: no image in {storage.redact(self.uri)}; seen: {found.seen()}. Looked for "
+                f"convert: no image in {storage.redact(self.uri)}; seen: {found.seen()}. Looked "
+                "for "
                 f"{', '.join(IMAGE_SUFFIXES)}, and for tars of them."
             )
         return found.build(self.uri, self._settings, kind="tar", files=files)
 
-    def _find(self) -> tuple[tuple[str, ...], list[tuple[int, str, int, int]], list[tuple[int, TarMember]]]:
-        """Return the files, the tars in them as (file, class, start, size), and the members outside of those."""
+    def _find(
+        self,
+    ) -> tuple[tuple[str, ...], list[tuple[int, str, int, int]], list[tuple[int, TarMember]]]:
+        """Return the files, the tars in them as (file, class, start, size), and the members outside
+        of those."""
         if not self.uri.startswith("https:") and storage.is_folder(self.uri):
-            inside = sorted((f for f in storage.list_files(self.uri) if f.name.endswith(".tar")), key=lambda f: f.name)
-            tars = [(n, PurePosixPath(file.name).stem, 0, file.size_bytes) for n, file in enumerate(inside)]
+            inside = sorted(
+                (f for f in storage.list_files(self.uri) if f.name.endswith(".tar")),
+                key=lambda f: f.name,
+            )
+            tars = [
+                (n, PurePosixPath(file.name).stem, 0, file.size_bytes)
+                for n, file in enumerate(inside)
+            ]
             return tuple(file.uri for file in inside), tars, []
         nested: list[tuple[int, str, int, int]] = []
         loose: list[tuple[int, TarMember]] = []
         size = storage.size_of(self.uri)
         buffer_bytes = _HEADER_BUFFER_BYTES
         if not storage.is_local(self.uri) and not self._is_nested(size):
-            buffer_bytes = _SCAN_BUFFER_BYTES  # small members: reading on is cheaper than a request a header
+            buffer_bytes = (
+                _SCAN_BUFFER_BYTES  # small members: reading on is cheaper than a request a header
+            )
         with storage.open_read(self.uri, buffer_bytes=buffer_bytes) as file:
             for member in TarScanner(_Window(file, 0, size), shard=storage.redact(self.uri)):
                 path = PurePosixPath(member.name)
@@ -126,12 +145,17 @@ class TarSource:
 
     def _is_nested(self, size: int) -> bool:
         with storage.open_read(self.uri, buffer_bytes=_HEADER_BUFFER_BYTES) as file:
-            first = next(iter(TarScanner(_Window(file, 0, size), shard=storage.redact(self.uri))), None)
+            first = next(
+                iter(TarScanner(_Window(file, 0, size), shard=storage.redact(self.uri))), None
+            )
         return first is not None and first.name.lower().endswith(".tar")
 
 
-def _members(files: tuple[str, ...], file: int, class_name: str, start: int, size: int) -> list[tuple[str, TarMember]]:
-    """Return the members of one class tar, named as they would be unpacked into a folder of the tar's name."""
+def _members(
+    files: tuple[str, ...], file: int, class_name: str, start: int, size: int
+) -> list[tuple[str, TarMember]]:
+    """Return the members of one class tar, named as they would be unpacked into a folder of the
+    tar's name."""
     buffer_bytes = _HEADER_BUFFER_BYTES if storage.is_local(files[file]) else _SCAN_BUFFER_BYTES
     where = f"{storage.redact(files[file])}: {class_name}.tar at byte {start}"
     with storage.open_read(files[file], buffer_bytes=buffer_bytes) as stream:

@@ -1,4 +1,5 @@
-"""The only door to local disks and object storage: URIs, ranged reads, retries, atomic writes, redaction."""
+"""The only door to local disks and object storage: URIs, ranged reads, retries, atomic writes,
+redaction."""
 
 from pipeline.storage.door import exists, is_folder, is_local, list_files, local_path, size_of
 from pipeline.storage.local import FileInfo

@@ -1,7 +1,9 @@
-"""The only door to local disks and object storage: URIs, ranged reads, retries, atomic writes, redaction.
+"""The only door to local disks and object storage: URIs, ranged reads, retries, atomic writes,
+redaction.
 
-Local paths never pass through fsspec. Remote file systems are asked for anew at every call, never kept: fsspec drops
-its instances after a fork, so nothing here holds a connection that a child process would share.
+Local paths never pass through fsspec. Remote file systems are asked for anew at every call, never
+kept: fsspec drops its instances after a fork, so nothing here holds a connection that a child
+process would share.
 """
 
 from __future__ import annotations
@@ -17,7 +19,12 @@ from pipeline.storage.retry import explain, is_transient, with_retries
 from pipeline.storage.uri import SCHEME, redact, split_scheme
 
 T = TypeVar("T")
-_EXTRAS = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs"), "az": ("adlfs", "azure"), "https": ("aiohttp", "s3")}
+_EXTRAS = {
+    "s3": ("s3fs", "s3"),
+    "gs": ("gcsfs", "gcs"),
+    "az": ("adlfs", "azure"),
+    "https": ("aiohttp", "s3"),
+}
 
 
 def is_local(uri: str) -> bool:
@@ -42,7 +49,8 @@ def _file_system(scheme: str, use: Literal["read", "any"] = "any") -> Any:
 
     Args:
         scheme: Of the URI.
-        use: `read` leaves retries to the caller, who counts them; uploads in parts are better retried part by part.
+        use: `read` leaves retries to the caller, who counts them; uploads in parts are better
+            retried part by part.
     """
     import fsspec
 
@@ -50,7 +58,8 @@ def _file_system(scheme: str, use: Literal["read", "any"] = "any") -> Any:
     if scheme in ("s3", "gs", "az"):
         options["use_listings_cache"] = False  # another process may have written since
     if scheme == "s3":
-        # fsspec keeps instances by their arguments: named here, another endpoint is another instance.
+        # fsspec keeps instances by their arguments: named here, another endpoint is another
+        # instance.
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         if endpoint and os.environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower() != "true":
             options["endpoint_url"] = endpoint
@@ -76,7 +85,8 @@ def _remote(action: str, uri: str, call: Callable[[Any], T]) -> T:
     scheme = split_scheme(uri)[0]
     if scheme == "https" and action not in ("read", "look up"):
         raise ConfigError(
-            f"storage: cannot {action} {redact(uri)}: https:// is read only. Use s3://, gs://, az:// or a path."
+            f"storage: cannot {action} {redact(uri)}: https:// is read only. Use s3://, gs://, "
+            "az:// or a path."
         )
     return with_retries(action, uri, lambda: call(_file_system(scheme)))
 
@@ -128,7 +138,8 @@ def size_of(uri: str) -> int:
         raise explain("look up", uri, FileNotFoundError(uri))
     if info.get("size") is None:
         raise DataError(
-            f"storage: {redact(uri)}: the server does not say how large the file is, so it cannot be read in parts."
+            f"storage: {redact(uri)}: the server does not say how large the file is, so it cannot "
+            "be read in parts."
         )
     return int(info["size"])
 
@@ -136,7 +147,8 @@ def size_of(uri: str) -> int:
 def list_files(uri: str, *, recursive: bool = False) -> Iterator[FileInfo]:
     """Yield the files of a folder, in no particular order.
 
-    Local folders are streamed; links to files and folders are followed, a folder reached twice is listed once.
+    Local folders are streamed; links to files and folders are followed, a folder reached twice is
+    listed once.
 
     Raises:
         DataError: There is no such folder.
@@ -147,7 +159,11 @@ def list_files(uri: str, *, recursive: bool = False) -> Iterator[FileInfo]:
     found = _remote(
         "list",
         uri,
-        lambda fs: fs.find(uri, detail=True) if recursive else {e["name"]: e for e in fs.ls(uri, detail=True)},
+        lambda fs: (
+            fs.find(uri, detail=True)
+            if recursive
+            else {e["name"]: e for e in fs.ls(uri, detail=True)}
+        ),
     )
     if not found and not exists(uri):
         raise explain("list", uri, FileNotFoundError(uri))
@@ -157,6 +173,10 @@ def list_files(uri: str, *, recursive: bool = False) -> Iterator[FileInfo]:
         path = str(name).lstrip("/")
         if entry.get("type") == "file" and path.startswith(base) and not path.endswith("/"):
             version = str(
-                entry.get("ETag") or entry.get("etag") or entry.get("LastModified") or entry.get("created") or ""
+                entry.get("ETag")
+                or entry.get("etag")
+                or entry.get("LastModified")
+                or entry.get("created")
+                or ""
             )
             yield FileInfo(path[len(base) :], f"{scheme}://{path}", int(entry["size"]), version)

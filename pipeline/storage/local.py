@@ -1,4 +1,5 @@
-"""Local files: written so that a reader, or a run that was killed, never sees half of one; and listed."""
+"""Local files: written so that a reader, or a run that was killed, never sees half of one; and
+listed."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from pipeline.storage.retry import explain
 from pipeline.storage.uri import join
 
 TMP_MARK = ".tmp-"
-"""Part of the name of every unfinished file; such a file is never a dataset's and may be removed."""
+"""Part of the name of every unfinished file; such a file is never a dataset's and may be
+removed."""
 
 
 def tmp_path(path: Path) -> Path:
@@ -34,7 +36,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def commit_file(tmp: Path, target: Path) -> None:
-    """Put a finished temporary file in its place at once: flushed, renamed, and the rename flushed."""
+    """Put a finished temporary file in its place at once: flushed, renamed, and the rename
+    flushed."""
     descriptor = os.open(tmp, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -44,8 +47,11 @@ def commit_file(tmp: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
-def write_local(path: Path, fill: Callable[[BinaryIO], object], place: Callable[[Path, Path], None]) -> None:
-    """Fill a temporary file beside a path, flush it to the disk, and put it in place; parents are made."""
+def write_local(
+    path: Path, fill: Callable[[BinaryIO], object], place: Callable[[Path, Path], None]
+) -> None:
+    """Fill a temporary file beside a path, flush it to the disk, and put it in place; parents are
+    made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = tmp_path(path)
     try:
@@ -71,9 +77,12 @@ def put_local_if_absent(path: Path, data: bytes) -> bool:
     except FileExistsError:
         return False
     except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK) or isinstance(
-            error, FileNotFoundError
-        ):
+        if error.errno not in (
+            errno.EPERM,
+            errno.EOPNOTSUPP,
+            errno.ENOSYS,
+            errno.EMLINK,
+        ) or isinstance(error, FileNotFoundError):
             raise
         return _put_exclusively(path, data)  # a file system without hard links
     return True
@@ -99,7 +108,8 @@ class FileInfo:
         name: Path below the listed folder, with forward slashes.
         uri: Where to open it.
         size_bytes: Its size.
-        version: Modification time or entity tag: changes when the content is replaced. May be empty.
+        version: Modification time or entity tag: changes when the content is replaced. May be
+            empty.
     """
 
     name: str
@@ -109,7 +119,8 @@ class FileInfo:
 
 
 def list_local(uri: str, root: Path, *, recursive: bool) -> Iterator[FileInfo]:
-    """Yield the files of a folder, streamed; links are followed, and a folder reached twice is listed once.
+    """Yield the files of a folder, streamed; links are followed, and a folder reached twice is
+    listed once.
 
     Args:
         uri: The folder, as its files' URIs begin.

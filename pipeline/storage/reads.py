@@ -30,7 +30,11 @@ def read_bytes(uri: str, start: int = 0, length: int | None = None) -> bytes:
 
 
 def read_view(
-    uri: str, start: int = 0, length: int | None = None, *, on_retry: Callable[[], None] = lambda: None
+    uri: str,
+    start: int = 0,
+    length: int | None = None,
+    *,
+    on_retry: Callable[[], None] = lambda: None,
 ) -> memoryview:
     """Read as `read_bytes` does, without a copy where the storage's client owns the memory.
 
@@ -45,17 +49,21 @@ def read_view(
     if is_local(uri):
         data = memoryview(_local("read", uri, lambda path: _read_local(path, start, length)))
     else:
-        data = with_retries("read", uri, lambda: _read_remote(uri, start, length), on_retry=on_retry)
+        data = with_retries(
+            "read", uri, lambda: _read_remote(uri, start, length), on_retry=on_retry
+        )
     if length is not None and len(data) != length:
         raise DataError(
             f"storage: {redact(uri)}: wanted {length} bytes at offset {start}, got {len(data)}. "
-            "The file is shorter than its index says, or the server ignores ranges: check it with pipeline.verify."
+            "The file is shorter than its index says, or the server ignores ranges: check it with "
+            "pipeline.verify."
         )
     return data
 
 
 def reader_below(uri: str) -> Callable[[str], bytes]:
-    """Return a function that reads whole files below a folder; it takes a local folder's URI apart only once."""
+    """Return a function that reads whole files below a folder; it takes a local folder's URI apart
+    only once."""
     if not is_local(uri):
         return lambda name: read_bytes(join(uri, name))
     root = str(local_path(uri))
@@ -84,7 +92,8 @@ def read_twice(uri: str) -> bytes:
         if before == data:
             return data
     raise DataError(
-        f"storage: {redact(uri)}: {_AGREEMENT_TRIES + 1} reads gave different bytes each time. It is being replaced "
+        f"storage: {redact(uri)}: {_AGREEMENT_TRIES + 1} reads gave different bytes each time. It "
+        "is being replaced "
         "now, or the network damages what it carries: try again, then check the network."
     )
 
@@ -97,16 +106,21 @@ def _read_remote(uri: str, start: int, length: int | None) -> memoryview:
         if isinstance(data, memoryview):
             return data
     fs = _file_system(scheme, "read")
-    return memoryview(_cat(fs, uri, None if is_whole else start, None if length is None else start + length))
+    return memoryview(
+        _cat(fs, uri, None if is_whole else start, None if length is None else start + length)
+    )
 
 
 def _cat(fs: Any, uri: str, start: int | None, end: int | None) -> bytes:
     try:
         return bytes(fs.cat_file(uri, start=start, end=end))
     except OSError as error:
-        # S3 answers 416 where a range starts behind the end; that is a short file, not a broken server.
+        # S3 answers 416 where a range starts behind the end; that is a short file, not a broken
+        # server.
         if start is not None and (
-            "InvalidRange" in str(error) or "not satisfiable" in str(error) or error.errno == errno.EINVAL
+            "InvalidRange" in str(error)
+            or "not satisfiable" in str(error)
+            or error.errno == errno.EINVAL
         ):
             return b""
         raise
@@ -162,7 +176,8 @@ def open_read(uri: str, *, buffer_bytes: int = _READ_BLOCK_BYTES) -> BinaryIO:
 
     Args:
         uri: The file.
-        buffer_bytes: What is read ahead at a time from object storage. 1 MiB at most for local files.
+        buffer_bytes: What is read ahead at a time from object storage. 1 MiB at most for local
+            files.
     """
     if is_local(uri):
         return _local("read", uri, lambda path: path.open("rb", buffering=min(buffer_bytes, 2**20)))

@@ -1,4 +1,5 @@
-"""Which storage failures may pass by themselves, how long they are retried, and what the user is told."""
+"""Which storage failures may pass by themselves, how long they are retried, and what the user is
+told."""
 
 from __future__ import annotations
 
@@ -9,7 +10,13 @@ import socket
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_exponential_jitter
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception,
+    stop_after_delay,
+    wait_exponential_jitter,
+)
 
 from pipeline.errors import ConfigError, DataError, InfrastructureError, MaelstromError
 from pipeline.storage.uri import redact
@@ -69,7 +76,9 @@ def is_transient(error: BaseException) -> bool:
         status = getattr(link, "status", None)
         if isinstance(status, int) and (status >= 500 or status == 429):
             return True
-        if isinstance(link, socket.gaierror) or any(kind.__name__ in _TRANSIENT_NAMES for kind in type(link).__mro__):
+        if isinstance(link, socket.gaierror) or any(
+            kind.__name__ in _TRANSIENT_NAMES for kind in type(link).__mro__
+        ):
             return True
         if isinstance(link, OSError) and link.errno in _TRANSIENT_ERRNO:
             return True
@@ -81,7 +90,9 @@ def _budget_s() -> float:
     try:
         return max(0.0, float(text))
     except ValueError:
-        raise ConfigError(f"storage: {BUDGET_VARIABLE}={text!r} is not a number of seconds.") from None
+        raise ConfigError(
+            f"storage: {BUDGET_VARIABLE}={text!r} is not a number of seconds."
+        ) from None
 
 
 def _say_retry(uri: str, on_retry: Callable[[], None]) -> Callable[[RetryCallState], None]:
@@ -89,7 +100,10 @@ def _say_retry(uri: str, on_retry: Callable[[], None]) -> Callable[[RetryCallSta
         on_retry()
         error = state.outcome.exception() if state.outcome else None
         logger.warning(
-            "storage: %s: attempt %d failed (%s), retrying", redact(uri), state.attempt_number, _brief(error)
+            "storage: %s: attempt %d failed (%s), retrying",
+            redact(uri),
+            state.attempt_number,
+            _brief(error),
         )
 
     return say
@@ -107,12 +121,17 @@ def explain(action: str, uri: str, error: BaseException) -> MaelstromError:
     code = error.errno if isinstance(error, OSError) else None
     if isinstance(error, PermissionError) or code in (errno.EACCES, errno.EPERM):
         return InfrastructureError(
-            f"{where}: permission denied. Check the owner and mode of the path, or the credentials in the environment."
+            f"{where}: permission denied. Check the owner and mode of the path, or the credentials "
+            "in the environment."
         )
     if code == errno.EROFS:
-        return InfrastructureError(f"{where}: the file system is read-only. Choose another folder or remount it.")
+        return InfrastructureError(
+            f"{where}: the file system is read-only. Choose another folder or remount it."
+        )
     if code in (errno.ENOSPC, errno.EDQUOT):
-        return InfrastructureError(f"{where}: {os.strerror(code)}. Free some space or choose another folder.")
+        return InfrastructureError(
+            f"{where}: {os.strerror(code)}. Free some space or choose another folder."
+        )
     if isinstance(error, FileNotFoundError) and not is_transient(error):
         return DataError(f"{where}: not found. Check the path, the bucket and the spelling.")
     if isinstance(error, IsADirectoryError | NotADirectoryError):
@@ -123,18 +142,22 @@ def explain(action: str, uri: str, error: BaseException) -> MaelstromError:
         )
     if "credential" in type(error).__name__.lower() or "credential" in str(error).lower():
         return InfrastructureError(
-            f"{where}: {_brief(error)}. Set the storage's usual variables (for S3 AWS_ACCESS_KEY_ID and "
+            f"{where}: {_brief(error)}. Set the storage's usual variables (for S3 "
+            "AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, or a profile or instance role)."
         )
     if is_transient(error):
         return InfrastructureError(
-            f"{where}: {_brief(error)}, after retrying for {_budget_s():g} s. Check the network and the endpoint "
+            f"{where}: {_brief(error)}, after retrying for {_budget_s():g} s. Check the network "
+            "and the endpoint "
             f"(for S3 AWS_ENDPOINT_URL); {BUDGET_VARIABLE} sets how long is retried."
         )
     return InfrastructureError(f"{where}: {_brief(error)}.")
 
 
-def with_retries(action: str, uri: str, call: Callable[[], T], *, on_retry: Callable[[], None] = lambda: None) -> T:
+def with_retries(
+    action: str, uri: str, call: Callable[[], T], *, on_retry: Callable[[], None] = lambda: None
+) -> T:
     """Run one storage call, retrying what may pass by itself, and explain what does not.
 
     Args:

@@ -1,8 +1,10 @@
-"""The fast path for reads from S3: obstore, where it is installed. Everything else goes through fsspec.
+"""The fast path for reads from S3: obstore, where it is installed. Everything else goes through
+fsspec.
 
-A ranged read costs a fifth of s3fs's CPU time and half its wall time here (docs/benchmarks/storage.md). Endpoint,
-region and credentials are botocore's, so that both ways see the same environment, profile or instance role. What this
-path cannot do or does not understand it leaves to s3fs, whose errors are the ones that are explained to the user.
+A ranged read costs a fifth of s3fs's CPU time and half its wall time here
+(docs/benchmarks/storage.md). Endpoint, region and credentials are botocore's, so that both ways see
+the same environment, profile or instance role. What this path cannot do or does not understand it
+leaves to s3fs, whose errors are the ones that are explained to the user.
 """
 
 from __future__ import annotations
@@ -31,10 +33,12 @@ _ENVIRONMENT = (
     "AWS_ACCESS_KEY_ID",
     *_OF_BOTOCORE,
 )
-"""What a store depends on. Another value makes another store; the secret itself is looked up when it is needed."""
+"""What a store depends on. Another value makes another store; the secret itself is looked up when
+it is needed."""
 _CLIENT_ERROR = re.compile(r"status code: (?!408|429)[34]\d\d")
 _CREDENTIALS_LIVE = timedelta(minutes=1)
-"""How long obstore keeps credentials that expire before it asks botocore, which renews them, again."""
+"""How long obstore keeps credentials that expire before it asks botocore, which renews them,
+again."""
 _making = threading.Lock()
 
 
@@ -88,7 +92,8 @@ def _first_line(error: Exception) -> str:
 
 @lru_cache(maxsize=64)
 def _store(bucket: str, environment: tuple[str | None, ...]) -> Any:
-    """Make a bucket's store; None where obstore is not installed, or is told less than botocore is."""
+    """Make a bucket's store; None where obstore is not installed, or is told less than botocore
+    is."""
     try:
         import_module("obstore")
         stores, session_module = import_module("obstore.store"), import_module("botocore.session")

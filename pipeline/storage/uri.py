@@ -12,8 +12,15 @@ SCHEMES = ("file", "memory", "s3", "gs", "az", "https")
 """URL schemes that may be opened. Everything else, `pipe:` above all, is refused."""
 SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
 _CHAIN = re.compile(r"^(pipe:|\w+::)")
-_URL_SECRETS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^\s/@'\"]*@)?([^\s?'\"]*)(\?[^\s'\"]*)?")
-_SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_KEY", "AZURE_STORAGE_ACCOUNT_KEY")
+_URL_SECRETS = re.compile(
+    r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^\s/@'\"]*@)?([^\s?'\"]*)(\?[^\s'\"]*)?"
+)
+_SECRET_VARIABLES = (
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AZURE_STORAGE_KEY",
+    "AZURE_STORAGE_ACCOUNT_KEY",
+)
 
 
 def split_scheme(uri: str) -> tuple[str, str]:
@@ -24,12 +31,16 @@ def split_scheme(uri: str) -> tuple[str, str]:
     if chained or (found and scheme not in SCHEMES):
         kind = chained.group(1) if chained else f"{scheme}://"
         raise ConfigError(
-            f"storage: {redact(uri)!r} starts with {kind!r}, which is not opened. Expected a plain path or one of "
-            f"{', '.join(name + '://' for name in SCHEMES)}. Download the data first, or give its object-storage URI "
+            f"storage: {redact(uri)!r} starts with {kind!r}, which is not opened. Expected a plain "
+            "path or one of "
+            f"{', '.join(name + '://' for name in SCHEMES)}. Download the data first, or give its "
+            "object-storage URI "
             "(shards are cached on local disk by the loader itself)."
         )
     if not uri:
-        raise ConfigError("storage: the path is empty. Give a folder or a URI such as s3://bucket/folder.")
+        raise ConfigError(
+            "storage: the path is empty. Give a folder or a URI such as s3://bucket/folder."
+        )
     if scheme in ("", "file"):
         return scheme, uri[found.end() :] if found else uri
     return scheme, uri
@@ -59,7 +70,8 @@ def name_of(uri: str) -> str:
 
 
 def redact(text: str) -> str:
-    """Take user names, passwords and query strings out of every URL in a text, and known secrets out of the rest."""
+    """Take user names, passwords and query strings out of every URL in a text, and known secrets
+    out of the rest."""
     clean = _URL_SECRETS.sub(r"\1\2", text)
     for name in _SECRET_VARIABLES:
         secret = os.environ.get(name, "")

@@ -23,7 +23,9 @@ def write_atomic(uri: str, data: bytes) -> None:
     Local: a temporary name in the same folder, fsync, rename. Object storage: one PUT.
     """
     if is_local(uri):
-        _local("write", uri, lambda path: write_local(path, lambda file: file.write(data), commit_file))
+        _local(
+            "write", uri, lambda path: write_local(path, lambda file: file.write(data), commit_file)
+        )
         return
     _remote("write", uri, lambda fs: fs.pipe_file(uri, data))
 
@@ -44,8 +46,8 @@ def put_file(local: Path, uri: str) -> None:
 def put_if_absent(uri: str, data: bytes) -> bool:
     """Write a file only where none is; return whether this call wrote it.
 
-    The whole content appears at once: locally by a hard link (which fails where the name is taken), in object storage
-    by a conditional PUT.
+    The whole content appears at once: locally by a hard link (which fails where the name is taken),
+    in object storage by a conditional PUT.
     """
     if is_local(uri):
         return _local("write", uri, lambda path: put_local_if_absent(path, data))
@@ -60,7 +62,11 @@ def put_if_absent(uri: str, data: bytes) -> bool:
             # A PUT that was answered too late has been retried: what is there may be ours.
             return attempts > 1 and bytes(fs.cat_file(uri)) == data
         except OSError as error:
-            if "PreconditionFailed" in str(error) or "ConditionalRequestConflict" in str(error) or "412" in str(error):
+            if (
+                "PreconditionFailed" in str(error)
+                or "ConditionalRequestConflict" in str(error)
+                or "412" in str(error)
+            ):
                 return attempts > 1 and bytes(fs.cat_file(uri)) == data
             raise
         return True

@@ -1,4 +1,5 @@
-"""A proxy before an object store that does what networks and stores do on bad days, and counts what it did."""
+"""A proxy before an object store that does what networks and stores do on bad days, and counts what
+it did."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ class Fault:
 
     `503`, `500`, `403`: answer so. `reset`: RST before a reply.
     `cut`, `cut_reset`: end (FIN, RST) in the middle of the body.
-    `slow`: the body in twenty pieces with pauses. `flip`: one bit of the body is another, under the store's headers.
-    Where in the body, as a share of it, is `at`.
+    `slow`: the body in twenty pieces with pauses. `flip`: one bit of the body is another, under the
+    store's headers. Where in the body, as a share of it, is `at`.
     `hang`: half of the body, and the rest when the proxy is released.
     """
 
@@ -70,7 +71,8 @@ class FaultProxy:
         self.url = ""
 
     def plan_outage(self, seconds: float, *, match: str) -> None:
-        """Answer 503 to every request for so long, from the next PUT on whose path holds `match`."""
+        """Answer 503 to every request for so long, from the next PUT on whose path holds
+        `match`."""
         self._outage = (match, seconds)
 
     def is_out(self, method: str, path: str) -> bool:
@@ -92,7 +94,8 @@ class FaultProxy:
         at: float = 0.5,
         method: str = "GET",
     ) -> None:
-        """Do something to the next `times` requests whose path holds `match` and that ask for such a body."""
+        """Do something to the next `times` requests whose path holds `match` and that ask for such
+        a body."""
         self._faults.append(Fault(kind, times, match, body, at, method))
 
     def take(self, path: str, *, is_ranged: bool, method: str = "GET") -> Fault | None:
@@ -122,7 +125,11 @@ class _Handler(BaseHTTPRequestHandler):
         if self._is_out():
             return
         path = urllib.parse.urlsplit(self.path)
-        is_object = path.path.count("/") > 1 and not path.path.endswith("/") and "list-type" not in path.query
+        is_object = (
+            path.path.count("/") > 1
+            and not path.path.endswith("/")
+            and "list-type" not in path.query
+        )
         fault = self.proxy.take(path.path, is_ranged="Range" in self.headers) if is_object else None
         kind = fault.kind if fault else ""
         if kind == "reset":
@@ -134,7 +141,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _refuse(self, kind: str) -> None:
         code = {"403": "AccessDenied", "500": "InternalError", "503": "SlowDown"}[kind]
-        text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>not now</Message></Error>".encode()
+        error = f"<Error><Code>{code}</Code><Message>not now</Message></Error>"
+        text = f"<?xml version='1.0'?>{error}".encode()
         self._head(int(kind), {"Content-Type": "application/xml"}, len(text))
         if self.command != "HEAD":
             self.wfile.write(text)
@@ -153,7 +161,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         if self._is_out():
             return
-        fault = self.proxy.take(urllib.parse.urlsplit(self.path).path, is_ranged=False, method=self.command)
+        fault = self.proxy.take(
+            urllib.parse.urlsplit(self.path).path, is_ranged=False, method=self.command
+        )
         if fault is None:
             self._forward(None)
             return
@@ -170,9 +180,12 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def _forward(self, fault: Fault | None) -> None:
-        """Ask the store with the headers as they came, Host too, so that the request's signature holds."""
+        """Ask the store with the headers as they came, Host too, so that the request's signature
+        holds."""
         sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        upstream = http.client.HTTPConnection(self.proxy.upstream.hostname or "", self.proxy.upstream.port, timeout=60)
+        upstream = http.client.HTTPConnection(
+            self.proxy.upstream.hostname or "", self.proxy.upstream.port, timeout=60
+        )
         try:
             upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
             for name, value in self.headers.items():
@@ -184,8 +197,12 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             upstream.close()
         headers = {name: value for name, value in reply.getheaders() if name.lower() in _PASSED_ON}
-        headers |= {name: value for name, value in reply.getheaders() if name.lower().startswith("x-amz-")}
-        size = int(reply.headers.get("Content-Length") or 0) if self.command == "HEAD" else len(data)
+        headers |= {
+            name: value for name, value in reply.getheaders() if name.lower().startswith("x-amz-")
+        }
+        size = (
+            int(reply.headers.get("Content-Length") or 0) if self.command == "HEAD" else len(data)
+        )
         self._head(reply.status, headers, size)
         if self.command != "HEAD" and reply.status != 204:
             self._body(data, fault)
@@ -240,12 +257,15 @@ class _Server(ThreadingHTTPServer):
 
 @pytest.fixture
 def fault_proxy(s3_server) -> Iterator[FaultProxy]:
-    """Run the proxy before the session's S3 server. `AWS_ENDPOINT_URL` names it once `through_proxy` is asked for."""
+    """Run the proxy before the session's S3 server. `AWS_ENDPOINT_URL` names it once
+    `through_proxy` is asked for."""
     proxy = FaultProxy(s3_server.endpoint_url)
     handler = type("Handler", (_Handler,), {"proxy": proxy})
     server = _Server(("127.0.0.1", 0), handler)
     proxy.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+    )
     thread.start()
     yield proxy
     proxy.released.set()
@@ -255,7 +275,9 @@ def fault_proxy(s3_server) -> Iterator[FaultProxy]:
 
 
 @pytest.fixture
-def through_proxy(fault_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Callable[[], FaultProxy]:
+def through_proxy(
+    fault_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], FaultProxy]:
     """Give a function that sends this process's S3 calls through the proxy from then on."""
 
     def switch() -> FaultProxy:

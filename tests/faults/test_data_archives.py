@@ -1,4 +1,5 @@
-"""Damaged and hostile archives, as a user meets them: through `pipeline.verify` and at the start of a run."""
+"""Damaged and hostile archives, as a user meets them: through `pipeline.verify` and at the start of
+a run."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ def write_members(path: Path, members: list[tuple[str, bytes]]) -> Path:
 
 
 def test_a_foreign_tar_cut_at_any_block_is_named_and_never_half_read(crops, tmp_path):
-    path = write_members(tmp_path / "data" / "x-000000.tar", [(f"{n}.jpg", crops[n]) for n in range(3)])
+    path = write_members(
+        tmp_path / "data" / "x-000000.tar", [(f"{n}.jpg", crops[n]) for n in range(3)]
+    )
     whole = path.read_bytes()
     with tarfile.open(path) as archive:
         end = max(member.offset_data + -(-member.size // BLOCK) * BLOCK for member in archive)
@@ -48,7 +51,9 @@ def test_a_shard_of_a_dataset_that_was_cut_is_a_problem_of_verify(make_dataset, 
     shard = folder / "train-000001.tar"
     shard.write_bytes(shard.read_bytes()[:cut])
     for full in (False, True):
-        assert "train-000001.tar" in {problem.shard for problem in verify(str(folder), full=full).problems}
+        assert "train-000001.tar" in {
+            problem.shard for problem in verify(str(folder), full=full).problems
+        }
 
 
 @pytest.mark.parametrize("place", ["header", "image"])
@@ -60,7 +65,9 @@ def test_a_flipped_bit_anywhere_is_found_by_the_full_check(make_dataset, place):
     data = bytearray(shard.read_bytes())
     data[offset - BLOCK + 5 if place == "header" else offset + 200] ^= 4
     shard.write_bytes(bytes(data))
-    assert "train-000001.tar" in {problem.shard for problem in verify(str(folder), full=True).problems}
+    assert "train-000001.tar" in {
+        problem.shard for problem in verify(str(folder), full=True).problems
+    }
 
 
 @pytest.mark.parametrize(
@@ -113,11 +120,14 @@ def test_a_pipe_is_no_address(tmp_path):
 
 
 def test_nothing_here_unpickles():
-    """A hostile .pt can do nothing where nothing loads one; a loader that is added must take tensors alone."""
+    """A hostile .pt can do nothing where nothing loads one; a loader that is added must take
+    tensors alone."""
     for room in ("pipeline", "model", "train", "deploy"):
         for file in (REPOSITORY / room).rglob("*.py"):
             text = file.read_text()
-            assert not re.search(r"^\s*(import|from) (pickle|dill|cloudpickle|joblib)\b", text, re.MULTILINE), file
+            assert not re.search(
+                r"^\s*(import|from) (pickle|dill|cloudpickle|joblib)\b", text, re.MULTILINE
+            ), file
             for call in re.findall(r"torch\.load\(([^)]*)\)", text):
                 if "safetensors.torch.load(" not in text:
                     assert "weights_only=True" in call, file

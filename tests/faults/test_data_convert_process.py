@@ -1,4 +1,5 @@
-"""The converter as a real process: killed, out of space, given nonsense. Exit codes and messages."""
+"""The converter as a real process: killed, out of space, given nonsense. Exit codes and
+messages."""
 
 from __future__ import annotations
 
@@ -28,7 +29,12 @@ def command(*args: object) -> list[str]:
 
 def run(*args: object, prefix: list[str] | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*(prefix or []), *command(*args)], cwd=REPOSITORY, capture_output=True, text=True, timeout=LIMIT_S, check=False
+        [*(prefix or []), *command(*args)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
     )
 
 
@@ -41,8 +47,12 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def source(make_class_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_class_folder(num_classes=4, per_class=20, size_px=48, root=tmp_path_factory.mktemp("convert") / "src")
+def source(
+    make_class_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    return make_class_folder(
+        num_classes=4, per_class=20, size_px=48, root=tmp_path_factory.mktemp("convert") / "src"
+    )
 
 
 OPTIONS = ("--samples-per-shard", 4, "--resize", 32)
@@ -64,7 +74,9 @@ def assert_message(done: subprocess.CompletedProcess[str], code: int, *parts: st
 
 
 @pytest.mark.slow
-def test_two_workers_make_the_same_bytes(source: Path, tmp_path: Path, undisturbed: dict[str, str]) -> None:
+def test_two_workers_make_the_same_bytes(
+    source: Path, tmp_path: Path, undisturbed: dict[str, str]
+) -> None:
     done = run(source, tmp_path / "dst", *OPTIONS, "--workers", 2, "--json")
     assert done.returncode == 0, done.stderr
     assert hashes(tmp_path / "dst") == undisturbed
@@ -79,7 +91,9 @@ def test_a_killed_converter_goes_on(
 ) -> None:
     target = tmp_path / "dst"
     args = (source, target, *OPTIONS, "--workers", workers)
-    process = subprocess.Popen(command(*args), cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(*args), cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     children: list[psutil.Process] = []
     try:
         deadline_s = time.monotonic() + LIMIT_S
@@ -96,14 +110,18 @@ def test_a_killed_converter_goes_on(
         child.kill()
     assert not alive, "workers outlived the converter"
     assert not (target / "dataset.json").exists()
-    kept = {path.name: path.stat().st_mtime_ns for path in (target / "_parts").glob("train-*.parquet")}
+    kept = {
+        path.name: path.stat().st_mtime_ns for path in (target / "_parts").glob("train-*.parquet")
+    }
     tars = {name: (target / name.replace(".parquet", ".tar")).stat().st_mtime_ns for name in kept}
     done = run(*args)
     assert done.returncode == 0, done.stderr
     assert "going on" in done.stderr
     assert hashes(target) == undisturbed
     for name, time_ns in tars.items():
-        assert (target / name.replace(".parquet", ".tar")).stat().st_mtime_ns == time_ns, f"{name} was made again"
+        assert (target / name.replace(".parquet", ".tar")).stat().st_mtime_ns == time_ns, (
+            f"{name} was made again"
+        )
 
 
 @pytest.mark.slow
@@ -120,7 +138,11 @@ def test_a_killed_worker_is_said_and_the_rest_is_kept(
             assert time.monotonic() < deadline_s
             time.sleep(0.001)
         # Workers are forked off a process of their own, which imports for all of them.
-        workers = [p for p in psutil.Process(process.pid).children(recursive=True) if p.ppid() != process.pid]
+        workers = [
+            p
+            for p in psutil.Process(process.pid).children(recursive=True)
+            if p.ppid() != process.pid
+        ]
         workers[0].kill()
         _, errors = process.communicate(timeout=LIMIT_S)
     finally:
@@ -136,9 +158,12 @@ def test_a_killed_worker_is_said_and_the_rest_is_kept(
 
 def peak_bytes(source: Path, target: Path, *options: str) -> int:
     """Return the most memory that a conversion's parent had."""
-    # Not ru_maxrss: a child starts with its parent's, which is larger than all that is measured here.
+    # Not ru_maxrss: a child starts with its parent's, which is larger than all that is measured
+    # here.
     peak = "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
-    script = f"from pipeline.convert.__main__ import main; code = main(); {peak}; raise SystemExit(code)"
+    script = (
+        f"from pipeline.convert.__main__ import main; code = main(); {peak}; raise SystemExit(code)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script, str(source), str(target), *options],
         cwd=REPOSITORY,
@@ -162,7 +187,9 @@ def test_a_file_more_costs_little_memory(source: Path, tmp_path: Path) -> None:
             folder = root / f"n{number // 1000:08d}"
             if number % 1000 == 0:
                 folder.mkdir(parents=True)
-                (folder / "first.jpg").write_bytes(image.read_bytes())  # a file has 65,000 names at most
+                (folder / "first.jpg").write_bytes(
+                    image.read_bytes()
+                )  # a file has 65,000 names at most
             os.link(folder / "first.jpg", folder / f"n{number // 1000:08d}_{number}.JPEG")
         peaks[count] = peak_bytes(root, tmp_path / "dst", "--dry-run")
     # A million files then take less than 700 MB, all told.
@@ -192,7 +219,12 @@ def test_a_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
     done = run(source, tmp_path / "dst", "--samples-per-shard", 30, "--dry-run", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert (found["num_images"], found["num_shards"], found["num_classes"], found["finished"]) == (80, 3, 4, False)
+    assert (found["num_images"], found["num_shards"], found["num_classes"], found["finished"]) == (
+        80,
+        3,
+        4,
+        False,
+    )
     size = sum(path.stat().st_size for path in source.rglob("*.jpg"))
     assert size < found["estimated_bytes"] < 3 * size + 80 * 4096
     assert found["estimated_s"] < LIMIT_S
@@ -201,8 +233,10 @@ def test_a_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
 
 
 def in_small_file_system(folder: Path, options: str) -> list[str]:
-    """Return a prefix that runs a command in a mount namespace of its own, with a small tmpfs on a folder."""
-    script = f'mount -t tmpfs -o {options} tmpfs "{folder}" && "$@"; code=$?; find "{folder}" -type f >&2; exit $code'
+    """Return a prefix that runs a command in a mount namespace of its own, with a small tmpfs on a
+    folder."""
+    mount = f'mount -t tmpfs -o {options} tmpfs "{folder}"'
+    script = f'{mount} && "$@"; code=$?; find "{folder}" -type f >&2; exit $code'
     prefix = ["unshare", "--mount", "sh", "-c", script, "sh"]
     if (
         shutil.which("unshare") is None
@@ -213,9 +247,13 @@ def in_small_file_system(folder: Path, options: str) -> list[str]:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_full_disk_is_said_and_nothing_half_done_stays(source: Path, tmp_path: Path, workers: int) -> None:
+def test_a_full_disk_is_said_and_nothing_half_done_stays(
+    source: Path, tmp_path: Path, workers: int
+) -> None:
     prefix = in_small_file_system(tmp_path, "size=96k")
-    done = run(source, tmp_path / "dst", "--samples-per-shard", 4, "--workers", workers, prefix=prefix)
+    done = run(
+        source, tmp_path / "dst", "--samples-per-shard", 4, "--workers", workers, prefix=prefix
+    )
     assert_message(done, 76, "No space left", str(tmp_path / "dst"), "Free some space")
     assert "_plan.json" in done.stderr  # the prefix lists what is left
     assert TMP_MARK not in done.stderr
@@ -223,7 +261,9 @@ def test_a_full_disk_is_said_and_nothing_half_done_stays(source: Path, tmp_path:
 
 def test_a_read_only_target_is_said(source: Path, tmp_path: Path) -> None:
     prefix = in_small_file_system(tmp_path, "ro")
-    assert_message(run(source, tmp_path / "dst", prefix=prefix), 76, "read-only", str(tmp_path / "dst"))
+    assert_message(
+        run(source, tmp_path / "dst", prefix=prefix), 76, "read-only", str(tmp_path / "dst")
+    )
 
 
 @pytest.mark.slow
@@ -238,11 +278,24 @@ def test_bombs_cost_no_memory(source: Path, tmp_path: Path) -> None:
     for number in range(4):
         (images / f"bomb{number}.jpg").write_bytes(bomb)
         (images / f"fine{number}.jpg").write_bytes(whole)
-    # Not ru_maxrss: a child starts with its parent's, which is larger than all that is measured here.
+    # Not ru_maxrss: a child starts with its parent's, which is larger than all that is measured
+    # here.
     peak = "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
-    script = f"from pipeline.convert.__main__ import main; code = main(); {peak}; raise SystemExit(code)"
+    script = (
+        f"from pipeline.convert.__main__ import main; code = main(); {peak}; raise SystemExit(code)"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", script, str(images), str(tmp_path / "dst"), "--resize", "32", "--workers", "1"],
+        [
+            sys.executable,
+            "-c",
+            script,
+            str(images),
+            str(tmp_path / "dst"),
+            "--resize",
+            "32",
+            "--workers",
+            "1",
+        ],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,

@@ -31,7 +31,9 @@ def source(make_class_folder: Callable[..., Path], tmp_path: Path) -> Path:
 
 @pytest.mark.remote
 @pytest.mark.slow
-def test_bursts_of_503_from_the_target_change_nothing(source: Path, tmp_path: Path, s3_bucket, through_proxy) -> None:
+def test_bursts_of_503_from_the_target_change_nothing(
+    source: Path, tmp_path: Path, s3_bucket, through_proxy
+) -> None:
     here = convert(str(source), str(tmp_path / "dst"), SETTINGS, workers=1)
     proxy = through_proxy()
     for match in (r"000000\.tar", r"_parts/", r"dataset\.json"):
@@ -42,7 +44,7 @@ def test_bursts_of_503_from_the_target_change_nothing(source: Path, tmp_path: Pa
         assert storage.read_bytes(file.uri) == (tmp_path / "dst" / file.name).read_bytes()
 
 
-# ------------------------------------------------------------------------------------------------ https
+# -------------------------------------------------------------------------------------------- https
 
 
 class _Ranges(http.server.SimpleHTTPRequestHandler):
@@ -84,15 +86,21 @@ def web(tmp_path: Path) -> Iterator[tuple[Path, str, Path]]:
     )
     pem = tmp_path / "server.pem"
     encoding = serialization.Encoding.PEM
-    secret = key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    secret = key.private_bytes(
+        encoding, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
     pem.write_bytes(secret + certificate.public_bytes(encoding))
     folder = tmp_path / "web"
     folder.mkdir()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), lambda *args: _Ranges(*args, directory=str(folder)))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), lambda *args: _Ranges(*args, directory=str(folder))
+    )
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(pem)
     server.socket = context.wrap_socket(server.socket, server_side=True)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+    )
     thread.start()
     yield folder, f"https://localhost:{server.server_address[1]}", pem
     server.shutdown()
@@ -114,14 +122,25 @@ def test_tars_parquet_and_lists_are_read_over_https(source: Path, tmp_path: Path
     with tarfile.open(folder / "images.tar", "w") as archive:
         for path in paths:
             archive.add(path, str(path.relative_to(source)))
-    images = [{"bytes": path.read_bytes(), "path": f"{path.parent.name}-{path.name}"} for path in paths]
-    pq.write_table(pa.table({"image": images, "label": [p.parent.name for p in paths]}), folder / "images.parquet")
+    images = [
+        {"bytes": path.read_bytes(), "path": f"{path.parent.name}-{path.name}"} for path in paths
+    ]
+    pq.write_table(
+        pa.table({"image": images, "label": [p.parent.name for p in paths]}),
+        folder / "images.parquet",
+    )
     (folder / "one.jpg").write_bytes(paths[0].read_bytes())
     (folder / "list.csv").write_text(
         f"url,label\none.jpg,a\n{address}/one.jpg?signature=hidden,b\n{address}/gone.jpg,a\n"
     )
     for name, count in (("images.tar", 12), ("images.parquet", 12), ("list.csv", 2)):
-        command = [sys.executable, "-m", "pipeline.convert", f"{address}/{name}", str(tmp_path / name)]
+        command = [
+            sys.executable,
+            "-m",
+            "pipeline.convert",
+            f"{address}/{name}",
+            str(tmp_path / name),
+        ]
         done = subprocess.run(
             command,
             cwd=REPOSITORY,

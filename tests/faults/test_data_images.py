@@ -1,4 +1,5 @@
-"""Strange images under the real loader: decoded as documented by every decoder, or replaced before they cost memory."""
+"""Strange images under the real loader: decoded as documented by every decoder, or replaced before
+they cost memory."""
 
 from __future__ import annotations
 
@@ -50,7 +51,9 @@ def declaring(image: bytes, width: int, height: int) -> bytes:
 
 def png_declaring(width: int, height: int) -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(9))) + chunk(b"IEND", b"")
@@ -72,7 +75,8 @@ def seen_pixels(images_BCHW: torch.Tensor) -> np.ndarray:
 
 @pytest.fixture
 def strange(crops):
-    """Give members of a tar by name, and what each shows: stored pixels, transparency dropped, the first frame."""
+    """Give members of a tar by name, and what each shows: stored pixels, transparency dropped, the
+    first frame."""
     # One photograph each: a substitute would be another picture.
     photos = [Image.open(io.BytesIO(crop)).convert("RGB") for crop in crops[::5]]
     grey = photos[1].convert("L")
@@ -80,7 +84,8 @@ def strange(crops):
     palette = photos[3].quantize(64)
     clear = photos[4].copy()
     clear.putalpha(Image.linear_gradient("L").resize(clear.size))
-    # A square: any other shape, turned, would lie outside its box, and a fallback would hide that it was turned.
+    # A square: any other shape, turned, would lie outside its box, and a fallback would hide that
+    # it was turned.
     photos[5] = photos[5].crop((0, 0, 60, 60))
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -95,7 +100,9 @@ def strange(crops):
     return {
         "cmyk.jpg": (encode(photos[0].convert("CMYK"), "JPEG", quality=95), photos[0], 8.0),
         "grey.jpg": (encode(grey, "JPEG", quality=95), grey, 4.0),
-        "sixteen.png": lossless(Image.fromarray(np.asarray(sixteen).astype(np.uint16) * 257), sixteen),
+        "sixteen.png": lossless(
+            Image.fromarray(np.asarray(sixteen).astype(np.uint16) * 257), sixteen
+        ),
         "palette.png": lossless(palette, palette.convert("RGB"), transparency=3),
         "alpha.png": lossless(clear, photos[4]),
         "rotated.jpg": jpeg(5, exif=turned.tobytes()),
@@ -117,7 +124,9 @@ def test_strange_images_show_what_is_documented(strange, tmp_path, decoder):
     keys = dataset.keys(np.arange(len(strange)))
     assert keys == [name.rsplit(".", 1)[0] for name in strange]
     view = VIEW.model_copy(update={"interpolation": FILTER[decoder]})
-    batch = read_samples(dataset, np.arange(len(strange)), view, LoaderConfig(decoder=decoder), device=CPU)
+    batch = read_samples(
+        dataset, np.arange(len(strange)), view, LoaderConfig(decoder=decoder), device=CPU
+    )
     for name, seen in zip(strange, seen_pixels(batch.images_BCHW), strict=True):
         _, shown, tolerance = strange[name]
         tolerance += 4.0 if decoder == "ffcv" else 0.0  # compared with bicubic pixels
@@ -153,8 +162,11 @@ print(json.dumps({"rise_mb": peak_mb() - before_mb, "shape": list(batch.images_B
 @pytest.mark.slow
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("manifest", ["true", "false"])
-def test_bombs_are_replaced_before_they_are_decoded(crops, make_dataset, tmp_path, decoder, manifest):
-    """Both where the manifest tells of the size, and where the file was exchanged for a bomb behind its back."""
+def test_bombs_are_replaced_before_they_are_decoded(
+    crops, make_dataset, tmp_path, decoder, manifest
+):
+    """Both where the manifest tells of the size, and where the file was exchanged for a bomb behind
+    its back."""
     bombs = {0: declaring(crops[0], 20_000, 20_000), 2: png_declaring(30_000, 30_000)}
     bombs |= {4: declaring(crops[4], 20_000, 20_000), 6: png_declaring(30_000, 30_000)}
     if manifest == "true":
@@ -167,7 +179,9 @@ def test_bombs_are_replaced_before_they_are_decoded(crops, make_dataset, tmp_pat
     env = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     import os
 
-    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, env={**os.environ, **env}, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["shape"] == [8, 3, 48, 48]

@@ -53,7 +53,9 @@ def test_a_thread_that_dies_names_the_samples_in_flight(make_dataset, crops):
     with make_loader(dataset) as loader:
         loader._decoder = Poisoned(loader._decoder, crops[21])
         stream = iter(loader)
-        with pytest.raises(DataError, match=r"decode thread failed \(RuntimeError: codec state corrupted\)") as caught:
+        with pytest.raises(
+            DataError, match=r"decode thread failed \(RuntimeError: codec state corrupted\)"
+        ) as caught:
             list(islice(stream, 15))
     message = str(caught.value)
     named = json.loads(message[message.index("[") : message.index("]") + 1])
@@ -70,7 +72,9 @@ def test_a_reading_thread_that_dies_names_them_too(make_dataset, monkeypatch):
 
     with make_loader(dataset) as loader:
         monkeypatch.setattr(loader._reader, "read", broken)
-        with pytest.raises(DataError, match=r"read thread failed \(TypeError: not a row\) on samples \[\d+, "):
+        with pytest.raises(
+            DataError, match=r"read thread failed \(TypeError: not a row\) on samples \[\d+, "
+        ):
             next(iter(loader))
 
 
@@ -87,11 +91,15 @@ def test_a_changed_dataset_is_refused_naming_the_shards(changed):
     with make_loader(before) as loader:
         state = loader.state_dict()
     with make_loader(after) as loader:
-        with pytest.raises(DataError, match=r"in 2 of 4 shards: train-000001\.tar, train-000002\.tar\. Restore"):
+        with pytest.raises(
+            DataError, match=r"in 2 of 4 shards: train-000001\.tar, train-000002\.tar\. Restore"
+        ):
             loader.load_state_dict(state, trained_on=before.info)
         with pytest.raises(DataError, match=r"its samples changed\. Restore"):
             loader.load_state_dict(state)
-        with pytest.raises(DataError, match=r"its samples changed\. Restore"):  # not the description of that run
+        with pytest.raises(
+            DataError, match=r"its samples changed\. Restore"
+        ):  # not the description of that run
             loader.load_state_dict(state, trained_on=after.info)
 
 
@@ -111,7 +119,8 @@ def test_a_changed_dataset_may_be_accepted_at_the_next_epoch(changed):
 
 
 def test_one_flipped_bit_in_one_image_makes_another_dataset(make_dataset, crops, tmp_path):
-    """A shard that was made again with other pixels has another fingerprint, though every count is the same."""
+    """A shard that was made again with other pixels has another fingerprint, though every count is
+    the same."""
     before = open_dataset(make_dataset())
     other = bytearray(crops[30])
     other[-10] ^= 1
@@ -127,21 +136,30 @@ def test_one_flipped_bit_in_one_image_makes_another_dataset(make_dataset, crops,
                 image = bytes(other) if i == 30 else crops[i]
                 writer.add(f"{i:06d}", image, probe(image), label=i % 15)
             written = writer.close()
-        shards.append(FinishedShard(written.name, written.size_bytes, written.sha256, written.table))
+        shards.append(
+            FinishedShard(written.name, written.size_bytes, written.sha256, written.table)
+        )
     write_dataset(str(folder), shards=shards, name="crops", container="webdataset")
     after = open_dataset(str(folder))
     with make_loader(before) as loader:
         state = loader.state_dict()
-    with make_loader(after) as loader, pytest.raises(DataError, match=r"in 1 of 4 shards: train-000002\.tar"):
+    with (
+        make_loader(after) as loader,
+        pytest.raises(DataError, match=r"in 1 of 4 shards: train-000002\.tar"),
+    ):
         loader.load_state_dict(state, trained_on=before.info)
 
 
 def test_bad_samples_in_a_row_end_the_run_with_reasons_and_shards(make_dataset):
-    junk = dict.fromkeys((n for n in range(60) if n % 10), b"\xff\xd8junk" * 20)  # there is a substitute for each
+    junk = dict.fromkeys(
+        (n for n in range(60) if n % 10), b"\xff\xd8junk" * 20
+    )  # there is a substitute for each
     dataset = open_dataset(make_dataset(replace=junk))
     with make_loader(dataset, max_bad_in_a_row=5, max_bad_share=1.0) as loader:
         stream = iter(loader)
-        with pytest.raises(DataError, match=r"5 bad samples in a row \(limit 5\).*Reasons: .*Shards: train-") as caught:
+        with pytest.raises(
+            DataError, match=r"5 bad samples in a row \(limit 5\).*Reasons: .*Shards: train-"
+        ) as caught:
             list(islice(stream, 200))
     assert "pipeline.verify --full" in str(caught.value)
 
@@ -150,7 +168,9 @@ def test_a_shard_with_nothing_good_is_named(make_dataset):
     dataset = open_dataset(make_dataset(replace=dict.fromkeys(range(13, 30), b"\xff\xd8junk" * 20)))
     with make_loader(dataset, max_bad_share=1.0, max_bad_in_a_row=1000) as loader:
         stream = iter(loader)
-        with pytest.raises(DataError, match=r"of train-000001\.tar cannot be used, nor can the 16 after it"):
+        with pytest.raises(
+            DataError, match=r"of train-000001\.tar cannot be used, nor can the 16 after it"
+        ):
             list(islice(stream, 200))
 
 
@@ -165,14 +185,17 @@ def test_a_tar_cut_inside_a_member_is_told_with_the_counts(make_dataset, part):
     wanted, came = (size, 100) if part == "data" else (-size % 512, 1)
     with pytest.raises(
         DataError,
-        match=rf"train-000001\.tar: the file ends inside the {part} of '000015\.jpg': expected {wanted} bytes, "
+        match=rf"train-000001\.tar: the file ends inside the {part} of '000015\.jpg': "
+        rf"expected {wanted} bytes, "
         rf"got {came} at byte .*after \d+ whole members",
     ):
         index_shard(str(path))
 
 
 def test_a_batch_keeps_its_size_and_its_place_whatever_is_bad(make_dataset):
-    dataset = open_dataset(make_dataset(replace={n: b"" if n % 2 else b"no image" for n in range(0, 60, 7)}))
+    dataset = open_dataset(
+        make_dataset(replace={n: b"" if n % 2 else b"no image" for n in range(0, 60, 7)})
+    )
     whole = open_dataset(dataset.uri)
     seen = []
     for each in (dataset, whole):
@@ -181,5 +204,7 @@ def test_a_batch_keeps_its_size_and_its_place_whatever_is_bad(make_dataset):
             batches = [next(stream) for _ in range(15)]
         seen.append(torch.cat([batch.images_BCHW for batch in batches]))
         assert [len(batch.sample_ids_B) for batch in batches] == [4] * 15
-        assert sorted(np.concatenate([batch.sample_ids_B for batch in batches]).tolist()) == list(range(60))
+        assert sorted(np.concatenate([batch.sample_ids_B for batch in batches]).tolist()) == list(
+            range(60)
+        )
     assert torch.equal(*seen)  # the substitutes are the same in every run

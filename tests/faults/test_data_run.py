@@ -1,4 +1,5 @@
-"""Bad and changed data under a real run: one report of all ranks, shards named, an explicit way to go on."""
+"""Bad and changed data under a real run: one report of all ranks, shards named, an explicit way to
+go on."""
 
 from __future__ import annotations
 
@@ -38,18 +39,25 @@ TINY = {
 
 def words(data: str, run_dir: Path, **changes: str) -> list[str]:
     settings = {**TINY, "data.train": data, "data.val": "", "run.dir": str(run_dir)}
-    settings |= {name.replace("__", ".").replace("_", "-"): value for name, value in changes.items()}
+    settings |= {
+        name.replace("__", ".").replace("_", "-"): value for name, value in changes.items()
+    }
     return ["demo", *(word for name, value in settings.items() for word in (f"--{name}", value))]
 
 
 def alone(*args: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "train.pretrain", *args]
     env = environment(ranks=1, has_gpu=False) | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=180, check=False)
+    return subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=180, check=False
+    )
 
 
 def test_reports_are_added_up_and_no_rank_hides_another():
-    first, second = DataReport(max_bad_share=1.0, max_bad_in_a_row=1000), DataReport(max_bad_share=1.0)
+    first, second = (
+        DataReport(max_bad_share=1.0, max_bad_in_a_row=1000),
+        DataReport(max_bad_share=1.0),
+    )
     for number in range(150):
         first.bad("too many pixels", "a.tar", f"{number}")
         first.good()
@@ -96,7 +104,9 @@ def test_too_much_that_is_bad_ends_the_run_and_leaves_the_report(make_dataset, t
 
 
 @pytest.mark.slow
-def test_a_dataset_that_changed_between_starts_is_named_and_may_be_accepted(make_dataset, tmp_path: Path):
+def test_a_dataset_that_changed_between_starts_is_named_and_may_be_accepted(
+    make_dataset, tmp_path: Path
+):
     data, run_dir = make_dataset(), tmp_path / "run"
     done = alone(*words(data, run_dir, train__steps="2"))
     assert done.returncode == 0, done.stderr
@@ -114,10 +124,17 @@ def test_a_dataset_that_changed_between_starts_is_named_and_may_be_accepted(make
 
 @pytest.mark.slow
 def test_no_secret_is_in_anything_that_a_run_writes(make_dataset, s3_bucket, tmp_path: Path):
-    """Data and checkpoints in object storage, with a secret in the environment and one in a URL that fails."""
+    """Data and checkpoints in object storage, with a secret in the environment and one in a URL
+    that fails."""
     secret = "hush-8f41c7"
     data = make_dataset(uri=f"{s3_bucket}/data")
-    args = words(data, tmp_path / "run", train__steps="2", checkpoint__dir=f"{s3_bucket}/run", log__every_steps="1")
+    args = words(
+        data,
+        tmp_path / "run",
+        train__steps="2",
+        checkpoint__dir=f"{s3_bucket}/run",
+        log__every_steps="1",
+    )
     env = {**os.environ, **environment(ranks=1, has_gpu=False), "AWS_SECRET_ACCESS_KEY": secret}
     env |= {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     said = ""

@@ -1,4 +1,5 @@
-"""Object storage on a bad day: the same bytes, later, and counted; or an error that says what and where."""
+"""Object storage on a bad day: the same bytes, later, and counted; or an error that says what and
+where."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def local_images(make_dataset, remote):
 
 
 def assert_counted(retries: int, kind: str, *, times: int) -> None:
-    if kind == "reset":  # HTTP clients send a GET again by themselves where a connection they kept was closed meanwhile
+    # HTTP clients send a GET again by themselves if a connection they kept was closed meanwhile.
+    if kind == "reset":
         assert 1 <= retries <= times
     else:
         assert retries == (0 if kind == "slow" else times)
@@ -76,7 +78,9 @@ def test_shards_are_staged_whole_and_retries_are_counted(remote, through_proxy, 
     assert cache.counters.failed_shards == 0
 
 
-def test_a_bit_flipped_on_the_way_is_found_and_read_again(remote, local_images, through_proxy, tmp_path):
+def test_a_bit_flipped_on_the_way_is_found_and_read_again(
+    remote, local_images, through_proxy, tmp_path
+):
     proxy = through_proxy()
     proxy.plan("flip", times=2, match=r"\.tar", body="ranged")
     reader = ShardReader(remote, cache_dir=tmp_path)
@@ -97,7 +101,9 @@ def test_a_bit_flipped_on_the_way_is_found_and_read_again(remote, local_images, 
     assert cache.staged(3)
 
 
-def test_a_bit_that_is_always_flipped_ends_as_a_bad_sample(remote, through_proxy, tmp_path, monkeypatch):
+def test_a_bit_that_is_always_flipped_ends_as_a_bad_sample(
+    remote, through_proxy, tmp_path, monkeypatch
+):
     monkeypatch.setenv(BUDGET_VARIABLE, "1")
     proxy = through_proxy()
     proxy.plan("flip", times=1000, match="000001.tar")
@@ -127,12 +133,16 @@ def test_a_bit_flipped_in_what_describes_a_dataset_never_changes_it(remote, thro
 
 
 @pytest.mark.parametrize("kind", ["503", "reset", "cut"])
-def test_a_store_that_stays_away_is_an_error_within_the_budget(remote, through_proxy, tmp_path, monkeypatch, kind):
+def test_a_store_that_stays_away_is_an_error_within_the_budget(
+    remote, through_proxy, tmp_path, monkeypatch, kind
+):
     monkeypatch.setenv(BUDGET_VARIABLE, "1")
     proxy = through_proxy()
     proxy.plan(kind, times=10_000, match=r"\.tar")
     reader = ShardReader(remote, cache_dir=tmp_path)
-    with pytest.raises(InfrastructureError, match=r"train-000000\.tar.*after retrying for 1 s.*AWS_ENDPOINT_URL"):
+    with pytest.raises(
+        InfrastructureError, match=r"train-000000\.tar.*after retrying for 1 s.*AWS_ENDPOINT_URL"
+    ):
         reader.read(remote.lookup(np.arange(3)))
     reader.close()
 
@@ -151,7 +161,9 @@ def test_what_is_not_there_names_the_uri(s3_bucket, remote, monkeypatch):
 def test_what_is_not_allowed_is_said_at_once(remote, through_proxy, tmp_path):
     proxy = through_proxy()
     proxy.plan("403", times=10_000)
-    with pytest.raises(InfrastructureError, match=r"crops/dataset\.json.*permission denied.*credentials"):
+    with pytest.raises(
+        InfrastructureError, match=r"crops/dataset\.json.*permission denied.*credentials"
+    ):
         open_dataset(remote.uri)
     assert proxy.done["403"] <= 4, "what is not allowed was asked for again and again"
 
@@ -169,7 +181,9 @@ cache.wait()
 """
 
 
-def test_a_process_killed_while_it_fills_the_cache_leaves_nothing_that_is_served(remote, fault_proxy, tmp_path):
+def test_a_process_killed_while_it_fills_the_cache_leaves_nothing_that_is_served(
+    remote, fault_proxy, tmp_path
+):
     fault_proxy.plan("hang", match="000002.tar")
     env = {**os.environ, "AWS_ENDPOINT_URL": fault_proxy.url}
     process = subprocess.Popen([sys.executable, "-c", STAGE, remote.uri, str(tmp_path)], env=env)
@@ -193,10 +207,15 @@ def test_a_process_killed_while_it_fills_the_cache_leaves_nothing_that_is_served
     cache.close()
 
 
-def test_closing_in_the_middle_of_a_download_is_no_failure(remote, through_proxy, tmp_path, monkeypatch):
-    """Parts that wait are cancelled, the ones under way end; no thread dies of it and nothing is left."""
+def test_closing_in_the_middle_of_a_download_is_no_failure(
+    remote, through_proxy, tmp_path, monkeypatch
+):
+    """Parts that wait are cancelled, the ones under way end; no thread dies of it and nothing is
+    left."""
     # Three parts a shard, all asked for at once, two under way.
-    monkeypatch.setattr("pipeline.reading.cache.PART_BYTES", max(remote.info.shards.columns["size_bytes"]) // 3 + 1)
+    monkeypatch.setattr(
+        "pipeline.reading.cache.PART_BYTES", max(remote.info.shards.columns["size_bytes"]) // 3 + 1
+    )
     monkeypatch.setattr("pipeline.reading.cache._PARTS_AT_ONCE", 2)
     failures: list[threading.ExceptHookArgs] = []
     monkeypatch.setattr(threading, "excepthook", failures.append)
@@ -217,7 +236,9 @@ def test_closing_in_the_middle_of_a_download_is_no_failure(remote, through_proxy
     assert cache.counters.failed_shards == 0
     assert not list(tmp_path.rglob(".partial-*"))
     assert not list((tmp_path / "shards" / "leases").iterdir())
-    whole = [shard for shard in range(4) if cache.staged(shard)]  # one whose parts were all under way may be done
+    whole = [
+        shard for shard in range(4) if cache.staged(shard)
+    ]  # one whose parts were all under way may be done
     assert len(whole) < 4
     monkeypatch.undo()  # the proxy has nothing more to say
     for shard in whole:
@@ -226,14 +247,19 @@ def test_closing_in_the_middle_of_a_download_is_no_failure(remote, through_proxy
 
 @pytest.mark.parametrize("point", ["begin", "download", "commit"])
 def test_sigkill_at_any_point_of_staging_is_made_good_by_the_next_process(remote, tmp_path, point):
-    """Killed before a byte is there, with all bytes there but unchecked, and just before the name is given."""
+    """Killed before a byte is there, with all bytes there but unchecked, and just before the name
+    is given."""
     kill = {
         "begin": "ShardCache._fetch = lambda *_: os.kill(os.getpid(), 9)",
-        "download": "d = ShardCache._download; ShardCache._download = lambda *a: (d(*a), os.kill(os.getpid(), 9))",
-        "commit": "from pipeline import cache_folder as f; f.os.fdatasync = lambda fd: os.kill(os.getpid(), 9)",
+        "download": "d = ShardCache._download; "
+        "ShardCache._download = lambda *a: (d(*a), os.kill(os.getpid(), 9))",
+        "commit": "from pipeline.reading import cache_folder as f; "
+        "f.os.fdatasync = lambda fd: os.kill(os.getpid(), 9)",
     }[point]
     script = STAGE.replace("\ncache = ", f"\nimport os\n{kill}\ncache = ", 1)
-    process = subprocess.run([sys.executable, "-c", script, remote.uri, str(tmp_path)], timeout=60, check=False)
+    process = subprocess.run(
+        [sys.executable, "-c", script, remote.uri, str(tmp_path)], timeout=60, check=False
+    )
     assert process.returncode == -9
     assert list(tmp_path.rglob(".partial-*"))
     cache = ShardCache(remote, folder=tmp_path, max_bytes=2**30)
@@ -286,7 +312,9 @@ def test_a_full_cache_disk_is_emptied_and_then_read_around(remote, tmp_path):
     two = f"size={(sizes[0] + sizes[1]) // 1024 + 24}k"
     through, staged, evicted, no_room = read_on_small_disk(remote.uri, tmp_path, two)
     assert (staged, no_room) == (4, 0)
-    assert 5 <= through <= 20  # the first shard's for certain; a later one may be staged before it is read
+    assert (
+        5 <= through <= 20
+    )  # the first shard's for certain; a later one may be staged before it is read
     assert evicted >= 2
     through, staged, evicted, no_room = read_on_small_disk(remote.uri, tmp_path, "size=24k")
     assert (through, staged, evicted) == (20, 0, 0)

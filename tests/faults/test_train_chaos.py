@@ -1,4 +1,5 @@
-"""Killed again and again, on any rank and in any phase of a save, a run ends with the weights of the run left alone.
+"""Killed again and again, on any rank and in any phase of a save, a run ends with the weights of
+the run left alone.
 
 CHAOS_KILLS=20 in the environment kills more often than the default, CHAOS_SEED=1 elsewhere.
 """
@@ -23,19 +24,27 @@ from train.process.outcome import read_status
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 STEPS, SAVE_EVERY = 200, 10
-SETTINGS = {"train.steps": str(STEPS), "checkpoint.every-steps": str(SAVE_EVERY), "checkpoint.keep-last": "3"}
+SETTINGS = {
+    "train.steps": str(STEPS),
+    "checkpoint.every-steps": str(SAVE_EVERY),
+    "checkpoint.keep-last": "3",
+}
 KILLS = int(os.environ.get("CHAOS_KILLS", "6"))
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
 
 
 def draw_kill(dice: random.Random, *, done: int, number: int) -> dict[str, Any]:
-    """Kill one of the ranks at a step after the newest checkpoint, or in a named phase of one of the next saves."""
+    """Kill one of the ranks at a step after the newest checkpoint, or in a named phase of one of
+    the next saves."""
     if number % 2:
         phase = dice.choice(PHASES)
         rank = 0 if phase == "checked" else dice.randrange(2)
         return {"rank": rank, "phase": phase, "save": dice.randrange(1, 3)}
     left = (STEPS - done) // max(1, KILLS - number)
-    return {"rank": dice.randrange(2), "step": min(STEPS - 1, done + dice.randrange(1, max(2, 2 * left)))}
+    return {
+        "rank": dice.randrange(2),
+        "step": min(STEPS - 1, done + dice.randrange(1, max(2, 2 * left))),
+    }
 
 
 def newest(run_dir: Path) -> int:
@@ -63,7 +72,9 @@ def test_a_run_that_is_killed_again_and_again_ends_as_the_run_left_alone(
     print(*story, sep="\n")
 
     assert read_status(folder / "run")["state"] == "done"
-    expected, found = (final_state(path / "run", step=STEPS) for path in (tmp_path / "alone", folder))
+    expected, found = (
+        final_state(path / "run", step=STEPS) for path in (tmp_path / "alone", folder)
+    )
     assert set(found) == set(expected)
     assert len(found) > 100
     assert len(KINDS) == 3

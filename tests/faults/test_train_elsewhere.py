@@ -1,4 +1,5 @@
-"""A run that loses a rank under the deepspeed launcher goes on exactly; elsewhere it goes on with the same losses."""
+"""A run that loses a rank under the deepspeed launcher goes on exactly; elsewhere it goes on with
+the same losses."""
 
 from __future__ import annotations
 
@@ -53,10 +54,11 @@ def test_a_rank_killed_under_the_deepspeed_launcher(
 
 
 def elsewhere(folder: Path, data: str, *, expected: dict[int, float]) -> None:
-    """The same run on two ranks at stage 1, then on one at stage 3, then on two at stage 2, killed in between;
-    under torchrun and plain python.
+    """The same run on two ranks at stage 1, then on one at stage 3, then on two at stage 2, killed
+    in between; under torchrun and plain python.
 
-    A crop box, a flip, a mask or an image of another sample would change the loss by far more than rounding.
+    A crop box, a flip, a mask or an image of another sample would change the loss by far more than
+    rounding.
     """
     train(folder, data, stage=1, kill=6, launcher="torchrun")
     train(folder, data, stage=3, ranks=1, kill=14, launcher="torchrun")

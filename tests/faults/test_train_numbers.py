@@ -1,4 +1,5 @@
-"""Numbers that go wrong in a real run on several ranks: skipped, gone back from, told, or stopped at."""
+"""Numbers that go wrong in a real run on several ranks: skipped, gone back from, told, or stopped
+at."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ SETTINGS = {
     "train.steps": "20",
     "checkpoint.every-steps": "4",
     "engine.zero-stage": "2",
-    # Where weights are equal on all ranks nothing is said of them, also around skipped steps and going back.
+    # Where weights are equal on all ranks nothing is said of them, also around skipped steps and
+    # going back.
     "guard.checksum-every-steps": "1",
 }
 
@@ -29,7 +31,8 @@ SETTINGS = {
 def test_steps_that_are_not_finite_on_one_rank_are_skipped_gone_back_from_and_passed_over(
     make_dataset: Callable[..., str], tmp_path: Path
 ):
-    """Steps 10 to 14 meet a NaN on rank 1: the weights go back to step 8, the data goes on behind step 14."""
+    """Steps 10 to 14 meet a NaN on rank 1: the weights go back to step 8, the data goes on behind
+    step 14."""
     plan = {"scale": [{"rank": 1, "first": 9, "last": 13, "factor": NAN}]}
     done = start(tmp_path, plan, data=make_dataset(), settings=SETTINGS)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -37,31 +40,42 @@ def test_steps_that_are_not_finite_on_one_rank_are_skipped_gone_back_from_and_pa
     status = read_status(run_dir)
     assert (status["state"], status["step"]) == ("done", 20)
     lines = read_metrics(run_dir)
-    assert [line["step"] for line in lines] == list(range(1, 21)), "a step is missing or there twice"
+    assert [line["step"] for line in lines] == list(range(1, 21)), (
+        "a step is missing or there twice"
+    )
     assert all(line["loss"] is not None for line in lines)
     assert lines[-1]["skipped_steps"] == 5
     assert [line["roll_backs"] for line in lines] == [0] * 8 + [1] * 12
     assert "back to the weights of step 8 (1 of 3 times)" in done.stdout
     assert done.stdout.count("the loss on rank 1 is not finite") == 5
     names = sorted(path.name for path in run_dir.glob("nonfinite-*.json"))
-    # 60 images in batches of 12: step 10 is the last batch of its epoch, the next ones are of another.
+    # 60 images in batches of 12: step 10 is the last batch of its epoch, the next ones are of
+    # another.
     places = [f"{step:06d}-at-{(step - 1) // 5}-" for step in range(10, 15)]
     assert [name.removeprefix("nonfinite-step-")[: len(places[0])] for name in names] == places
     assert all(name.endswith("-rank-1.json") for name in names)
     record = json.loads((run_dir / names[0]).read_text())
     assert (record["step"], record["rank"], record["losses"]) == (10, 1, [None])
     assert len(record["sample_ids"]) == len(record["epochs"]) == 6
-    # No checkpoint of weights under suspicion (step 12 comes by twice); the last one is six batches further on.
+    # No checkpoint of weights under suspicion (step 12 comes by twice); the last one is six batches
+    # further on.
     assert done.stdout.count("saved step 12 ") == 1
     assert list(find_steps(str(run_dir / "checkpoints"))) == [4, 8, 12, 16, 20]
     loader = load_weights(str(run_dir))[1]["client"]["loader"]
     assert (loader["epoch"], loader["position"]) in (((20 + 6) // 5, (20 + 6) % 5 * 12), (5, 12))
 
 
-def test_a_run_that_keeps_going_wrong_stops_with_code_5(make_dataset: Callable[..., str], tmp_path: Path):
+def test_a_run_that_keeps_going_wrong_stops_with_code_5(
+    make_dataset: Callable[..., str], tmp_path: Path
+):
     """With two skipped steps a time: back to 8, again to the one before it, then no more."""
     plan = {"scale": [{"rank": 0, "first": 9, "last": 999, "factor": NAN}]}
-    settings = {**SETTINGS, "guard.skipped-in-a-row": "2", "guard.roll-backs": "2", "engine.zero-stage": "3"}
+    settings = {
+        **SETTINGS,
+        "guard.skipped-in-a-row": "2",
+        "guard.roll-backs": "2",
+        "engine.zero-stage": "3",
+    }
     done = start(tmp_path, plan, data=make_dataset(), settings=settings)
     assert done.returncode != 0
     status = read_status(tmp_path / "run")
@@ -85,7 +99,12 @@ def test_a_loss_that_jumps_is_told_and_saved(make_dataset: Callable[..., str], t
 
 
 def test_a_replica_with_one_wrong_bit_is_named(make_dataset: Callable[..., str], tmp_path: Path):
-    settings = {**SETTINGS, "engine.zero-stage": "0", "train.micro-batch-size": "4", "guard.checksum-every-steps": "3"}
+    settings = {
+        **SETTINGS,
+        "engine.zero-stage": "0",
+        "train.micro-batch-size": "4",
+        "guard.checksum-every-steps": "3",
+    }
     plan = {"flip": {"rank": 1, "after": 3}}
     done = start(tmp_path, plan, data=make_dataset(), ranks=3, settings=settings)
     assert done.returncode != 0

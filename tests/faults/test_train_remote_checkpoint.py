@@ -1,4 +1,5 @@
-"""Checkpoints in object storage: committed by a conditional put, fetched once, verified, and leaving nothing local."""
+"""Checkpoints in object storage: committed by a conditional put, fetched once, verified, and
+leaving nothing local."""
 
 from __future__ import annotations
 
@@ -66,7 +67,9 @@ def test_saved_pruned_damaged_and_read_back(
     state = CheckpointStore(uri, keep_last=2).latest(World())
     assert state is not None
     assert (state.step, state.client) == (2, {"position": 2})
-    assert list(tmp_path.iterdir()) == []  # what was fetched is already unlinked, and can still be read:
+    assert (
+        list(tmp_path.iterdir()) == []
+    )  # what was fetched is already unlinked, and can still be read:
     exported = engine.export_state().tensors["layer.weight"]
     assert all(torch.equal(state.tensor("layer.weight", kind), exported[kind]) for kind in KINDS)
     weights, document = load_weights(f"{s3_bucket}/run")
@@ -74,7 +77,9 @@ def test_saved_pruned_damaged_and_read_back(
     assert document["step"] == 3  # its weights are sound, only a moment is damaged
 
 
-def test_a_step_that_another_run_commits_meanwhile_is_not_overwritten(s3_bucket: str, engine: Engine) -> None:
+def test_a_step_that_another_run_commits_meanwhile_is_not_overwritten(
+    s3_bucket: str, engine: Engine
+) -> None:
     uri = f"{s3_bucket}/shared"
     theirs = render_manifest(1, [])
 

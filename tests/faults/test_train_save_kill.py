@@ -1,4 +1,5 @@
-"""Killed at any moment of a save, a run has its previous or its new checkpoint, whole, and goes on exactly."""
+"""Killed at any moment of a save, a run has its previous or its new checkpoint, whole, and goes on
+exactly."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ def run(folder: Path, *, phase: str, last: int, mode: str) -> subprocess.Complet
 def read_state(folder: Path) -> tuple[int, dict[str, torch.Tensor]]:
     state = CheckpointStore(str(folder), keep_last=9).latest(World())
     assert state is not None
-    tensors = {f"{row.name}/{kind}": state.tensor(row.name, kind) for row in state.table for kind in KINDS}
+    tensors = {
+        f"{row.name}/{kind}": state.tensor(row.name, kind) for row in state.table for kind in KINDS
+    }
     assert state.client == {"position": state.step}
     return state.step, tensors
 
@@ -51,9 +54,12 @@ FOUND = {"captured": 2, "written": 2, "checked": 2, "committed": 3, "pruned": 3}
 
 
 @pytest.mark.parametrize(
-    ("mode", "phase"), [*(("async", phase) for phase in FOUND), ("sync", "written"), ("sync", "committed")]
+    ("mode", "phase"),
+    [*(("async", phase) for phase in FOUND), ("sync", "written"), ("sync", "committed")],
 )
-def test_killed_in_each_phase(tmp_path: Path, unbroken: dict[str, torch.Tensor], mode: str, phase: str) -> None:
+def test_killed_in_each_phase(
+    tmp_path: Path, unbroken: dict[str, torch.Tensor], mode: str, phase: str
+) -> None:
     found = FOUND[phase]
     assert run(tmp_path, phase=phase, last=3, mode=mode).returncode == -signal.SIGKILL
     assert read_state(tmp_path)[0] == found
@@ -73,7 +79,9 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     seen = 0
     for _ in range(6):
         with subprocess.Popen(
-            [sys.executable, str(WORKER), str(tmp_path), "never", "400", "async"], stdout=subprocess.PIPE, text=True
+            [sys.executable, str(WORKER), str(tmp_path), "never", "400", "async"],
+            stdout=subprocess.PIPE,
+            text=True,
         ) as child:
             assert child.stdout is not None
             assert child.stdout.readline().startswith("from ")

@@ -1,4 +1,5 @@
-"""Saves that fail: a warning, the last good checkpoint stays, the next save goes through; three in a row end the run.
+"""Saves that fail: a warning, the last good checkpoint stays, the next save goes through; three in
+a row end the run.
 
 OUTAGE_S=30 in the environment takes the store away for longer than the default.
 """
@@ -38,7 +39,9 @@ def test_saves_that_fail_are_told_and_end_the_run_at_the_third_in_a_row(
     files = block(run_dir, 8, 12, 16)
     failed = start(tmp_path, {}, data=data, ranks=1, settings=SETTINGS)
     status = read_status(run_dir)
-    assert (failed.returncode, status["state"], status["exit_code"]) == (76, "failed", 76), failed.stderr
+    assert (failed.returncode, status["state"], status["exit_code"]) == (76, "failed", 76), (
+        failed.stderr
+    )
     assert failed.stdout.count("training goes on") == 2
     assert failed.stderr.count("error: ") == 1
     assert "step-000016: the checkpoint was not saved" in failed.stderr
@@ -60,7 +63,9 @@ def test_a_store_that_is_away_for_a_while_loses_nothing(
     data, checkpoints = make_dataset(), f"{s3_bucket}/checkpoints"
     proxy = through_proxy()
     proxy.plan_outage(OUTAGE_S, match="step-000008")
-    done = start(tmp_path, {}, data=data, ranks=1, settings={**SETTINGS, "checkpoint.dir": checkpoints})
+    done = start(
+        tmp_path, {}, data=data, ranks=1, settings={**SETTINGS, "checkpoint.dir": checkpoints}
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert proxy.done["outage"] >= 2
     assert "training goes on" not in done.stdout, "a save was given up"

@@ -1,4 +1,5 @@
-"""What a run cannot start from is said once, before anything is trained, with the exit code of its kind."""
+"""What a run cannot start from is said once, before anything is trained, with the exit code of its
+kind."""
 
 from __future__ import annotations
 
@@ -27,20 +28,32 @@ def check_refused(done: subprocess.CompletedProcess[str], *, code: int, says: li
 
 
 def test_too_few_images_for_a_batch(make_dataset: Callable[..., str], tmp_path: Path):
-    done = start(tmp_path, {}, data=make_dataset((5, 4)), ranks=1, settings={**SETTINGS, "order.remainder": "drop"})
+    done = start(
+        tmp_path,
+        {},
+        data=make_dataset((5, 4)),
+        ranks=1,
+        settings={**SETTINGS, "order.remainder": "drop"},
+    )
     check_refused(done, code=2, says=["9 samples", "12"])
     assert not losses(tmp_path / "run")
 
 
 @pytest.mark.remote
-def test_a_bucket_for_checkpoints_that_is_not_there(make_dataset: Callable[..., str], s3_bucket: str, tmp_path: Path):
+def test_a_bucket_for_checkpoints_that_is_not_there(
+    make_dataset: Callable[..., str], s3_bucket: str, tmp_path: Path
+):
     where = f"{s3_bucket}-nowhere/checkpoints"
-    done = start(tmp_path, {}, data=make_dataset(), ranks=1, settings={**SETTINGS, "checkpoint.dir": where})
+    done = start(
+        tmp_path, {}, data=make_dataset(), ranks=1, settings={**SETTINGS, "checkpoint.dir": where}
+    )
     check_refused(done, code=3, says=[where, "not found"])
     assert not losses(tmp_path / "run"), "it trained what it could not have saved"
 
 
-def test_a_folder_in_use_and_a_checkpoint_of_another_model(make_dataset: Callable[..., str], tmp_path: Path):
+def test_a_folder_in_use_and_a_checkpoint_of_another_model(
+    make_dataset: Callable[..., str], tmp_path: Path
+):
     data, run_dir = make_dataset(), tmp_path / "run"
     with RunLease(run_dir, world=World()):
         refused = start(tmp_path, {}, data=data, ranks=1, settings=SETTINGS)
@@ -48,6 +61,12 @@ def test_a_folder_in_use_and_a_checkpoint_of_another_model(make_dataset: Callabl
         assert not read_status(run_dir), "the refused start wrote the status of the one that runs"
     done = start(tmp_path, {}, data=data, ranks=1, settings=SETTINGS)
     assert done.returncode == 0, done.stderr
-    other = start(tmp_path, {}, data=data, ranks=1, settings={**SETTINGS, "train.steps": "8", "model.depth": "3"})
+    other = start(
+        tmp_path,
+        {},
+        data=data,
+        ranks=1,
+        settings={**SETTINGS, "train.steps": "8", "model.depth": "3"},
+    )
     check_refused(other, code=4, says=["blocks.2.norm1.weight", "missing", "another model"])
     assert list(losses(run_dir)) == [1, 2, 3, 4]

@@ -23,8 +23,20 @@ pytestmark = pytest.mark.slow
 WORKER = str(Path(__file__).with_name("train_stop_worker.py"))
 LIMIT_S = 120.0
 PLAIN = [sys.executable, WORKER]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", WORKER]
-DEEPSPEED = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators=2", "--master_port={port}", WORKER]
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node=2",
+    WORKER,
+]
+DEEPSPEED = [
+    str(Path(sys.executable).with_name("deepspeed")),
+    "--num_accelerators=2",
+    "--master_port={port}",
+    WORKER,
+]
 
 Start = Callable[..., subprocess.Popen[bytes]]
 
@@ -32,7 +44,9 @@ Start = Callable[..., subprocess.Popen[bytes]]
 def wait_for(paths: list[Path]) -> None:
     deadline_s = time.monotonic() + LIMIT_S
     while not all(path.exists() for path in paths):
-        assert time.monotonic() < deadline_s, f"still missing: {[str(path) for path in paths if not path.exists()]}"
+        assert time.monotonic() < deadline_s, (
+            f"still missing: {[str(path) for path in paths if not path.exists()]}"
+        )
         time.sleep(0.02)
 
 
@@ -72,7 +86,9 @@ def check_ranks_ended(folder: Path, *, ranks: int) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_plain_python_stops_and_says_preempted(tmp_path: Path, start: Start, number: signal.Signals) -> None:
+def test_plain_python_stops_and_says_preempted(
+    tmp_path: Path, start: Start, number: signal.Signals
+) -> None:
     process = start(PLAIN, ranks=1)
     process.send_signal(number)
     assert process.wait(LIMIT_S) == 75
@@ -104,11 +120,15 @@ def test_torchrun_killed_does_not_leave_ranks_behind(tmp_path: Path, start: Star
     process = start(TORCHRUN, ranks=2)
     process.kill()
     process.wait(LIMIT_S)
-    assert any("launcher is gone" in str(rank["reason"]) for rank in read_stopped(tmp_path, ranks=2))
+    assert any(
+        "launcher is gone" in str(rank["reason"]) for rank in read_stopped(tmp_path, ranks=2)
+    )
     check_ranks_ended(tmp_path, ranks=2)
 
 
-def test_deepspeed_command_told_to_end_does_not_leave_ranks_behind(tmp_path: Path, start: Start) -> None:
+def test_deepspeed_command_told_to_end_does_not_leave_ranks_behind(
+    tmp_path: Path, start: Start
+) -> None:
     process = start(DEEPSPEED, ranks=2)
     process.terminate()
     process.wait(LIMIT_S)
@@ -118,9 +138,13 @@ def test_deepspeed_command_told_to_end_does_not_leave_ranks_behind(tmp_path: Pat
     check_ranks_ended(tmp_path, ranks=2)
 
 
-def test_ctrl_c_on_the_deepspeed_command_stops_both_ranks_in_order(tmp_path: Path, start: Start) -> None:
+def test_ctrl_c_on_the_deepspeed_command_stops_both_ranks_in_order(
+    tmp_path: Path, start: Start
+) -> None:
     process = start(DEEPSPEED, ranks=2)
-    os.killpg(process.pid, signal.SIGINT)  # what a terminal does: launcher, its child and both ranks at once
+    os.killpg(
+        process.pid, signal.SIGINT
+    )  # what a terminal does: launcher, its child and both ranks at once
     stopped = read_stopped(tmp_path, ranks=2)
     assert stopped[0]["step"] == stopped[1]["step"]
     process.wait(LIMIT_S)
@@ -132,10 +156,18 @@ def test_a_rank_that_hangs_ends_the_run_with_stacks_and_the_run_goes_on(
 ) -> None:
     data, run_dir = make_dataset(), tmp_path / "run"
     settings = {"train.steps": "4000", "checkpoint.every-steps": "1", "engine.timeout-s": "5"}
-    command = command_of(tmp_path, {}, data=data, settings={**settings, "checkpoint.keep-last": "2"})
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = command_of(
+        tmp_path, {}, data=data, settings={**settings, "checkpoint.keep-last": "2"}
+    )
+    process = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     wait_for([run_dir / "checkpoints" / "step-000003" / "MANIFEST.json"])
-    ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if not child.children()]
+    ranks = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if not child.children()
+    ]
     ranks = [child for child in ranks if "train_run_worker.py" in " ".join(child.cmdline())]
     assert len(ranks) == 2
     ranks[0].suspend()

@@ -1,10 +1,12 @@
 """One rank of a real run, in which things go wrong on purpose.
 
-Usage: train_run_worker.py [--local_rank=N] PLAN.json, with the settings of `train.pretrain` under "words" and any of
+Usage: train_run_worker.py [--local_rank=N] PLAN.json, with the settings of `train.pretrain` under
+    "words" and any of
 
-    "scale": [{"rank": R or null, "first": A, "last": B, "factor": F}]  images of micro-batches A to B are multiplied
-    "flip": {"rank": R, "after": N}                       one bit of one weight flips after micro-batch N
-    "kill": {"rank": R, "step": S} or {"rank": R, "phase": P, "save": N}  SIGKILL after step S, or in the N-th save
+    "scale": [{"rank": R or null, "first": A, "last": B, "factor": F}]  images of micro-batches A to
+    B are multiplied "flip": {"rank": R, "after": N}                       one bit of one weight
+    flips after micro-batch N "kill": {"rank": R, "step": S} or {"rank": R, "phase": P, "save": N}
+    SIGKILL after step S, or in the N-th save
 
 Micro-batches and saves are counted from 0 and from 1 within this start of the program.
 """
@@ -66,7 +68,9 @@ def spoil(engine: Engine, plan: dict[str, Any]) -> Engine:
 
 def install(plan: dict[str, Any]) -> None:
     build_engine = train.loop.opening.build_engine
-    train.loop.opening.build_engine = lambda *args, **words: spoil(build_engine(*args, **words), plan)
+    train.loop.opening.build_engine = lambda *args, **words: spoil(
+        build_engine(*args, **words), plan
+    )
     kill = plan.get("kill")
     if kill is None or not is_mine(kill):
         return

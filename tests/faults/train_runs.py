@@ -59,7 +59,12 @@ def command_of(
     worker = [str(WORKER), str(listed)]
     if launcher == "deepspeed":
         program = str(Path(sys.executable).with_name("deepspeed"))
-        return [program, f"--num_accelerators={ranks}", f"--master_port={find_free_port()}", *worker]
+        return [
+            program,
+            f"--num_accelerators={ranks}",
+            f"--master_port={find_free_port()}",
+            *worker,
+        ]
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return [sys.executable, *(torchrun if ranks > 1 else []), *worker]
 
@@ -82,7 +87,9 @@ def start(
 ) -> subprocess.CompletedProcess[str]:
     """Run the worker to its end, whatever that is."""
     command = command_of(folder, plan, data=data, ranks=ranks, settings=settings, launcher=launcher)
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    return subprocess.run(
+        command, env=environment(), capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
 
 
 def find_free_port() -> int:
@@ -93,13 +100,16 @@ def find_free_port() -> int:
 
 
 def final_state(run_dir: Path, *, step: int) -> dict[str, torch.Tensor]:
-    """Read all weights, moments and Adam's step count of a run's newest checkpoint, which is that of `step`."""
+    """Read all weights, moments and Adam's step count of a run's newest checkpoint, which is that
+    of `step`."""
     state = CheckpointStore(str(run_dir / "checkpoints"), keep_last=9).latest(World())
     assert state is not None
     assert state.step == step
-    return {f"{row.name}/{kind}": state.tensor(row.name, kind) for row in state.table for kind in row.kinds} | {
-        "adam_step": torch.tensor(state.engine["adam_step"])
-    }
+    return {
+        f"{row.name}/{kind}": state.tensor(row.name, kind)
+        for row in state.table
+        for kind in row.kinds
+    } | {"adam_step": torch.tensor(state.engine["adam_step"])}
 
 
 def losses(run_dir: Path) -> dict[int, float]:

@@ -1,8 +1,8 @@
 """Saves checkpoints of a small model, and may be killed at a named moment of a save.
 
-Usage: train_save_worker.py FOLDER PHASE STEPS MODE: trains to each step, saves, and dies of SIGKILL when the save of
-the last one passes PHASE (`never` to live). In MODE async the next step is trained while the save goes on. Resumes by
-itself. Ranks come from the launcher, if there is one.
+Usage: train_save_worker.py FOLDER PHASE STEPS MODE: trains to each step, saves, and dies of SIGKILL
+when the save of the last one passes PHASE (`never` to live). In MODE async the next step is trained
+while the save goes on. Resumes by itself. Ranks come from the launcher, if there is one.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ def main() -> None:
     print(f"from {state.step if state else 0}", flush=True)
     for step in range(state.step if state else 0, last):
         generator = torch.Generator().manual_seed(step)
-        engine.forward_backward(torch.randn(2, 512, generator=generator), torch.randn(2, 512, generator=generator))
+        engine.forward_backward(
+            torch.randn(2, 512, generator=generator), torch.randn(2, 512, generator=generator)
+        )
         engine.step(0.01)
         report(saver)
         saving[0] = step + 1

@@ -1,7 +1,7 @@
 """Steps without work until asked to stop, agreeing with the other ranks at every step.
 
-Usage: train_stop_worker.py FOLDER [--local_rank=N]: leaves FOLDER/ready-<rank> and, once stopped, FOLDER/stopped-<rank>
-with the step and the reason; exits with 75.
+Usage: train_stop_worker.py FOLDER [--local_rank=N]: leaves FOLDER/ready-<rank> and, once stopped,
+FOLDER/stopped-<rank> with the step and the reason; exits with 75.
 """
 
 from __future__ import annotations

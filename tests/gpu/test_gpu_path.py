@@ -1,4 +1,5 @@
-"""What only a CUDA device can show: DALI's mixed decoder, the copy stream, and DeepSpeed with nccl, bf16 and fp16."""
+"""What only a CUDA device can show: DALI's mixed decoder, the copy stream, and DeepSpeed with nccl,
+bf16 and fp16."""
 
 from __future__ import annotations
 
@@ -50,11 +51,14 @@ def test_batches_on_the_device_are_those_of_the_cpu(make_dataset, decoder):
 @pytest.mark.parametrize("decoder", ["dali", "turbo"])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float16])
 def test_every_batch_on_the_device_is_the_callers(make_dataset, decoder, dtype):
-    """Host buffers are used again while copies run on a stream of their own: held batches must not change."""
+    """Host buffers are used again while copies run on a stream of their own: held batches must not
+    change."""
     dataset = open_dataset(make_dataset())
     held = first_batches(dataset, decoder=decoder, device="cuda:0", count=12, dtype=dtype)
     torch.cuda.synchronize()
-    for number, batch in enumerate(first_batches(dataset, decoder=decoder, device="cuda:0", count=12, dtype=dtype)):
+    for number, batch in enumerate(
+        first_batches(dataset, decoder=decoder, device="cuda:0", count=12, dtype=dtype)
+    ):
         torch.cuda.synchronize()
         assert batch.images_BCHW.dtype == dtype
         assert torch.equal(batch.images_BCHW, held[number].images_BCHW)
@@ -70,11 +74,36 @@ def test_a_bad_image_in_a_mixed_batch_is_replaced(make_dataset):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_training_on_the_device_learns_and_resumes(make_dataset, tmp_path, precision, stage):
     dataset = make_dataset()
-    command = [sys.executable, "-m", "train.pretrain", "demo", "--data.train", dataset, "--run.dir", str(tmp_path)]
-    command += ["--train.global-batch-size", "16", "--train.micro-batch-size", "16", "--engine.zero-stage", str(stage)]
-    command += ["--engine.precision", precision, "--log.every-steps", "5", "--optim.warmup-steps", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "train.pretrain",
+        "demo",
+        "--data.train",
+        dataset,
+        "--run.dir",
+        str(tmp_path),
+    ]
+    command += [
+        "--train.global-batch-size",
+        "16",
+        "--train.micro-batch-size",
+        "16",
+        "--engine.zero-stage",
+        str(stage),
+    ]
+    command += [
+        "--engine.precision",
+        precision,
+        "--log.every-steps",
+        "5",
+        "--optim.warmup-steps",
+        "2",
+    ]
     for steps in (10, 20):
-        done = subprocess.run([*command, "--train.steps", str(steps)], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*command, "--train.steps", str(steps)], capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stdout + done.stderr
     assert "resumed from step 10" in done.stdout
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

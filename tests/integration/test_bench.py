@@ -31,7 +31,9 @@ def test_a_dataset_is_measured(make_dataset, capsys, decoder, interpolation, out
     assert found["cpu_ms_per_image"] > 0
     assert found["num_bad"] == 0
     assert set(found["stages"]) == {"read", "decode", "copy", "wait"}
-    assert found["stages"]["copy"]["items"] == found["num_images"]  # what was taken, and nothing of the warm-up
+    assert (
+        found["stages"]["copy"]["items"] == found["num_images"]
+    )  # what was taken, and nothing of the warm-up
     assert main([make_dataset(), *words, *shape]) == 0
     assert "CPU-ms an image" in capsys.readouterr().err
 
@@ -46,8 +48,22 @@ def test_mistakes_are_refused(make_dataset, capsys):
 
 def test_tuning_writes_what_the_loader_reads(make_dataset, tmp_path, capsys):
     folder, path = make_dataset(), tmp_path / "deep" / "tuned.toml"
-    shape = ["--seconds", "0.05", "--batch-size", "8", "--size", "32", "--repeats", "1", "--interpolation", "area"]
-    assert main([folder, "--tune", "--device", "cpu", "--tuning-file", str(path), *shape, "--json"]) == 0
+    shape = [
+        "--seconds",
+        "0.05",
+        "--batch-size",
+        "8",
+        "--size",
+        "32",
+        "--repeats",
+        "1",
+        "--interpolation",
+        "area",
+    ]
+    assert (
+        main([folder, "--tune", "--device", "cpu", "--tuning-file", str(path), *shape, "--json"])
+        == 0
+    )
     found = json.loads(capsys.readouterr().out)
     rates = [entry["rates"][0] for entry in found["images_per_s"]]
     assert rates == sorted(rates, reverse=True)
@@ -68,12 +84,24 @@ def test_every_bar_compares_what_is_measured():
 def test_the_report_is_written_anew_between_its_marks(tmp_path: Path):
     def made(subject, scale):
         times = [scale * value for value in (1.0, 1.2, 1.1)]
-        return Measured(subject.name, subject.dataset, subject.resize_filter, 0.5, times, [900.0, 800.0, 850.0], 300.0)
+        return Measured(
+            subject.name,
+            subject.dataset,
+            subject.resize_filter,
+            0.5,
+            times,
+            [900.0, 800.0, 850.0],
+            300.0,
+        )
 
     found = [made(subject, 1 + number) for number, subject in enumerate(SUBJECTS)]
-    found[1] = dataclasses.replace(found[1], problem="not installed (webdataset)", cpu_ms_per_image=[])
+    found[1] = dataclasses.replace(
+        found[1], problem="not installed (webdataset)", cpu_ms_per_image=[]
+    )
     path = tmp_path / "loaders.md"
-    path.write_text("# Title\n\n<!-- measured: begin -->\nold\n<!-- measured: end -->\nWhat follows.\n")
+    path.write_text(
+        "# Title\n\n<!-- measured: begin -->\nold\n<!-- measured: end -->\nWhat follows.\n"
+    )
     write_report(path, found, machine())
     text = path.read_text()
     assert text.startswith("# Title\n")
@@ -82,8 +110,14 @@ def test_the_report_is_written_anew_between_its_marks(tmp_path: Path):
     assert as_table(found) in text
     assert bars_table(found) in text
     assert "| webdataset + PIL | originals | bicubic | not installed (webdataset) | | | |" in text
-    assert "| turbo / bare loop | CPU time | originals, bicubic | 0.83 (0.83-0.83) | <= 1.10 | met |" in text
-    assert "| turbo / FFCV Loader | images/s | beton-256, area | 1.00 (1.00-1.00) | >= 1.40 | not met |" in text
+    assert (
+        "| turbo / bare loop | CPU time | originals, bicubic | 0.83 (0.83-0.83) | <= 1.10 | met |"
+        in text
+    )
+    assert (
+        "| turbo / FFCV Loader | images/s | beton-256, area | 1.00 (1.00-1.00) | >= 1.40 | not met "
+        "|" in text
+    )
     assert (tmp_path / "loaders.png").stat().st_size > 10_000
 
 

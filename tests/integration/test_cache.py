@@ -44,7 +44,9 @@ def seen(dataset, cache_dir, batches=5):
     with loader:
         stream = iter(loader)
         taken = [next(stream) for _ in range(batches)]
-    return [batch.sample_ids_B.tolist() for batch in taken], torch.cat([batch.images_BCHW for batch in taken])
+    return [batch.sample_ids_B.tolist() for batch in taken], torch.cat(
+        [batch.images_BCHW for batch in taken]
+    )
 
 
 def test_remote_shards_give_what_local_ones_give(remote, local, tmp_path):
@@ -137,7 +139,8 @@ def test_the_budget_holds_and_the_shard_unused_for_longest_goes(remote, tmp_path
 
 
 def test_what_a_live_reader_needs_is_never_removed(remote, tmp_path):
-    """A second job with the whole budget in mind finds no room; once the first has gone, it does."""
+    """A second job with the whole budget in mind finds no room; once the first has gone, it
+    does."""
     sizes = [remote.shard_bytes(shard) for shard in range(4)]
     budget = sizes[0] + sizes[1] + 1
     first = ShardReader(remote, cache_dir=tmp_path, cache_bytes=budget)

@@ -1,4 +1,5 @@
-"""The same bytes from one process, a pool, Ray, and shares of several invocations; killed and run again."""
+"""The same bytes from one process, a pool, Ray, and shares of several invocations; killed and run
+again."""
 
 from __future__ import annotations
 
@@ -39,8 +40,12 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def source(make_class_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_class_folder(num_classes=4, per_class=20, size_px=48, root=tmp_path_factory.mktemp("convert") / "src")
+def source(
+    make_class_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    return make_class_folder(
+        num_classes=4, per_class=20, size_px=48, root=tmp_path_factory.mktemp("convert") / "src"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +55,7 @@ def undisturbed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return hashes(target)
 
 
-# ------------------------------------------------------------------------------------------------ shares
+# ------------------------------------------------------------------------------------------- shares
 
 
 def test_the_last_share_commits(source: Path, tmp_path: Path, undisturbed: dict[str, str]) -> None:
@@ -71,7 +76,9 @@ def test_readers_wait_for_the_commit(source: Path, tmp_path: Path) -> None:
         open_dataset(str(tmp_path / "dst"))
 
 
-def test_shares_that_run_together_commit_one_dataset(source: Path, tmp_path: Path, undisturbed: dict[str, str]) -> None:
+def test_shares_that_run_together_commit_one_dataset(
+    source: Path, tmp_path: Path, undisturbed: dict[str, str]
+) -> None:
     for attempt in range(5):
         dst = tmp_path / f"dst{attempt}"
         found: list[DatasetInfo | None] = []
@@ -129,7 +136,7 @@ def test_what_is_no_share_is_said_to_be_none(text: str) -> None:
         parse_share(text)
 
 
-# ------------------------------------------------------------------------------------------------ Ray
+# ---------------------------------------------------------------------------------------------- Ray
 
 
 def test_only_stragglers_get_a_second_copy() -> None:
@@ -144,7 +151,10 @@ def test_only_stragglers_get_a_second_copy() -> None:
 def start(source: Path, target: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "pipeline.convert", str(source), str(target), *OPTIONS]
     return subprocess.Popen(
-        [*command, "--engine", "ray", "--workers", "2"], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True
+        [*command, "--engine", "ray", "--workers", "2"],
+        cwd=REPOSITORY,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -162,7 +172,11 @@ def kill(process: subprocess.Popen[str]) -> list[psutil.Process]:
     Ray's agents, which do nothing without it, stay: they are ended here.
     """
     children = psutil.Process(process.pid).children(recursive=True)
-    workers = [child for child in children if "Agent" not in child.name() and "Dashboard" not in child.name()]
+    workers = [
+        child
+        for child in children
+        if "Agent" not in child.name() and "Dashboard" not in child.name()
+    ]
     process.send_signal(signal.SIGKILL)
     process.wait()
     _, alive = psutil.wait_procs(workers, timeout=60)
@@ -181,7 +195,11 @@ def test_ray_makes_the_same_bytes_though_a_worker_is_killed(
     process = start(source, tmp_path / "dst")
     try:
         wait_for_parts(tmp_path / "dst", 2, process)
-        workers = [p for p in psutil.Process(process.pid).children(recursive=True) if "make_shard" in p.name()]
+        workers = [
+            p
+            for p in psutil.Process(process.pid).children(recursive=True)
+            if "make_shard" in p.name()
+        ]
         for worker in workers[:1]:
             worker.kill()
         _, errors = process.communicate(timeout=LIMIT_S)
@@ -193,7 +211,9 @@ def test_ray_makes_the_same_bytes_though_a_worker_is_killed(
 
 
 @pytest.mark.slow
-def test_what_ray_left_is_finished_by_processes(source: Path, tmp_path: Path, undisturbed: dict[str, str]) -> None:
+def test_what_ray_left_is_finished_by_processes(
+    source: Path, tmp_path: Path, undisturbed: dict[str, str]
+) -> None:
     pytest.importorskip("ray", reason="the extra `ray` is not installed")
     process = start(source, tmp_path / "dst")
     try:
@@ -208,17 +228,30 @@ def test_what_ray_left_is_finished_by_processes(source: Path, tmp_path: Path, un
 
 @pytest.fixture
 def ray_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Start a cluster of one node with a token, from another folder than the repository's; give its address."""
+    """Start a cluster of one node with a token, from another folder than the repository's; give its
+    address."""
     pytest.importorskip("ray", reason="the extra `ray` is not installed")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     monkeypatch.setenv("RAY_AUTH_TOKEN", "f" * 64)
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
+    command = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "start",
+        "--head",
+        "--block",
+        f"--port={port}",
+    ]
     command += ["--node-ip-address=127.0.0.1", "--num-cpus=2", "--include-dashboard=false"]
     head = subprocess.Popen(
-        command, cwd=tmp_path, env={**os.environ, "RAY_AUTH_MODE": "token"}, stdout=subprocess.PIPE, text=True
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "RAY_AUTH_MODE": "token"},
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
         assert head.stdout is not None
@@ -245,9 +278,17 @@ def test_a_cluster_that_runs_already_makes_the_same_bytes(
     source: Path, tmp_path: Path, undisturbed: dict[str, str], ray_cluster: str
 ) -> None:
     """With its token, and with a relative path, which means nothing in a worker's folder."""
-    command = [sys.executable, "-m", "pipeline.convert", os.path.relpath(source, REPOSITORY), str(tmp_path / "dst")]
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline.convert",
+        os.path.relpath(source, REPOSITORY),
+        str(tmp_path / "dst"),
+    ]
     command += [*OPTIONS, "--engine", "ray", "--ray-address", ray_cluster]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=LIMIT_S)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=LIMIT_S
+    )
     assert done.returncode == 0, done.stderr
     assert hashes(tmp_path / "dst") == undisturbed
 
@@ -259,9 +300,18 @@ def test_a_failure_in_ray_is_said_as_it_is(source: Path, tmp_path: Path) -> None
     (tmp_path / "bad").mkdir()
     for number in range(8):
         (tmp_path / "bad" / f"{number}.jpg").write_bytes(b"junk")
-    command = [sys.executable, "-m", "pipeline.convert", str(tmp_path / "bad"), str(tmp_path / "dst"), "--strict"]
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline.convert",
+        str(tmp_path / "bad"),
+        str(tmp_path / "dst"),
+        "--strict",
+    ]
     command += ["--samples-per-shard", "4", "--engine", "ray", "--workers", "1"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=LIMIT_S)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=LIMIT_S
+    )
     assert done.returncode == 3, done.stderr
     assert "not an image" in done.stderr
     assert "Traceback" not in done.stderr

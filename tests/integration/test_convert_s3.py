@@ -30,7 +30,9 @@ def test_the_endpoint_of_the_environment_is_used(s3_bucket: str) -> None:
     assert storage.exists(uri)
     assert storage.is_folder(storage.join(s3_bucket, "folder"))
     listed = list(storage.list_files(s3_bucket, recursive=True))
-    assert [(file.name, file.uri, file.size_bytes) for file in listed] == [("folder/a.bin", uri, 11)]
+    assert [(file.name, file.uri, file.size_bytes) for file in listed] == [
+        ("folder/a.bin", uri, 11)
+    ]
     assert listed[0].version
     assert list(storage.list_files(s3_bucket)) == []
     storage.delete(uri)
@@ -112,14 +114,20 @@ def test_a_dataset_made_in_s3_is_that_made_locally(
     here = convert(str(source), str(tmp_path / "dst"), settings, workers=1)
     there = convert(str(source), storage.join(s3_bucket, "dst"), settings, workers=2)
     assert there == here
-    names = {file.name: file.uri for file in storage.list_files(storage.join(s3_bucket, "dst"), recursive=True)}
+    names = {
+        file.name: file.uri
+        for file in storage.list_files(storage.join(s3_bucket, "dst"), recursive=True)
+    }
     assert set(names) == {path.name for path in (tmp_path / "dst").iterdir()}
     for name, uri in names.items():
         assert storage.read_bytes(uri) == (tmp_path / "dst" / name).read_bytes(), name
     assert convert(str(source), storage.join(s3_bucket, "dst"), settings) == here
     manifest = open_dataset(storage.join(s3_bucket, "dst"))
     rows = manifest.lookup(np.array([11, 0, 5]))
-    assert rows.labels_B.tolist() == open_dataset(str(tmp_path / "dst")).lookup(np.array([11, 0, 5])).labels_B.tolist()
+    assert (
+        rows.labels_B.tolist()
+        == open_dataset(str(tmp_path / "dst")).lookup(np.array([11, 0, 5])).labels_B.tolist()
+    )
     assert manifest.keys(np.array([0]))
     assert verify(storage.join(s3_bucket, "dst"), full=True).problems == []
     if os.environ.get("AWS_SECRET_ACCESS_KEY"):
@@ -139,10 +147,15 @@ def test_a_source_in_s3_gives_the_same_dataset(
 
 
 def test_tars_in_s3_are_scanned_once(
-    s3_bucket: str, make_class_folder: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    s3_bucket: str,
+    make_class_folder: Callable[..., Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     source = make_class_folder(num_classes=2, per_class=3, root=tmp_path / "src")
-    made = convert(str(source), str(tmp_path / "dst"), ConvertSettings(samples_per_shard=3), workers=1)
+    made = convert(
+        str(source), str(tmp_path / "dst"), ConvertSettings(samples_per_shard=3), workers=1
+    )
     for path in (tmp_path / "dst").glob("*.tar"):
         storage.put_file(path, storage.join(s3_bucket, "tars", path.name))
     uri = storage.join(s3_bucket, "tars")

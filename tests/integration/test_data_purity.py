@@ -1,4 +1,5 @@
-"""One dataset on local disk and in object storage, read by one, two and four ranks, interrupted: one sequence."""
+"""One dataset on local disk and in object storage, read by one, two and four ranks, interrupted:
+one sequence."""
 
 from __future__ import annotations
 
@@ -19,11 +20,15 @@ BATCHES = 12
 
 @pytest.fixture
 def datasets(make_dataset, s3_bucket):
-    return {"local": open_dataset(make_dataset()), "s3": open_dataset(make_dataset(uri=f"{s3_bucket}/crops"))}
+    return {
+        "local": open_dataset(make_dataset()),
+        "s3": open_dataset(make_dataset(uri=f"{s3_bucket}/crops")),
+    }
 
 
 def read(dataset, *, world, cache_dir, state=None, batches, decoder="turbo"):
-    """Read whole global batches with every rank; return what was seen by position, and the state after them."""
+    """Read whole global batches with every rank; return what was seen by position, and the state
+    after them."""
     seen, states = {}, []
     for rank in range(world):
         loader = Loader(
@@ -58,7 +63,14 @@ def read(dataset, *, world, cache_dir, state=None, batches, decoder="turbo"):
 
 def records_of(batch):
     boxes = batch.boxes
-    columns = (batch.sample_ids_B, boxes.tops_B, boxes.lefts_B, boxes.heights_B, boxes.widths_B, boxes.flips_B)
+    columns = (
+        batch.sample_ids_B,
+        boxes.tops_B,
+        boxes.lefts_B,
+        boxes.heights_B,
+        boxes.widths_B,
+        boxes.flips_B,
+    )
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
@@ -70,12 +82,15 @@ def test_every_way_of_reading_gives_one_sequence_position_by_position(datasets, 
     random = np.random.default_rng(0)
     for world in (1, 2, 4):
         for where, dataset in datasets.items():
-            # Read in four pieces: stopped at three random places, and gone on with from the state alone.
+            # Read in four pieces: stopped at three random places, and gone on with from the state
+            # alone.
             stops = sorted(random.choice(np.arange(1, BATCHES), 3, replace=False).tolist())
             pieces, state = {}, None
             for batches in np.diff([0, *stops, BATCHES]).tolist():
                 cache_dir = tmp_path / f"{where}-{world}"
-                piece, state = read(dataset, world=world, cache_dir=cache_dir, state=state, batches=batches)
+                piece, state = read(
+                    dataset, world=world, cache_dir=cache_dir, state=state, batches=batches
+                )
                 pieces |= piece
             assert pieces == whole, f"{where}, {world} ranks, stopped after {stops}"
 

@@ -1,4 +1,5 @@
-"""What size costs: a first global batch of a hundred thousand shards, of ten million samples, from any place."""
+"""What size costs: a first global batch of a hundred thousand shards, of ten million samples, from
+any place."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ def peak_bytes():
     return int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 dataset = open_dataset(sys.argv[1])
-order = Order(dataset.shard_sizes, config=OrderConfig(), seed=0, global_batch_size=4096, rank=0, world_size=8)
+sizes = dict(global_batch_size=4096, rank=0, world_size=8)
+order = Order(dataset.shard_sizes, config=OrderConfig(), seed=0, **sizes)
 
 def look_up(cursor):
     share = order.share(cursor)

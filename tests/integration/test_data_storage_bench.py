@@ -1,4 +1,5 @@
-"""The storage benchmark end to end on a small dataset: every way measured, the environment as before."""
+"""The storage benchmark end to end on a small dataset: every way measured, the environment as
+before."""
 
 from __future__ import annotations
 
@@ -14,14 +15,21 @@ pytestmark = [pytest.mark.slow, pytest.mark.remote]
 
 def test_everything_is_measured_beside_plain_clients(capsys):
     before = dict(os.environ)
-    code = main(["--num-shards", "3", "--shard-mb", "1", "--runs", "1", "--batch-size", "8", "--json"])
+    code = main(
+        ["--num-shards", "3", "--shard-mb", "1", "--runs", "1", "--batch-size", "8", "--json"]
+    )
     assert code == 0
     assert dict(os.environ) == before
     result = json.loads(capsys.readouterr().out)
     names = {row["what"] for row in result["rows"]}
     for client in ("boto3", "s3fs", "obstore"):
         assert {f"{client}, ranges", f"{client}, whole objects"} <= names
-    assert {"our reads", "our staging (store to verified files)", "local shards", "cache, second epoch"} <= names
+    assert {
+        "our reads",
+        "our staging (store to verified files)",
+        "local shards",
+        "cache, second epoch",
+    } <= names
     assert result["num_bytes"] > 3e6
     assert all(row["min_s"] > 0 for row in result["rows"])
     assert all(value > 0 for value in result["ratios"].values())

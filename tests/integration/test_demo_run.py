@@ -1,4 +1,5 @@
-"""The demo end to end on a folder of one's own: interrupted, gone on with, finished, run once more."""
+"""The demo end to end on a folder of one's own: interrupted, gone on with, finished, run once
+more."""
 
 from __future__ import annotations
 
@@ -20,7 +21,17 @@ LIMIT_S = 280.0
 
 
 def demo(source: Path, run_dir: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "train.demo", "--src", str(source), "--run-dir", str(run_dir), "--minutes", "0.08"]
+    command = [
+        sys.executable,
+        "-m",
+        "train.demo",
+        "--src",
+        str(source),
+        "--run-dir",
+        str(run_dir),
+        "--minutes",
+        "0.08",
+    ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -48,7 +59,14 @@ def test_the_demo_goes_on_where_it_was(make_class_folder: Callable[..., Path], t
     text, _ = second.communicate(timeout=LIMIT_S)
     assert second.returncode == 0, text
     assert f"resumed from step {interrupted['step']} " in text
-    for part in ("$ ", "pipeline.convert", "--num_gpus", "mean colour", "nearest neighbours", "reconstruction.png"):
+    for part in (
+        "$ ",
+        "pipeline.convert",
+        "--num_gpus",
+        "mean colour",
+        "nearest neighbours",
+        "reconstruction.png",
+    ):
         assert part in text, part
     steps = [line["step"] for line in read_metrics(run_dir)]
     assert steps == sorted(set(steps))

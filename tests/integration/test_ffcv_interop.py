@@ -62,8 +62,15 @@ def test_our_files_are_those_of_ffcvs_writer(tmp_path: Path, page_bytes: int) ->
     pixels = [rng.integers(0, 256, (150 + n % 3, 180, 3), dtype=np.uint8) for n in range(40)]
     metas = [{"key": f"{number:03d}"} for number in range(40)]
     fields = {"image": RGBImageField(write_mode="raw"), "label": IntField(), "meta": JSONField()}
-    ffcv_writes(tmp_path / "theirs", (pixels, [3 * n for n in range(40)], metas), fields, page_size=page_bytes)
-    given = [(image.tobytes(), Probe("raw", image.shape[1], image.shape[0], "RGB")) for image in pixels]
+    ffcv_writes(
+        tmp_path / "theirs",
+        (pixels, [3 * n for n in range(40)], metas),
+        fields,
+        page_size=page_bytes,
+    )
+    given = [
+        (image.tobytes(), Probe("raw", image.shape[1], image.shape[0], "RGB")) for image in pixels
+    ]
     we_write(tmp_path / "ours", given, page_bytes=page_bytes)
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
@@ -112,7 +119,9 @@ def test_we_read_the_betons_of_ffcvs_writer(tmp_path, crops, write_mode, num_wor
     images = [pixels_of(image) for image in crops]
     fields = {"image": RGBImageField(write_mode=write_mode), "label": IntField()}
     path = tmp_path / "theirs.beton"
-    ffcv_writes(path, (images, list(range(len(images)))), fields, num_workers=num_workers, page_size=2**21)
+    ffcv_writes(
+        path, (images, list(range(len(images)))), fields, num_workers=num_workers, page_size=2**21
+    )
     found = index_shard(str(path))
     assert not found.bad
     assert found.table.labels.tolist() == list(range(len(images)))

@@ -1,4 +1,5 @@
-"""The same dataset as tars and as betons: one order, one set of boxes, the same pixels, one state to resume from."""
+"""The same dataset as tars and as betons: one order, one set of boxes, the same pixels, one state
+to resume from."""
 
 from __future__ import annotations
 
@@ -51,12 +52,20 @@ def make_loader(dataset, *, rank=0, world=1, decoder="turbo", state=None, **sett
 
 
 def take(loader, batches, *, world=1):
-    """Read global batches of one rank: records of (sample, epoch, box, flip), in order, and the pixels."""
+    """Read global batches of one rank: records of (sample, epoch, box, flip), in order, and the
+    pixels."""
     stream, seen, pixels = iter(loader), [], []
     for _ in range(batches * GLOBAL // world // 4):
         batch = next(stream)
         boxes = batch.boxes
-        columns = (batch.sample_ids_B, batch.epochs_B, boxes.tops_B, boxes.lefts_B, boxes.heights_B, boxes.widths_B)
+        columns = (
+            batch.sample_ids_B,
+            batch.epochs_B,
+            boxes.tops_B,
+            boxes.lefts_B,
+            boxes.heights_B,
+            boxes.widths_B,
+        )
         seen += list(zip(*(column.tolist() for column in (*columns, boxes.flips_B)), strict=True))
         pixels.append(batch.images_BCHW)
     return seen, torch.cat(pixels)
@@ -117,10 +126,14 @@ def test_a_damaged_image_in_a_beton_is_replaced_and_named(crops, tmp_path):
 @pytest.mark.parametrize("decoder", ["turbo", "dali", "ffcv"])
 @pytest.mark.parametrize("write_mode", ["raw", "smart"])
 def test_raw_pixels_are_cut_like_lossless_files(make_dataset, crops, tmp_path, decoder, write_mode):
-    settings = ConvertSettings(format="ffcv", write_mode=write_mode, smart_threshold_bytes=90 * 90 * 3)
+    settings = ConvertSettings(
+        format="ffcv", write_mode=write_mode, smart_threshold_bytes=90 * 90 * 3
+    )
     convert(make_dataset(), str(tmp_path / "raw"), settings, workers=1)
     raw = open_dataset(str(tmp_path / "raw"))
-    formats = {FORMATS[code] for s in range(raw.info.num_shards) for code in raw.shard_table(s).formats}
+    formats = {
+        FORMATS[code] for s in range(raw.info.num_shards) for code in raw.shard_table(s).formats
+    }
     assert formats == ({"raw"} if write_mode == "raw" else {"raw", "jpeg"})
     convert(str(tmp_path / "raw"), str(tmp_path / "png"), ConvertSettings(), workers=1)
     png = open_dataset(str(tmp_path / "png"))
@@ -131,5 +144,6 @@ def test_raw_pixels_are_cut_like_lossless_files(make_dataset, crops, tmp_path, d
         assert loader.report.num_bad == 0
     (raw_records, raw_pixels), (png_records, png_pixels) = taken
     assert raw_records == png_records
-    # PNG goes through Pillow in some decoders; its area filter weighs the pixels at the edges of areas another way.
+    # PNG goes through Pillow in some decoders; its area filter weighs the pixels at the edges of
+    # areas another way.
     assert (raw_pixels - png_pixels).abs().mean() < (0.05 if decoder == "ffcv" else 0.01)

@@ -34,7 +34,17 @@ def test_pictures_are_spread_over_the_dataset_and_a_bad_one_is_said(make_dataset
 
 def test_the_command_writes_the_sheet(make_dataset, tmp_path):
     out = tmp_path / "sheet.png"
-    command = [sys.executable, "-m", "pipeline.inspect", make_dataset(), "--out", str(out), "--count", "9", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline.inspect",
+        make_dataset(),
+        "--out",
+        str(out),
+        "--count",
+        "9",
+        "--json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["num_samples"] == 60
     with Image.open(out) as picture:
@@ -43,7 +53,14 @@ def test_the_command_writes_the_sheet(make_dataset, tmp_path):
 
 
 def test_a_folder_that_is_no_dataset_ends_with_the_data_code(tmp_path):
-    command = [sys.executable, "-m", "pipeline.inspect", str(tmp_path), "--out", str(tmp_path / "sheet.png")]
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline.inspect",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "sheet.png"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 3
     assert str(tmp_path) in done.stderr

@@ -1,4 +1,5 @@
-"""The loader on real shards: pure in (seed, epoch, position), whatever the ranks, decoder, storage or interruption."""
+"""The loader on real shards: pure in (seed, epoch, position), whatever the ranks, decoder, storage
+or interruption."""
 
 from __future__ import annotations
 
@@ -49,7 +50,14 @@ def make_loader(dataset, *, rank=0, world=1, micro=4, decoder="turbo", state=Non
 def records(batch):
     """What was seen, one tuple an image: sample, epoch, box, flip."""
     boxes = batch.boxes
-    columns = (batch.sample_ids_B, batch.epochs_B, boxes.tops_B, boxes.lefts_B, boxes.heights_B, boxes.widths_B)
+    columns = (
+        batch.sample_ids_B,
+        batch.epochs_B,
+        boxes.tops_B,
+        boxes.lefts_B,
+        boxes.heights_B,
+        boxes.widths_B,
+    )
     return list(zip(*(column.tolist() for column in (*columns, boxes.flips_B)), strict=True))
 
 
@@ -57,7 +65,9 @@ def take(loader, global_batches, *, world=1, micro=4):
     """Read whole global batches of one rank: a list of record lists."""
     stream, seen = iter(loader), []
     for _ in range(global_batches):
-        seen.append([record for _ in range(GLOBAL // world // micro) for record in records(next(stream))])
+        seen.append(
+            [record for _ in range(GLOBAL // world // micro) for record in records(next(stream))]
+        )
     return seen
 
 
@@ -92,7 +102,9 @@ def test_resume_goes_on_exactly_also_at_another_world_size(dataset, stopped_afte
         with make_loader(dataset, rank=rank, world=2, state=state) as loader:
             for batch, mine in zip(union, take(loader, 8 - stopped_after, world=2), strict=True):
                 batch += mine
-    assert before + [sorted(batch) for batch in union] == before + [sorted(batch) for batch in whole[stopped_after:]]
+    assert before + [sorted(batch) for batch in union] == before + [
+        sorted(batch) for batch in whole[stopped_after:]
+    ]
     assert before == whole[:stopped_after]
 
 
@@ -102,13 +114,19 @@ def pixels_by_sample(loader, micro_batches):
     for _ in range(micro_batches):
         batch = next(stream)
         names = zip(batch.sample_ids_B.tolist(), batch.epochs_B.tolist(), strict=True)
-        seen |= {name: image.numpy().tobytes() for name, image in zip(names, batch.images_BCHW, strict=True)}
+        seen |= {
+            name: image.numpy().tobytes()
+            for name, image in zip(names, batch.images_BCHW, strict=True)
+        }
     return seen
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_pixels_are_the_same_bit_for_bit_after_a_resume_and_at_another_world_size(make_dataset, decoder):
-    # With images that the fast path refuses, which must not depend on their neighbours in a batch either.
+def test_pixels_are_the_same_bit_for_bit_after_a_resume_and_at_another_world_size(
+    make_dataset, decoder
+):
+    # With images that the fast path refuses, which must not depend on their neighbours in a batch
+    # either.
     dataset = open_dataset(make_dataset(replace={5: b"junk" * 30, 33: b""}))
     with make_loader(dataset, decoder=decoder) as loader:
         whole = pixels_by_sample(loader, 32)
@@ -116,7 +134,9 @@ def test_pixels_are_the_same_bit_for_bit_after_a_resume_and_at_another_world_siz
         seen = pixels_by_sample(loader, 12)
         state = loader.state_dict()
     for rank in range(2):
-        with make_loader(dataset, rank=rank, world=2, micro=8, decoder=decoder, state=state) as loader:
+        with make_loader(
+            dataset, rank=rank, world=2, micro=8, decoder=decoder, state=state
+        ) as loader:
             seen |= pixels_by_sample(loader, 5)
     assert seen == whole
 
@@ -144,7 +164,10 @@ def test_a_batch_of_pixels_stays_valid_until_the_next_but_one(dataset):
                 if held == 2:  # the newest and the one before it
                     for batch, whole in zip(batches, expected[first:], strict=False):
                         pixels_BHW3 = batch.permute(0, 2, 3, 1)
-                        assert torch.equal(DeviceCopier(device=CPU, dtype=torch.float32).normalise(pixels_BHW3), whole)
+                        assert torch.equal(
+                            DeviceCopier(device=CPU, dtype=torch.float32).normalise(pixels_BHW3),
+                            whole,
+                        )
             assert len(addresses) < 12  # memory was used again
 
 
@@ -164,9 +187,13 @@ def test_images_and_labels_are_those_of_the_samples(dataset):
     assert batch.images_BCHW.shape == (4, 3, 32, 32)
     assert batch.images_BCHW.dtype == torch.float32
     assert batch.labels_B.tolist() == [sample_id % 15 for sample_id in batch.sample_ids_B.tolist()]
-    replayed = read_samples(dataset, batch.sample_ids_B, VIEW, LoaderConfig(decoder="turbo"), seed=3, device=CPU)
+    replayed = read_samples(
+        dataset, batch.sample_ids_B, VIEW, LoaderConfig(decoder="turbo"), seed=3, device=CPU
+    )
     assert torch.equal(replayed.images_BCHW, batch.images_BCHW)
-    dali = read_samples(dataset, batch.sample_ids_B, VIEW, LoaderConfig(decoder="dali"), seed=3, device=CPU)
+    dali = read_samples(
+        dataset, batch.sample_ids_B, VIEW, LoaderConfig(decoder="dali"), seed=3, device=CPU
+    )
     assert (dali.images_BCHW - batch.images_BCHW).abs().mean() < 0.02
     assert -2.2 < batch.images_BCHW.min() < batch.images_BCHW.max() < 2.7
 
@@ -174,7 +201,9 @@ def test_images_and_labels_are_those_of_the_samples(dataset):
 def test_normalising_is_imagenets(dataset):
     pixels_BHW3 = torch.arange(2 * 4 * 4 * 3, dtype=torch.uint8).reshape(2, 4, 4, 3)
     images_BCHW = DeviceCopier(device=CPU, dtype=torch.float32).normalise(pixels_BHW3)
-    expected = (pixels_BHW3.double() / 255 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    expected = (pixels_BHW3.double() / 255 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor(
+        [0.229, 0.224, 0.225]
+    )
     assert torch.allclose(images_BCHW.permute(0, 2, 3, 1).double(), expected, atol=1e-6)
 
 
@@ -183,7 +212,9 @@ def test_the_fused_form_of_normalising_gives_the_same(dtype):
     pixels_BHW3 = torch.arange(4 * 8 * 8 * 3, dtype=torch.uint8).reshape(4, 8, 8, 3)
     copier = DeviceCopier(device=CPU, dtype=dtype)
     plain = copier.normalise(pixels_BHW3)
-    fused = scale_fused(pixels_BHW3.permute(0, 3, 1, 2), copier._scale_C11, copier._shift_C11, dtype)
+    fused = scale_fused(
+        pixels_BHW3.permute(0, 3, 1, 2), copier._scale_C11, copier._shift_C11, dtype
+    )
     assert fused.dtype == plain.dtype == dtype
     assert fused.stride() == plain.stride()
     assert torch.allclose(fused.double(), plain.double(), atol=1e-6, rtol=torch.finfo(dtype).eps)
@@ -213,7 +244,9 @@ def test_a_bad_image_is_replaced_counted_and_reported(make_dataset, crops, decod
         ("train-000001.tar", "000021"),
         ("train-000002.tar", "000040"),
     }
-    batch = read_samples(dataset, np.array([5, 6]), view_of(decoder), LoaderConfig(decoder=decoder), device=CPU)
+    batch = read_samples(
+        dataset, np.array([5, 6]), view_of(decoder), LoaderConfig(decoder=decoder), device=CPU
+    )
     assert batch.labels_B.tolist() == [6, 6]
     assert (batch.images_BCHW[0].std() > 0.01).item()
 
@@ -221,7 +254,9 @@ def test_a_bad_image_is_replaced_counted_and_reported(make_dataset, crops, decod
 def test_the_substitute_is_the_same_with_every_decoder(make_dataset):
     dataset = open_dataset(make_dataset(replace={5: b"junk" * 30, 6: b""}))
     pictures = [
-        read_samples(dataset, np.array([5]), view_of(decoder), LoaderConfig(decoder=decoder), device=CPU)
+        read_samples(
+            dataset, np.array([5]), view_of(decoder), LoaderConfig(decoder=decoder), device=CPU
+        )
         for decoder in DECODERS
     ]
     assert [picture.labels_B.tolist() for picture in pictures] == [[7], [7], [7]]
@@ -233,7 +268,9 @@ def test_too_many_bad_images_stop_the_run(make_dataset):
     dataset = open_dataset(make_dataset(replace=dict.fromkeys(range(0, 60, 3), b"junk")))
     with (
         make_loader(dataset, max_bad_share=0.0005) as loader,
-        pytest.raises(DataError, match=r"bad samples among the last 10,000.*Reasons: is not an image"),
+        pytest.raises(
+            DataError, match=r"bad samples among the last 10,000.*Reasons: is not an image"
+        ),
     ):
         take(loader, 4)
 
@@ -256,7 +293,9 @@ def test_hashes_are_checked_when_asked(make_dataset, crops):
 
 
 def test_a_bomb_is_refused_by_what_the_manifest_says(dataset):
-    with make_loader(dataset, max_pixels=60 * 60, max_bad_share=1.0, max_bad_in_a_row=1000) as loader:
+    with make_loader(
+        dataset, max_pixels=60 * 60, max_bad_share=1.0, max_bad_in_a_row=1000
+    ) as loader:
         with pytest.raises(DataError, match="cannot be used"):
             take(loader, 4)
         assert loader.report.to_json()["reasons"].keys() <= {"too many pixels"}
@@ -280,7 +319,11 @@ def test_closing_ends_the_threads(dataset):
     next(iter(loader))
     loader.close()
     loader.close()
-    left = [thread for thread in threading.enumerate() if thread not in before and thread.name.startswith("loader")]
+    left = [
+        thread
+        for thread in threading.enumerate()
+        if thread not in before and thread.name.startswith("loader")
+    ]
     assert left == []
 
 

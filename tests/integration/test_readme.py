@@ -6,9 +6,9 @@ Each ```bash block is preceded by a comment that says whether it runs here:
     <!-- run: slow -->             minutes on a CPU
     <!-- run: no, needs a GPU -->  not run; the reason is required
 
-A block of `make` targets alone needs no comment: its targets must exist. The marked blocks run in order in one folder
-that looks like the repository, with photographs in ~/Pictures: a block may use what an earlier one has made. The rules
-hold for docs/*.md too, but for the running.
+A block of `make` targets alone needs no comment: its targets must exist. The marked blocks run in
+order in one folder that looks like the repository, with photographs in ~/Pictures: a block may use
+what an earlier one has made. The rules hold for docs/*.md too, but for the running.
 """
 
 from __future__ import annotations
@@ -67,8 +67,14 @@ def _mode(comment: str, text: str) -> str:
     found = re.fullmatch(r"<!-- run: (fast|slow|no)(?:, (\S.*?))? -->", comment)
     if found:
         return "" if found[1] == "no" and not found[2] else found[1]
-    commands = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    return "make" if commands and all(re.match(r"(cd |git clone |make )", command) for command in commands) else ""
+    commands = [
+        line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")
+    ]
+    return (
+        "make"
+        if commands and all(re.match(r"(cd |git clone |make )", command) for command in commands)
+        else ""
+    )
 
 
 def extract_modules(markdown: str) -> list[str]:
@@ -80,7 +86,13 @@ def extract_modules(markdown: str) -> list[str]:
 def extract_make_targets(markdown: str) -> list[str]:
     """Name every make target that a page mentions in code, once."""
     code = [block.text for block in extract_blocks(markdown)] + re.findall(r"`([^`\n]+)`", markdown)
-    return sorted({target for text in code for target in re.findall(r"(?:^|[|&;] *)make ([a-z][a-z-]*)", text, re.M)})
+    return sorted(
+        {
+            target
+            for text in code
+            for target in re.findall(r"(?:^|[|&;] *)make ([a-z][a-z-]*)", text, re.M)
+        }
+    )
 
 
 def extract_links(markdown: str) -> list[str]:
@@ -89,35 +101,48 @@ def extract_links(markdown: str) -> list[str]:
     return sorted({a or b for a, b in targets if not re.match(r"[a-z]+:", a or b)})
 
 
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md")), REPOSITORY / "CONTRIBUTING.md"]
+PAGES = [
+    REPOSITORY / "README.md",
+    *sorted((REPOSITORY / "docs").rglob("*.md")),
+    REPOSITORY / "CONTRIBUTING.md",
+]
 PAGE_NAMES = [str(page.relative_to(REPOSITORY)) for page in PAGES]
 MODULES = sorted({module for page in PAGES for module in extract_modules(page.read_text())})
 
 
-# ---------------------------------------------------------------------------------------------- the pages
+# ---------------------------------------------------------------------------------------- the pages
 
 
 @pytest.mark.parametrize("block", extract_blocks(README), ids=str)
 def test_every_block_says_whether_it_runs(block: Block) -> None:
-    assert block.run, f"README.md:{block.line}: put <!-- run: fast --> or <!-- run: no, reason --> before the block"
+    assert block.run, (
+        f"README.md:{block.line}: put <!-- run: fast --> or <!-- run: no, reason --> before the "
+        "block"
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=PAGE_NAMES)
 def test_make_targets_exist(page: Path) -> None:
-    targets = set(re.findall(r"^([a-z][a-z-]*):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+    targets = set(
+        re.findall(r"^([a-z][a-z-]*):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+    )
     assert not set(extract_make_targets(page.read_text())) - targets
 
 
 @pytest.mark.parametrize("page", PAGES, ids=PAGE_NAMES)
 def test_links_lead_to_files(page: Path) -> None:
-    missing = [link for link in extract_links(page.read_text()) if not (page.parent / link).exists()]
+    missing = [
+        link for link in extract_links(page.read_text()) if not (page.parent / link).exists()
+    ]
     assert not missing
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_commands_exist_and_explain_themselves(module: str) -> None:
     command = [sys.executable, "-m", module, "--help"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=120
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "usage" in done.stdout.lower()
 
@@ -157,7 +182,12 @@ def test_marked_blocks_run(block: Block, checkout: Path, home: Path) -> None:
 def run_block(block: Block, *, cwd: Path, home: Path) -> subprocess.CompletedProcess[str]:
     """Run a block as a reader would with .venv activated; the first command that fails ends it."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "HOME": str(home), "XDG_CACHE_HOME": str(home / ".cache")}
+    environment = {
+        **os.environ,
+        "PATH": path,
+        "HOME": str(home),
+        "XDG_CACHE_HOME": str(home / ".cache"),
+    }
     text = "\n".join(line.removeprefix("$ ") for line in block.text.splitlines())
     return subprocess.run(
         ["bash", "-euo", "pipefail", "-c", text],
@@ -171,7 +201,7 @@ def run_block(block: Block, *, cwd: Path, home: Path) -> subprocess.CompletedPro
     )
 
 
-# ---------------------------------------------------------------------------------------------- the extractors
+# ----------------------------------------------------------------------------------- the extractors
 
 PAGE = """# Title
 <!-- run: fast -->
@@ -199,7 +229,8 @@ print("make nothing")
 ```bash
 false
 ```
-See [the notes](docs/notes.md#top), [a site](https://example.org/x) and <img src="docs/picture.png">.
+See [the notes](docs/notes.md#top),
+[a site](https://example.org/x) and <img src="docs/picture.png">.
 `torchrun -m train.pretrain` and `make setup`, but never make haste.
 """
 
@@ -212,7 +243,10 @@ def test_blocks_are_found_with_their_modes() -> None:
 
 
 def test_a_comment_counts_for_the_next_block_only() -> None:
-    assert [block.run for block in extract_blocks("<!-- run: fast -->\n```bash\na\n```\n```bash\nb\n```\n")] == [
+    assert [
+        block.run
+        for block in extract_blocks("<!-- run: fast -->\n```bash\na\n```\n```bash\nb\n```\n")
+    ] == [
         "fast",
         "",
     ]
@@ -230,9 +264,16 @@ def test_modules_targets_and_links_are_found() -> None:
 
 
 def test_a_block_runs_with_our_python_and_stops_at_the_first_failure(tmp_path: Path) -> None:
-    good = Block(line=1, text="$ python -c 'import sys; print(sys.executable)'\ntouch made\n", run="fast")
+    good = Block(
+        line=1, text="$ python -c 'import sys; print(sys.executable)'\ntouch made\n", run="fast"
+    )
     done = run_block(good, cwd=tmp_path, home=tmp_path)
     assert done.returncode == 0
     assert Path(done.stdout.strip()).parent == Path(sys.executable).parent
     assert (tmp_path / "made").exists()
-    assert run_block(Block(line=1, text="false\ntrue\n", run="fast"), cwd=tmp_path, home=tmp_path).returncode == 1
+    assert (
+        run_block(
+            Block(line=1, text="false\ntrue\n", run="fast"), cwd=tmp_path, home=tmp_path
+        ).returncode
+        == 1
+    )

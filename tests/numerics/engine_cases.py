@@ -17,15 +17,26 @@ Results = dict[str, dict[str, Any]]
 
 
 def run_cases(cases: Sequence[dict[str, Any]], folder: Path, *, world_size: int) -> Results:
-    """Run cases one after the other in one launch; give rank 0's results by name, after checking they are alike."""
+    """Run cases one after the other in one launch; give rank 0's results by name, after checking
+    they are alike."""
     folder.mkdir(parents=True, exist_ok=True)
     listed = folder / "cases.json"
     listed.write_text(json.dumps(list(cases)))
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
-    command = [sys.executable, *(launcher if world_size > 1 else []), str(WORKER), str(listed), str(folder)]
+    command = [
+        sys.executable,
+        *(launcher if world_size > 1 else []),
+        str(WORKER),
+        str(listed),
+        str(folder),
+    ]
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    env = {name: value for name, value in os.environ.items() if name not in names} | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    env = {name: value for name, value in os.environ.items() if name not in names} | {
+        "OMP_NUM_THREADS": "1"
+    }
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-6000:]
     ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world_size)]
     for rank in ranks[1:]:
@@ -38,4 +49,7 @@ def run_cases(cases: Sequence[dict[str, Any]], folder: Path, *, world_size: int)
 def largest_difference(losses: Sequence[float], reference: Sequence[float]) -> float:
     """Give the largest relative difference of two lists of losses."""
     assert len(losses) == len(reference) > 0
-    return max(abs(loss - expected) / abs(expected) for loss, expected in zip(losses, reference, strict=True))
+    return max(
+        abs(loss - expected) / abs(expected)
+        for loss, expected in zip(losses, reference, strict=True)
+    )

@@ -1,7 +1,9 @@
-"""One rank of the engine tests: runs a list of cases in one process, because starting one takes seconds.
+"""One rank of the engine tests: runs a list of cases in one process, because starting one takes
+seconds.
 
-Started as `python -m torch.distributed.run ... engine_worker.py CASES.json OUT`, or without a launcher. Each case
-trains a tiny model on fixed images and leaves its losses, hashes and whatever it was asked for in OUT/<rank>.json.
+Started as `python -m torch.distributed.run ... engine_worker.py CASES.json OUT`, or without a
+launcher. Each case trains a tiny model on fixed images and leaves its losses, hashes and whatever
+it was asked for in OUT/<rank>.json.
 
 Shapes: B images, C channels, H height, W width, N patches.
 """
@@ -42,7 +44,8 @@ TINY = ModelConfig(
 
 
 class OddModel(MaskedAutoencoder):
-    """A tiny MAE with what usually breaks sharding: an odd-sized parameter, frozen tables, a saved buffer."""
+    """A tiny MAE with what usually breaks sharding: an odd-sized parameter, frozen tables, a saved
+    buffer."""
 
     def __init__(self) -> None:
         super().__init__(TINY)
@@ -68,7 +71,12 @@ def make_config(case: dict[str, Any], *, world: World) -> RunConfig:
                 "global_batch_size": GLOBAL_BATCH_SIZE,
                 "micro_batch_size": GLOBAL_BATCH_SIZE // (accumulate * world.world_size),
             },
-            "optim": {"base_lr": 0.064, "warmup_steps": 2, "warmup_epochs": None, **case.get("optim", {})},
+            "optim": {
+                "base_lr": 0.064,
+                "warmup_steps": 2,
+                "warmup_epochs": None,
+                **case.get("optim", {}),
+            },
             "engine": {
                 "zero_stage": case.get("zero_stage", 1),
                 "precision": case.get("precision", "fp32"),
@@ -88,7 +96,9 @@ def batch_of(step: int) -> tuple[Tensor, Tensor]:
     return images_BCHW, torch.rand(GLOBAL_BATCH_SIZE, 16, generator=generator)
 
 
-def train_step(engine: Engine, step: int, *, config: RunConfig, world: World, poison: bool = False) -> float:
+def train_step(
+    engine: Engine, step: int, *, config: RunConfig, world: World, poison: bool = False
+) -> float:
     images_BCHW, noise_BN = batch_of(step)
     if poison:
         images_BCHW[-1] = float("nan")  # the last image falls to the last rank only
@@ -97,7 +107,11 @@ def train_step(engine: Engine, step: int, *, config: RunConfig, world: World, po
     for micro in range(engine.grad_accum_steps):
         start = (micro * world.world_size + world.rank) * size
         part = slice(start, start + size)
-        losses.append(engine.forward_backward(images_BCHW[part].to(world.device), noise_BN[part].to(world.device)))
+        losses.append(
+            engine.forward_backward(
+                images_BCHW[part].to(world.device), noise_BN[part].to(world.device)
+            )
+        )
     engine.step(lr_at(step, config=config, steps_per_epoch=10, total_steps=20))
     return world.mean([float(torch.stack(losses).mean())])[0]
 
@@ -129,7 +143,9 @@ def run_case(case: dict[str, Any], *, world: World) -> dict[str, Any]:
         state = CheckpointStore(case["resume"], keep_last=9, keep_every=0).latest(world)
         assert state is not None
     # A resumed run gets other first weights, so that nothing is right by accident.
-    engine = build_engine(config, model=build_model(seed=7 if state else 0), resume=state, world=world)
+    engine = build_engine(
+        config, model=build_model(seed=7 if state else 0), resume=state, world=world
+    )
     first = state.step if state else 0
     result: dict[str, Any] = {"losses": [], "norms": []}
     if case.get("hash_first"):
@@ -151,7 +167,9 @@ def run_case(case: dict[str, Any], *, world: World) -> dict[str, Any]:
         assert rolled is not None
         engine.restore(rolled)
         steps = range(rolled.step, rolled.step + 2)
-        result["rolled_back"] = [train_step(engine, step, config=config, world=world) for step in steps]
+        result["rolled_back"] = [
+            train_step(engine, step, config=config, world=world) for step in steps
+        ]
     return result
 
 

@@ -1,4 +1,5 @@
-"""Decoders against Pillow's bicubic filter on 500 cuts of real photographs at the size that models train on."""
+"""Decoders against Pillow's bicubic filter on 500 cuts of real photographs at the size that models
+train on."""
 
 from __future__ import annotations
 
@@ -30,9 +31,16 @@ def photographs(tmp_path_factory):
     images, _ = ShardReader(dataset).read(rows)
     view, ids = ViewConfig(), np.arange(COUNT)
     boxes = draw_boxes(
-        view, seed=0, epochs_B=0 * ids, sample_ids_B=ids, widths_B=rows.widths_B, heights_B=rows.heights_B
+        view,
+        seed=0,
+        epochs_B=0 * ids,
+        sample_ids_B=ids,
+        widths_B=rows.widths_B,
+        heights_B=rows.heights_B,
     )
-    pillows = [decode_single(image, boxes.take(slice(i, i + 1)), view) for i, image in enumerate(images)]
+    pillows = [
+        decode_single(image, boxes.take(slice(i, i + 1)), view) for i, image in enumerate(images)
+    ]
     return images, boxes, np.stack(pillows)
 
 
@@ -45,7 +53,9 @@ def photographs(tmp_path_factory):
         ("ffcv", "area", 4.0, 255),
     ],
 )
-def test_the_same_box_gives_the_same_picture(photographs, decoder_name, interpolation, mean_limit, tail_limit):
+def test_the_same_box_gives_the_same_picture(
+    photographs, decoder_name, interpolation, mean_limit, tail_limit
+):
     images, boxes, pillows = photographs
     decoder = build_decoder(
         LoaderConfig(decoder=decoder_name, num_threads=2),
@@ -59,9 +69,14 @@ def test_the_same_box_gives_the_same_picture(photographs, decoder_name, interpol
         part = slice(first, first + BATCH)
         decoded = decoder.decode(images[part], boxes.take(part))
         assert not decoded.bad
-        differences.append(np.abs(decoded.pixels_BHW3.numpy().astype(np.int16) - pillows[part]).astype(np.uint8))
+        differences.append(
+            np.abs(decoded.pixels_BHW3.numpy().astype(np.int16) - pillows[part]).astype(np.uint8)
+        )
     decoder.close()
     difference = np.concatenate(differences)
-    print(f"{decoder_name} {interpolation}: mean {difference.mean():.3f}, 99.9% {np.percentile(difference, 99.9)}")
+    print(
+        f"{decoder_name} {interpolation}: mean {difference.mean():.3f}, 99.9% "
+        f"{np.percentile(difference, 99.9)}"
+    )
     assert difference.mean() <= mean_limit
     assert np.percentile(difference, 99.9) <= tail_limit

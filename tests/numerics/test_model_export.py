@@ -1,4 +1,5 @@
-"""Exported weights in transformers itself: nothing missing, nothing left over, the same numbers, and back."""
+"""Exported weights in transformers itself: nothing missing, nothing left over, the same numbers,
+and back."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ def test_transformers_loads_exports_and_we_load_what_it_saves(tmp_path: Path, na
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text(json.dumps(settings))
 
-    theirs, report = transformers.ViTMAEForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
+    theirs, report = transformers.ViTMAEForPreTraining.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         assert not report[kind], kind
     images, noise = torch.randn(2, 3, 64, 64), torch.rand(2, 64)

@@ -1,4 +1,5 @@
-"""ViT-H/14 at its full size, through the files of an export and back: 657 million parameters, no scaled-down stand-in.
+"""ViT-H/14 at its full size, through the files of an export and back: 657 million parameters, no
+scaled-down stand-in.
 
 Needs about 10 GB of memory; one model at a time is held where that is possible.
 """
@@ -26,7 +27,9 @@ NEEDED_BYTES = 11 * 10**9
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(psutil.virtual_memory().available < NEEDED_BYTES, reason="needs 11 GB of free memory")
+@pytest.mark.skipif(
+    psutil.virtual_memory().available < NEEDED_BYTES, reason="needs 11 GB of free memory"
+)
 def test_vit_h_in_transformers_computes_our_loss_and_comes_back_unchanged(tmp_path: Path) -> None:
     config = ModelConfig(**{**SIZES["vit_h_14"].model_dump(), "norm_pix_loss": True})
     torch.manual_seed(0)
@@ -43,7 +46,9 @@ def test_vit_h_in_transformers_computes_our_loss_and_comes_back_unchanged(tmp_pa
 
     with safe_open(files[0], framework="pt") as exported:
         assert len(exported.keys()) == 654
-    theirs, report = transformers.ViTMAEForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
+    theirs, report = transformers.ViTMAEForPreTraining.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         assert not report[kind], kind
     assert sum(parameter.numel() for parameter in theirs.parameters()) == 657_074_508

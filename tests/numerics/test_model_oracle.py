@@ -1,4 +1,5 @@
-"""The model against a plain float64 transcription of the paper, image by image, for any image shape."""
+"""The model against a plain float64 transcription of the paper, image by image, for any image
+shape."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ State = dict[str, Tensor]
 def layer_norm(x: Tensor, state: State, name: str) -> Tensor:
     mean = x.mean(-1, keepdim=True)
     variance = ((x - mean) ** 2).mean(-1, keepdim=True)
-    return (x - mean) / torch.sqrt(variance + 1e-6) * state[f"{name}.weight"] + state[f"{name}.bias"]
+    return (x - mean) / torch.sqrt(variance + 1e-6) * state[f"{name}.weight"] + state[
+        f"{name}.bias"
+    ]
 
 
 def linear(x: Tensor, state: State, name: str) -> Tensor:
@@ -32,7 +35,9 @@ def block(x: Tensor, state: State, name: str, heads: int) -> Tensor:
     qkv = linear(layer_norm(x, state, f"{name}.norm1"), state, f"{name}.attn.qkv")
     mixed = []
     for h in range(heads):
-        query, key, value = (qkv[:, i * width + h * head : i * width + (h + 1) * head] for i in range(3))
+        query, key, value = (
+            qkv[:, i * width + h * head : i * width + (h + 1) * head] for i in range(3)
+        )
         mixed.append(torch.softmax(query @ key.T / math.sqrt(head), dim=-1) @ value)
     x = x + linear(torch.cat(mixed, dim=-1), state, f"{name}.attn.proj")
     hidden = linear(layer_norm(x, state, f"{name}.norm2"), state, f"{name}.mlp.fc1")
@@ -49,13 +54,18 @@ def position(row: int, column: int, width: int) -> Tensor:
 
 def positions(config: ModelConfig, width: int) -> Tensor:
     rows, columns = config.grid
-    return torch.stack([position(row, column, width) for row in range(rows) for column in range(columns)])
+    return torch.stack(
+        [position(row, column, width) for row in range(rows) for column in range(columns)]
+    )
 
 
 def predict_one(state: State, config: ModelConfig, image: Tensor, kept: list[int]) -> Tensor:
     """Prediction of all patches of one image."""
     pixels = torch.nn.functional.conv2d(
-        image[None], state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=config.patch_size
+        image[None],
+        state["patch_embed.proj.weight"],
+        state["patch_embed.proj.bias"],
+        stride=config.patch_size,
     )
     tokens = pixels[0].flatten(1).T + positions(config, config.embed_dim)
     x = torch.cat([state["cls_token"][0], tokens[kept]])
@@ -63,7 +73,10 @@ def predict_one(state: State, config: ModelConfig, image: Tensor, kept: list[int
         x = block(x, state, f"blocks.{i}", config.num_heads)
     x = linear(layer_norm(x, state, "norm"), state, "decoder_embed")
     places = {patch: 1 + i for i, patch in enumerate(kept)}
-    line = [x[places[n]] if n in places else state["mask_token"][0, 0] for n in range(config.num_patches)]
+    line = [
+        x[places[n]] if n in places else state["mask_token"][0, 0]
+        for n in range(config.num_patches)
+    ]
     x = torch.cat([x[:1], torch.stack(line) + positions(config, config.decoder_embed_dim)])
     for i in range(config.decoder_depth):
         x = block(x, state, f"decoder_blocks.{i}", config.decoder_num_heads)
@@ -76,7 +89,9 @@ def target_one(config: ModelConfig, image: Tensor) -> Tensor:
     for row in range(config.grid[0]):
         for column in range(config.grid[1]):
             patch = image[:, row * size : (row + 1) * size, column * size : (column + 1) * size]
-            values = torch.stack([patch[c, y, x] for y in range(size) for x in range(size) for c in range(3)])
+            values = torch.stack(
+                [patch[c, y, x] for y in range(size) for x in range(size) for c in range(3)]
+            )
             if config.norm_pix_loss:
                 variance = ((values - values.mean()) ** 2).sum() / (len(values) - 1)
                 values = (values - values.mean()) / torch.sqrt(variance + 1e-6)
@@ -84,11 +99,15 @@ def target_one(config: ModelConfig, image: Tensor) -> Tensor:
     return torch.stack(patches)
 
 
-def oracle(state: State, config: ModelConfig, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def oracle(
+    state: State, config: ModelConfig, images: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, prediction and mask of a batch."""
     predictions, masks, errors = [], [], []
     for image, line in zip(images, noise, strict=True):
-        kept = sorted(range(config.num_patches), key=lambda n, line=line: (float(line[n]), n))[: config.num_visible]
+        kept = sorted(range(config.num_patches), key=lambda n, line=line: (float(line[n]), n))[
+            : config.num_visible
+        ]
         hidden = [n for n in range(config.num_patches) if n not in kept]
         prediction = predict_one(state, config, image, kept)
         errors += [((prediction[n] - target_one(config, image)[n]) ** 2).mean() for n in hidden]
@@ -138,7 +157,13 @@ def assert_matches_oracle(config: ModelConfig, noise: Tensor) -> None:
     seed=st.integers(0, 2**31),
 )
 def test_any_rectangle_matches_the_paper(
-    patch_size: int, rows: int, columns: int, heads: int, mask_share: float, norm_pix_loss: bool, seed: int
+    patch_size: int,
+    rows: int,
+    columns: int,
+    heads: int,
+    mask_share: float,
+    norm_pix_loss: bool,
+    seed: int,
 ) -> None:
     patches = rows * columns
     hidden = 1 + round(mask_share * (patches - 2))  # from one patch hidden to one patch kept

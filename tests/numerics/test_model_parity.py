@@ -1,4 +1,5 @@
-"""The model against transformers' ViTMAEForPreTraining: same weights, same noise, same numbers, every gradient."""
+"""The model against transformers' ViTMAEForPreTraining: same weights, same noise, same numbers,
+every gradient."""
 
 from __future__ import annotations
 
@@ -58,14 +59,21 @@ def assert_same(config: ModelConfig, *, batch: int) -> None:
     torch.testing.assert_close(output.prediction_BNP, expected.logits, rtol=1e-4, atol=1e-5)
     output.loss.backward()
     expected.loss.backward()
-    gradients = rename_from_hf({name: p.grad for name, p in theirs.named_parameters() if p.grad is not None})
+    gradients = rename_from_hf(
+        {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    )
     trained = {name: p.grad for name, p in ours.named_parameters() if p.requires_grad}
     assert set(gradients) == set(trained), "a parameter gets a gradient in one model only"
-    # A key's bias has no effect under softmax: its gradient is rounding noise, which the absolute bound covers.
+    # A key's bias has no effect under softmax: its gradient is rounding noise, which the absolute
+    # bound covers.
     scale = max(float(gradient.abs().max()) for gradient in gradients.values())
     for name, gradient in trained.items():
         torch.testing.assert_close(
-            gradient, gradients[name], rtol=1e-4, atol=1e-6 * scale, msg=lambda text, name=name: f"{name}: {text}"
+            gradient,
+            gradients[name],
+            rtol=1e-4,
+            atol=1e-6 * scale,
+            msg=lambda text, name=name: f"{name}: {text}",
         )
 
 
@@ -121,5 +129,7 @@ def test_any_square_model_matches_transformers(
         mask_ratio=mask_ratio,
         norm_pix_loss=norm_pix_loss,
     )
-    assume(config.num_visible == kept)  # theirs truncates in binary floating point; ours counts exactly
+    assume(
+        config.num_visible == kept
+    )  # theirs truncates in binary floating point; ours counts exactly
     assert_same(config, batch=2)

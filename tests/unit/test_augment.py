@@ -1,4 +1,5 @@
-"""Boxes stay inside their images, follow the published distribution, and depend only on what names them."""
+"""Boxes stay inside their images, follow the published distribution, and depend only on what names
+them."""
 
 from __future__ import annotations
 
@@ -36,7 +37,13 @@ def plain_random_resized_crop(rng, width, height):
     raise AssertionError("a 4:3 image always finds a box in this test")
 
 
-@given(images, st.sampled_from(["random", "center"]), st.integers(0, 2**50), st.integers(1, 300), st.integers(1, 300))
+@given(
+    images,
+    st.sampled_from(["random", "center"]),
+    st.integers(0, 2**50),
+    st.integers(1, 300),
+    st.integers(1, 300),
+)
 def test_boxes_lie_inside_their_images(images_B, crop, seed, height, width):
     boxes = boxes_of(images_B, ViewConfig(crop=crop, height=height, width=width), seed=seed)
     sizes = np.array(images_B)
@@ -73,7 +80,9 @@ def test_area_aspect_place_and_flip_follow_the_recipe():
     # Deciles of 20,000 draws of one distribution differ by less than this.
     deciles = np.arange(0.1, 1, 0.1)
     assert np.allclose(np.quantile(areas, deciles), np.quantile(plain_areas, deciles), atol=0.015)
-    assert np.allclose(np.quantile(log_aspects, deciles), np.quantile(plain_log_aspects, deciles), atol=0.015)
+    assert np.allclose(
+        np.quantile(log_aspects, deciles), np.quantile(plain_log_aspects, deciles), atol=0.015
+    )
     assert areas.min() > 0.199
     assert areas.max() <= 1.0
     free = (4000 - boxes.widths_B) > 500
@@ -90,8 +99,14 @@ def test_an_image_too_thin_for_any_box_gets_the_centred_one():
 
 
 def test_center_takes_the_largest_box_of_the_aspect_and_never_flips():
-    boxes = boxes_of([(500, 375), (375, 500), (8, 8)], ViewConfig(crop="center", height=100, width=200))
-    assert list(zip(boxes.widths_B, boxes.heights_B, strict=True)) == [(500, 250), (375, 188), (8, 4)]
+    boxes = boxes_of(
+        [(500, 375), (375, 500), (8, 8)], ViewConfig(crop="center", height=100, width=200)
+    )
+    assert list(zip(boxes.widths_B, boxes.heights_B, strict=True)) == [
+        (500, 250),
+        (375, 188),
+        (8, 4),
+    ]
     assert not boxes.flips_B.any()
 
 

@@ -1,4 +1,5 @@
-"""The hand-over between threads: order, back-pressure, errors after items, and nobody left waiting."""
+"""The hand-over between threads: order, back-pressure, errors after items, and nobody left
+waiting."""
 
 from __future__ import annotations
 

@@ -22,7 +22,9 @@ TINY = ModelConfig(
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
-def test_a_measurement_is_of_real_saves_and_removes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode):
+def test_a_measurement_is_of_real_saves_and_removes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode
+):
     monkeypatch.setattr("train.checkpoint_bench.SIZES", {**SIZES, "tiny": TINY})
     one = measure("tiny", str(tmp_path), mode, saves=2, images=2)
     assert one.stall_min_s <= one.stall_s <= one.stall_max_s

@@ -60,7 +60,9 @@ def train(engine: Engine, *steps: int) -> list[float]:
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         images = torch.randn(2, 3, generator=generator)
-        losses.append(float(engine.forward_backward(images, torch.randn(2, 4, generator=generator))))
+        losses.append(
+            float(engine.forward_backward(images, torch.randn(2, 4, generator=generator)))
+        )
         engine.step(0.1)
     return losses
 
@@ -124,7 +126,10 @@ def test_files_are_plain_safetensors_under_the_models_names(saved: Path) -> None
     ]
     names = {"layer.weight", "layer.bias", "table", "scale"}
     assert set(load_file(folder / "weight-00000-of-00001.safetensors")) == names
-    assert set(load_file(folder / "exp_avg-00000-of-00001.safetensors")) == {"layer.weight", "layer.bias"}
+    assert set(load_file(folder / "exp_avg-00000-of-00001.safetensors")) == {
+        "layer.weight",
+        "layer.bias",
+    }
 
 
 def test_nothing_saved_is_none_and_no_error(tmp_path: Path) -> None:
@@ -134,7 +139,12 @@ def test_nothing_saved_is_none_and_no_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["weight-00000-of-00001.safetensors", "exp_avg_sq-00000-of-00001.safetensors", STATE_FILE, MANIFEST_FILE],
+    [
+        "weight-00000-of-00001.safetensors",
+        "exp_avg_sq-00000-of-00001.safetensors",
+        STATE_FILE,
+        MANIFEST_FILE,
+    ],
 )
 def test_a_flipped_bit_anywhere_is_found_and_the_step_before_taken(
     saved: Path, name: str, caplog: pytest.LogCaptureFixture
@@ -211,7 +221,7 @@ def test_more_and_fewer_names_are_shown_as_missing(saved: Path) -> None:
     assert lines["table"] == ["4", "frozen", "missing"]
 
 
-# ------------------------------------------------------------------------------------------------ keeping
+# ------------------------------------------------------------------------------------------ keeping
 
 
 def test_only_what_is_to_be_kept_stays(tmp_path: Path) -> None:
@@ -273,7 +283,7 @@ def test_a_step_trained_again_replaces_the_old_one(saved: Path) -> None:
     assert (again.step, again.client) == (4, {"position": 99})
 
 
-# ------------------------------------------------------------------------------------------------ failing
+# ------------------------------------------------------------------------------------------ failing
 
 
 def failing_save(folder: Path) -> None:
@@ -284,7 +294,8 @@ def failing_save(folder: Path) -> None:
 
 @contextmanager
 def small_disk() -> Iterator[None]:
-    """Let this process write files of 600 bytes at most: the kernel refuses more, as a full disk does.
+    """Let this process write files of 600 bytes at most: the kernel refuses more, as a full disk
+    does.
 
     The limit is the whole process's: a log that pytest writes to meanwhile would be cut too.
     """
@@ -328,15 +339,19 @@ def test_no_permission_is_a_failed_save(saved: Path) -> None:
         saved.chmod(0o700)
 
 
-# ------------------------------------------------------------------------------------------------ loading weights
+# ---------------------------------------------------------------------------------- loading weights
 
 
-def test_weights_load_from_a_step_a_folder_and_a_run(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_weights_load_from_a_step_a_folder_and_a_run(
+    saved: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     run = tmp_path_factory.mktemp("run")
     (run / "checkpoints").symlink_to(saved)
     for uri in (saved / "step-000004", saved, run):
         weights, state = load_weights(str(uri))
-        assert list(weights) == ["layer.weight", "layer.bias", "table", "scale"] or set(weights) == {
+        assert list(weights) == ["layer.weight", "layer.bias", "table", "scale"] or set(
+            weights
+        ) == {
             "layer.weight",
             "layer.bias",
             "table",

@@ -31,7 +31,7 @@ def problems_of(*words: str, env: dict[str, str] | None = None) -> str:
     return str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------ values
+# ------------------------------------------------------------------------------------------- values
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,17 @@ def test_a_negative_number_is_a_value_and_not_an_option():
 
 
 def test_the_launchers_own_argument_is_passed_over():
-    config = parse("--local_rank=1", "demo", "--local_rank", "0", *DATA, "--train.seed", "7", "--local-rank", "3")
+    config = parse(
+        "--local_rank=1",
+        "demo",
+        "--local_rank",
+        "0",
+        *DATA,
+        "--train.seed",
+        "7",
+        "--local-rank",
+        "3",
+    )
     assert config.train.seed == 7
 
 
@@ -93,7 +103,7 @@ def test_the_views_size_follows_the_models():
     assert "64 x 64" in text
 
 
-# ------------------------------------------------------------------------------------------------ mistakes
+# ----------------------------------------------------------------------------------------- mistakes
 
 
 def test_all_mistakes_of_all_sources_come_at_once(tmp_path: Path):
@@ -101,7 +111,16 @@ def test_all_mistakes_of_all_sources_come_at_once(tmp_path: Path):
     file.write_text("[optim]\nbase_lrr = 1\neps = -1\n[nonsense]\nx = 1\n")
     text = problems_of(
         "demo",
-        *("--config", str(file), "--engine.zero-stage", "7", "--model.image-size", "65", "--optim.beta9", "1"),
+        *(
+            "--config",
+            str(file),
+            "--engine.zero-stage",
+            "7",
+            "--model.image-size",
+            "65",
+            "--optim.beta9",
+            "1",
+        ),
         *("--train.micro-batch-size", "48", "stray"),
     )
     for part in (
@@ -143,7 +162,10 @@ def test_an_unknown_recipe_names_the_nearest():
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (("--train.steps", "5", "--train.epochs", "5"), "exactly one of train.steps and train.epochs"),
+        (
+            ("--train.steps", "5", "--train.epochs", "5"),
+            "exactly one of train.steps and train.epochs",
+        ),
         (("--train.steps", "60", "--optim.warmup-steps", "60"), "optim.warmup_steps 60"),
         (("--train.steps",), "--train.steps needs a value"),
         (("--config",), "--config needs the path"),
@@ -171,7 +193,7 @@ def test_a_file_that_is_no_toml_is_named(tmp_path: Path):
     assert "not TOML" in problems_of("demo", *DATA, "--config", str(file))
 
 
-# ------------------------------------------------------------------------------------------------ text
+# --------------------------------------------------------------------------------------------- text
 
 
 @pytest.mark.parametrize("recipe", list(RECIPES))
@@ -189,7 +211,13 @@ def test_help_names_settings_units_and_the_recipes_defaults():
     with pytest.raises(HelpRequested) as caught:
         parse_command(["mae_vit_l_16", "--help"])
     text = str(caught.value)
-    for part in ("--train.global-batch-size", "--optim.base-lr", "per 256 images", "--checkpoint.every-steps", "GiB"):
+    for part in (
+        "--train.global-batch-size",
+        "--optim.base-lr",
+        "per 256 images",
+        "--checkpoint.every-steps",
+        "GiB",
+    ):
         assert part in text
     assert re.search(
         r"--model.embed-dim INT\s+Width of the encoder[^()]*\(default:\s+1024\)", text, re.DOTALL
@@ -197,23 +225,39 @@ def test_help_names_settings_units_and_the_recipes_defaults():
 
 
 def test_recipes_are_those_of_the_paper():
-    for name, size in (("mae_vit_b_16", "vit_b_16"), ("mae_vit_l_16", "vit_l_16"), ("mae_vit_h_14", "vit_h_14")):
+    for name, size in (
+        ("mae_vit_b_16", "vit_b_16"),
+        ("mae_vit_l_16", "vit_l_16"),
+        ("mae_vit_h_14", "vit_h_14"),
+    ):
         config = parse(name, *DATA)
         assert config.model == SIZES[size].model_copy(update={"norm_pix_loss": True})
         assert (config.train.epochs, config.train.global_batch_size) == (800, 4096)
         optim = config.optim
-        assert (optim.base_lr, optim.warmup_epochs, optim.weight_decay, optim.grad_clip) == (1.5e-4, 40, 0.05, 0)
+        assert (optim.base_lr, optim.warmup_epochs, optim.weight_decay, optim.grad_clip) == (
+            1.5e-4,
+            40,
+            0.05,
+            0,
+        )
         assert (optim.beta1, optim.beta2, optim.min_lr) == (0.9, 0.95, 0)
         view = config.view
-        assert (view.min_area, view.max_area, view.flip_probability, view.interpolation) == (0.2, 1.0, 0.5, "bicubic")
+        assert (view.min_area, view.max_area, view.flip_probability, view.interpolation) == (
+            0.2,
+            1.0,
+            0.5,
+            "bicubic",
+        )
 
 
-# ------------------------------------------------------------------------------------------------ the command
+# -------------------------------------------------------------------------------------- the command
 
 
 def command(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
     program = [sys.executable, "-m", "train.pretrain", *words]
-    return subprocess.run(program, env={**os.environ, **env}, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        program, env={**os.environ, **env}, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def test_mistakes_end_the_command_with_code_2_and_one_message():
@@ -233,13 +277,23 @@ def test_a_mistake_is_found_without_torch():
         "assert 'torch' not in sys.modules, 'torch was imported'\n"
         "sys.exit(code)\n"
     )
-    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 2, done.stderr
 
 
 def test_a_dry_run_prints_settings_and_size_and_writes_nothing(tmp_path: Path):
     done = subprocess.run(
-        [sys.executable, "-m", "train.pretrain", "mae_vit_l_16", "--dry-run", "--run.dir", str(tmp_path / "run")],
+        [
+            sys.executable,
+            "-m",
+            "train.pretrain",
+            "mae_vit_l_16",
+            "--dry-run",
+            "--run.dir",
+            str(tmp_path / "run"),
+        ],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         cwd=tmp_path,
         capture_output=True,

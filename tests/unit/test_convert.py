@@ -103,9 +103,23 @@ def test_the_order_is_the_seeds(source: Path, tmp_path: Path) -> None:
 def test_the_stored_order_is_pinned() -> None:
     # A dataset half made by one version must go on with the next.
     listing = Listing(
-        "x", pa.array([f"{n}.jpg" for n in range(8)]), np.ones(8, np.int64), np.zeros(8, np.int32), None, {}
+        "x",
+        pa.array([f"{n}.jpg" for n in range(8)]),
+        np.ones(8, np.int64),
+        np.zeros(8, np.int32),
+        None,
+        {},
     )
-    assert make_plan(listing, ConvertSettings(shuffle_seed=7)).order.tolist() == [4, 1, 6, 3, 2, 7, 5, 0]
+    assert make_plan(listing, ConvertSettings(shuffle_seed=7)).order.tolist() == [
+        4,
+        1,
+        6,
+        3,
+        2,
+        7,
+        5,
+        0,
+    ]
 
 
 @given(
@@ -124,7 +138,9 @@ def test_shards_cover_every_image_once(sizes: list[int], target: int, resize: in
 
 
 def test_shards_are_about_as_large_as_asked(source: Path, tmp_path: Path) -> None:
-    info = convert(str(source), str(tmp_path / "dst"), ConvertSettings(shard_size_bytes=20_000), workers=1)
+    info = convert(
+        str(source), str(tmp_path / "dst"), ConvertSettings(shard_size_bytes=20_000), workers=1
+    )
     sizes = [shard.size_bytes for shard in info.shards]
     assert len(sizes) > 2
     assert max(sizes) < 30_000 + 10_240
@@ -141,7 +157,9 @@ def test_statistics_are_those_of_the_pixels(source: Path, tmp_path: Path) -> Non
     with Image.open(source / "astronaut" / "000.jpg") as image:
         image.convert("L").save(source / "astronaut" / "grey.jpg")
         image.save(source / "astronaut" / "p.png")
-    (source / "astronaut" / "broken.png").write_bytes((source / "astronaut" / "p.png").read_bytes()[:-900] + bytes(900))
+    (source / "astronaut" / "broken.png").write_bytes(
+        (source / "astronaut" / "p.png").read_bytes()[:-900] + bytes(900)
+    )
     settings = FEW.model_copy(update={"stats": True})
     info = convert(str(source), str(tmp_path / "dst"), settings, workers=1)
     found = json.loads((tmp_path / "dst" / "stats.json").read_text())
@@ -159,10 +177,12 @@ def test_statistics_are_those_of_the_pixels(source: Path, tmp_path: Path) -> Non
     assert found["class_counts"]["chelsea"] == 4
     assert found["height"] == [64] * 7
     convert(str(source), str(tmp_path / "again"), settings, workers=2)
-    assert (tmp_path / "again" / "stats.json").read_bytes() == (tmp_path / "dst" / "stats.json").read_bytes()
+    assert (tmp_path / "again" / "stats.json").read_bytes() == (
+        tmp_path / "dst" / "stats.json"
+    ).read_bytes()
 
 
-# ------------------------------------------------------------------------------------------------ sources
+# ------------------------------------------------------------------------------------------ sources
 
 
 def test_a_flat_folder_has_no_labels(source: Path, tmp_path: Path) -> None:
@@ -187,7 +207,9 @@ def test_the_first_folder_is_the_class(source: Path, tmp_path: Path) -> None:
 
 def test_images_beside_class_folders_need_a_word(source: Path) -> None:
     next(source.rglob("*.jpg")).rename(source / "stray.jpg")
-    with pytest.raises(ConfigError, match=r"1 images beside its folders \(such as stray\.jpg\).*--labels none"):
+    with pytest.raises(
+        ConfigError, match=r"1 images beside its folders \(such as stray\.jpg\).*--labels none"
+    ):
         FolderSource(str(source)).listing()
     assert FolderSource(str(source), SourceSettings(labels="none")).listing().classes is None
 
@@ -208,7 +230,9 @@ def test_keys_are_unique_and_readable() -> None:
     assert keys == ["a/x-jpg-0", "a/x-jpg-1", "a/x-png", "a_b/c_d_e", "_m__/q", "ü/y"]
 
 
-@given(st.lists(st.text("ab._- -01/", min_size=1, max_size=8), min_size=1, max_size=30, unique=True))
+@given(
+    st.lists(st.text("ab._- -01/", min_size=1, max_size=8), min_size=1, max_size=30, unique=True)
+)
 def test_keys_are_always_unique(stems: list[str]) -> None:
     names = sorted({f"{stem}.{kind}" for stem in stems for kind in ("jpg", "png")})
     keys = sample_keys(pa.array(names)).to_pylist()
@@ -216,7 +240,7 @@ def test_keys_are_always_unique(stems: list[str]) -> None:
     assert not any("." in str(key) or " " in str(key) for key in keys)
 
 
-# ------------------------------------------------------------------------------------------------ bad images
+# --------------------------------------------------------------------------------------- bad images
 
 
 def test_bad_images_are_left_out_and_listed(source: Path, tmp_path: Path) -> None:
@@ -261,7 +285,9 @@ def test_a_shard_of_bad_images_is_no_shard(source: Path, tmp_path: Path) -> None
 def test_strict_stops_at_the_first(source: Path, tmp_path: Path) -> None:
     (source / "astronaut" / "bad.jpg").write_bytes(b"")
     with pytest.raises(DataError, match=r"astronaut/bad\.jpg: empty"):
-        convert(str(source), str(tmp_path / "dst"), FEW.model_copy(update={"strict": True}), workers=1)
+        convert(
+            str(source), str(tmp_path / "dst"), FEW.model_copy(update={"strict": True}), workers=1
+        )
     assert not (tmp_path / "dst" / "dataset.json").exists()
     assert convert(str(source), str(tmp_path / "dst"), FEW, workers=1).num_samples == 12
 
@@ -274,7 +300,7 @@ def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
         convert(str(tmp_path / "src"), str(tmp_path / "dst"), workers=1)
 
 
-# ------------------------------------------------------------------------------------------------ resizing
+# ----------------------------------------------------------------------------------------- resizing
 
 
 def save(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -314,7 +340,9 @@ def test_other_colours_become_rgb_or_grey(photo: Image.Image, mode: str) -> None
     small = shrink(save(photo.convert(mode), kind))
     assert small.mode == ("L" if mode in ("L", "LA", "1") else "RGB")
     expected = photo.convert("L") if small.mode == "L" else photo
-    assert mean_difference(small, expected.resize((43, 32), Image.Resampling.BICUBIC)) < (40 if mode == "1" else 12)
+    assert mean_difference(small, expected.resize((43, 32), Image.Resampling.BICUBIC)) < (
+        40 if mode == "1" else 12
+    )
 
 
 def test_a_cmyk_jpeg_keeps_its_colours(photo: Image.Image) -> None:
@@ -333,7 +361,12 @@ def test_rotation_is_applied(photo: Image.Image) -> None:
     exif[0x0112] = 6
     small = shrink(save(photo, "JPEG", exif=exif.tobytes(), quality=95))
     assert small.size == (32, 43)
-    assert mean_difference(small, photo.rotate(-90, expand=True).resize((32, 43), Image.Resampling.BICUBIC)) < 4
+    assert (
+        mean_difference(
+            small, photo.rotate(-90, expand=True).resize((32, 43), Image.Resampling.BICUBIC)
+        )
+        < 4
+    )
     assert not small.getexif()
 
 
@@ -362,18 +395,22 @@ def test_what_cannot_be_decoded_has_a_reason(photo: Image.Image) -> None:
     assert reencode(bytes(data), found, short_side=32, quality=90) == CANNOT_DECODE
 
 
-def test_resized_datasets_have_small_images_of_every_format(photo: Image.Image, tmp_path: Path) -> None:
+def test_resized_datasets_have_small_images_of_every_format(
+    photo: Image.Image, tmp_path: Path
+) -> None:
     (tmp_path / "src").mkdir()
     for kind in ("gif", "bmp", "tiff", "png", "webp", "jpg"):
         photo.save(tmp_path / "src" / f"{kind}.{kind}")
-    info = convert(str(tmp_path / "src"), str(tmp_path / "dst"), ConvertSettings(resize=32), workers=1)
+    info = convert(
+        str(tmp_path / "src"), str(tmp_path / "dst"), ConvertSettings(resize=32), workers=1
+    )
     assert info.num_samples == 6
     assert set(info.versions) >= {"pillow", "libjpeg-turbo"}
     rows = open_dataset(str(tmp_path / "dst")).lookup(np.arange(6))
     assert rows.heights_B.tolist() == [32] * 6
 
 
-# ------------------------------------------------------------------------------------------------ the target
+# --------------------------------------------------------------------------------------- the target
 
 
 def test_a_finished_conversion_is_left_alone(source: Path, tmp_path: Path) -> None:
@@ -381,7 +418,9 @@ def test_a_finished_conversion_is_left_alone(source: Path, tmp_path: Path) -> No
     first = convert(str(source), str(dst), FEW, workers=1)
     before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in dst.iterdir()}
     assert convert(str(source), str(dst), FEW, workers=1) == first
-    assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in dst.iterdir()} == before
+    assert {
+        path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in dst.iterdir()
+    } == before
     with pytest.raises(ConfigError, match="samples_per_shard was 5, is 4"):
         convert(str(source), str(dst), ConvertSettings(samples_per_shard=4), workers=1)
     next(source.rglob("*.jpg")).unlink()
@@ -389,7 +428,9 @@ def test_a_finished_conversion_is_left_alone(source: Path, tmp_path: Path) -> No
         convert(str(source), str(dst), FEW, workers=1)
 
 
-def test_an_interrupted_conversion_goes_on(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_conversion_goes_on(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, dst = tmp_path / "whole", tmp_path / "dst"
     convert(str(source), str(whole), FEW, workers=1)
     made: list[str] = []
@@ -407,7 +448,9 @@ def test_an_interrupted_conversion_goes_on(source: Path, tmp_path: Path, monkeyp
             convert(str(source), str(dst), FEW, workers=1)
     kept = {path: path.stat().st_mtime_ns for path in dst.glob("*.tar")}
     (dst / ".train-000009.tar.tmp-1-abcdef").write_bytes(b"half a shard")
-    with pytest.raises(ConfigError, match=r"unfinished conversion made otherwise.*shuffle_seed was 0, is 1"):
+    with pytest.raises(
+        ConfigError, match=r"unfinished conversion made otherwise.*shuffle_seed was 0, is 1"
+    ):
         convert(str(source), str(dst), FEW.model_copy(update={"shuffle_seed": 1}), workers=1)
     convert(str(source), str(dst), FEW, workers=1)
     assert {path.name: path.read_bytes() for path in dst.iterdir()} == {
@@ -469,7 +512,8 @@ def test_two_conversions_into_one_folder(source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("256MB", 256 * 10**6), ("1.5GiB", 3 * 2**29), ("1000", 1000), (" 2 kb ", 2000)]
+    ("text", "size"),
+    [("256MB", 256 * 10**6), ("1.5GiB", 3 * 2**29), ("1000", 1000), (" 2 kb ", 2000)],
 )
 def test_sizes_are_read(text: str, size: int) -> None:
     assert parse_size(text) == size

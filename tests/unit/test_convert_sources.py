@@ -1,4 +1,5 @@
-"""Where images may come from: ImageNet's tars, Parquet, lists. What comes out is what the folder gives."""
+"""Where images may come from: ImageNet's tars, Parquet, lists. What comes out is what the folder
+gives."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ from pipeline.sources.table import GONE
 from pipeline.verify import verify
 
 WNIDS = ("n01440764", "n02119789", "n02100735")
-"""In this order ImageNet's devkit numbers the last two first: an ILSVRC2012_ID is no place in the sorted names."""
+"""In this order ImageNet's devkit numbers the last two first: an ILSVRC2012_ID is no place in the
+sorted names."""
 IDS = {"n02119789": 1, "n02100735": 2, "n01440764": 3}
 FEW = ConvertSettings(samples_per_shard=5)
 
@@ -53,13 +55,18 @@ def pack(path: Path, files: dict[str, bytes]) -> Path:
 def pack_train(folder: Path, path: Path) -> Path:
     tars = {}
     for wnid in folder.iterdir():
-        inner = pack(path.parent / f"{wnid.name}.tmp", {file.name: file.read_bytes() for file in wnid.iterdir()})
+        inner = pack(
+            path.parent / f"{wnid.name}.tmp",
+            {file.name: file.read_bytes() for file in wnid.iterdir()},
+        )
         tars[f"{wnid.name}.tar"] = inner.read_bytes()
         inner.unlink()
     return pack(path, tars)
 
 
-def made(src: object, tmp_path: Path, settings: ConvertSettings = FEW, name: str = "dst") -> DatasetInfo:
+def made(
+    src: object, tmp_path: Path, settings: ConvertSettings = FEW, name: str = "dst"
+) -> DatasetInfo:
     info = convert(str(src), str(tmp_path / name), settings, workers=1)
     assert verify(str(tmp_path / name), full=True).problems == []
     return info
@@ -73,7 +80,7 @@ def labels_by_key(folder: Path) -> dict[str, str]:
     return {key: classes[label] for key, label in zip(dataset.keys(ids), labels, strict=True)}
 
 
-# ------------------------------------------------------------------------------------------------ tars
+# --------------------------------------------------------------------------------------------- tars
 
 
 def test_imagenets_train_tar_gives_what_its_folder_gives(folder: Path, tmp_path: Path) -> None:
@@ -84,13 +91,18 @@ def test_imagenets_train_tar_gives_what_its_folder_gives(folder: Path, tmp_path:
         assert path.read_bytes() == (tmp_path / "from_tar" / path.name).read_bytes()
     (tmp_path / "tars").mkdir()
     for wnid in folder.iterdir():
-        pack(tmp_path / "tars" / f"{wnid.name}.tar", {f"./{f.name}": f.read_bytes() for f in wnid.iterdir()})
+        pack(
+            tmp_path / "tars" / f"{wnid.name}.tar",
+            {f"./{f.name}": f.read_bytes() for f in wnid.iterdir()},
+        )
     assert made(tmp_path / "tars", tmp_path, name="from_tars") == expected
 
 
 def test_a_tar_of_class_folders_is_a_folder(folder: Path, tmp_path: Path) -> None:
     files = {f"data/train/{p.relative_to(folder)}": p.read_bytes() for p in folder.rglob("*.JPEG")}
-    assert made(pack(tmp_path / "x.tar", {**files, "data/README": b"x"}), tmp_path, name="b") == made(folder, tmp_path)
+    assert made(
+        pack(tmp_path / "x.tar", {**files, "data/README": b"x"}), tmp_path, name="b"
+    ) == made(folder, tmp_path)
 
 
 def test_a_cut_tar_of_tars_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -106,7 +118,9 @@ def save_meta(path: Path, ids: dict[str, int]) -> None:
     savemat = pytest.importorskip("scipy.io").savemat
     rows = [(number, wnid, 0) for wnid, number in sorted(ids.items(), key=lambda row: row[1])]
     rows.append((len(ids) + 1, "n00001740", 2))
-    table = np.array(rows, [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("num_children", "O")]).reshape(-1, 1)
+    table = np.array(rows, [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("num_children", "O")]).reshape(
+        -1, 1
+    )
     savemat(path, {"synsets": table})
 
 
@@ -115,12 +129,16 @@ def val(folder: Path, tmp_path: Path) -> tuple[Path, dict[str, str], Path]:
     """Give the val tar of all images of the folder, the class of each, and the devkit's folder."""
     found = {}
     files = {}
-    for number, path in enumerate(sorted(folder.rglob("*.JPEG"), key=lambda p: p.name[::-1]), start=1):
+    for number, path in enumerate(
+        sorted(folder.rglob("*.JPEG"), key=lambda p: p.name[::-1]), start=1
+    ):
         files[f"ILSVRC2012_val_{number:08d}.JPEG"] = path.read_bytes()
         found[f"ILSVRC2012_val_{number:08d}"] = path.parent.name
     devkit = tmp_path / "ILSVRC2012_devkit_t12" / "data"
     devkit.mkdir(parents=True)
-    (devkit / "ILSVRC2012_validation_ground_truth.txt").write_text("".join(f"{IDS[w]}\n" for w in found.values()))
+    (devkit / "ILSVRC2012_validation_ground_truth.txt").write_text(
+        "".join(f"{IDS[w]}\n" for w in found.values())
+    )
     save_meta(devkit / "meta.mat", IDS)
     return pack(tmp_path / "ILSVRC2012_img_val.tar", files), found, devkit.parent
 
@@ -174,20 +192,28 @@ def test_numbers_that_could_be_taken_wrongly_are_refused(
         read_ground_truth(str(tmp_path / "caffe.txt"))
 
 
-def test_a_folder_of_distributed_tars_asks_for_one(val: tuple[Path, dict[str, str], Path], tmp_path: Path) -> None:
+def test_a_folder_of_distributed_tars_asks_for_one(
+    val: tuple[Path, dict[str, str], Path], tmp_path: Path
+) -> None:
     (tmp_path / "as_distributed").mkdir()
     val[0].rename(tmp_path / "as_distributed" / val[0].name)
     with pytest.raises(ConfigError, match="Give that file as the source"):
         open_source(str(tmp_path / "as_distributed"))
 
 
-# ------------------------------------------------------------------------------------------------ Parquet
+# ------------------------------------------------------------------------------------------ Parquet
 
 
-def write_parquet(folder: Path, root: Path, *, files: int = 2, rows_per_group: int = 3, text: bool = False) -> Path:
-    """Write what Hugging Face's datasets writes: image = (bytes, path), label = number, names in the schema."""
+def write_parquet(
+    folder: Path, root: Path, *, files: int = 2, rows_per_group: int = 3, text: bool = False
+) -> Path:
+    """Write what Hugging Face's datasets writes: image = (bytes, path), label = number, names in
+    the schema."""
     paths = sorted(folder.rglob("*.JPEG"), key=lambda p: p.name[::-1])
-    features = {"image": {"_type": "Image"}, "label": {"names": sorted(WNIDS), "_type": "ClassLabel"}}
+    features = {
+        "image": {"_type": "Image"},
+        "label": {"names": sorted(WNIDS), "_type": "ClassLabel"},
+    }
     head = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
     root.mkdir(exist_ok=True)
     for number in range(files):
@@ -196,7 +222,9 @@ def write_parquet(folder: Path, root: Path, *, files: int = 2, rows_per_group: i
         names = [path.parent.name for path in part]
         columns = {
             "image": pa.array(images, pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
-            "label": pa.array(names) if text else pa.array([sorted(WNIDS).index(name) for name in names]),
+            "label": pa.array(names)
+            if text
+            else pa.array([sorted(WNIDS).index(name) for name in names]),
         }
         table = pa.table(columns).replace_schema_metadata(None if text else head)
         name = root / f"train-{number:05d}-of-{files:05d}.parquet"
@@ -215,7 +243,10 @@ def test_parquet_keeps_every_byte_and_label(folder: Path, tmp_path: Path, text: 
             stored |= {member.name: archive.extractfile(member).read() for member in archive}  # type: ignore[union-attr]
     for path in folder.rglob("*.JPEG"):
         assert stored[f"{path.stem}.jpg"] == path.read_bytes()
-        assert json.loads(stored[f"{path.stem}.json"]) == {"filename": path.name, "class": path.parent.name}
+        assert json.loads(stored[f"{path.stem}.json"]) == {
+            "filename": path.name,
+            "class": path.parent.name,
+        }
 
 
 def test_parquet_by_folder_pattern_and_file(folder: Path, tmp_path: Path) -> None:
@@ -234,7 +265,10 @@ def test_a_shard_reads_few_row_groups(folder: Path, tmp_path: Path) -> None:
     listing = open_source(str(write_parquet(folder, tmp_path / "hub", rows_per_group=2))).listing()
     assert listing.places is not None
     plan = make_plan(listing, ConvertSettings(samples_per_shard=4))
-    groups = [{int(p) >> 24 for p in listing.places[part]} for part in np.split(plan.order, plan.bounds[1:-1])]
+    groups = [
+        {int(p) >> 24 for p in listing.places[part]}
+        for part in np.split(plan.order, plan.bounds[1:-1])
+    ]
     assert [len(found) for found in groups] == [2, 2, 2]
     assert sorted(plan.order.tolist()) == list(range(12))
     assert plan.order.tolist() != sorted(plan.order.tolist())
@@ -245,16 +279,22 @@ def test_a_shard_reads_few_row_groups(folder: Path, tmp_path: Path) -> None:
 
 def test_rows_without_a_path_or_an_image(folder: Path, tmp_path: Path) -> None:
     images = [path.read_bytes() for path in sorted(folder.rglob("*.JPEG"))[:3]]
-    table = pa.table({"jpg": pa.array([*images, None], pa.binary()), "caption": ["a"] * 4, "thumb": [b""] * 4})
+    table = pa.table(
+        {"jpg": pa.array([*images, None], pa.binary()), "caption": ["a"] * 4, "thumb": [b""] * 4}
+    )
     pq.write_table(table, tmp_path / "x.parquet")
-    assert convert(str(tmp_path / "x.parquet"), str(tmp_path / "dst"), FEW, workers=1).num_samples == 3
+    assert (
+        convert(str(tmp_path / "x.parquet"), str(tmp_path / "dst"), FEW, workers=1).num_samples == 3
+    )
     keys = open_dataset(str(tmp_path / "dst")).keys(np.arange(3))
     assert sorted(keys) == ["x/00000000", "x/00000001", "x/00000002"]
     assert pq.read_table(tmp_path / "dst" / "rejected.parquet").to_pylist() == [
         {"key": "x/00000003", "reason": "empty"}
     ]
     with pytest.raises(ConfigError, match=r"no column 'picture' \(--image-column\); it has jpg"):
-        open_source(str(tmp_path / "x.parquet"), SourceSettings(image_column="picture"), kind="parquet").listing()
+        open_source(
+            str(tmp_path / "x.parquet"), SourceSettings(image_column="picture"), kind="parquet"
+        ).listing()
 
 
 def test_damaged_parquet_is_named(tmp_path: Path) -> None:
@@ -263,23 +303,30 @@ def test_damaged_parquet_is_named(tmp_path: Path) -> None:
         open_source(str(tmp_path / "a.parquet"))
 
 
-# ------------------------------------------------------------------------------------------------ lists
+# -------------------------------------------------------------------------------------------- lists
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "parquet"])
 def test_a_list_keeps_names_and_labels(folder: Path, tmp_path: Path, kind: str) -> None:
     paths = sorted(folder.rglob("*.JPEG"))
-    names = [str(path.relative_to(tmp_path)) if n % 2 else f"file://{path}" for n, path in enumerate(paths)]
-    table = pa.table({"url": [*names, "folder/gone.jpg"], "label": [*(p.parent.name for p in paths), WNIDS[0]]})
+    names = [
+        str(path.relative_to(tmp_path)) if n % 2 else f"file://{path}"
+        for n, path in enumerate(paths)
+    ]
+    table = pa.table(
+        {"url": [*names, "folder/gone.jpg"], "label": [*(p.parent.name for p in paths), WNIDS[0]]}
+    )
     target = tmp_path / f"list.{kind}"
     if kind == "parquet":
         pq.write_table(table, target)
     else:
-        pa_csv.write_csv(table, target, pa_csv.WriteOptions(delimiter="\t" if kind == "tsv" else ","))
+        pa_csv.write_csv(
+            table, target, pa_csv.WriteOptions(delimiter="\t" if kind == "tsv" else ",")
+        )
     assert made(target, tmp_path).classes == sorted(WNIDS)
-    assert {key.rsplit("/", 1)[1]: name for key, name in labels_by_key(tmp_path / "dst").items()} == {
-        path.stem: path.parent.name for path in paths
-    }
+    assert {
+        key.rsplit("/", 1)[1]: name for key, name in labels_by_key(tmp_path / "dst").items()
+    } == {path.stem: path.parent.name for path in paths}
     rows = pq.read_table(tmp_path / "dst" / "rejected.parquet").to_pylist()
     assert rows == [{"key": "folder/gone.jpg", "reason": GONE}]
 
@@ -318,10 +365,12 @@ def test_a_list_from_elsewhere_names_no_local_file(tmp_path: Path) -> None:
         open_source("memory://lists/a.csv").listing()
 
 
-# ------------------------------------------------------------------------------------------------ shards
+# ------------------------------------------------------------------------------------------- shards
 
 
-def test_shards_made_elsewhere_are_a_source(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_made_elsewhere_are_a_source(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import webdataset as wds
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -48,7 +48,9 @@ def kinds(photos):
 
 
 def _application_part(data):
-    return np.frombuffer(b"\xff\xe5" + (len(data) + 2).to_bytes(2, "big") + data.tobytes(), dtype=np.uint8)
+    return np.frombuffer(
+        b"\xff\xe5" + (len(data) + 2).to_bytes(2, "big") + data.tobytes(), dtype=np.uint8
+    )
 
 
 @pytest.mark.skipif(not has_regions(), reason="nvImageCodec is not installed")
@@ -102,13 +104,19 @@ def boxes_of(images):
     sizes = [Image.open(io.BytesIO(image)).size for image in images]
     ids = np.arange(len(images))
     widths, heights = zip(*sizes, strict=True)
-    return draw_boxes(VIEW, seed=1, epochs_B=0 * ids, sample_ids_B=ids, widths_B=widths, heights_B=heights)
+    return draw_boxes(
+        VIEW, seed=1, epochs_B=0 * ids, sample_ids_B=ids, widths_B=widths, heights_B=heights
+    )
 
 
 @pytest.fixture(params=["dali", "turbo"])
 def decoder(request):
     made = build_decoder(
-        LoaderConfig(decoder=request.param, num_threads=2), view=VIEW, max_batch_size=8, local_world_size=1, device=CPU
+        LoaderConfig(decoder=request.param, num_threads=2),
+        view=VIEW,
+        max_batch_size=8,
+        local_world_size=1,
+        device=CPU,
     )
     yield made
     made.close()
@@ -117,7 +125,10 @@ def decoder(request):
 def test_batches_ahead_come_out_in_order_and_alike(crops, decoder):
     parts = [crops[first : first + 8] for first in range(0, 40, 8)]
     images = [[np.frombuffer(image, np.uint8) for image in part] for part in parts]
-    expected = [decoder.decode(*batch).pixels_BHW3.clone() for batch in zip(images, map(boxes_of, parts), strict=True)]
+    expected = [
+        decoder.decode(*batch).pixels_BHW3.clone()
+        for batch in zip(images, map(boxes_of, parts), strict=True)
+    ]
     assert decoder.depth > 1
     out = [torch.empty(8, 32, 32, 3, dtype=torch.uint8) for _ in parts]
     waits, found = [], []
@@ -133,11 +144,14 @@ def test_batches_ahead_come_out_in_order_and_alike(crops, decoder):
 
 
 def test_a_bad_image_costs_no_batch_that_is_ahead(crops, decoder):
-    """A PNG whose header is good and whose pixels are not: DALI itself meets it, with another batch behind."""
+    """A PNG whose header is good and whose pixels are not: DALI itself meets it, with another batch
+    behind."""
     first, second = crops[:8], crops[8:16]
     boxes = boxes_of(first), boxes_of(second)
     images = [[np.frombuffer(image, np.uint8) for image in part] for part in (first, second)]
-    expected = [decoder.decode(*batch).pixels_BHW3.clone() for batch in zip(images, boxes, strict=True)]
+    expected = [
+        decoder.decode(*batch).pixels_BHW3.clone() for batch in zip(images, boxes, strict=True)
+    ]
     buffer = io.BytesIO()
     Image.open(io.BytesIO(first[3])).save(buffer, "PNG")
     images[0][3] = np.frombuffer(buffer.getvalue(), np.uint8).copy()
@@ -164,14 +178,30 @@ def test_host_buffers_are_used_again_only_when_given_back():
 def test_a_tuning_file_decides_what_is_left_open(tmp_path):
     path = tmp_path / "tuned.toml"
     write_tuning(
-        path, Tuning(decoder="ffcv", num_threads=3, hw_decoder_load=0.5), device=CPU, comment="measured\ntwice"
+        path,
+        Tuning(decoder="ffcv", num_threads=3, hw_decoder_load=0.5),
+        device=CPU,
+        comment="measured\ntwice",
     )
     tuned = with_tuning(LoaderConfig(tuning_file=str(path)), device=CPU)
-    assert (tuned.decoder, tuned.num_threads, tuned.hw_decoder_load, tuned.dali_depth) == ("ffcv", 3, 0.5, 0)
-    kept = with_tuning(LoaderConfig(tuning_file=str(path), decoder="dali", num_threads=1), device=CPU)
+    assert (tuned.decoder, tuned.num_threads, tuned.hw_decoder_load, tuned.dali_depth) == (
+        "ffcv",
+        3,
+        0.5,
+        0,
+    )
+    kept = with_tuning(
+        LoaderConfig(tuning_file=str(path), decoder="dali", num_threads=1), device=CPU
+    )
     assert (kept.decoder, kept.num_threads) == ("dali", 1)
     with pytest.raises(ConfigError, match="FFCV has only area"):
-        build_decoder(LoaderConfig(tuning_file=str(path)), view=VIEW, max_batch_size=1, local_world_size=1, device=CPU)
+        build_decoder(
+            LoaderConfig(tuning_file=str(path)),
+            view=VIEW,
+            max_batch_size=1,
+            local_world_size=1,
+            device=CPU,
+        )
 
 
 @pytest.mark.parametrize(

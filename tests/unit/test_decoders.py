@@ -52,7 +52,11 @@ def make_decoder(decoder_name):
         if decoder_name == "ffcv":  # its one filter
             view = view.model_copy(update={"interpolation": "area"})
         decoder = build_decoder(
-            LoaderConfig(decoder=decoder_name), view=view, max_batch_size=64, local_world_size=1, device=CPU
+            LoaderConfig(decoder=decoder_name),
+            view=view,
+            max_batch_size=64,
+            local_world_size=1,
+            device=CPU,
         )
         made.append(decoder)
         return decoder
@@ -69,12 +73,16 @@ def test_pixels_are_pillows(crops, make_decoder, decoder_name, interpolation):
     decoded = make_decoder(view).decode(as_arrays(crops), boxes)
     assert not decoded.bad
     assert decoded.pixels_BHW3.shape == (len(crops), 48, 64, 3)
-    plain = [decode_single(image, boxes.take(slice(i, i + 1)), view) for i, image in enumerate(as_arrays(crops))]
+    plain = [
+        decode_single(image, boxes.take(slice(i, i + 1)), view)
+        for i, image in enumerate(as_arrays(crops))
+    ]
     difference = np.abs(decoded.pixels_BHW3.numpy().astype(int) - np.stack(plain).astype(int))
     if decoder_name == "ffcv":  # averages over areas, and its JPEG transforms are the coarse ones
         assert difference.mean() < 4
         return
-    # Inverse cosine transforms and chroma upsampling may round differently; boxes, filters and flips may not.
+    # Inverse cosine transforms and chroma upsampling may round differently; boxes, filters and
+    # flips may not.
     assert difference.mean() < 0.5
     assert np.percentile(difference, 99.9) <= 8
 
@@ -82,8 +90,16 @@ def test_pixels_are_pillows(crops, make_decoder, decoder_name, interpolation):
 def test_area_is_opencvs_and_dali_names_the_alternatives(crops):
     view = ViewConfig(height=32, width=32, interpolation="area")
     with pytest.raises(ConfigError, match=r"bicubic and bilinear.*'turbo'"):
-        build_decoder(LoaderConfig(decoder="dali"), view=view, max_batch_size=1, local_world_size=1, device=CPU)
-    decoder = build_decoder(LoaderConfig(decoder="auto"), view=view, max_batch_size=8, local_world_size=1, device=CPU)
+        build_decoder(
+            LoaderConfig(decoder="dali"),
+            view=view,
+            max_batch_size=1,
+            local_world_size=1,
+            device=CPU,
+        )
+    decoder = build_decoder(
+        LoaderConfig(decoder="auto"), view=view, max_batch_size=8, local_world_size=1, device=CPU
+    )
     boxes = boxes_for(crops[:8], view)
     pixels_BHW3 = decoder.decode(as_arrays(crops[:8]), boxes).pixels_BHW3.numpy()
     decoder.close()
@@ -144,7 +160,9 @@ def test_cmyk_jpegs_are_read(crops, make_decoder):
     images = [reencoded(crops[20], "JPEG", "CMYK")]
     decoded = make_decoder(view).decode(as_arrays(images), boxes_for(images, view))
     assert not decoded.bad
-    plain = decode_single(np.frombuffer(crops[20], np.uint8), boxes_for(crops[20:21], view), view).astype(int)
+    plain = decode_single(
+        np.frombuffer(crops[20], np.uint8), boxes_for(crops[20:21], view), view
+    ).astype(int)
     assert np.abs(decoded.pixels_BHW3[0].numpy().astype(int) - plain).mean() < 6
 
 
@@ -165,7 +183,8 @@ def test_raw_pixels_are_cut_like_encoded_images(crops, make_decoder, decoder_nam
     raw = make_decoder(view).decode(images, boxes)
     assert not raw.bad
     difference = raw.pixels_BHW3.int() - encoded.pixels_BHW3.int()
-    # Pillow decoded the PNGs, and resized them: in ffcv with a filter that rounds the edges of areas to whole pixels.
+    # Pillow decoded the PNGs, and resized them: in ffcv with a filter that rounds the edges of
+    # areas to whole pixels.
     assert difference.abs().float().mean() < (2.5 if decoder_name == "ffcv" else 0.1)
 
 
@@ -181,7 +200,11 @@ def test_flips_mirror_whole_images(crops):
     for interpolation in ("area", "bicubic"):
         view = ViewConfig(height=40, width=40, crop="center", interpolation=interpolation)
         decoder = build_decoder(
-            LoaderConfig(decoder="turbo"), view=view, max_batch_size=2, local_world_size=1, device=CPU
+            LoaderConfig(decoder="turbo"),
+            view=view,
+            max_batch_size=2,
+            local_world_size=1,
+            device=CPU,
         )
         boxes = boxes_for([crops[0], crops[0]], view)
         boxes = dataclasses.replace(boxes, flips_B=np.array([False, True]))
@@ -206,12 +229,29 @@ def test_scratch_memory_of_a_large_image_is_given_back(photos):
 
 
 def damaged(image):
-    """Give copies of a JPEG that are cut or changed, as a bad disk or a broken transfer leaves them."""
+    """Give copies of a JPEG that are cut or changed, as a bad disk or a broken transfer leaves
+    them."""
     size = len(image)
-    cut = [image[:keep] for keep in (1, 3, 20, size // 4, size // 2, size - 40, size - 3, size - 2, size - 1)]
+    cut = [
+        image[:keep]
+        for keep in (1, 3, 20, size // 4, size // 2, size - 40, size - 3, size - 2, size - 1)
+    ]
     flipped = []
     # Into the header too: segment lengths, quantisation and Huffman tables, the frame, the scan.
-    for place in (5, 20, 90, 167, 177, 396, 428, 609, size // 3, size // 2, 2 * size // 3, size - 30):
+    for place in (
+        5,
+        20,
+        90,
+        167,
+        177,
+        396,
+        428,
+        609,
+        size // 3,
+        size // 2,
+        2 * size // 3,
+        size - 30,
+    ):
         changed = bytearray(image)
         changed[place] ^= 0x55
         flipped.append(bytes(changed))
@@ -234,7 +274,8 @@ def test_every_decoder_gives_up_on_the_same_damaged_images(crops, make_decoder):
 
 
 def test_dali_never_sees_a_jpeg_whose_header_is_damaged(crops):
-    # It has ended the whole process on such images: no test could catch that, so what it is given is looked at.
+    # It has ended the whole process on such images: no test could catch that, so what it is given
+    # is looked at.
     good = np.frombuffer(crops[0], np.uint8)
     assert _route(good) == "encoded"
     refused = 0
@@ -247,4 +288,8 @@ def test_dali_never_sees_a_jpeg_whose_header_is_damaged(crops):
             refused += 1
             assert _route(changed) == "pillow"
     assert refused > 20
-    assert [_route(image) for image in (good[:-2], good[:0], as_raw(crops[0]))] == ["pillow", "pillow", "raw"]
+    assert [_route(image) for image in (good[:-2], good[:0], as_raw(crops[0]))] == [
+        "pillow",
+        "pillow",
+        "raw",
+    ]

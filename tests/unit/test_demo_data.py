@@ -10,7 +10,15 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import ConfigError, DataError
-from train.demo.pictures import MARKER, PHOTOS, CropPlan, boxes, cut_photos, photo_path, split_folder
+from train.demo.pictures import (
+    MARKER,
+    PHOTOS,
+    CropPlan,
+    boxes,
+    cut_photos,
+    photo_path,
+    split_folder,
+)
 
 
 @pytest.mark.parametrize(("width", "height"), [(640, 427), (427, 640), (512, 512), (400, 300)])

@@ -48,11 +48,17 @@ def test_srun_is_read() -> None:
 
 def test_srun_of_uneven_nodes_gives_each_its_own_size() -> None:
     uneven = {**SRUN, "SLURM_STEP_TASKS_PER_NODE": "4,3(x2)", "SLURM_STEP_NUM_TASKS": "10"}
-    assert [find_place({**uneven, "SLURM_NODEID": node}).local_world_size for node in "012"] == [4, 3, 3]
+    assert [find_place({**uneven, "SLURM_NODEID": node}).local_world_size for node in "012"] == [
+        4,
+        3,
+        3,
+    ]
 
 
 def test_batch_script_outside_srun_is_a_world_of_one() -> None:
-    assert find_place({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}).world_size == 1
+    assert (
+        find_place({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}).world_size == 1
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Settings an engine refuses, the DeepSpeed configuration it renders, and what importing it costs."""
+"""Settings an engine refuses, the DeepSpeed configuration it renders, and what importing it
+costs."""
 
 from __future__ import annotations
 
@@ -45,7 +46,9 @@ def test_what_cannot_work_is_refused_before_anything_starts(
     engine: dict[str, Any], world_size: int, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_engine_settings(make_config(**engine), world=World(world_size=world_size, local_world_size=world_size))
+        check_engine_settings(
+            make_config(**engine), world=World(world_size=world_size, local_world_size=world_size)
+        )
 
 
 def test_all_problems_come_at_once() -> None:
@@ -77,8 +80,15 @@ def test_rendered_configuration_of_the_default_run() -> None:
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32", "autocast"])
 def test_exactly_one_precision_is_switched_on(precision: str) -> None:
     rendered = render_deepspeed_config(make_config(precision=precision), world_size=4)
-    on = [name for name in ("bf16", "fp16", "torch_autocast") if rendered.get(name, {}).get("enabled")]
-    assert on == {"bf16": ["bf16"], "fp16": ["fp16"], "fp32": [], "autocast": ["torch_autocast"]}[precision]
+    on = [
+        name for name in ("bf16", "fp16", "torch_autocast") if rendered.get(name, {}).get("enabled")
+    ]
+    assert (
+        on
+        == {"bf16": ["bf16"], "fp16": ["fp16"], "fp32": [], "autocast": ["torch_autocast"]}[
+            precision
+        ]
+    )
     assert "data_types" not in rendered  # no accumulation over micro-batches
 
 
@@ -128,13 +138,19 @@ def test_tensors_are_shared_out_evenly_and_alike_on_every_rank() -> None:
     model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(6)])
     table = list_tensors(model, parts=3)
     assert table == list_tensors(model, parts=3)
-    sizes = [sum(torch.Size(tensor.shape).numel() for tensor in table if tensor.part == part) for part in range(3)]
+    sizes = [
+        sum(torch.Size(tensor.shape).numel() for tensor in table if tensor.part == part)
+        for part in range(3)
+    ]
     assert sizes == [144, 144, 144]
 
 
 def test_a_step_before_all_micro_batches_is_a_mistake() -> None:
     engine = build_engine(
-        make_config(kind="torch", precision="fp32"), model=nn.Linear(2, 2), resume=None, world=World()
+        make_config(kind="torch", precision="fp32"),
+        model=nn.Linear(2, 2),
+        resume=None,
+        world=World(),
     )
     with pytest.raises(RuntimeError, match="after 0 micro-batches, expected grad_accum_steps 4"):
         engine.step(0.1)

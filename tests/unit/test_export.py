@@ -91,7 +91,9 @@ def test_a_pth_is_loadable_without_unpickling_objects(saved: SavedModel, tmp_pat
         ({"to": "timm", "patch_size": 16}, "detectron2"),
     ],
 )
-def test_what_a_library_cannot_take_is_refused_before_writing(saved: SavedModel, tmp_path: Path, options, part):
+def test_what_a_library_cannot_take_is_refused_before_writing(
+    saved: SavedModel, tmp_path: Path, options, part
+):
     with pytest.raises(ConfigError, match=part):
         export(saved, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
@@ -100,10 +102,14 @@ def test_what_a_library_cannot_take_is_refused_before_writing(saved: SavedModel,
 def test_hf_settings_say_what_the_model_is(saved: SavedModel, tmp_path: Path):
     files = export(saved, tmp_path, to="hf")
     settings = json.loads(files[1].read_text())
-    assert (settings["hidden_size"], settings["patch_size"], settings["layer_norm_eps"]) == (32, 8, 1e-6)
+    assert (settings["hidden_size"], settings["patch_size"], settings["layer_norm_eps"]) == (
+        32,
+        8,
+        1e-6,
+    )
 
 
-# ------------------------------------------------------------------------------------------------ pictures
+# ----------------------------------------------------------------------------------------- pictures
 
 
 def test_raw_losses_average_to_the_models_own_loss_on_plain_pixels(saved: SavedModel):
@@ -132,7 +138,10 @@ def test_pictures_are_drawn_for_any_number_of_images(saved: SavedModel, tmp_path
     visible = completion.masked_BCHW == completion.original_BCHW
     assert visible.float().mean() > 0.2
     draw_reconstruction(tmp_path / "r.png", completion, title="test")
-    draw_loss(tmp_path / "l.png", [{"step": 1, "loss": 2.0, "lr": 0.1}, {"step": 2, "loss": None, "lr": 0.1}])
+    draw_loss(
+        tmp_path / "l.png",
+        [{"step": 1, "loss": 2.0, "lr": 0.1}, {"step": 2, "loss": None, "lr": 0.1}],
+    )
     for name in ("r.png", "l.png"):
         with Image.open(tmp_path / name) as picture:
             assert picture.format == "PNG"
@@ -148,7 +157,9 @@ def test_display_undoes_the_normalisation():
     from pipeline.config import IMAGENET_MEAN, IMAGENET_STD
 
     pixels = torch.rand(2, 3, 4, 4)
-    normalised = (pixels - torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(IMAGENET_STD).view(3, 1, 1)
+    normalised = (pixels - torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(
+        IMAGENET_STD
+    ).view(3, 1, 1)
     torch.testing.assert_close(to_display(normalised), pixels)
 
 
@@ -160,7 +171,7 @@ def test_spread_ids_stay_inside_and_do_not_repeat():
         assert ids.max() < num_samples
 
 
-# ------------------------------------------------------------------------------------------------ neighbours
+# --------------------------------------------------------------------------------------- neighbours
 
 
 def unit(*rows: tuple[float, float]) -> torch.Tensor:

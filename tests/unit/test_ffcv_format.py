@@ -1,4 +1,5 @@
-"""Betons: the same samples as in tars, byte for byte, there and back; and what a damaged or foreign one is met with."""
+"""Betons: the same samples as in tars, byte for byte, there and back; and what a damaged or foreign
+one is met with."""
 
 from __future__ import annotations
 
@@ -44,12 +45,18 @@ def files(folder: Path, ending: str) -> dict[str, bytes]:
 def write(path: Path, images: list[bytes], **settings: object) -> Path:
     with BetonWriter(str(path), **settings) as writer:
         for number, image in enumerate(images):
-            writer.add(f"{number:03d}", image, probe(image), label=number, metadata={"filename": f"ä {number}.jpg"})
+            writer.add(
+                f"{number:03d}",
+                image,
+                probe(image),
+                label=number,
+                metadata={"filename": f"ä {number}.jpg"},
+            )
         writer.close()
     return path
 
 
-# ---------------------------------------------------------------------------------------------- there and back
+# ----------------------------------------------------------------------------------- there and back
 
 
 def test_a_beton_dataset_is_the_tar_dataset(source: Path, tmp_path: Path) -> None:
@@ -57,13 +64,19 @@ def test_a_beton_dataset_is_the_tar_dataset(source: Path, tmp_path: Path) -> Non
     betons = open_dataset(str(make(source, tmp_path / "betons", format="ffcv", **FEW)))
     assert betons.info.format == "ffcv"
     assert betons.info.fingerprint == tars.info.fingerprint
-    assert [shard.content_hash for shard in betons.info.shards] == [shard.content_hash for shard in tars.info.shards]
+    assert [shard.content_hash for shard in betons.info.shards] == [
+        shard.content_hash for shard in tars.info.shards
+    ]
     assert betons.info.classes == tars.info.classes
     ids = np.arange(12)
     assert betons.keys(ids) == tars.keys(ids)
     assert betons.lookup(ids).labels_B.tolist() == tars.lookup(ids).labels_B.tolist()
     names = {path.name for path in (tmp_path / "betons").iterdir()}
-    assert names == {*(f"train-00000{n}.beton" for n in range(3)), "dataset.json", "manifest.parquet"}
+    assert names == {
+        *(f"train-00000{n}.beton" for n in range(3)),
+        "dataset.json",
+        "manifest.parquet",
+    }
     for key, row in zip(betons.keys(ids), range(12), strict=True):
         rows = betons.lookup(np.array([row]))
         data = (tmp_path / "betons" / betons.shard_name(int(rows.shards_B[0]))).read_bytes()
@@ -76,12 +89,18 @@ def test_conversion_between_containers_keeps_every_byte(source: Path, tmp_path: 
     betons = make(source, tmp_path / "betons", format="ffcv", **FEW)
     assert files(make(betons, tmp_path / "tars-again"), ".tar") == files(tars, ".tar")
     assert files(tmp_path / "tars-again", ".idx") == files(tars, ".idx")
-    assert files(make(tars, tmp_path / "betons-again", format="ffcv"), ".beton") == files(betons, ".beton")
+    assert files(make(tars, tmp_path / "betons-again", format="ffcv"), ".beton") == files(
+        betons, ".beton"
+    )
 
 
-def test_a_dataset_may_be_cut_into_other_shards_or_lose_its_labels(source: Path, tmp_path: Path) -> None:
+def test_a_dataset_may_be_cut_into_other_shards_or_lose_its_labels(
+    source: Path, tmp_path: Path
+) -> None:
     tars = make(source, tmp_path / "tars", **FEW)
-    other = open_dataset(str(make(tars, tmp_path / "other", format="ffcv", samples_per_shard=7, labels="none")))
+    other = open_dataset(
+        str(make(tars, tmp_path / "other", format="ffcv", samples_per_shard=7, labels="none"))
+    )
     assert other.shard_sizes.tolist() == [7, 5]
     assert other.keys(np.arange(12)) == open_dataset(str(tars)).keys(np.arange(12))
     assert set(other.lookup(np.arange(12)).labels_B.tolist()) == {-1}
@@ -96,7 +115,7 @@ def test_the_bytes_depend_on_the_samples_alone(source: Path, tmp_path: Path) -> 
     assert files(alone, "") == files(tmp_path / "together", "")
 
 
-# ---------------------------------------------------------------------------------------------- raw pixels
+# --------------------------------------------------------------------------------------- raw pixels
 
 
 def test_raw_mode_stores_the_pixels(source: Path, tmp_path: Path) -> None:
@@ -121,7 +140,9 @@ def test_raw_mode_stores_the_pixels(source: Path, tmp_path: Path) -> None:
 
 def test_smart_mode_stores_small_images_raw(source: Path, tmp_path: Path) -> None:
     limit = 64 * 80 * 3
-    folder = make(source, tmp_path / "smart", format="ffcv", write_mode="smart", smart_threshold_bytes=limit)
+    folder = make(
+        source, tmp_path / "smart", format="ffcv", write_mode="smart", smart_threshold_bytes=limit
+    )
     table = open_dataset(str(folder)).shard_table(0)
     small = table.widths * table.heights * 3 <= limit
     assert 0 < small.sum() < len(small)
@@ -131,13 +152,17 @@ def test_smart_mode_stores_small_images_raw(source: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("write_mode", ["jpg", "raw"])
 def test_the_longer_side_can_be_limited(source: Path, tmp_path: Path, write_mode: str) -> None:
-    folder = make(source, tmp_path / "small", format="ffcv", write_mode=write_mode, max_resolution=50)
+    folder = make(
+        source, tmp_path / "small", format="ffcv", write_mode=write_mode, max_resolution=50
+    )
     table = open_dataset(str(folder)).shard_table(0)
     assert set(np.maximum(table.widths, table.heights)) == {50}
     assert not verify(str(folder), full=True).problems
 
 
-def test_what_ffcv_cannot_read_is_left_out_and_named(tmp_path: Path, photos: dict[str, bytes]) -> None:
+def test_what_ffcv_cannot_read_is_left_out_and_named(
+    tmp_path: Path, photos: dict[str, bytes]
+) -> None:
     (tmp_path / "src").mkdir()
     image = Image.open(io.BytesIO(photos["chelsea"])).crop((0, 0, 64, 48))
     image.save(tmp_path / "src" / "a.png")
@@ -147,26 +172,41 @@ def test_what_ffcv_cannot_read_is_left_out_and_named(tmp_path: Path, photos: dic
     as_they_are = open_dataset(str(make(tmp_path / "src", tmp_path / "jpg", format="ffcv")))
     assert sorted(as_they_are.keys(np.arange(2))) == ["c", "d"]
     assert as_they_are.info.num_samples == 2
-    resized = open_dataset(str(make(tmp_path / "src", tmp_path / "resized", format="ffcv", resize=40)))
+    resized = open_dataset(
+        str(make(tmp_path / "src", tmp_path / "resized", format="ffcv", resize=40))
+    )
     assert resized.info.num_samples == 4
-    raw = open_dataset(str(make(tmp_path / "src", tmp_path / "raw", format="ffcv", write_mode="raw")))
+    raw = open_dataset(
+        str(make(tmp_path / "src", tmp_path / "raw", format="ffcv", write_mode="raw"))
+    )
     assert raw.info.num_samples == 4
 
 
-def test_settings_of_betons_are_refused_for_tars(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_of_betons_are_refused_for_tars(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert convert_main([str(tmp_path), str(tmp_path / "x"), "--write-mode", "raw"]) == 2
     assert "write_mode 'raw' is for the format ffcv" in capsys.readouterr().err
-    assert convert_main([str(tmp_path), str(tmp_path / "x"), "--format", "ffcv", "--smart-threshold", "big"]) == 2
+    assert (
+        convert_main(
+            [str(tmp_path), str(tmp_path / "x"), "--format", "ffcv", "--smart-threshold", "big"]
+        )
+        == 2
+    )
     assert "--smart-threshold 'big' is no size" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------- layout
+# ------------------------------------------------------------------------------------------- layout
 
 
-def test_a_sample_lies_in_one_page_and_large_ones_make_pages_larger(tmp_path: Path, crops: list[bytes]) -> None:
+def test_a_sample_lies_in_one_page_and_large_ones_make_pages_larger(
+    tmp_path: Path, crops: list[bytes]
+) -> None:
     small = write(tmp_path / "small.beton", crops[:3])
     assert np.fromfile(small, beton.HEADER, 1)["page_size"] == 2**23
-    pixels = np.arange(1000 * 900 * 3, dtype=np.uint32).astype(np.uint8)  # 2.7 MB: more than the smallest page
+    pixels = np.arange(1000 * 900 * 3, dtype=np.uint32).astype(
+        np.uint8
+    )  # 2.7 MB: more than the smallest page
     with BetonWriter(str(tmp_path / "large.beton"), page_bytes=2**21) as writer:
         for number in range(4):
             writer.add(str(number), pixels.tobytes(), Probe("raw", 1000, 900, "RGB"))
@@ -208,11 +248,12 @@ def test_the_writer_refuses_what_cannot_be_read_back(tmp_path: Path, crops: list
     assert not list(tmp_path.iterdir())
 
 
-# ---------------------------------------------------------------------------------------------- other people's
+# ----------------------------------------------------------------------------------- other people's
 
 
 def foreign(path: Path, crops: list[bytes], fields: tuple[tuple[str, int], ...]) -> Path:
-    """Write a beton as another program might: fields of any names and kinds, samples out of order in the file."""
+    """Write a beton as another program might: fields of any names and kinds, samples out of order
+    in the file."""
     page, count = 2**21, len(crops)
     dtype = beton.row_dtype([kind for _, kind in fields])
     rows = np.zeros(count, dtype)
@@ -248,7 +289,9 @@ def test_betons_made_elsewhere_are_read(tmp_path: Path, crops: list[bytes]) -> N
     assert [tuple(pair) for pair in zip(found.table.widths, found.table.heights, strict=True)] == [
         Image.open(io.BytesIO(image)).size for image in crops[:4]
     ]
-    named = index_shard(str(foreign(tmp_path / "b.beton", crops[:4], (("image", 2), ("id", beton.BYTES)))))
+    named = index_shard(
+        str(foreign(tmp_path / "b.beton", crops[:4], (("image", 2), ("id", beton.BYTES))))
+    )
     assert named.table.keys == ["name0", "name1", "name2", "name3"]
     assert named.table.labels.tolist() == [-1] * 4
 
@@ -271,7 +314,9 @@ def test_a_folder_of_betons_is_a_dataset(tmp_path: Path, crops: list[bytes]) -> 
         open_dataset(str(folder), cache_dir=tmp_path / "cache2")
 
 
-def test_a_beton_that_lies_about_an_image_has_a_bad_sample(tmp_path: Path, crops: list[bytes]) -> None:
+def test_a_beton_that_lies_about_an_image_has_a_bad_sample(
+    tmp_path: Path, crops: list[bytes]
+) -> None:
     path = write(tmp_path / "a.beton", crops[:3])
     data = bytearray(path.read_bytes())
     row = beton.row_dtype([kind for _, kind in beton.OUR_FIELDS])
@@ -306,7 +351,13 @@ def test_what_is_no_beton_is_refused(tmp_path: Path, crops: list[bytes]) -> None
     with pytest.raises(DataError, match="field 'image' is of a custom kind"):
         index_shard(str(tmp_path / "z.beton"))
     with pytest.raises(DataError, match="no image field"):
-        index_shard(str(foreign(tmp_path / "w.beton", crops[:1], (("label", beton.INT), ("id", beton.BYTES)))))
+        index_shard(
+            str(
+                foreign(
+                    tmp_path / "w.beton", crops[:1], (("label", beton.INT), ("id", beton.BYTES))
+                )
+            )
+        )
     with pytest.raises(DataError, match="the format 'zarr' is not one of"):
         suffix_of("zarr")
 
@@ -324,9 +375,23 @@ def test_verification_finds_a_changed_image_in_a_beton(source: Path, tmp_path: P
     assert {problem.key for problem in problems} == {"", table.keys[2]}
 
 
-def test_the_command_line_makes_betons(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    args = [str(source), str(tmp_path / "b"), "--format", "ffcv", "--max-resolution", "60", "--json", "--workers", "1"]
+def test_the_command_line_makes_betons(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = [
+        str(source),
+        str(tmp_path / "b"),
+        "--format",
+        "ffcv",
+        "--max-resolution",
+        "60",
+        "--json",
+        "--workers",
+        "1",
+    ]
     assert convert_main(args) == 0
     made = json.loads(capsys.readouterr().out)
     assert made["num_samples"] == 12
-    assert open_dataset(str(tmp_path / "b")).info.made_by["plan"]["settings"]["max_resolution"] == 60
+    assert (
+        open_dataset(str(tmp_path / "b")).info.made_by["plan"]["settings"]["max_resolution"] == 60
+    )

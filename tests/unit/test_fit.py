@@ -1,4 +1,5 @@
-"""Estimates of a rank's memory: known numbers, what sharding and recomputing take away, and the recommendation."""
+"""Estimates of a rank's memory: known numbers, what sharding and recomputing take away, and the
+recommendation."""
 
 from __future__ import annotations
 
@@ -35,11 +36,17 @@ def make_config(size: str = "vit_b_16", *, micro_batch_size: int = 64, **engine:
     )
 
 
-def estimate(config: RunConfig, *, world_size: int = 1, stage: Any = 1, mode: Any = "none") -> MemoryEstimate:
-    return estimate_memory(config, world_size=world_size, zero_stage=stage, encoder=mode, decoder=mode)
+def estimate(
+    config: RunConfig, *, world_size: int = 1, stage: Any = 1, mode: Any = "none"
+) -> MemoryEstimate:
+    return estimate_memory(
+        config, world_size=world_size, zero_stage=stage, encoder=mode, decoder=mode
+    )
 
 
-@pytest.mark.parametrize(("size", "gb"), [("vit_b_16", 1.56), ("vit_l_16", 4.60), ("vit_h_14", 9.18)])
+@pytest.mark.parametrize(
+    ("size", "gb"), [("vit_b_16", 1.56), ("vit_l_16", 4.60), ("vit_h_14", 9.18)]
+)
 def test_state_in_bf16_is_fourteen_bytes_a_parameter(size: str, gb: float):
     memory = estimate(make_config(size))
     assert (memory.weights + memory.optimizer) / 1e9 == pytest.approx(gb, rel=0.005)
@@ -55,7 +62,9 @@ def test_each_stage_shards_what_it_says(stage: int):
     if stage:  # gradients and their fp32 sums
         assert eight.gradients == pytest.approx(6 * trained / (8 if stage >= 2 else 1), rel=1e-6)
     # DeepSpeed's default leaves the weights of a model of this size gathered.
-    assert eight.weights == pytest.approx(2 * trained * (1 + (1 / 8 if stage == 3 else 0)), rel=1e-6)
+    assert eight.weights == pytest.approx(
+        2 * trained * (1 + (1 / 8 if stage == 3 else 0)), rel=1e-6
+    )
     assert eight.activations == one.activations
 
 
@@ -69,7 +78,10 @@ def test_fp32_copies_of_gradients_are_whole_only_where_micro_batches_are_summed(
 def test_fp32_keeps_no_masters_at_stage_0():
     trained = parameter_counts(SIZES["vit_b_16"]).trainable
     config = make_config(precision="fp32")
-    assert (estimate(config, stage=0).weights, estimate(config, stage=0).optimizer) == (4 * trained, 8 * trained)
+    assert (estimate(config, stage=0).weights, estimate(config, stage=0).optimizer) == (
+        4 * trained,
+        8 * trained,
+    )
     assert estimate(config, stage=1).optimizer == 12 * trained
 
 
@@ -85,7 +97,9 @@ def test_activations_are_those_of_one_micro_batch_and_recomputing_keeps_one_bloc
     assert estimate(config).activations == 32 * (activation_bytes(model) + images)
     full = estimate(config, mode="full").activations
     kept = activation_bytes(model, encoder="full", decoder="full")
-    block = (activation_bytes(model) - activation_bytes(model, decoder="full")) // model.decoder_depth
+    block = (
+        activation_bytes(model) - activation_bytes(model, decoder="full")
+    ) // model.decoder_depth
     assert full == 32 * (kept + block + images)
     assert full < estimate(config, mode="selective").activations < estimate(config).activations
 
@@ -116,7 +130,9 @@ def test_the_fastest_that_fits_is_recommended():
 
 
 def test_fp16_has_no_stage_0():
-    assert {choice.zero_stage for choice in list_choices(make_config(precision="fp16"), world_size=2)} == {1, 2, 3}
+    assert {
+        choice.zero_stage for choice in list_choices(make_config(precision="fp16"), world_size=2)
+    } == {1, 2, 3}
 
 
 def test_the_text_names_every_stage_and_the_settings_to_use():

@@ -15,7 +15,7 @@ from train.loop.guard import HISTORY_NEEDED, SkipGuard, SpikeGuard
 from train.loop.replicas import checksums, find_differing
 from train.process.world import World
 
-# ------------------------------------------------------------------------------------------------ skipped steps
+# ------------------------------------------------------------------------------------ skipped steps
 
 
 def test_the_run_goes_back_after_so_many_in_a_row_and_stops_after_so_many_times():
@@ -41,7 +41,8 @@ class Output(NamedTuple):
 
 
 class Overflowing(nn.Module):
-    """A squared error that overflows in fp32 where its gradient, the mean of the errors, does not."""
+    """A squared error that overflows in fp32 where its gradient, the mean of the errors, does
+    not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +53,9 @@ class Overflowing(nn.Module):
 
 
 @pytest.mark.parametrize(("error", "skipped"), [(1.0, 0), (1e18, 0), (3e19, 1), (math.nan, 1)])
-def test_a_loss_that_is_not_finite_is_a_skipped_step_even_if_its_gradient_is(error: float, skipped: int):
+def test_a_loss_that_is_not_finite_is_a_skipped_step_even_if_its_gradient_is(
+    error: float, skipped: int
+):
     config = RunConfig.model_validate(
         {
             "train": {"steps": 2, "global_batch_size": 2, "micro_batch_size": 2},
@@ -72,13 +75,20 @@ def test_a_loss_that_is_not_finite_is_a_skipped_step_even_if_its_gradient_is(err
         assert torch.isfinite(weight.grad).all()
 
 
-# ------------------------------------------------------------------------------------------------ spikes
+# ------------------------------------------------------------------------------------------- spikes
 
 
 def test_a_spike_is_told_once_and_does_not_become_the_usual():
     guard = SpikeGuard(factor=2.0)
     assert not any(guard.begins(1.0 + 0.1 * (number % 2)) for number in range(10))
-    assert [guard.begins(loss) for loss in (1.9, 2.5, 9.0, 2.5, 1.0, 2.5)] == [False, True, False, False, False, True]
+    assert [guard.begins(loss) for loss in (1.9, 2.5, 9.0, 2.5, 1.0, 2.5)] == [
+        False,
+        True,
+        False,
+        False,
+        False,
+        True,
+    ]
     assert guard.usual_loss < 1.2
 
 
@@ -91,7 +101,7 @@ def test_the_first_lines_and_those_that_are_not_finite_are_no_spikes():
     assert not any(off.begins(loss) for loss in [1.0] * 10 + [1e9])
 
 
-# ------------------------------------------------------------------------------------------------ replicas
+# ----------------------------------------------------------------------------------------- replicas
 
 
 def make_model() -> nn.Module:
@@ -131,5 +141,7 @@ def test_values_that_changed_places_are_found():
         ([[1, 2], [1, 2], [1, 3], [1, 3]], [1], []),
     ],
 )
-def test_the_rank_outside_the_majority_is_named(sums: list[list[int]], tensors: list[int], ranks: list[int]):
+def test_the_rank_outside_the_majority_is_named(
+    sums: list[list[int]], tensors: list[int], ranks: list[int]
+):
     assert find_differing(sums) == (tensors, ranks)

@@ -1,4 +1,5 @@
-"""The house keeps its rules: one root, arrows, pure modules, clean text, strict markers, an honest set-up script."""
+"""The house keeps its rules: one root, arrows, pure modules, clean text, strict markers, an honest
+set-up script."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ from PIL import Image
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("pipeline", "model", "train", "deploy")
 SETTINGS = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
-CONTRACTS = {contract["name"]: contract for contract in SETTINGS["tool"]["importlinter"]["contracts"]}
+CONTRACTS = {
+    contract["name"]: contract for contract in SETTINGS["tool"]["importlinter"]["contracts"]
+}
 PURE_CONTRACT = "What lays out a run needs neither torch nor DALI"
 
 
@@ -32,12 +35,14 @@ def run_python(code: str, *, cwd: Path, path: str = "") -> str:
     """Run code in a fresh interpreter and give what it printed."""
     environment = {**os.environ, "PYTHONPATH": path}
     command = [sys.executable, "-c", textwrap.dedent(code)]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-# ---------------------------------------------------------------------------------------------- packages
+# ----------------------------------------------------------------------------------------- packages
 
 
 def test_packages_come_from_the_repository_wherever_they_are_imported(tmp_path: Path) -> None:
@@ -47,7 +52,9 @@ def test_packages_come_from_the_repository_wherever_they_are_imported(tmp_path: 
         print(json.dumps([find_spec(name).origin for name in {PACKAGES}]))
     """
     origins = json.loads(run_python(code, cwd=tmp_path))
-    assert [Path(origin) for origin in origins] == [REPOSITORY / name / "__init__.py" for name in PACKAGES]
+    assert [Path(origin) for origin in origins] == [
+        REPOSITORY / name / "__init__.py" for name in PACKAGES
+    ]
 
 
 def test_editable_install_is_one_plain_path() -> None:
@@ -65,12 +72,14 @@ def test_distribution_lists_every_package_and_cannot_be_uploaded() -> None:
 
 
 def test_torch_is_the_pinned_one() -> None:
-    pinned = re.search(r"^torch==(\S+)$", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE)
+    pinned = re.search(
+        r"^torch==(\S+)$", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE
+    )
     assert pinned
     assert metadata.version("torch").split("+")[0] == pinned[1]
 
 
-# ---------------------------------------------------------------------------------------------- arrows
+# ------------------------------------------------------------------------------------------- arrows
 
 
 def copy_packages(destination: Path) -> None:
@@ -183,7 +192,11 @@ def test_no_import_circle_between_files() -> None:
     files = {}
     for package in PACKAGES:
         for path in (REPOSITORY / package).rglob("*.py"):
-            files[".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")] = path
+            files[
+                ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(
+                    ".__init__"
+                )
+            ] = path
     faces = {name for name, path in files.items() if path.name == "__init__.py"}
     arrows: dict[str, set[str]] = {}
     for name, path in files.items():
@@ -212,7 +225,9 @@ def pure_modules() -> Iterator[str]:
             yield name
             continue
         for path in sorted(folder.rglob("*.py")):
-            yield ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+            yield ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(
+                ".__init__"
+            )
 
 
 def test_pure_modules_load_no_torch(tmp_path: Path) -> None:
@@ -228,12 +243,14 @@ def test_pure_modules_load_no_torch(tmp_path: Path) -> None:
     run_python(code, cwd=tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------- text
+# --------------------------------------------------------------------------------------------- text
 
 
 def tracked_files() -> list[Path]:
     command = ["git", "ls-files", "-z"]
-    names = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    names = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout
     files = [REPOSITORY / name for name in names.split("\0") if name]
     return [path for path in files if path.is_file()]  # a file may be deleted and not yet committed
 
@@ -270,16 +287,19 @@ def test_test_files_have_unique_names() -> None:
     assert sorted(set(names)) == sorted(names)
 
 
-# ---------------------------------------------------------------------------------------------- tests of the tests
+# ------------------------------------------------------------------------------- tests of the tests
 
 
 @pytest.fixture(scope="module")
 def inner_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Run pytest with the project's settings and fixtures on tests that break the rules; give folder and output."""
+    """Run pytest with the project's settings and fixtures on tests that break the rules; give
+    folder and output."""
     folder = tmp_path_factory.mktemp("inner")
     conftest = (REPOSITORY / "tests/conftest.py").read_text()
     assert "CHILD_EXIT_LIMIT_S = 10.0" in conftest
-    (folder / "conftest.py").write_text(conftest.replace("CHILD_EXIT_LIMIT_S = 10.0", "CHILD_EXIT_LIMIT_S = 0.2"))
+    (folder / "conftest.py").write_text(
+        conftest.replace("CHILD_EXIT_LIMIT_S = 10.0", "CHILD_EXIT_LIMIT_S = 0.2")
+    )
     (folder / "test_marker.py").write_text("import pytest\n@pytest.mark.gpus\ndef test_a(): pass\n")
     text = """
         import subprocess, sys
@@ -293,7 +313,15 @@ def inner_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
             subprocess.run([sys.executable, "-c", ""], check=True)
     """
     (folder / "test_processes.py").write_text(textwrap.dedent(text))
-    command = [sys.executable, "-m", "pytest", "-c", str(REPOSITORY / "pyproject.toml"), "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-c",
+        str(REPOSITORY / "pyproject.toml"),
+        "-p",
+        "no:cacheprovider",
+    ]
     command += ["--continue-on-collection-errors", "--rootdir", str(folder), str(folder)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     return folder, done.stdout
@@ -329,7 +357,9 @@ def test_class_folder_holds_every_class_and_varied_sizes(class_folder: Path) -> 
     assert len(sizes) >= 4
 
 
-def test_make_class_folder_refuses_more_crops_than_a_photograph_holds(make_class_folder: Callable[..., Path]) -> None:
+def test_make_class_folder_refuses_more_crops_than_a_photograph_holds(
+    make_class_folder: Callable[..., Path],
+) -> None:
     with pytest.raises(ValueError, match="disjoint crops"):
         make_class_folder(num_classes=1, per_class=1000)
 
@@ -344,15 +374,28 @@ def test_s3_server_stores_and_serves(s3_bucket: str) -> None:
     assert client.get_object(Bucket=bucket, Key="a", Range="bytes=2-4")["Body"].read() == b"234"
 
 
-# ---------------------------------------------------------------------------------------------- set-up script
+# ------------------------------------------------------------------------------------ set-up script
 
-SETUP_TOOLS = ("bash", "cat", "cut", "dirname", "env", "flock", "grep", "head", "id", "ls", "mktemp")
+SETUP_TOOLS = (
+    "bash",
+    "cat",
+    "cut",
+    "dirname",
+    "env",
+    "flock",
+    "grep",
+    "head",
+    "id",
+    "ls",
+    "mktemp",
+)
 SETUP_TOOLS += ("paste", "rm", "sed", "sha256sum", "tr")
 
 
 @pytest.fixture
 def bare_root(tmp_path: Path) -> Path:
-    """Give a copy of what the set-up script reads, beside a folder `bin` that holds coreutils and nothing else."""
+    """Give a copy of what the set-up script reads, beside a folder `bin` that holds coreutils and
+    nothing else."""
     root = tmp_path / "root"
     (root / "deploy").mkdir(parents=True)
     for name in ("deploy/setup.sh", "pyproject.toml", "constraints.txt"):
@@ -366,11 +409,17 @@ def bare_root(tmp_path: Path) -> Path:
 
 
 def run_setup(root: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    # No `make`, no compiler, no apt-get on PATH: what gets past the check that is meant can install nothing.
+    # No `make`, no compiler, no apt-get on PATH: what gets past the check that is meant can install
+    # nothing.
     environment = {"PATH": str(root.parent / "bin"), "HOME": str(root.parent), **environment}
     command = [str(root / "deploy/setup.sh")]
     return subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+        command,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
     )
 
 
@@ -404,7 +453,9 @@ def test_setup_without_ffcv_asks_for_no_opencv(bare_root: Path) -> None:
     assert "pkg-config" not in done.stderr
 
 
-def test_setup_does_nothing_where_the_stamp_fits_and_everything_where_it_does_not(bare_root: Path) -> None:
+def test_setup_does_nothing_where_the_stamp_fits_and_everything_where_it_does_not(
+    bare_root: Path,
+) -> None:
     binaries = bare_root / ".venv/bin"
     binaries.mkdir(parents=True)
     (binaries / "python").symlink_to(base_python())
@@ -413,7 +464,8 @@ def test_setup_does_nothing_where_the_stamp_fits_and_everything_where_it_does_no
         [
             "bash",
             "-c",
-            f"source <(sed '/^main /d' {bare_root}/deploy/setup.sh); ROOT={bare_root}; VENV=$ROOT/.venv; fingerprint",
+            f"source <(sed '/^main /d' {bare_root}/deploy/setup.sh); ROOT={bare_root}; "
+            "VENV=$ROOT/.venv; fingerprint",
         ],
         capture_output=True,
         text=True,
@@ -432,7 +484,7 @@ def test_setup_does_nothing_where_the_stamp_fits_and_everything_where_it_does_no
     assert run_setup(bare_root).returncode == 0
 
 
-# ---------------------------------------------------------------------------------------------- make
+# --------------------------------------------------------------------------------------------- make
 
 
 def make_targets() -> set[str]:
@@ -441,7 +493,9 @@ def make_targets() -> set[str]:
 
 def test_make_lists_every_target_and_promises_only_modules_that_exist() -> None:
     text = (REPOSITORY / "Makefile").read_text()
-    done = subprocess.run(["make", "help"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["make", "help"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
     for target in make_targets():
         assert f"make {target} " in done.stdout
     for module in re.findall(r"\$\(PY\) -m ((?:pipeline|train|deploy)\.\w+)", text):

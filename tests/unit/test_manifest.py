@@ -45,16 +45,22 @@ def make_table(seed: int, rows: int) -> ShardTable:
 def write(uri: str, counts: list[int], **options: int) -> tuple[DatasetInfo, list[ShardTable]]:
     tables = [make_table(seed, rows) for seed, rows in enumerate(counts)]
     shards = [
-        FinishedShard(f"train-{s:06d}.tar", int(table.offsets[-1] + table.sizes[-1]), f"{s:064x}", table)
+        FinishedShard(
+            f"train-{s:06d}.tar", int(table.offsets[-1] + table.sizes[-1]), f"{s:064x}", table
+        )
         for s, table in enumerate(tables)
     ]
-    info = write_dataset(uri, shards=shards, name="train", container="webdataset", classes=["a", "b"], **options)
+    info = write_dataset(
+        uri, shards=shards, name="train", container="webdataset", classes=["a", "b"], **options
+    )
     return info, tables
 
 
 @pytest.fixture(params=["local", "memory"])
 def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(tmp_path / "set") if request.param == "local" else f"memory://manifest-{tmp_path.name}"
+    return (
+        str(tmp_path / "set") if request.param == "local" else f"memory://manifest-{tmp_path.name}"
+    )
 
 
 COUNTS = [5, 1, 7, 3, 11]
@@ -75,7 +81,16 @@ def test_every_sample_is_found_again(uri: str, shards_per_file: int) -> None:
         s = int(np.searchsorted(np.cumsum(COUNTS), sample_id, side="right"))
         i = sample_id - int(np.sum(COUNTS[:s]))
         assert (rows.shards_B[b], rows.indices_B[b]) == (s, i)
-        for name in ("offsets", "sizes", "labels", "widths", "heights", "hashes", "formats", "modes"):
+        for name in (
+            "offsets",
+            "sizes",
+            "labels",
+            "widths",
+            "heights",
+            "hashes",
+            "formats",
+            "modes",
+        ):
             assert getattr(rows, f"{name}_B")[b] == getattr(tables[s], name)[i], name
         assert keys[b] == tables[s].keys[i]
     assert [column.dtype.name for column in (rows.offsets_B, rows.labels_B, rows.hashes_B)] == [
@@ -135,28 +150,51 @@ def test_a_manifest_may_be_sent_to_another_process(uri: str) -> None:
     assert again.shard_table(3).keys == found.shard_table(3).keys
 
 
-# ------------------------------------------------------------------------------------------------ hashes
+# ------------------------------------------------------------------------------------------- hashes
 
 
 def test_the_content_hash_knows_every_column_but_the_place() -> None:
     table = make_table(0, 4)
     base = table.content_hash()
-    fields = {name: getattr(table, name) for name in ("offsets", "sizes", "labels", "widths", "heights", "hashes")}
+    fields = {
+        name: getattr(table, name)
+        for name in ("offsets", "sizes", "labels", "widths", "heights", "hashes")
+    }
     for name, values in fields.items():
         changed = values.copy()
         changed[2] += 1
-        other = ShardTable(**{**fields, name: changed}, formats=table.formats, modes=table.modes, key_source=table.keys)
+        other = ShardTable(
+            **{**fields, name: changed},
+            formats=table.formats,
+            modes=table.modes,
+            key_source=table.keys,
+        )
         assert (other.content_hash() == base) == (name in ("offsets", "sizes")), name
-    renamed = ShardTable(**fields, formats=table.formats, modes=table.modes, key_source=[*table.keys[:3], "other"])
+    renamed = ShardTable(
+        **fields, formats=table.formats, modes=table.modes, key_source=[*table.keys[:3], "other"]
+    )
     assert renamed.content_hash() != base
 
 
 def test_the_content_hash_is_pinned() -> None:
     builder = TableBuilder()
-    builder.add("a/b", offset=512, size=10, label=3, width=4, height=5, image_format="jpeg", mode="RGB", xxh3=6)
+    builder.add(
+        "a/b",
+        offset=512,
+        size=10,
+        label=3,
+        width=4,
+        height=5,
+        image_format="jpeg",
+        mode="RGB",
+        xxh3=6,
+    )
     builder.add("ü", offset=2048, size=10, xxh3=2**64 - 1)
     assert builder.build().content_hash() == "db8adbda1850f7f6c5358ee0e8393bc5"
-    assert fingerprint_of(["a", "b"]) == "911169ddaaf146aff539f58c26c489af3b892dff0fe283c1c264c65ae5aa59a2"
+    assert (
+        fingerprint_of(["a", "b"])
+        == "911169ddaaf146aff539f58c26c489af3b892dff0fe283c1c264c65ae5aa59a2"
+    )
 
 
 def test_diff_names_the_shards() -> None:
@@ -169,7 +207,7 @@ def test_diff_names_the_shards() -> None:
     assert diff(first, first) == []
 
 
-# ------------------------------------------------------------------------------------------------ damage
+# ------------------------------------------------------------------------------------------- damage
 
 
 def test_a_folder_without_a_dataset_says_what_is_there(tmp_path: Path) -> None:
@@ -261,10 +299,16 @@ def test_a_manifest_of_other_counts_is_an_error(tmp_path: Path) -> None:
 def test_the_description_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     put, write_atomic = storage.put_file, storage.write_atomic
-    monkeypatch.setattr(storage, "put_file", lambda local, uri: (order.append(uri), put(local, uri)))
-    monkeypatch.setattr(storage, "write_atomic", lambda uri, data: (order.append(uri), write_atomic(uri, data)))
+    monkeypatch.setattr(
+        storage, "put_file", lambda local, uri: (order.append(uri), put(local, uri))
+    )
+    monkeypatch.setattr(
+        storage, "write_atomic", lambda uri, data: (order.append(uri), write_atomic(uri, data))
+    )
     write(str(tmp_path), COUNTS, shards_per_file=2)
-    assert [storage.name_of(uri) for uri in order] == [f"manifest-{n:05d}.parquet" for n in range(3)] + [DATASET_FILE]
+    assert [storage.name_of(uri) for uri in order] == [
+        f"manifest-{n:05d}.parquet" for n in range(3)
+    ] + [DATASET_FILE]
 
 
 def test_a_dataset_without_shards_is_not_written(tmp_path: Path) -> None:

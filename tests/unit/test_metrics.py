@@ -17,12 +17,26 @@ from train.report.reporter import Reporter
 
 
 def line(step: int, loss: float = 1.0) -> dict[str, float]:
-    return {"step": step, "epoch": 0.5, "loss": loss, "lr": 1e-3, "images_per_s": 10.0, "data_wait_share": 0.0}
+    return {
+        "step": step,
+        "epoch": 0.5,
+        "loss": loss,
+        "lr": 1e-3,
+        "images_per_s": 10.0,
+        "data_wait_share": 0.0,
+    }
 
 
-def reporter(folder: Path, *, resumed_step: int = 0, rank: int = 0, out: io.StringIO | None = None) -> Reporter:
+def reporter(
+    folder: Path, *, resumed_step: int = 0, rank: int = 0, out: io.StringIO | None = None
+) -> Reporter:
     return Reporter(
-        folder, rank=rank, total_steps=10, resumed_step=resumed_step, tensorboard="off", out=out or io.StringIO()
+        folder,
+        rank=rank,
+        total_steps=10,
+        resumed_step=resumed_step,
+        tensorboard="off",
+        out=out or io.StringIO(),
     )
 
 
@@ -89,11 +103,16 @@ def test_events_are_written_for_tensorboard(tmp_path: Path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for resumed, steps in ((0, (1, 2, 3)), (1, (2,))):
-        with Reporter(tmp_path, rank=0, total_steps=3, resumed_step=resumed, out=io.StringIO()) as run:
+        with Reporter(
+            tmp_path, rank=0, total_steps=3, resumed_step=resumed, out=io.StringIO()
+        ) as run:
             for step in steps:
                 run.log(line(step, loss=float(step + resumed)))
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1.0), (2, 3.0)]
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
+        (1, 1.0),
+        (2, 3.0),
+    ]
 
 
 def test_the_clock_leaves_out_what_is_not_training(monkeypatch: pytest.MonkeyPatch):
@@ -116,20 +135,30 @@ def test_the_clock_leaves_out_what_is_not_training(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_summary_says_where_the_time_went():
-    stages = {"decode": {"items": 200, "busy_s": 2.0, "wait_s": 0.5, "bytes": 1}, "read": {"items": 0, "busy_s": 0.0}}
+    stages = {
+        "decode": {"items": 200, "busy_s": 2.0, "wait_s": 0.5, "bytes": 1},
+        "read": {"items": 0, "busy_s": 0.0},
+    }
     summary = throughput_summary(Window(10, 400, 20.0, 5.0), stages, world_size=2)
     assert summary["stages"]["decode"]["busy_ms_per_item"] == 10.0
     assert summary["stages"]["read"]["busy_ms_per_item"] == 0.0
-    assert summary["stages"]["train step"] == {"items": 200, "busy_s": 15.0, "wait_s": 5.0, "busy_ms_per_item": 75.0}
+    assert summary["stages"]["train step"] == {
+        "items": 200,
+        "busy_s": 15.0,
+        "wait_s": 5.0,
+        "busy_ms_per_item": 75.0,
+    }
     assert "25.0% of the time waiting for data" in summary_table(summary)
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59, "59 s"), (185.2, "3 min 05 s"), (7800, "2 h 10 min")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59, "59 s"), (185.2, "3 min 05 s"), (7800, "2 h 10 min")]
+)
 def test_durations_read_as_people_write_them(seconds: float, text: str):
     assert format_duration(seconds) == text
 
 
-# ------------------------------------------------------------------------------------------------ status
+# ------------------------------------------------------------------------------------------- status
 
 
 def under_launcher(monkeypatch: pytest.MonkeyPatch, *, rank: int, port: str = "29500") -> None:

@@ -14,12 +14,17 @@ from model.config import SIZES, ModelConfig, count_visible
 def test_defaults_are_vit_b_16() -> None:
     assert ModelConfig() == SIZES["vit_b_16"]
     assert ModelConfig().grid == (14, 14)
-    assert (ModelConfig().num_patches, ModelConfig().num_visible, ModelConfig().num_masked) == (196, 49, 147)
+    assert (ModelConfig().num_patches, ModelConfig().num_visible, ModelConfig().num_masked) == (
+        196,
+        49,
+        147,
+    )
     assert ModelConfig().patch_dim == 768
 
 
 @pytest.mark.parametrize(
-    ("name", "patches", "visible", "patch_dim"), [("vit_l_16", 196, 49, 768), ("vit_h_14", 256, 64, 588)]
+    ("name", "patches", "visible", "patch_dim"),
+    [("vit_l_16", 196, 49, 768), ("vit_h_14", 256, 64, 588)],
 )
 def test_published_sizes(name: str, patches: int, visible: int, patch_dim: int) -> None:
     size = SIZES[name]
@@ -42,13 +47,26 @@ def test_square_image_sizes_are_equal_however_written(value: object) -> None:
     ("settings", "message"),
     [
         ({"image_size": 225}, "image_size 225 is not a multiple of patch_size 16: use 224 or 240"),
-        ({"image_size": (224, 230)}, "image_size 230 is not a multiple of patch_size 16: use 224 or 240"),
+        (
+            {"image_size": (224, 230)},
+            "image_size 230 is not a multiple of patch_size 16: use 224 or 240",
+        ),
         ({"image_size": 5}, "image_size 5 is not a multiple of patch_size 16: use 16"),
         ({"image_size": 0}, "image_size 0 is not a number of pixels"),
-        ({"num_heads": 7}, "embed_dim 768 does not divide into num_heads 7: use 1, 2, 3, 4, 6, 8, 12, 16, 24 heads"),
-        ({"decoder_num_heads": 3}, "decoder_embed_dim 512 does not divide into decoder_num_heads 3"),
+        (
+            {"num_heads": 7},
+            "embed_dim 768 does not divide into num_heads 7: use 1, 2, 3, 4, 6, 8, 12, 16, 24 "
+            "heads",
+        ),
+        (
+            {"decoder_num_heads": 3},
+            "decoder_embed_dim 512 does not divide into decoder_num_heads 3",
+        ),
         ({"embed_dim": 30, "num_heads": 3}, "embed_dim 30 is not a multiple of 4.*use 28 or 32"),
-        ({"decoder_embed_dim": 6, "decoder_num_heads": 2}, "decoder_embed_dim 6 is not a multiple of 4"),
+        (
+            {"decoder_embed_dim": 6, "decoder_num_heads": 2},
+            "decoder_embed_dim 6 is not a multiple of 4",
+        ),
         ({"mlp_ratio": 0.3}, "mlp_ratio 0.3 times embed_dim 768 is not a whole number"),
         ({"mask_ratio": 0.999}, "mask_ratio 0.999 keeps 0 of 196 patches"),
         ({"mask_ratio": 1e-9}, "mask_ratio 1e-09 keeps 196 of 196 patches"),
@@ -63,7 +81,9 @@ def test_impossible_settings_say_what_would_do(settings: dict[str, object], mess
 
 
 def test_all_problems_are_reported_at_once() -> None:
-    with pytest.raises(ValidationError, match=r"image_size 225(.|\n)*num_heads 7(.|\n)*decoder_num_heads 3"):
+    with pytest.raises(
+        ValidationError, match=r"image_size 225(.|\n)*num_heads 7(.|\n)*decoder_num_heads 3"
+    ):
         ModelConfig(image_size=225, num_heads=7, decoder_num_heads=3)
 
 
@@ -88,7 +108,15 @@ def test_visible_patches_agree_with_truncation_where_weights_were_published(patc
 
 @pytest.mark.parametrize(
     ("patches", "ratio", "visible"),
-    [(100, 0.8, 20), (100, 0.9, 10), (400, 0.8, 80), (400, 0.9, 40), (1025, 0.8, 205), (12, 5 / 6, 2), (9, 1 / 3, 6)],
+    [
+        (100, 0.8, 20),
+        (100, 0.9, 10),
+        (400, 0.8, 80),
+        (400, 0.9, 40),
+        (1025, 0.8, 205),
+        (12, 5 / 6, 2),
+        (9, 1 / 3, 6),
+    ],
 )
 def test_visible_patches_are_counted_exactly(patches: int, ratio: float, visible: int) -> None:
     assert count_visible(patches, ratio) == visible

@@ -1,4 +1,5 @@
-"""The masked autoencoder as a whole: names, counts, what it may look at, types, memory modes, pictures."""
+"""The masked autoencoder as a whole: names, counts, what it may look at, types, memory modes,
+pictures."""
 
 from __future__ import annotations
 
@@ -55,7 +56,11 @@ def test_published_models_have_the_published_counts(
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trainable
     assert sum(value.numel() for value in encoder_state.values()) == encoder
     counts = parameter_counts(SIZES[name])
-    assert (counts.total, counts.trainable, counts.encoder + counts.encoder_pos_embed) == (total, trainable, encoder)
+    assert (counts.total, counts.trainable, counts.encoder + counts.encoder_pos_embed) == (
+        total,
+        trainable,
+        encoder,
+    )
 
 
 def test_state_dict_has_the_published_names_shapes_and_order() -> None:
@@ -96,7 +101,11 @@ def test_state_dict_has_the_published_names_shapes_and_order() -> None:
 
 
 def test_position_tables_are_saved_but_not_trained() -> None:
-    frozen = {name for name, parameter in on_meta("demo").named_parameters() if not parameter.requires_grad}
+    frozen = {
+        name
+        for name, parameter in on_meta("demo").named_parameters()
+        if not parameter.requires_grad
+    }
     assert frozen == {"pos_embed", "decoder_pos_embed"}
 
 
@@ -127,7 +136,8 @@ def test_normalised_targets_have_mean_zero_and_unbiased_variance_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("encoder", "decoder"), [("none", "full"), ("full", "none"), ("selective", "selective"), ("full", "full")]
+    ("encoder", "decoder"),
+    [("none", "full"), ("full", "none"), ("selective", "selective"), ("full", "full")],
 )
 def test_activation_checkpointing_changes_memory_and_nothing_else(
     encoder: ActivationCheckpointing, decoder: ActivationCheckpointing
@@ -178,9 +188,13 @@ def test_loss_of_bf16_tensors_is_computed_in_float32(norm_pix_loss: bool) -> Non
     mask = (torch.rand(2, 9, generator=generator) > 0.5).float()
     target = patches.double()
     if norm_pix_loss:
-        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+        target = (target - target.mean(-1, keepdim=True)) / (
+            target.var(-1, keepdim=True) + 1e-6
+        ).sqrt()
     expected = (((prediction.double() - target) ** 2).mean(-1) * mask).sum() / mask.sum()
-    loss = masked_loss(prediction, reconstruction_target(patches, norm_pix_loss=norm_pix_loss), mask)
+    loss = masked_loss(
+        prediction, reconstruction_target(patches, norm_pix_loss=norm_pix_loss), mask
+    )
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
 
 
@@ -198,7 +212,9 @@ def test_autocast_keeps_a_float32_loss() -> None:
 
 def test_images_of_another_shape_are_refused() -> None:
     model, images, noise = tiny()
-    with pytest.raises(ValueError, match=r"\(3, 3, 24, 16\) do not fit a model for \(B, 3, 16, 24\)"):
+    with pytest.raises(
+        ValueError, match=r"\(3, 3, 24, 16\) do not fit a model for \(B, 3, 16, 24\)"
+    ):
         model(images.transpose(2, 3), noise)
     with pytest.raises(ValueError, match="do not fit"):
         model.features(images[:, :1])

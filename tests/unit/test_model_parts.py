@@ -19,7 +19,12 @@ from model.pos_embed import interpolate_table, sincos_table
 from model.vit import PatchEmbed
 
 
-@given(batch=st.integers(1, 3), rows=st.integers(1, 5), columns=st.integers(1, 5), size=st.integers(1, 5))
+@given(
+    batch=st.integers(1, 3),
+    rows=st.integers(1, 5),
+    columns=st.integers(1, 5),
+    size=st.integers(1, 5),
+)
 def test_unpatchify_undoes_patchify(batch: int, rows: int, columns: int, size: int) -> None:
     images = torch.arange(batch * 3 * rows * columns * size**2, dtype=torch.float32)
     images = images.view(batch, 3, rows * size, columns * size)
@@ -46,7 +51,9 @@ def test_patches_that_do_not_fit_are_refused() -> None:
 
 
 @given(patches=st.integers(1, 40), share=st.floats(0, 1), seed=st.integers(0, 2**31))
-def test_masks_are_permutations_that_keep_the_smallest_noise(patches: int, share: float, seed: int) -> None:
+def test_masks_are_permutations_that_keep_the_smallest_noise(
+    patches: int, share: float, seed: int
+) -> None:
     visible = round(share * patches)
     noise = torch.rand(3, patches, generator=torch.Generator().manual_seed(seed))
     mask = mask_patches(noise, visible)
@@ -90,14 +97,21 @@ def test_unshuffle_is_the_inverse_and_so_is_its_gradient() -> None:
 
 
 @pytest.mark.parametrize(("grid", "width"), [((14, 14), 1280), ((3, 5), 16)])
-def test_position_table_is_columns_then_rows_sine_then_cosine(grid: tuple[int, int], width: int) -> None:
+def test_position_table_is_columns_then_rows_sine_then_cosine(
+    grid: tuple[int, int], width: int
+) -> None:
     table = sincos_table(grid, width)
     quarter = width // 4
     omega = 1 / 10000 ** (np.arange(quarter, dtype=np.float64) / quarter)
     expected = np.zeros((1 + grid[0] * grid[1], width))
     for row in range(grid[0]):
         for column in range(grid[1]):
-            angles = [np.sin(column * omega), np.cos(column * omega), np.sin(row * omega), np.cos(row * omega)]
+            angles = [
+                np.sin(column * omega),
+                np.cos(column * omega),
+                np.sin(row * omega),
+                np.cos(row * omega),
+            ]
             expected[1 + row * grid[1] + column] = np.concatenate(angles)
     assert table.shape == (1, *expected.shape)
     assert table.dtype == torch.float32
@@ -115,7 +129,9 @@ def test_position_table_interpolates_the_grid_and_not_the_class_token() -> None:
     assert larger.shape == (1, 25, 8)
     assert torch.equal(larger[:, 0], table[:, 0])
     picture = table[0, 1:].view(2, 3, 8).permute(2, 0, 1)[None]
-    expected = torch.nn.functional.interpolate(picture, size=(4, 6), mode="bicubic")[0].permute(1, 2, 0)
+    expected = torch.nn.functional.interpolate(picture, size=(4, 6), mode="bicubic")[0].permute(
+        1, 2, 0
+    )
     torch.testing.assert_close(larger[0, 1:].view(4, 6, 8), expected)
     assert interpolate_table(table, (2, 3), (2, 3)) is table
     with pytest.raises(ValueError, match="does not belong to a grid of 3 x 3"):
@@ -137,9 +153,13 @@ def test_enlarged_kernels_give_enlarged_patches_the_same_tokens() -> None:
     generator = torch.Generator().manual_seed(0)
     kernel = torch.randn(5, 3, 14, 14, generator=generator, dtype=torch.float64)
     patch = torch.randn(1, 3, 14, 14, generator=generator, dtype=torch.float64)
-    larger = torch.nn.functional.interpolate(patch, size=(16, 16), mode="bilinear", align_corners=False)
+    larger = torch.nn.functional.interpolate(
+        patch, size=(16, 16), mode="bilinear", align_corners=False
+    )
     tokens = (kernel * patch).sum((1, 2, 3))
-    torch.testing.assert_close((resample_kernel(kernel, 16) * larger).sum((1, 2, 3)), tokens, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        (resample_kernel(kernel, 16) * larger).sum((1, 2, 3)), tokens, rtol=1e-9, atol=1e-9
+    )
     torch.testing.assert_close(resample_kernel(kernel, 14), kernel)
 
 
@@ -182,7 +202,9 @@ def test_initial_weights_follow_the_generator() -> None:
     for parameter in revived.parameters():
         parameter.data.fill_(float("nan"))
     revived.init_weights(torch.Generator().manual_seed(3))
-    for (name, mine), theirs in zip(model.state_dict().items(), revived.state_dict().values(), strict=True):
+    for (name, mine), theirs in zip(
+        model.state_dict().items(), revived.state_dict().values(), strict=True
+    ):
         assert torch.equal(mine, theirs), name
     revived.init_weights(torch.Generator().manual_seed(4))
     assert not torch.equal(model.cls_token, revived.cls_token)

@@ -1,4 +1,5 @@
-"""Weights in and out: names, strictness, resampling. What transformers makes of them is in tests/numerics."""
+"""Weights in and out: names, strictness, resampling. What transformers makes of them is in
+tests/numerics."""
 
 from __future__ import annotations
 
@@ -35,7 +36,10 @@ CONFIG = ModelConfig(
 @pytest.fixture
 def state() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    return {name: torch.randn_like(value) for name, value in MaskedAutoencoder(CONFIG).state_dict().items()}
+    return {
+        name: torch.randn_like(value)
+        for name, value in MaskedAutoencoder(CONFIG).state_dict().items()
+    }
 
 
 def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
@@ -46,7 +50,9 @@ def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) 
 
 def test_expected_shapes_are_the_models(state: dict[str, torch.Tensor]) -> None:
     assert expected_shapes(CONFIG) == {name: tuple(value.shape) for name, value in state.items()}
-    assert set(expected_shapes(CONFIG, "encoder")) == set(MaskedAutoencoder(CONFIG).encoder_state_dict())
+    assert set(expected_shapes(CONFIG, "encoder")) == set(
+        MaskedAutoencoder(CONFIG).encoder_state_dict()
+    )
 
 
 @pytest.mark.parametrize("names", ["v5", "legacy"])
@@ -59,20 +65,28 @@ def test_transformers_names_go_there_and_back(state: dict[str, torch.Tensor], na
     storages = [value.untyped_storage().data_ptr() for value in theirs.values()]
     assert len(set(storages)) == len(storages), "tensors share memory, which safetensors refuses"
     assert_equal(from_published(theirs), state)
-    alone = {name.removeprefix("vit."): value for name, value in theirs.items() if name.startswith("vit.")}
+    alone = {
+        name.removeprefix("vit."): value
+        for name, value in theirs.items()
+        if name.startswith("vit.")
+    }
     assert_equal(from_published(alone), to_timm(state, CONFIG))
 
 
 def test_encoder_exports_leave_the_decoder_out(state: dict[str, torch.Tensor]) -> None:
     encoder = to_timm(state, CONFIG)
-    assert set(encoder) == {name for name in state if not name.startswith(("decoder_", "mask_token"))}
+    assert set(encoder) == {
+        name for name in state if not name.startswith(("decoder_", "mask_token"))
+    }
     assert_equal(to_mae(state, CONFIG, part="encoder")["model"], encoder)
     assert_equal(to_detectron2(state, CONFIG)["model"], encoder)
     assert_equal(to_mae(state, CONFIG)["model"], state)
 
 
 @pytest.mark.parametrize("export", [to_mae, to_timm, to_hf, to_detectron2])
-def test_exports_refuse_weights_of_another_model(state: dict[str, torch.Tensor], export: object) -> None:
+def test_exports_refuse_weights_of_another_model(
+    state: dict[str, torch.Tensor], export: object
+) -> None:
     del state["norm.weight"]
     state["head.weight"] = torch.zeros(10, 16)
     state["cls_token"] = torch.zeros(1, 1, 24)
@@ -85,7 +99,10 @@ def test_exports_refuse_weights_of_another_model(state: dict[str, torch.Tensor],
         ["unexpected", "head.weight", "-", "(10, 16)"],
         ["shape", "cls_token", "(1, 1, 16)", "(1, 1, 24)"],
     ):
-        assert any([cell.strip() for cell in line.split("  ") if cell.strip()] == row for line in message.splitlines())
+        assert any(
+            [cell.strip() for cell in line.split("  ") if cell.strip()] == row
+            for line in message.splitlines()
+        )
 
 
 def test_long_tables_are_cut(state: dict[str, torch.Tensor]) -> None:
@@ -103,7 +120,9 @@ def test_detectron2_can_have_larger_patches(state: dict[str, torch.Tensor]) -> N
 
 @pytest.mark.parametrize("wrapper", ["model", "state_dict", None])
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
-def test_published_checkpoints_load(state: dict[str, torch.Tensor], wrapper: str | None, prefix: str) -> None:
+def test_published_checkpoints_load(
+    state: dict[str, torch.Tensor], wrapper: str | None, prefix: str
+) -> None:
     saved: dict[str, object] = {prefix + name: value for name, value in state.items()}
     saved = {wrapper: saved, "epoch": 800} if wrapper else saved
     model = MaskedAutoencoder(CONFIG)
@@ -112,9 +131,15 @@ def test_published_checkpoints_load(state: dict[str, torch.Tensor], wrapper: str
 
 
 def test_an_encoder_alone_loads_where_it_is_asked_for(state: dict[str, torch.Tensor]) -> None:
-    classifier = {**to_timm(state, CONFIG), "head.weight": torch.zeros(10, 16), "head.bias": torch.zeros(10)}
+    classifier = {
+        **to_timm(state, CONFIG),
+        "head.weight": torch.zeros(10, 16),
+        "head.bias": torch.zeros(10),
+    }
     model = MaskedAutoencoder(CONFIG)
-    decoder = {name: value.clone() for name, value in model.state_dict().items() if is_decoder_name(name)}
+    decoder = {
+        name: value.clone() for name, value in model.state_dict().items() if is_decoder_name(name)
+    }
     load_published(model, classifier, part="encoder")
     assert_equal(model.state_dict(), {**to_timm(state, CONFIG), **decoder})
     with pytest.raises(WeightsError, match=f"{len(decoder)} missing, 0 unexpected"):
@@ -134,7 +159,9 @@ def test_position_tables_follow_the_image_size(state: dict[str, torch.Tensor]) -
         fit_weights({**state, "pos_embed": torch.zeros(1, 48, 16)}, CONFIG)
 
 
-def test_equal_numbers_of_patches_on_another_grid_need_the_old_grid(state: dict[str, torch.Tensor]) -> None:
+def test_equal_numbers_of_patches_on_another_grid_need_the_old_grid(
+    state: dict[str, torch.Tensor],
+) -> None:
     wide = ModelConfig(**{**CONFIG.model_dump(), "image_size": (16, 64)})
     fitted = fit_weights(state, wide, old_grid=(4, 4))
     assert torch.equal(fitted["pos_embed"], interpolate_table(state["pos_embed"], (4, 4), (2, 8)))

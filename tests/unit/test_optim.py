@@ -15,7 +15,10 @@ from train.config import RunConfig
 from train.engine.optim import build_optimizer, build_param_groups, lr_at, peak_lr, set_lr
 
 PAPER = RunConfig.model_validate(
-    {"train": {"epochs": 800, "global_batch_size": 4096}, "optim": {"base_lr": 1.5e-4, "warmup_epochs": 40}}
+    {
+        "train": {"epochs": 800, "global_batch_size": 4096},
+        "optim": {"base_lr": 1.5e-4, "warmup_epochs": 40},
+    }
 )
 STEPS_PER_EPOCH = 312
 TOTAL = 800 * STEPS_PER_EPOCH
@@ -51,14 +54,24 @@ def test_rate_is_the_closed_form_in_epochs(step: int) -> None:
     min_lr=st.floats(0, 1e-3),
     batch=st.sampled_from([8, 256, 4096]),
 )
-def test_rate_stays_inside_its_bounds_for_any_lengths(total: int, warmup: int, min_lr: float, batch: int) -> None:
+def test_rate_stays_inside_its_bounds_for_any_lengths(
+    total: int, warmup: int, min_lr: float, batch: int
+) -> None:
     config = RunConfig.model_validate(
         {
             "train": {"steps": total, "global_batch_size": batch},
-            "optim": {"base_lr": 0.01, "min_lr": min_lr, "warmup_steps": warmup, "warmup_epochs": None},
+            "optim": {
+                "base_lr": 0.01,
+                "min_lr": min_lr,
+                "warmup_steps": warmup,
+                "warmup_epochs": None,
+            },
         }
     )
-    rates = [lr_at(step, config=config, steps_per_epoch=7, total_steps=total) for step in range(total + 2)]
+    rates = [
+        lr_at(step, config=config, steps_per_epoch=7, total_steps=total)
+        for step in range(total + 2)
+    ]
     top = max(0.01 * batch / 256, min_lr)
     assert all(0 <= rate <= top * (1 + 1e-12) for rate in rates)
     if warmup < total:
@@ -74,15 +87,27 @@ def test_negative_step_is_refused() -> None:
 
 def test_groups_decay_matrices_and_tokens_and_leave_out_frozen_tables() -> None:
     model = MaskedAutoencoder(
-        ModelConfig(image_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2, decoder_num_heads=16)
+        ModelConfig(
+            image_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2, decoder_num_heads=16
+        )
     )
     plain, decayed = build_param_groups(model, weight_decay=0.05)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     plain_names = {names[id(parameter)] for parameter in plain["params"]}
     decayed_names = {names[id(parameter)] for parameter in decayed["params"]}
     assert (plain["weight_decay"], decayed["weight_decay"]) == (0.0, 0.05)
-    assert {"cls_token", "mask_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= decayed_names
-    assert {"norm.weight", "norm.bias", "blocks.0.attn.qkv.bias", "decoder_pred.bias"} <= plain_names
+    assert {
+        "cls_token",
+        "mask_token",
+        "patch_embed.proj.weight",
+        "blocks.0.attn.qkv.weight",
+    } <= decayed_names
+    assert {
+        "norm.weight",
+        "norm.bias",
+        "blocks.0.attn.qkv.bias",
+        "decoder_pred.bias",
+    } <= plain_names
     frozen = {"pos_embed", "decoder_pos_embed"}
     assert plain_names | decayed_names == {name for name, _ in model.named_parameters()} - frozen
 

@@ -1,4 +1,5 @@
-"""The order's promises, for any sizes: each sample once, the same batches at every world size, from any place."""
+"""The order's promises, for any sizes: each sample once, the same batches at every world size, from
+any place."""
 
 from __future__ import annotations
 
@@ -20,7 +21,14 @@ orders = st.builds(OrderConfig, lanes=st.integers(1, 20), window=st.integers(0, 
 def first_shares(sizes_S, config, *, world, batch, batches, cursor=Cursor(), seed=5):  # noqa: B008
     """Read some global batches on every rank: a list per batch of the ranks' shares."""
     ranks = [
-        Order(np.array(sizes_S), config=config, seed=seed, global_batch_size=batch, rank=rank, world_size=world)
+        Order(
+            np.array(sizes_S),
+            config=config,
+            seed=seed,
+            global_batch_size=batch,
+            rank=rank,
+            world_size=world,
+        )
         for rank in range(world)
     ]
     streams = [order.shares(cursor) for order in ranks]
@@ -38,26 +46,47 @@ def test_every_sample_once_an_epoch(sizes_S, config, seed, epoch):
 @given(sizes, orders, st.data())
 def test_any_position_can_be_asked_alone(sizes_S, config, data):
     total = sum(sizes_S)
-    whole = EpochOrder(np.array(sizes_S), config=config, seed=1, epoch=2).sample_ids(np.arange(total))
+    whole = EpochOrder(np.array(sizes_S), config=config, seed=1, epoch=2).sample_ids(
+        np.arange(total)
+    )
     positions = np.array(data.draw(st.lists(st.integers(0, total - 1), min_size=1, max_size=20)))
     alone = EpochOrder(np.array(sizes_S), config=config, seed=1, epoch=2)
     assert alone.sample_ids(positions).tolist() == whole[positions].tolist()
 
 
-@given(sizes, orders, st.sampled_from(["fill", "drop"]), st.integers(1, 6), st.integers(1, 3), st.integers(1, 3))
-def test_batches_do_not_depend_on_the_world_size(sizes_S, config, remainder, world, micro, accumulation):
+@given(
+    sizes,
+    orders,
+    st.sampled_from(["fill", "drop"]),
+    st.integers(1, 6),
+    st.integers(1, 3),
+    st.integers(1, 3),
+)
+def test_batches_do_not_depend_on_the_world_size(
+    sizes_S, config, remainder, world, micro, accumulation
+):
     config = config.model_copy(update={"remainder": remainder})
     batch = world * micro * accumulation
     assume(remainder == "fill" or sum(sizes_S) >= batch)
     alone = first_shares(sizes_S, config, world=1, batch=batch, batches=5)
     shared = first_shares(sizes_S, config, world=world, batch=batch, batches=5)
     for [one], ranks in zip(alone, shared, strict=True):
-        pairs = sorted(zip(one.epochs_B.tolist(), one.positions_B.tolist(), one.sample_ids_B.tolist(), strict=True))
+        pairs = sorted(
+            zip(
+                one.epochs_B.tolist(),
+                one.positions_B.tolist(),
+                one.sample_ids_B.tolist(),
+                strict=True,
+            )
+        )
         union = [
             item
             for share in ranks
             for item in zip(
-                share.epochs_B.tolist(), share.positions_B.tolist(), share.sample_ids_B.tolist(), strict=True
+                share.epochs_B.tolist(),
+                share.positions_B.tolist(),
+                share.sample_ids_B.tolist(),
+                strict=True,
             )
         ]
         assert sorted(union) == pairs
@@ -71,7 +100,10 @@ def test_fill_covers_whole_epochs(sizes_S, config, world, per_rank):
     batches = math.ceil(2 * total / batch)
     shares = first_shares(sizes_S, config, world=world, batch=batch, batches=batches)
     seen = [
-        (e, s) for ranks in shares for share in ranks for e, s in zip(share.epochs_B, share.sample_ids_B, strict=True)
+        (e, s)
+        for ranks in shares
+        for share in ranks
+        for e, s in zip(share.epochs_B, share.sample_ids_B, strict=True)
     ]
     for epoch in (0, 1):
         assert sorted(int(s) for e, s in seen if e == epoch) == list(range(total))
@@ -83,7 +115,10 @@ def test_drop_leaves_out_less_than_a_batch(sizes_S, config, batch):
     assume(total >= batch)
     config = config.model_copy(update={"remainder": "drop"})
     batches = total // batch
-    shares = [share for [share] in first_shares(sizes_S, config, world=1, batch=batch, batches=batches + 1)]
+    shares = [
+        share
+        for [share] in first_shares(sizes_S, config, world=1, batch=batch, batches=batches + 1)
+    ]
     seen = np.concatenate([share.sample_ids_B for share in shares[:-1]])
     assert len(set(seen.tolist())) == batches * batch > total - batch
     assert shares[-1].start == Cursor(1, 0)
@@ -100,7 +135,9 @@ def test_resume_goes_on_exactly(sizes_S, config, remainder, batch, skipped):
     assert share.start == whole[skipped][0].start
 
 
-@given(st.integers(1, 8), st.integers(2, 30), st.integers(1, 30), st.integers(1, 4), st.integers(1, 4))
+@given(
+    st.integers(1, 8), st.integers(2, 30), st.integers(1, 30), st.integers(1, 4), st.integers(1, 4)
+)
 def test_a_rank_reads_only_its_own_shards(num_shards, size, window, world, multiple):
     lanes = world * multiple
     num_shards *= lanes
@@ -109,7 +146,12 @@ def test_a_rank_reads_only_its_own_shards(num_shards, size, window, world, multi
     batch = world * 3
     for rank in range(world):
         order = Order(
-            np.full(num_shards, size), config=config, seed=1, global_batch_size=batch, rank=rank, world_size=world
+            np.full(num_shards, size),
+            config=config,
+            seed=1,
+            global_batch_size=batch,
+            rank=rank,
+            world_size=world,
         )
         cursor, shards = Cursor(), set()
         while cursor.epoch == 0:

@@ -16,7 +16,8 @@ WIDTHS = {
 
 
 def plain_philox(counter: list[int], key: list[int], width: int) -> list[int]:
-    """Ten rounds on Python integers, for either word width, as the paper's figure describes them."""
+    """Ten rounds on Python integers, for either word width, as the paper's figure describes
+    them."""
     multipliers, weyl = WIDTHS[width]
     mask = (1 << width) - 1
     c, k = list(counter), list(key)
@@ -39,7 +40,9 @@ def plain_philox(counter: list[int], key: list[int], width: int) -> list[int]:
         ),
     ],
 )
-def test_known_answers_of_random123(counter: list[int], key: list[int], expected: list[int]) -> None:
+def test_known_answers_of_random123(
+    counter: list[int], key: list[int], expected: list[int]
+) -> None:
     counters = tuple(np.array([word], dtype=np.uint64) for word in counter)
     assert [int(word[0]) for word in philox4x32(counters, key[0] | key[1] << 32)] == expected
 
@@ -61,14 +64,28 @@ def test_vectorised_is_the_plain_one(counter: list[int], key: list[int]) -> None
 
 
 def test_a_draw_depends_on_all_that_names_it_and_on_nothing_else() -> None:
-    def draw(seed: int = 1, purpose: Purpose = Purpose.CROP, epoch: int = 2, stream: int = 3) -> list[int]:
-        return random_words(seed=seed, purpose=purpose, epochs_n=epoch, streams_n=stream, num_blocks=2)[0].tolist()
+    def draw(
+        seed: int = 1, purpose: Purpose = Purpose.CROP, epoch: int = 2, stream: int = 3
+    ) -> list[int]:
+        return random_words(
+            seed=seed, purpose=purpose, epochs_n=epoch, streams_n=stream, num_blocks=2
+        )[0].tolist()
 
-    others = [draw(seed=2), draw(seed=1 + 2**32), draw(purpose=Purpose.FLIP), draw(epoch=3), draw(stream=3 + 2**32)]
+    others = [
+        draw(seed=2),
+        draw(seed=1 + 2**32),
+        draw(purpose=Purpose.FLIP),
+        draw(epoch=3),
+        draw(stream=3 + 2**32),
+    ]
     assert all(draw() != other for other in others)
-    together = random_words(seed=1, purpose=Purpose.CROP, epochs_n=[9, 2], streams_n=[5, 3], num_blocks=2)
+    together = random_words(
+        seed=1, purpose=Purpose.CROP, epochs_n=[9, 2], streams_n=[5, 3], num_blocks=2
+    )
     assert together[1].tolist() == draw()
-    later = random_words(seed=1, purpose=Purpose.CROP, epochs_n=2, streams_n=3, num_blocks=1, first_block=1)
+    later = random_words(
+        seed=1, purpose=Purpose.CROP, epochs_n=2, streams_n=3, num_blocks=1, first_block=1
+    )
     assert later[0].tolist() == draw()[4:]
 
 
@@ -89,7 +106,8 @@ def test_permutations_are_uniform() -> None:
     for epoch in range(2000):
         order = permutation(5, seed=3, purpose=Purpose.SHARDS, epoch=epoch)
         counts[np.arange(5), order] += 1
-    # 25 cells of 400 expected; chi-square with 16 degrees of freedom is above 39.3 once in a thousand seeds.
+    # 25 cells of 400 expected; chi-square with 16 degrees of freedom is above 39.3 once in a
+    # thousand seeds.
     assert ((counts - 400) ** 2 / 400).sum() < 39.3
 
 

@@ -74,7 +74,9 @@ with preemption.Preemption(World()):
 def test_a_second_signal_ends_a_process_whose_main_thread_is_stuck() -> None:
     root = str(Path(__file__).resolve().parents[2])
     code = STUCK.format(root=root)
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == b"ready\n"
         child.send_signal(signal.SIGUSR1)  # an early warning is not the first of two

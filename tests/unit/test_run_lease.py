@@ -20,7 +20,13 @@ from train.process.world import World
 
 
 def write_lease(folder: Path, **changes: object) -> None:
-    mine = Holder(run_lease._host(), os.getpid(), psutil.Process().create_time(), "other", "python -m train.pretrain")
+    mine = Holder(
+        run_lease._host(),
+        os.getpid(),
+        psutil.Process().create_time(),
+        "other",
+        "python -m train.pretrain",
+    )
     (folder / LEASE_FILE).write_text(json.dumps({**asdict(mine), **changes}))
 
 
@@ -53,7 +59,10 @@ def test_reused_process_number_is_not_the_holder(tmp_path: Path) -> None:
 
 def test_lease_of_another_machine_holds_while_it_is_touched(tmp_path: Path) -> None:
     write_lease(tmp_path, host="elsewhere#boot#ns")
-    with pytest.raises(ConfigError, match="on elsewhere works here"), RunLease(tmp_path, world=World()):
+    with (
+        pytest.raises(ConfigError, match="on elsewhere works here"),
+        RunLease(tmp_path, world=World()),
+    ):
         pass
     old_s = time.time() - STALE_S - 5
     os.utime(tmp_path / LEASE_FILE, (old_s, old_s))

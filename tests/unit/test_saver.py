@@ -1,4 +1,5 @@
-"""Saving beside training: what was captured is what is written, one save at a time, failures come out at the end."""
+"""Saving beside training: what was captured is what is written, one save at a time, failures come
+out at the end."""
 
 from __future__ import annotations
 
@@ -58,9 +59,14 @@ def train(engine: Engine) -> Tensor:
 
 
 def make_saver(
-    folder: Path, *, mode: Literal["async", "sync"] = "async", on_phase: Callable[[str], None] | None = None
+    folder: Path,
+    *,
+    mode: Literal["async", "sync"] = "async",
+    on_phase: Callable[[str], None] | None = None,
 ) -> Saver:
-    return Saver(CheckpointStore(str(folder), keep_last=9, on_phase=on_phase), world=WORLD, mode=mode)
+    return Saver(
+        CheckpointStore(str(folder), keep_last=9, on_phase=on_phase), world=WORLD, mode=mode
+    )
 
 
 class Gate:
@@ -128,7 +134,9 @@ def test_what_was_just_saved_is_not_saved_again(tmp_path: Path):
 
 
 @pytest.mark.parametrize("mode", ["async", "sync"])
-def test_a_failure_comes_out_at_the_end_and_the_next_save_goes_through(tmp_path: Path, mode: Literal["async", "sync"]):
+def test_a_failure_comes_out_at_the_end_and_the_next_save_goes_through(
+    tmp_path: Path, mode: Literal["async", "sync"]
+):
     (tmp_path / "step-000001").write_text("a file where the folder should be")
     saver, engine = make_saver(tmp_path, mode=mode), make_engine()
     saver.start(1, engine, {})
@@ -175,7 +183,7 @@ def test_waiting_beats_the_watchdog(tmp_path: Path):
     assert beats
 
 
-# ------------------------------------------------------------------------------------------------ the bytes
+# ---------------------------------------------------------------------------------------- the bytes
 
 
 def test_buffers_hold_the_file_as_safetensors_reads_it():

@@ -78,7 +78,9 @@ def encode(image: Image.Image, kind: str, mode: str, **options: object) -> bytes
 
 
 @pytest.mark.parametrize(("kind", "mode", "options"), CASES)
-def test_the_probe_agrees_with_pillow(crop: Image.Image, kind: str, mode: str, options: dict[str, object]) -> None:
+def test_the_probe_agrees_with_pillow(
+    crop: Image.Image, kind: str, mode: str, options: dict[str, object]
+) -> None:
     data = encode(crop, kind, mode, **options)
     found = probe(data)
     assert isinstance(found, Probe)
@@ -91,7 +93,9 @@ def test_the_probe_agrees_with_pillow(crop: Image.Image, kind: str, mode: str, o
 
 
 @pytest.mark.parametrize(("kind", "mode", "options"), CASES)
-def test_a_cut_image_is_never_whole(crop: Image.Image, kind: str, mode: str, options: dict[str, object]) -> None:
+def test_a_cut_image_is_never_whole(
+    crop: Image.Image, kind: str, mode: str, options: dict[str, object]
+) -> None:
     data = encode(crop, kind, mode, **options)
     for length in [*range(1, 64), len(data) // 2, len(data) - 20, len(data) - 1]:
         assert probe(data[:length]) in (TRUNCATED, NOT_AN_IMAGE), length
@@ -142,7 +146,9 @@ def test_animations_are_told(crop: Image.Image) -> None:
 
 def png_that_declares(width: int, height: int) -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
@@ -174,7 +180,10 @@ def test_each_limit_has_its_reason(crop: Image.Image) -> None:
 
 def test_the_limits_are_the_loaders() -> None:
     loader = LoaderConfig()
-    assert (DEFAULT_LIMITS.max_pixels, DEFAULT_LIMITS.max_bytes) == (loader.max_pixels, loader.max_bytes)
+    assert (DEFAULT_LIMITS.max_pixels, DEFAULT_LIMITS.max_bytes) == (
+        loader.max_pixels,
+        loader.max_bytes,
+    )
 
 
 @pytest.mark.parametrize(
@@ -203,7 +212,7 @@ def test_no_damage_breaks_the_probe(crop: Image.Image, data: st.DataObject) -> N
     assert isinstance(found, Probe) or found in REASONS
 
 
-# ------------------------------------------------------------------------------------------------ the report
+# --------------------------------------------------------------------------------------- the report
 
 
 def test_the_report_counts_and_names() -> None:

@@ -1,4 +1,5 @@
-"""The step's benchmark: rows of real steps, a row for what cannot run, and the comparison with a peer."""
+"""The step's benchmark: rows of real steps, a row for what cannot run, and the comparison with a
+peer."""
 
 from __future__ import annotations
 
@@ -25,7 +26,21 @@ TINY = ModelConfig(
 @pytest.mark.slow
 def test_each_combination_is_a_row_and_so_is_what_cannot_run(capsys):
     words = ["--model", "demo", "--images", "2", "--steps", "1", "--threads", "1", "--json", "on"]
-    assert main([*words, "--precision", "bf16", "fp16", "--checkpointing", "full", "--optimizer", "loops"]) == 0
+    assert (
+        main(
+            [
+                *words,
+                "--precision",
+                "bf16",
+                "fp16",
+                "--checkpointing",
+                "full",
+                "--optimizer",
+                "loops",
+            ]
+        )
+        == 0
+    )
     done, refused = json.loads(capsys.readouterr().out)
     assert done["case"]["precision"] == "bf16"
     assert done["problem"] is None

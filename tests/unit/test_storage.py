@@ -17,7 +17,11 @@ from pipeline.storage.retry import BUDGET_VARIABLE, explain, with_retries
 
 @pytest.fixture(params=["local", "file", "memory"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    kinds = {"local": str(tmp_path), "file": f"file://{tmp_path}", "memory": f"memory://storage-{tmp_path.name}"}
+    kinds = {
+        "local": str(tmp_path),
+        "file": f"file://{tmp_path}",
+        "memory": f"memory://storage-{tmp_path.name}",
+    }
     return kinds[request.param]
 
 
@@ -45,7 +49,10 @@ def test_a_listing_has_names_and_sizes(folder: str, tmp_path: Path) -> None:
         storage.write_atomic(storage.join(folder, name), name.encode())
     flat = list(storage.list_files(folder))
     assert [(file.name, file.size_bytes) for file in flat] == [("x.bin", 5)]
-    deep = {file.name: storage.read_bytes(file.uri).decode() for file in storage.list_files(folder, recursive=True)}
+    deep = {
+        file.name: storage.read_bytes(file.uri).decode()
+        for file in storage.list_files(folder, recursive=True)
+    }
     assert deep == {name: name for name in ("x.bin", "sub/y.bin", "sub/deep/z.bin")}
     with pytest.raises(DataError, match="not found"):
         list(storage.list_files(storage.join(folder, "nowhere")))
@@ -55,7 +62,9 @@ def test_a_folder_linked_into_itself_is_listed_once(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a.bin").write_bytes(b"a")
     (tmp_path / "sub" / "loop").symlink_to(tmp_path)
-    assert [file.name for file in storage.list_files(str(tmp_path), recursive=True)] == ["sub/a.bin"]
+    assert [file.name for file in storage.list_files(str(tmp_path), recursive=True)] == [
+        "sub/a.bin"
+    ]
 
 
 @pytest.mark.parametrize(("start", "length"), [(0, 12), (6, 6), (20, 1)])
@@ -108,7 +117,9 @@ def test_put_file_copies(folder: str, tmp_path: Path) -> None:
     assert local.exists()
 
 
-def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")
 
@@ -124,10 +135,24 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path: Path, m
 
 
 @pytest.mark.parametrize(
-    "uri", ["pipe:cat /etc/passwd", "ftp://host/x", "simplecache::s3://b/x", "http://host/x", "hdfs://x", ""]
+    "uri",
+    [
+        "pipe:cat /etc/passwd",
+        "ftp://host/x",
+        "simplecache::s3://b/x",
+        "http://host/x",
+        "hdfs://x",
+        "",
+    ],
 )
 def test_other_schemes_are_refused(uri: str) -> None:
-    for call in (storage.read_bytes, storage.exists, storage.open_read, storage.is_local, storage.join):
+    for call in (
+        storage.read_bytes,
+        storage.exists,
+        storage.open_read,
+        storage.is_local,
+        storage.join,
+    ):
         with pytest.raises(ConfigError, match=r"plain path|empty"):
             call(uri)
 
@@ -158,7 +183,10 @@ def test_a_missing_extra_is_named() -> None:
     ("text", "clean"),
     [
         ("https://user:pass@host/a/b?sig=abc", "https://host/a/b"),
-        ("see s3://key:secret@bucket/x and s3://b/y?versionId=1.", "see s3://bucket/x and s3://b/y"),
+        (
+            "see s3://key:secret@bucket/x and s3://b/y?versionId=1.",
+            "see s3://bucket/x and s3://b/y",
+        ),
         ("no URL: a@b ? c", "no URL: a@b ? c"),
         ("https://host/p@th", "https://host/p@th"),
     ],
@@ -203,7 +231,7 @@ def test_remote_is_not_local() -> None:
         storage.local_path("s3://a/b")
 
 
-# ------------------------------------------------------------------------------------------------ retries
+# ------------------------------------------------------------------------------------------ retries
 
 
 def test_what_passes_by_itself_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +260,9 @@ def test_the_budget_ends_the_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("error", [PermissionError("no"), FileNotFoundError("no"), ValueError("no")])
+@pytest.mark.parametrize(
+    "error", [PermissionError("no"), FileNotFoundError("no"), ValueError("no")]
+)
 def test_what_does_not_pass_is_not_retried(error: Exception) -> None:
     calls = []
 
@@ -255,7 +285,9 @@ def test_what_does_not_pass_is_not_retried(error: Exception) -> None:
         (FileNotFoundError(errno.ENOENT, "x"), DataError, "not found"),
     ],
 )
-def test_each_failure_has_its_exit_code(error: OSError, kind: type[MaelstromError], message: str) -> None:
+def test_each_failure_has_its_exit_code(
+    error: OSError, kind: type[MaelstromError], message: str
+) -> None:
     explained = explain("write", "/some/path", error)
     assert isinstance(explained, kind)
     assert "/some/path" in str(explained)

@@ -1,4 +1,5 @@
-"""Other displays of a run: what they get, and that neither their failure nor their slowness is the run's."""
+"""Other displays of a run: what they get, and that neither their failure nor their slowness is the
+run's."""
 
 from __future__ import annotations
 
@@ -22,22 +23,39 @@ SECRET = "https://name:hunter2@host/data?sig=abc"
 
 def config(**log: str) -> RunConfig:
     return RunConfig.model_validate(
-        {"recipe": "demo", "data": {"train": SECRET}, "train": {"steps": 9}, "log": {"tensorboard": "off", **log}}
+        {
+            "recipe": "demo",
+            "data": {"train": SECRET},
+            "train": {"steps": 9},
+            "log": {"tensorboard": "off", **log},
+        }
     )
 
 
-def train_a_little(folder: Path, trackers: Callable[[Reporter], list[Background]], *, first: int, last: int) -> None:
-    with Reporter(folder, rank=0, total_steps=9, resumed_step=first - 1, tensorboard="off") as reporter:
+def train_a_little(
+    folder: Path, trackers: Callable[[Reporter], list[Background]], *, first: int, last: int
+) -> None:
+    with Reporter(
+        folder, rank=0, total_steps=9, resumed_step=first - 1, tensorboard="off"
+    ) as reporter:
         reporter.show_on(trackers(reporter))
         for step in range(first, last + 1):
-            reporter.log({"step": step, "loss": 1 / step, "images_per_s": 5.0, "grad_norm": None, "lr": float("nan")})
+            reporter.log(
+                {
+                    "step": step,
+                    "loss": 1 / step,
+                    "images_per_s": 5.0,
+                    "grad_norm": None,
+                    "lr": float("nan"),
+                }
+            )
         Image.new("RGB", (8, 8)).save(folder / "reconstruction.png")
         reporter.picture("reconstruction", folder / "reconstruction.png", last)
 
 
 def leveldb_records(content: bytes, *, block: int) -> list[bytes]:
-    """Read the log format of LevelDB: blocks of 32 KiB of pieces, each with checksum, length and kind (whole, first,
-    middle, last)."""
+    """Read the log format of LevelDB: blocks of 32 KiB of pieces, each with checksum, length and
+    kind (whole, first, middle, last)."""
     records, pending, start = [], b"", 0
     while start + 7 <= len(content):
         left = (block - start) % 2**15
@@ -84,7 +102,9 @@ class Faulty(Tracker):
 @pytest.mark.parametrize("moment", ["open", "log", "picture", "close"])
 def test_a_tracker_that_fails_is_told_of_once_and_left_alone(tmp_path: Path, capsys, moment: str):
     faulty = Faulty(moment)
-    train_a_little(tmp_path, lambda reporter: [Background(faulty, warn=reporter.say)], first=1, last=9)
+    train_a_little(
+        tmp_path, lambda reporter: [Background(faulty, warn=reporter.say)], first=1, last=9
+    )
     assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 10))
     out = capsys.readouterr().out
     assert out.count("warning: Faulty shows nothing more of this run: no network") == 1
@@ -96,7 +116,10 @@ def test_a_tracker_that_fails_is_told_of_once_and_left_alone(tmp_path: Path, cap
 def test_a_tracker_that_hangs_does_not_hold_the_run(tmp_path: Path, moment: str):
     faulty = Faulty(f"hang in {moment}")
     train_a_little(
-        tmp_path, lambda reporter: [Background(faulty, warn=reporter.say, closing_limit_s=0.05)], first=1, last=9
+        tmp_path,
+        lambda reporter: [Background(faulty, warn=reporter.say, closing_limit_s=0.05)],
+        first=1,
+        last=9,
     )
     assert len(read_metrics(tmp_path)) == 9
     faulty.go_on.set()
@@ -116,7 +139,9 @@ def test_a_queue_that_is_full_drops_lines(tmp_path: Path, monkeypatch):
 def test_what_is_not_installed_is_said_before_the_start(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     check_trackers(config())
-    with pytest.raises(ConfigError, match=r"log.wandb is on, but wandb is not installed.*log.mlflow.*\[tracking\]"):
+    with pytest.raises(
+        ConfigError, match=r"log.wandb is on, but wandb is not installed.*log.mlflow.*\[tracking\]"
+    ):
         check_trackers(config(wandb="on", mlflow="on"))
 
 
@@ -130,7 +155,10 @@ def test_mlflow_shows_a_run_and_its_resume_as_one(tmp_path: Path, monkeypatch, c
     run = config(mlflow="on", mlflow_experiment="tries")
     for first, last in ((1, 4), (3, 6)):
         train_a_little(
-            tmp_path, lambda reporter: list(start_trackers(run, tmp_path, warn=reporter.say)), first=first, last=last
+            tmp_path,
+            lambda reporter: list(start_trackers(run, tmp_path, warn=reporter.say)),
+            first=first,
+            last=last,
         )
     assert "warning" not in capsys.readouterr().out
     client = MlflowClient(tracking_uri=(tmp_path / "mlruns").as_uri())
@@ -138,11 +166,18 @@ def test_mlflow_shows_a_run_and_its_resume_as_one(tmp_path: Path, monkeypatch, c
     assert experiment is not None
     (shown,) = client.search_runs([experiment.experiment_id])
     assert shown.info.status == "FINISHED"
-    points = {point.step: point.value for point in client.get_metric_history(shown.info.run_id, "loss")}
+    points = {
+        point.step: point.value for point in client.get_metric_history(shown.info.run_id, "loss")
+    }
     assert points == {step: pytest.approx(1 / step) for step in range(1, 7)}
     assert "lr" not in shown.data.metrics
-    assert {file.path for file in client.list_artifacts(shown.info.run_id)} == {"config.json", "reconstruction.png"}
-    assert "hunter2" not in "".join(path.read_text("utf-8", "replace") for path in tmp_path.rglob("*.json"))
+    assert {file.path for file in client.list_artifacts(shown.info.run_id)} == {
+        "config.json",
+        "reconstruction.png",
+    }
+    assert "hunter2" not in "".join(
+        path.read_text("utf-8", "replace") for path in tmp_path.rglob("*.json")
+    )
 
 
 @pytest.mark.slow
@@ -154,7 +189,10 @@ def test_wandb_shows_a_run_offline(tmp_path: Path, monkeypatch, capsys):
     run = config(wandb="on", wandb_project="tries")
     for first, last in ((1, 4), (3, 6)):
         train_a_little(
-            tmp_path, lambda reporter: list(start_trackers(run, tmp_path, warn=reporter.say)), first=first, last=last
+            tmp_path,
+            lambda reporter: list(start_trackers(run, tmp_path, warn=reporter.say)),
+            first=first,
+            last=last,
         )
     assert "warning" not in capsys.readouterr().out
     run_id = json.loads((tmp_path / "trackers.json").read_text())["wandb"]
@@ -165,7 +203,10 @@ def test_wandb_shows_a_run_offline(tmp_path: Path, monkeypatch, capsys):
         for data in leveldb_records(path.read_bytes()[7:], block=2**15 - 7):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(data)
-            items = {(item.key or ".".join(item.nested_key)): item.value_json for item in record.history.item}
+            items = {
+                (item.key or ".".join(item.nested_key)): item.value_json
+                for item in record.history.item
+            }
             if "train/loss" in items:
                 losses[int(items["step"])] = float(items["train/loss"])
         assert b"hunter2" not in path.read_bytes()

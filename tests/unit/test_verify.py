@@ -74,9 +74,16 @@ def test_a_flipped_bit_in_a_header_is_found_by_the_full_check(dataset: Path) -> 
     assert "checksum" in found[0].problem
 
 
-def test_a_manifest_of_another_dataset_is_found(dataset: Path, make_class_folder: Callable[..., Path]) -> None:
+def test_a_manifest_of_another_dataset_is_found(
+    dataset: Path, make_class_folder: Callable[..., Path]
+) -> None:
     other_source = make_class_folder(num_classes=4, per_class=3, root=dataset.parent / "other")
-    convert(str(other_source), str(dataset.parent / "b"), ConvertSettings(samples_per_shard=4), workers=1)
+    convert(
+        str(other_source),
+        str(dataset.parent / "b"),
+        ConvertSettings(samples_per_shard=4),
+        workers=1,
+    )
     theirs = (dataset.parent / "b" / "manifest.parquet").read_bytes()
     (dataset / "manifest.parquet").write_bytes(theirs)
     description = json.loads((dataset / "dataset.json").read_text())
@@ -88,9 +95,15 @@ def test_a_manifest_of_another_dataset_is_found(dataset: Path, make_class_folder
     ]
 
 
-def test_the_command_prints_the_agreed_keys(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_the_agreed_keys(
+    dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([str(dataset), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"num_samples": 12, "num_shards": 3, "problems": []}
+    assert json.loads(capsys.readouterr().out) == {
+        "num_samples": 12,
+        "num_shards": 3,
+        "problems": [],
+    }
     (dataset / "train-000000.tar").unlink()
     assert main([str(dataset), "--json"]) == 3
     found = json.loads(capsys.readouterr().out)
@@ -106,7 +119,7 @@ def test_no_dataset_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "not found" in json.loads(capsys.readouterr().out)["problems"][0]["problem"]
 
 
-# ------------------------------------------------------------------------------------------------ tars made elsewhere
+# ------------------------------------------------------------------------------ tars made elsewhere
 
 
 @pytest.fixture
@@ -146,7 +159,10 @@ def test_a_damaged_tar_is_told_among_whole_ones(tars: Path, tmp_path: Path) -> N
     found = verify(str(tars))
     assert (found.num_samples, found.num_shards) == (8, 3)
     assert [problem.shard for problem in found.problems] == ["train-000001.tar"]
-    for call in (lambda: write_manifest(str(tars)), lambda: open_dataset(str(tars), cache_dir=tmp_path / "cache")):
+    for call in (
+        lambda: write_manifest(str(tars)),
+        lambda: open_dataset(str(tars), cache_dir=tmp_path / "cache"),
+    ):
         with pytest.raises(DataError, match=r"train-000001\.tar.*whole members"):
             call()
     assert not (tars / "dataset.json").exists()
@@ -159,6 +175,8 @@ def test_pixels_that_cannot_be_decoded_are_found(made: Path) -> None:
     whole = path.read_bytes()[start : start + size]
     assert undecodable(whole) == ""
     assert undecodable(whole[:-2]) == "truncated"
-    at = whole.index(b"\xff\xdb")  # libjpeg has Huffman tables to fall back on, but no quantisation table
+    at = whole.index(
+        b"\xff\xdb"
+    )  # libjpeg has Huffman tables to fall back on, but no quantisation table
     broken = whole[:at] + b"\xff\xfe" + whole[at + 2 :]
     assert undecodable(broken) == "cannot be decoded"

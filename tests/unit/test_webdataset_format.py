@@ -32,8 +32,17 @@ BLOCK = 512
 def crops(photo_paths: dict[str, Path]) -> dict[str, bytes]:
     """Six small crops of photographs in the three formats a shard may hold."""
     found = {}
-    kinds = [("JPEG", {}), ("PNG", {}), ("WEBP", {}), ("JPEG", {"progressive": True}), ("JPEG", {}), ("PNG", {})]
-    for number, ((stem, path), (kind, options)) in enumerate(zip(photo_paths.items(), kinds, strict=False)):
+    kinds = [
+        ("JPEG", {}),
+        ("PNG", {}),
+        ("WEBP", {}),
+        ("JPEG", {"progressive": True}),
+        ("JPEG", {}),
+        ("PNG", {}),
+    ]
+    for number, ((stem, path), (kind, options)) in enumerate(
+        zip(photo_paths.items(), kinds, strict=False)
+    ):
         with Image.open(path) as image:
             crop = image.convert("RGB").crop((5, 5, 45 + number, 37))
         buffer = io.BytesIO()
@@ -47,7 +56,9 @@ def write(uri: str, images: dict[str, bytes]) -> WrittenShard:
         for label, (key, data) in enumerate(images.items()):
             found = probe(data)
             assert isinstance(found, Probe)
-            writer.add(key, data, found, label=label, metadata={"filename": f"{key}.orig", "ü": "é"})
+            writer.add(
+                key, data, found, label=label, metadata={"filename": f"{key}.orig", "ü": "é"}
+            )
         return writer.close()
 
 
@@ -94,7 +105,9 @@ def test_the_bytes_depend_on_the_content_alone(tmp_path: Path, crops: dict[str, 
     first = write(str(tmp_path / "a.tar"), crops)
     second = write("memory://webdataset-format/b.tar", crops)
     assert first.sha256 == second.sha256
-    assert storage.read_bytes("memory://webdataset-format/b.tar") == (tmp_path / "a.tar").read_bytes()
+    assert (
+        storage.read_bytes("memory://webdataset-format/b.tar") == (tmp_path / "a.tar").read_bytes()
+    )
 
 
 def test_tarfile_and_webdataset_read_our_tars(tmp_path: Path, crops: dict[str, bytes]) -> None:
@@ -128,26 +141,33 @@ def test_dali_reads_our_tar_and_index(tmp_path: Path, crops: dict[str, bytes]) -
     pytest.importorskip("nvidia.dali")
     from nvidia.dali import fn, pipeline_def
 
-    # Only JPEGs: DALI takes one list of extensions for a component, and fills it with the first that is there.
+    # Only JPEGs: DALI takes one list of extensions for a component, and fills it with the first
+    # that is there.
     images = {key: data for key, data in crops.items() if data[:2] == b"\xff\xd8"}
     tar, index = tmp_path / "a.tar", tmp_path / "a.idx"
     index.write_bytes(write(str(tar), images).dali_index)
 
     @pipeline_def(batch_size=len(images), num_threads=1, device_id=None)
     def reader():  # type: ignore[no-untyped-def]
-        return tuple(fn.readers.webdataset(paths=[str(tar)], index_paths=[str(index)], ext=["jpg", "cls"]))
+        return tuple(
+            fn.readers.webdataset(paths=[str(tar)], index_paths=[str(index)], ext=["jpg", "cls"])
+        )
 
     pipe = reader()
     pipe.build()
     encoded, labels = pipe.run()
     assert [bytes(encoded.at(i)) for i in range(len(images))] == list(images.values())
-    assert [bytes(labels.at(i)) for i in range(len(images))] == [str(i).encode() for i in range(len(images))]
+    assert [bytes(labels.at(i)) for i in range(len(images))] == [
+        str(i).encode() for i in range(len(images))
+    ]
 
 
 def test_the_dali_index_is_that_of_its_own_tool(tmp_path: Path, crops: dict[str, bytes]) -> None:
     wds2idx = pytest.importorskip("wds2idx")
     written = write(str(tmp_path / "a.tar"), crops)
-    creator = wds2idx.IndexCreator(str(tmp_path / "a.tar"), str(tmp_path / "theirs.idx"), verbose=False)
+    creator = wds2idx.IndexCreator(
+        str(tmp_path / "a.tar"), str(tmp_path / "theirs.idx"), verbose=False
+    )
     creator.create_index()
     creator.close()
     assert (tmp_path / "theirs.idx").read_bytes() == written.dali_index
@@ -156,12 +176,15 @@ def test_the_dali_index_is_that_of_its_own_tool(tmp_path: Path, crops: dict[str,
 @pytest.mark.parametrize("layout", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_every_layout_of_tar_is_read(tmp_path: Path, crops: dict[str, bytes], layout: int) -> None:
     long = "d" * 60 + "/" + "e" * 60 + "/key"
-    members = [(f"{key}.JPEG", data) for key, data in {"./a": crops["astronaut"], long: crops["rocket"]}.items()]
+    members = [
+        (f"{key}.JPEG", data)
+        for key, data in {"./a": crops["astronaut"], long: crops["rocket"]}.items()
+    ]
     found = index_bytes(tmp_path, make_tar(members, format=layout))
     assert found.table.keys == ["./a", long]  # type: ignore[attr-defined]
 
 
-# ------------------------------------------------------------------------------------------------ damage
+# ------------------------------------------------------------------------------------------- damage
 
 
 def test_a_tar_cut_anywhere_is_an_error_or_whole(tmp_path: Path, crops: dict[str, bytes]) -> None:
@@ -195,7 +218,9 @@ def test_a_flipped_bit_in_a_header_is_found(tmp_path: Path, crops: dict[str, byt
         blob[at] ^= 0x10
 
 
-def test_a_flipped_bit_in_an_image_changes_the_hashes(tmp_path: Path, crops: dict[str, bytes]) -> None:
+def test_a_flipped_bit_in_an_image_changes_the_hashes(
+    tmp_path: Path, crops: dict[str, bytes]
+) -> None:
     path = tmp_path / "a.tar"
     written = write(str(path), crops)
     blob = bytearray(path.read_bytes())
@@ -206,7 +231,9 @@ def test_a_flipped_bit_in_an_image_changes_the_hashes(tmp_path: Path, crops: dic
 
 
 @pytest.mark.parametrize("tail", [b"junk", b"\0" * 10_240 + b"x"])
-def test_junk_after_the_end_is_an_error(tmp_path: Path, crops: dict[str, bytes], tail: bytes) -> None:
+def test_junk_after_the_end_is_an_error(
+    tmp_path: Path, crops: dict[str, bytes], tail: bytes
+) -> None:
     with pytest.raises(DataError, match="junk"):
         index_bytes(tmp_path, make_tar([("a.jpg", crops["astronaut"])]) + tail)
 
@@ -232,12 +259,16 @@ def test_two_archives_in_one_file_are_an_error(tmp_path: Path, crops: dict[str, 
         (["/etc/a.jpg"], "refused"),
     ],
 )
-def test_badly_made_tars_are_errors(tmp_path: Path, crops: dict[str, bytes], names: list[str], message: str) -> None:
+def test_badly_made_tars_are_errors(
+    tmp_path: Path, crops: dict[str, bytes], names: list[str], message: str
+) -> None:
     with pytest.raises(DataError, match=message):
         index_bytes(tmp_path, make_tar([(name, crops["astronaut"]) for name in names]))
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE])
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE]
+)
 def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
@@ -251,15 +282,24 @@ def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes) -> None:
 def test_a_pickle_member_is_never_read(tmp_path: Path, crops: dict[str, bytes]) -> None:
     canary = tmp_path / "canary"
     evil = b"cposix\nsystem\n(S'touch " + str(canary).encode() + b"'\ntR."
-    found = index_bytes(tmp_path, make_tar([("a.jpg", crops["rocket"]), ("a.pyd", evil), ("a.cls", evil)]))
+    found = index_bytes(
+        tmp_path, make_tar([("a.jpg", crops["rocket"]), ("a.pyd", evil), ("a.cls", evil)])
+    )
     assert found.ignored == {"extension .pyd": 1, "labels that are no class number": 1}  # type: ignore[attr-defined]
     assert found.table.labels.tolist() == [-1]  # type: ignore[attr-defined]
     assert not canary.exists()
 
 
-def test_foreign_members_are_passed_over_and_counted(tmp_path: Path, crops: dict[str, bytes]) -> None:
+def test_foreign_members_are_passed_over_and_counted(
+    tmp_path: Path, crops: dict[str, bytes]
+) -> None:
     image = crops["astronaut"]
-    members = [("__meta__/x.json", b"{}"), ("a.seg.png", image), ("a.jpg", image), ("a.png", crops["chelsea"])]
+    members = [
+        ("__meta__/x.json", b"{}"),
+        ("a.seg.png", image),
+        ("a.jpg", image),
+        ("a.png", crops["chelsea"]),
+    ]
     members += [("b.jpg", b"no image at all"), ("b.json", b'{"label": 7}'), ("LICENSE", b"text")]
     found = index_bytes(tmp_path, make_tar(members))
     assert found.table.keys == ["a", "b"]  # type: ignore[attr-defined]
@@ -270,10 +310,16 @@ def test_foreign_members_are_passed_over_and_counted(tmp_path: Path, crops: dict
     assert found.ignored == expected  # type: ignore[attr-defined]
 
 
-# ------------------------------------------------------------------------------------------------ names
+# -------------------------------------------------------------------------------------------- names
 
-PART = st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=60)
-NAMES = st.lists(PART, min_size=1, max_size=4).map("/".join).filter(lambda name: ".." not in name.split("/"))
+PART = st.text(
+    st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=60
+)
+NAMES = (
+    st.lists(PART, min_size=1, max_size=4)
+    .map("/".join)
+    .filter(lambda name: ".." not in name.split("/"))
+)
 
 
 @given(name=NAMES, size=st.integers(0, 2**33 - 1))
@@ -287,7 +333,10 @@ def test_headers_of_any_name_are_read_by_tarfile(name: str, size: int) -> None:
     assert (member.name, member.size) == (name.rstrip("/"), size)
 
 
-@given(names=st.lists(NAMES, min_size=1, max_size=4), layout=st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]))
+@given(
+    names=st.lists(NAMES, min_size=1, max_size=4),
+    layout=st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
+)
 def test_any_name_that_tarfile_writes_is_read_back(names: list[str], layout: int) -> None:
     members = [(name, name.encode()) for name in names]
     scanner = TarScanner(io.BytesIO(make_tar(members, format=layout)), shard="x.tar")
@@ -308,11 +357,13 @@ def test_keys_are_those_of_the_webdataset_library(name: str) -> None:
     assert split_key(name) == (None if prefix is None else (prefix, suffix.lower()))
 
 
-# ------------------------------------------------------------------------------------------------ the writer
+# --------------------------------------------------------------------------------------- the writer
 
 
 @pytest.mark.parametrize("key", ["a.b", "a b", "__x__", "", "a\tb"])
-def test_keys_that_other_readers_would_lose_are_refused(tmp_path: Path, crops: dict[str, bytes], key: str) -> None:
+def test_keys_that_other_readers_would_lose_are_refused(
+    tmp_path: Path, crops: dict[str, bytes], key: str
+) -> None:
     found = probe(crops["astronaut"])
     assert isinstance(found, Probe)
     with WebDatasetWriter(str(tmp_path / "a.tar")) as writer, pytest.raises(DataError):

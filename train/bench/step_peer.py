@@ -1,4 +1,5 @@
-"""The model's training step beside that of transformers' ViTMAEForPreTraining, with the same weights, in turn.
+"""The model's training step beside that of transformers' ViTMAEForPreTraining, with the same
+weights, in turn.
 
 Shapes: B images, C channels, H height, W width, N patches.
 """
@@ -50,7 +51,13 @@ class Comparison:
 
 
 def compare(
-    name: str, *, images: int, precision: Literal["fp32", "autocast"], compiled: bool, repeats: int, threads: int
+    name: str,
+    *,
+    images: int,
+    precision: Literal["fp32", "autocast"],
+    compiled: bool,
+    repeats: int,
+    threads: int,
 ) -> Comparison:
     """Take steps of both models in turn, the first of each pair changing every time.
 
@@ -79,9 +86,14 @@ def compare(
         ours.compile()
         theirs.compile()
     steps = [
-        _stepper(ours, lambda: ours(images_BCHW, noise_BN).loss, device=device, precision=precision),
         _stepper(
-            theirs, lambda: theirs(pixel_values=images_BCHW, noise=noise_BN).loss, device=device, precision=precision
+            ours, lambda: ours(images_BCHW, noise_BN).loss, device=device, precision=precision
+        ),
+        _stepper(
+            theirs,
+            lambda: theirs(pixel_values=images_BCHW, noise=noise_BN).loss,
+            device=device,
+            precision=precision,
         ),
     ]
     first = [step()[1] for step in steps]
@@ -126,10 +138,16 @@ def _build_theirs(ours: MaskedAutoencoder) -> nn.Module:
 
 
 def _stepper(
-    model: nn.Module, forward: Callable[[], Tensor], *, device: torch.device, precision: Literal["fp32", "autocast"]
+    model: nn.Module,
+    forward: Callable[[], Tensor],
+    *,
+    device: torch.device,
+    precision: Literal["fp32", "autocast"],
 ) -> Callable[[], tuple[float, float]]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    optimizer = torch.optim.AdamW(
+        trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True
+    )
 
     def step() -> tuple[float, float]:
         begun = time.perf_counter()
@@ -148,16 +166,21 @@ def _stepper(
 def render_comparisons(comparisons: Sequence[Comparison]) -> str:
     """Lay comparisons out as a Markdown table."""
     lines = [
-        "| model | images | precision | compile | ours (range) | transformers (range) | ours / theirs (range) |",
+        "| model | images | precision | compile | ours (range) | transformers (range) | ours / "
+        "theirs (range) |",
         "|---|---|---|---|---|---|---|",
     ]
     for one in comparisons:
         ours, theirs = (
             f"{1e3 * median:,.0f} ms ({1e3 * low:,.0f}-{1e3 * high:,.0f})"
-            for median, (low, high) in ((one.ours_s, one.ours_range_s), (one.theirs_s, one.theirs_range_s))
+            for median, (low, high) in (
+                (one.ours_s, one.ours_range_s),
+                (one.theirs_s, one.theirs_range_s),
+            )
         )
         lines.append(
-            f"| {one.model} | {one.images} | {one.precision} | {'on' if one.compiled else 'off'} | {ours} | {theirs} "
+            f"| {one.model} | {one.images} | {one.precision} | {'on' if one.compiled else 'off'} | "
+            f"{ours} | {theirs} "
             f"| **{one.ratio:.3f}** ({one.ratio_range[0]:.3f}-{one.ratio_range[1]:.3f}) |"
         )
     devices = sorted({one.device for one in comparisons})

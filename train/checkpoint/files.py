@@ -1,12 +1,13 @@
 """What a checkpoint is on disk or in object storage: names, manifest, hashes, and reading it back.
 
-    step-000123/weight-00000-of-00002.safetensors       whole fp32 tensors under their names in the model
-    step-000123/exp_avg-00000-of-00002.safetensors      AdamW's moments, the same names
-    step-000123/exp_avg_sq-00000-of-00002.safetensors
-    step-000123/state.json                              step, position, settings, table of tensors
-    step-000123/MANIFEST.json                           size and hash of all of these; written last: the commit
+    step-000123/weight-00000-of-00002.safetensors       whole fp32 tensors under their names in the
+    model step-000123/exp_avg-00000-of-00002.safetensors      AdamW's moments, the same names
+    step-000123/exp_avg_sq-00000-of-00002.safetensors step-000123/state.json
+    step, position, settings, table of tensors step-000123/MANIFEST.json
+    size and hash of all of these; written last: the commit
 
-No pickle, and nothing that depends on the number of ranks or on how they shard: any safetensors reader will do.
+No pickle, and nothing that depends on the number of ranks or on how they shard: any safetensors
+reader will do.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ CHECKPOINTS_FOLDER = "checkpoints"
 """Where a run keeps its checkpoints unless told otherwise."""
 _CHUNK_BYTES = 2**23
 _STEP_NAME = re.compile(r"step-(\d{6,})")
-_OWN_NAME = re.compile(r"(weight|exp_avg|exp_avg_sq)-\d{5}-of-\d{5}\.safetensors|state\.json|MANIFEST\.json")
+_OWN_NAME = re.compile(
+    r"(weight|exp_avg|exp_avg_sq)-\d{5}-of-\d{5}\.safetensors|state\.json|MANIFEST\.json"
+)
 _OWN_TMP_NAME = re.compile(rf"\.({_OWN_NAME.pattern}){re.escape(TMP_MARK)}[\w-]+")
 
 
@@ -95,7 +98,8 @@ def hash_file(uri: str) -> tuple[int, str]:
 
 
 def write_file(folder: str, name: str, data: bytes | memoryview) -> FileEntry:
-    """Write a file whole or not at all, and read a local one back: a disk may lie about what it took.
+    """Write a file whole or not at all, and read a local one back: a disk may lie about what it
+    took.
 
     The interpreter is free meanwhile, so that a training loop in another thread goes on.
 
@@ -117,7 +121,8 @@ def _as_bytes(data: bytes | memoryview) -> bytes:
     if isinstance(data, bytes):
         return data
     copied = bytearray(len(data))
-    # torch copies without holding the interpreter's lock; bytes(data) would stop the training loop for a second.
+    # torch copies without holding the interpreter's lock; bytes(data) would stop the training loop
+    # for a second.
     torch.frombuffer(copied, dtype=torch.uint8).copy_(torch.from_numpy(np.asarray(data)))
     return cast("bytes", copied)
 
@@ -148,15 +153,21 @@ def read_manifest(folder: str) -> list[FileEntry]:
         claimed = content.pop("xxh3")
         entries = [FileEntry(**entry) for entry in content["files"]]
     except DataError:
-        raise DamagedCheckpointError(f"{uri}: not there; the checkpoint was never finished.") from None
+        raise DamagedCheckpointError(
+            f"{uri}: not there; the checkpoint was never finished."
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpointError(f"{uri}: not a manifest ({type(error).__name__}: {error}).") from None
+        raise DamagedCheckpointError(
+            f"{uri}: not a manifest ({type(error).__name__}: {error})."
+        ) from None
     if content.get("format") != FORMAT and claimed == _hash_json(content):
         raise CheckpointError(
             f"{uri}: layout version {content.get('format')}, this program reads {FORMAT}. "
             "Use the release it was written with, or another checkpoint.dir for a new run."
         )
-    if claimed != _hash_json(content) or not all(_OWN_NAME.fullmatch(entry.name) for entry in entries):
+    if claimed != _hash_json(content) or not all(
+        _OWN_NAME.fullmatch(entry.name) for entry in entries
+    ):
         raise DamagedCheckpointError(f"{uri}: its own hash does not match.")
     return entries
 
@@ -206,4 +217,6 @@ def render_table(table: Iterable[NamedTensor]) -> list[dict[str, Any]]:
 
 def parse_table(rows: Iterable[Mapping[str, Any]]) -> list[NamedTensor]:
     """Read a table of tensors."""
-    return [NamedTensor(row["name"], tuple(row["shape"]), row["trained"], row["part"]) for row in rows]
+    return [
+        NamedTensor(row["name"], tuple(row["shape"]), row["trained"], row["part"]) for row in rows
+    ]

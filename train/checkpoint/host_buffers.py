@@ -1,7 +1,8 @@
-"""A rank's share of the training state in host memory, laid out as the files of a checkpoint will be.
+"""A rank's share of the training state in host memory, laid out as the files of a checkpoint will
+be.
 
-The tensors are copied once, from the device into the very bytes that are hashed and written. The memory is kept from
-save to save: taking it anew costs more than filling it.
+The tensors are copied once, from the device into the very bytes that are hashed and written. The
+memory is kept from save to save: taking it anew costs more than filling it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ _VALUE_BYTES = 4
 _HEADER_ALIGNMENT = 8
 
 
-def safetensors_header(tensors: Iterable[tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+def safetensors_header(
+    tensors: Iterable[tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> bytes:
     """Lay out fp32 tensors one after the other as a safetensors file.
 
     Args:
@@ -29,7 +32,8 @@ def safetensors_header(tensors: Iterable[tuple[str, tuple[int, ...]]], metadata:
     Returns:
         What comes before the tensors' bytes; a multiple of 8 bytes long, so that these are aligned.
 
-    Source: the safetensors format: header length in 8 little-endian bytes, JSON padded with spaces, data.
+    Source: the safetensors format: header length in 8 little-endian bytes, JSON padded with spaces,
+        data.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
@@ -47,7 +51,8 @@ class HostBuffers:
     Args:
         table: all tensors of the model.
         part: number of this rank's share.
-        device: where the tensors come from; memory for a GPU's is pinned, so that they are copied at full speed.
+        device: where the tensors come from; memory for a GPU's is pinned, so that they are copied
+            at full speed.
     """
 
     def __init__(self, table: Iterable[NamedTensor], *, part: int, device: torch.device) -> None:
@@ -59,10 +64,14 @@ class HostBuffers:
             if tensors:
                 self._lay_out(kind, tensors, pinned=device.type == "cuda")
 
-    def _lay_out(self, kind: str, tensors: list[tuple[str, tuple[int, ...]]], *, pinned: bool) -> None:
+    def _lay_out(
+        self, kind: str, tensors: list[tuple[str, tuple[int, ...]]], *, pinned: bool
+    ) -> None:
         header = safetensors_header(tensors, {"kind": kind})
         num_values = sum(math.prod(shape) for _, shape in tensors)
-        content = torch.empty(len(header) + _VALUE_BYTES * num_values, dtype=torch.uint8, pin_memory=pinned)
+        content = torch.empty(
+            len(header) + _VALUE_BYTES * num_values, dtype=torch.uint8, pin_memory=pinned
+        )
         content[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
         self._bytes[kind] = content
         start = len(header)

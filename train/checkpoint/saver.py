@@ -1,7 +1,8 @@
-"""Saving beside training: the loop waits for the copy to host memory, a thread writes, hashes and uploads.
+"""Saving beside training: the loop waits for the copy to host memory, a thread writes, hashes and
+uploads.
 
-One save at a time: the next one waits for the one before, whose bytes it would overwrite. All ranks call every method
-together.
+One save at a time: the next one waits for the one before, whose bytes it would overwrite. All ranks
+call every method together.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from train.checkpoint.store import Captured, CheckpointStore, StateExporter
 from train.process.world import World
 
 WRITE_LIMIT_S = 1800.0
-"""Longest wait of a rank's writer for those of the others: uploads differ in speed far more than steps do."""
+"""Longest wait of a rank's writer for those of the others: uploads differ in speed far more than
+steps do."""
 _LOOK_S = 1.0
 
 
@@ -71,7 +73,8 @@ class Saver:
         return self._pending
 
     def start(self, step: int, engine: StateExporter, client: Mapping[str, Any]) -> None:
-        """Begin to save the state after `step` optimizer steps; nothing happens where that is saved already.
+        """Begin to save the state after `step` optimizer steps; nothing happens where that is saved
+        already.
 
         Args:
             step: optimizer steps done.
@@ -79,7 +82,9 @@ class Saver:
             client: what the loop needs to go on, JSON types; rank 0's is written.
         """
         if self._pending is not None:
-            raise RuntimeError(f"step {self._pending} is still being saved: call finish() before start()")
+            raise RuntimeError(
+                f"step {self._pending} is still being saved: call finish() before start()"
+            )
         if self.store.has(step):
             return
         begun = time.perf_counter()
@@ -90,7 +95,9 @@ class Saver:
             self._write(captured)
             self._stall_s += self._write_s
             return
-        self._thread = threading.Thread(target=self._write, args=(captured,), name="checkpoint-writer", daemon=True)
+        self._thread = threading.Thread(
+            target=self._write, args=(captured,), name="checkpoint-writer", daemon=True
+        )
         self._thread.start()
 
     def _write(self, captured: Captured) -> None:
@@ -102,7 +109,8 @@ class Saver:
         self._write_s = time.perf_counter() - begun
 
     def is_ready(self) -> bool:
-        """Tell whether `finish` would return at once, on every rank; False where nothing is being saved.
+        """Tell whether `finish` would return at once, on every rank; False where nothing is being
+        saved.
 
         Costs one small agreement while a save is under way, and nothing otherwise.
         """
@@ -118,7 +126,8 @@ class Saver:
             What was saved; None where nothing was under way.
 
         Raises:
-            CheckpointWriteError: on every rank alike, it could not be written; earlier checkpoints are untouched.
+            CheckpointWriteError: on every rank alike, it could not be written; earlier checkpoints
+                are untouched.
         """
         if self._pending is None:
             return None

@@ -81,18 +81,22 @@ def resolve_step(uri: str) -> list[str]:
         if committed:
             return [storage.join(root, step_name(step)) for step in reversed(committed)]
     raise CheckpointError(
-        f"{storage.redact(uri)}: no finished checkpoint here. Give the folder of a run, its checkpoints, or one step."
+        f"{storage.redact(uri)}: no finished checkpoint here. Give the folder of a run, its "
+        "checkpoints, or one step."
     )
 
 
 def load_weights(uri: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Load the weights of a checkpoint into host memory; no other process and no optimizer state is needed.
+    """Load the weights of a checkpoint into host memory; no other process and no optimizer state is
+    needed.
 
     Args:
-        uri: a step's folder, a folder of checkpoints or a run's folder; of several steps the newest undamaged one.
+        uri: a step's folder, a folder of checkpoints or a run's folder; of several steps the newest
+            undamaged one.
 
     Returns:
-        fp32 tensors by name, and state.json: step, settings (`config`), what the loop saved (`client`), `tensors`.
+        fp32 tensors by name, and state.json: step, settings (`config`), what the loop saved
+        (`client`), `tensors`.
 
     Raises:
         CheckpointError: nothing finished is there, or all of it is damaged.
@@ -116,7 +120,9 @@ def _load_weights(folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors |= safetensors.torch.load(_read_entry(folder, entry))
     missing = [row["name"] for row in state.get("tensors", []) if row["name"] not in tensors]
     if missing or not state:
-        raise DamagedCheckpointError(f"{storage.redact(folder)}: no weights of {', '.join(missing[:5])}.")
+        raise DamagedCheckpointError(
+            f"{storage.redact(folder)}: no weights of {', '.join(missing[:5])}."
+        )
     return {row["name"]: tensors[row["name"]] for row in state["tensors"]}, state
 
 
@@ -127,5 +133,7 @@ def _read_entry(folder: str, entry: FileEntry) -> bytes:
     except DataError as error:
         raise DamagedCheckpointError(str(error)) from error
     if hash_bytes(data) != entry.xxh3:
-        raise DamagedCheckpointError(f"{storage.redact(uri)}: hash differs from the manifest's; the file is damaged.")
+        raise DamagedCheckpointError(
+            f"{storage.redact(uri)}: hash differs from the manifest's; the file is damaged."
+        )
     return data

@@ -1,7 +1,8 @@
 """Saving and finding checkpoints over all ranks.
 
-A save is two halves: copying to host memory, which training waits for, and writing, which touches neither the model
-nor the accelerator. The manifest is the commit; there is no pointer to a latest step that could lie.
+A save is two halves: copying to host memory, which training waits for, and writing, which touches
+neither the model nor the accelerator. The manifest is the commit; there is no pointer to a latest
+step that could lie.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ PHASES = ("captured", "written", "checked", "committed", "pruned")
 
 
 class CheckpointWriteError(InfrastructureError):
-    """A save that failed and left no trace; earlier checkpoints are untouched and training may go on."""
+    """A save that failed and left no trace; earlier checkpoints are untouched and training may go
+    on."""
 
 
 class StateExporter(Protocol):
@@ -85,12 +87,18 @@ class CheckpointStore:
     Args:
         uri: folder of checkpoints, local or in object storage.
         keep_last: newest steps that are kept.
-        keep_every: steps that are a multiple of this are kept for good; 0 keeps none for that reason.
+        keep_every: steps that are a multiple of this are kept for good; 0 keeps none for that
+            reason.
         on_phase: told the name of each of `PHASES` as it is passed; tests end the process there.
     """
 
     def __init__(
-        self, uri: str, *, keep_last: int, keep_every: int = 0, on_phase: Callable[[str], None] | None = None
+        self,
+        uri: str,
+        *,
+        keep_last: int,
+        keep_every: int = 0,
+        on_phase: Callable[[str], None] | None = None,
     ) -> None:
         self.uri = uri
         self.keep_last = keep_last
@@ -99,7 +107,9 @@ class CheckpointStore:
         self._current: int | None = None
         self._buffers: HostBuffers | None = None
 
-    def save(self, step: int, engine: StateExporter, client: Mapping[str, Any], *, world: World) -> str:
+    def save(
+        self, step: int, engine: StateExporter, client: Mapping[str, Any], *, world: World
+    ) -> str:
         """Save the state after `step` optimizer steps. All ranks call it together.
 
         Saving again what was just saved or loaded does nothing.
@@ -114,7 +124,8 @@ class CheckpointStore:
             URI of the step's folder.
 
         Raises:
-            CheckpointWriteError: on every rank alike, where any could not write; nothing earlier was touched.
+            CheckpointWriteError: on every rank alike, where any could not write; nothing earlier
+                was touched.
         """
         if not self.has(step):
             self.write(self.capture(step, engine, client, world=world), world=world)
@@ -128,8 +139,11 @@ class CheckpointStore:
         """Give the URI of a step's folder."""
         return storage.join(self.uri, step_name(step))
 
-    def capture(self, step: int, engine: StateExporter, client: Mapping[str, Any], *, world: World) -> Captured:
-        """Copy the state to host memory: the half of a save that training waits for. All ranks call it together.
+    def capture(
+        self, step: int, engine: StateExporter, client: Mapping[str, Any], *, world: World
+    ) -> Captured:
+        """Copy the state to host memory: the half of a save that training waits for. All ranks call
+        it together.
 
         The copy is overwritten by the next one: what was captured before must be written by then.
 
@@ -156,7 +170,8 @@ class CheckpointStore:
         return Captured(step, self._buffers.files(), document)
 
     def write(self, captured: Captured, *, world: World) -> None:
-        """Write, commit, and remove what is no longer to be kept: the half of a save that a thread may do.
+        """Write, commit, and remove what is no longer to be kept: the half of a save that a thread
+        may do.
 
         Touches neither the model nor the accelerator. All ranks call it together.
 
@@ -165,7 +180,8 @@ class CheckpointStore:
             world: the processes of the run; in a thread, one from `World.for_a_thread`.
 
         Raises:
-            CheckpointWriteError: on every rank alike, where any could not write; nothing earlier was touched.
+            CheckpointWriteError: on every rank alike, where any could not write; nothing earlier
+                was touched.
         """
         self._write(captured, world=world)
         self._current = captured.step
@@ -176,7 +192,8 @@ class CheckpointStore:
     def latest(self, world: World, *, before: int | None = None) -> CheckpointState | None:
         """Find the newest checkpoint that every rank can read and whose every byte is as written.
 
-        Damaged ones are passed over with a warning that names the file. The ranks share the reading.
+        Damaged ones are passed over with a warning that names the file. The ranks share the
+        reading.
 
         Args:
             world: the processes of the run; all call it together.
@@ -186,14 +203,21 @@ class CheckpointStore:
             The state, or None where nothing was ever committed.
 
         Raises:
-            CheckpointError: there are checkpoints and none of them is sound; starting afresh would hide that.
+            CheckpointError: there are checkpoints and none of them is sound; starting afresh would
+                hide that.
         """
         candidates: list[int] = []
-        with _agreed(world, f"{storage.redact(self.uri)}: cannot list checkpoints", raises=InfrastructureError):
+        with _agreed(
+            world,
+            f"{storage.redact(self.uri)}: cannot list checkpoints",
+            raises=InfrastructureError,
+        ):
             if world.is_main:
                 found = find_steps(self.uri)
                 candidates = [step for step, names in found.items() if MANIFEST_FILE in names]
-        candidates = [step for step in world.broadcast(candidates) if before is None or step < before]
+        candidates = [
+            step for step in world.broadcast(candidates) if before is None or step < before
+        ]
         damage: list[str] = []
         for step in reversed(candidates):
             state, problems = self._open(step, world=world)
@@ -202,15 +226,20 @@ class CheckpointStore:
                 return state
             damage += problems
             if world.is_main:
-                log.warning("checkpoint of step %d is damaged and passed over: %s", step, "; ".join(problems))
+                log.warning(
+                    "checkpoint of step %d is damaged and passed over: %s",
+                    step,
+                    "; ".join(problems),
+                )
         if candidates:
             raise CheckpointError(
-                f"{storage.redact(self.uri)}: none of {len(candidates)} checkpoints is sound: {'; '.join(damage[:3])}. "
+                f"{storage.redact(self.uri)}: none of {len(candidates)} checkpoints is sound: "
+                f"{'; '.join(damage[:3])}. "
                 "Restore one from a copy, or give another checkpoint.dir to start afresh."
             )
         return None
 
-    # ------------------------------------------------------------------------------------------ writing
+    # -------------------------------------------------------------------------------------- writing
 
     def _write(self, captured: Captured, *, world: World) -> None:
         step, folder = captured.step, self.uri_of(captured.step)
@@ -222,9 +251,15 @@ class CheckpointStore:
         try:
             with _agreed(world, failure, raises=CheckpointWriteError):
                 for kind, content in captured.files.items():
-                    entries.append(write_file(folder, part_name(kind, world.rank, world.world_size), content))
+                    entries.append(
+                        write_file(folder, part_name(kind, world.rank, world.world_size), content)
+                    )
                 if world.is_main:
-                    entries.append(write_file(folder, STATE_FILE, json.dumps(captured.document, indent=1).encode()))
+                    entries.append(
+                        write_file(
+                            folder, STATE_FILE, json.dumps(captured.document, indent=1).encode()
+                        )
+                    )
             self._on_phase("written")
             everything = [entry for part in world.gather(entries) for entry in part]
             with _agreed(world, failure, raises=CheckpointWriteError):
@@ -243,15 +278,22 @@ class CheckpointStore:
         for entry in entries:
             if sizes.get(entry.name) != entry.size_bytes:
                 raise CheckpointError(
-                    f"{entry.name} has {sizes.get(entry.name, 'no')} bytes, {entry.size_bytes} were written. "
-                    "All ranks must see one folder: use shared or object storage for checkpoint.dir."
+                    f"{entry.name} has {sizes.get(entry.name, 'no')} bytes, {entry.size_bytes} "
+                    "were written. "
+                    "All ranks must see one folder: use shared or object storage for "
+                    "checkpoint.dir."
                 )
         self._on_phase("checked")
-        if not storage.put_if_absent(storage.join(folder, MANIFEST_FILE), render_manifest(step, entries)):
-            raise CheckpointError("another program has committed this step. Two runs share this checkpoint.dir.")
+        if not storage.put_if_absent(
+            storage.join(folder, MANIFEST_FILE), render_manifest(step, entries)
+        ):
+            raise CheckpointError(
+                "another program has committed this step. Two runs share this checkpoint.dir."
+            )
 
     def _clear(self, step: int, names: set[str]) -> None:
-        """Remove this program's files of a step, the commit first: a half-removed checkpoint must not look whole."""
+        """Remove this program's files of a step, the commit first: a half-removed checkpoint must
+        not look whole."""
         folder = storage.join(self.uri, step_name(step))
         for name in sorted(filter(is_own_file, names), key=lambda name: name != MANIFEST_FILE):
             storage.delete(storage.join(folder, name))
@@ -273,7 +315,7 @@ class CheckpointStore:
         except MaelstromError as error:
             log.warning("old checkpoints could not be removed, they stay: %s", error)
 
-    # ------------------------------------------------------------------------------------------ reading
+    # -------------------------------------------------------------------------------------- reading
 
     def _open(self, step: int, *, world: World) -> tuple[CheckpointState | None, list[str]]:
         """Verify one checkpoint together and open it; return what is wrong with it otherwise."""
@@ -289,8 +331,12 @@ class CheckpointStore:
         except MaelstromError as error:
             # Not damage: storage that fails, or a newer layout. All ranks end alike, not one alone.
             problems = [_FATAL + str(error)]
-        everywhere = list(dict.fromkeys(problem for part in world.gather(problems) for problem in part))
-        fatal = [problem.removeprefix(_FATAL) for problem in everywhere if problem.startswith(_FATAL)]
+        everywhere = list(
+            dict.fromkeys(problem for part in world.gather(problems) for problem in part)
+        )
+        fatal = [
+            problem.removeprefix(_FATAL) for problem in everywhere if problem.startswith(_FATAL)
+        ]
         folder = staged or storage.local_path(uri)
         try:
             if fatal:
@@ -301,7 +347,8 @@ class CheckpointStore:
             return CheckpointState(uri=uri, folder=folder, document=document), []
         finally:
             if staged is not None:
-                # Every rank has mapped its files by now; unlinked ones live until they are unmapped.
+                # Every rank has mapped its files by now; unlinked ones live until they are
+                # unmapped.
                 world.barrier()
                 shutil.rmtree(staged, ignore_errors=True)
 
@@ -309,12 +356,18 @@ class CheckpointStore:
 _FATAL = "fatal: "
 
 
-def _verify_share(uri: str, entries: list[FileEntry], *, staged: Path | None, world: World) -> list[str]:
+def _verify_share(
+    uri: str, entries: list[FileEntry], *, staged: Path | None, world: World
+) -> list[str]:
     """Check this rank's share of the files, and that all of them can be seen from here.
 
     A remote checkpoint is fetched once a node while it is checked; a local one is read where it is.
     """
-    first, stride = (world.rank, world.world_size) if staged is None else (world.local_rank, world.local_world_size)
+    first, stride = (
+        (world.rank, world.world_size)
+        if staged is None
+        else (world.local_rank, world.local_world_size)
+    )
     problems = []
     for number, entry in enumerate(entries):
         if number % stride == first:

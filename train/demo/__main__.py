@@ -1,7 +1,9 @@
-"""The whole way in minutes: `python -m train.demo [--src FOLDER] [--uri URI] [--run-dir runs/demo]`.
+"""The whole way in minutes: `python -m train.demo [--src FOLDER] [--uri URI] [--run-dir
+runs/demo]`.
 
-Pictures become shards, a small model is trained by the real commands, stopped on purpose and resumed, measured on
-held-out pictures and exported. Every command is printed as one would type it. Run again, it goes on where it was.
+Pictures become shards, a small model is trained by the real commands, stopped on purpose and
+resumed, measured on held-out pictures and exported. Every command is printed as one would type it.
+Run again, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -19,7 +21,14 @@ import tyro
 
 from pipeline.errors import ConfigError, MaelstromError
 from pipeline.storage import join
-from train.demo.launching import Interrupted, StageFailed, deepspeed_command, environment, run_stage, run_training
+from train.demo.launching import (
+    Interrupted,
+    StageFailed,
+    deepspeed_command,
+    environment,
+    run_stage,
+    run_training,
+)
 from train.demo.pictures import Pictures, cut_photos, split_folder
 from train.process.outcome import describe, read_status
 from train.recipes import DEMO_MINUTES, RECIPES
@@ -29,18 +38,22 @@ from train.report.metrics_file import LOSS_PICTURE, RECONSTRUCTION_PICTURE, SUMM
 STOPPED_EARLY = 75
 MAX_RANKS = 8
 SAMPLES_PER_SHARD = 256
-"""Several shards even of the small default pictures, so that every part of the data path is used."""
+"""Several shards even of the small default pictures, so that every part of the data path is
+used."""
 EVALUATION_FILE = "evaluation.json"
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Convert pictures, train a small masked autoencoder, stop and resume it, measure and export it."""
+    """Convert pictures, train a small masked autoencoder, stop and resume it, measure and export
+    it."""
 
     src: str = ""
-    """Folder of your own pictures, flat or in class folders. Empty: photographs of scikit-image and scikit-learn."""
+    """Folder of your own pictures, flat or in class folders. Empty: photographs of scikit-image and
+    scikit-learn."""
     uri: str = ""
-    """Where shards and checkpoints are kept, such as s3://bucket/prefix. Empty: in the run's folder."""
+    """Where shards and checkpoints are kept, such as s3://bucket/prefix. Empty: in the run's
+    folder."""
     run_dir: str = "runs/demo"
     """Local folder for metrics, pictures and exports."""
     minutes: float = DEMO_MINUTES
@@ -55,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _Demo(arguments).run()
     except StageFailed as failure:
-        sys.stderr.write(f"\nthe demo stopped at: {failure.stage} (exit code {failure.exit_code})\n")
+        sys.stderr.write(
+            f"\nthe demo stopped at: {failure.stage} (exit code {failure.exit_code})\n"
+        )
         return failure.exit_code
     except (Interrupted, KeyboardInterrupt):
         sys.stderr.write("\ninterrupted: the same command goes on from here\n")
@@ -73,14 +88,21 @@ class _Demo:
         self.arguments = arguments
         self.run_dir = Path(arguments.run_dir)
         self.home = arguments.uri or str(self.run_dir / "data")
-        self.checkpoints = join(arguments.uri, "checkpoints") if arguments.uri else str(self.run_dir / "checkpoints")
+        self.checkpoints = (
+            join(arguments.uri, "checkpoints")
+            if arguments.uri
+            else str(self.run_dir / "checkpoints")
+        )
         recipe = RECIPES["demo"]
         self.steps = max(2, round(recipe["train"]["steps"] * arguments.minutes / DEMO_MINUTES))
         self.image_size = int(recipe["model"]["image_size"])
         self.ranks = arguments.ranks or count_ranks()
         batch = int(recipe["train"]["global_batch_size"])
         if batch % self.ranks:
-            raise ConfigError(f"--ranks {self.ranks} does not divide the demo's batch of {batch}: use 1, 2, 4 or 8")
+            raise ConfigError(
+                f"--ranks {self.ranks} does not divide the demo's batch of {batch}: use 1, 2, 4 or "
+                "8"
+            )
         self.precision = ""
         self.micro_batch_size = min(int(recipe["train"]["micro_batch_size"]), batch // self.ranks)
 
@@ -90,14 +112,23 @@ class _Demo:
         pictures = self._pictures()
         self._say_stage(2, "pictures into shards")
         self._convert(pictures)
-        self._say_stage(3, f"training: {self.steps} steps on {self.ranks} processes, stopped on purpose half-way")
+        self._say_stage(
+            3,
+            f"training: {self.steps} steps on {self.ranks} processes, stopped on purpose half-way",
+        )
         self._train()
         self._say_stage(4, "measuring on held-out pictures")
         evaluation = str(self.run_dir / EVALUATION_FILE)
-        run_stage("evaluation", [sys.executable, "-m", "train.evaluate", self.checkpoints, "--out", evaluation])
+        run_stage(
+            "evaluation",
+            [sys.executable, "-m", "train.evaluate", self.checkpoints, "--out", evaluation],
+        )
         self._say_stage(5, "the encoder for timm")
         out = str(self.run_dir / "export")
-        run_stage("export", [sys.executable, "-m", "train.export", self.checkpoints, "--to", "timm", "--out", out])
+        run_stage(
+            "export",
+            [sys.executable, "-m", "train.export", self.checkpoints, "--to", "timm", "--out", out],
+        )
         self._close()
 
     def _say_stage(self, number: int, what: str) -> None:
@@ -110,11 +141,13 @@ class _Demo:
         pictures = split_folder(Path(source), folder) if source else cut_photos(folder)
         labels = f"{pictures.num_classes} classes" if pictures.num_classes else "no labels"
         sys.stdout.write(
-            f"{pictures.num_train:,} pictures to train on, {pictures.num_val:,} held out, {labels}, in {folder}\n"
+            f"{pictures.num_train:,} pictures to train on, {pictures.num_val:,} held out, "
+            f"{labels}, in {folder}\n"
         )
         if not source:
             sys.stdout.write(
-                "The class of a crop is its photograph; held-out crops are from its other half. A labelled toy: it "
+                "The class of a crop is its photograph; held-out crops are from its other half. A "
+                "labelled toy: it "
                 "shows that the pipeline learns, not that it generalises.\n"
             )
         return pictures
@@ -137,7 +170,8 @@ class _Demo:
             status = read_status(self.run_dir)
             if status.get("state") == "preempted":
                 sys.stdout.write(
-                    f"\nstopped on purpose at step {status['step']} (SIGTERM, as a scheduler would). "
+                    f"\nstopped on purpose at step {status['step']} (SIGTERM, as a scheduler "
+                    "would). "
                     "The same command again:\n"
                 )
         elif before < self.steps:
@@ -159,7 +193,10 @@ class _Demo:
         words = [word for name, value in settings.items() for word in (f"--{name}", value)]
         command = deepspeed_command("demo", words, ranks=self.ranks)
         run_training(
-            command, run_dir=self.run_dir, stop_at=stop_at, env=environment(ranks=self.ranks, has_gpu=count_gpus() > 0)
+            command,
+            run_dir=self.run_dir,
+            stop_at=stop_at,
+            env=environment(ranks=self.ranks, has_gpu=count_gpus() > 0),
         )
 
     def _close(self) -> None:
@@ -178,13 +215,26 @@ class _Demo:
                 f"nearest neighbours in frozen features, {knn['num_classes']} classes: "
                 f"untrained {100 * knn['untrained']:.1f}%, trained {100 * knn['trained']:.1f}%"
             )
-        names = (RECONSTRUCTION_PICTURE, LOSS_PICTURE, "metrics.jsonl", SUMMARY_FILE, EVALUATION_FILE, "export")
-        lines += ["", "look at:", *(f"  {self.run_dir / name}" for name in names), f"  {self.checkpoints}"]
+        names = (
+            RECONSTRUCTION_PICTURE,
+            LOSS_PICTURE,
+            "metrics.jsonl",
+            SUMMARY_FILE,
+            EVALUATION_FILE,
+            "export",
+        )
+        lines += [
+            "",
+            "look at:",
+            *(f"  {self.run_dir / name}" for name in names),
+            f"  {self.checkpoints}",
+        ]
         sys.stdout.write("\n".join(lines) + "\n")
 
 
 def count_ranks() -> int:
-    """Choose how many processes to train with: one a GPU, or a power of two up to the cores this process may use."""
+    """Choose how many processes to train with: one a GPU, or a power of two up to the cores this
+    process may use."""
     available = count_gpus() or len(os.sched_getaffinity(0))
     ranks = 1
     while ranks * 2 <= min(available, MAX_RANKS):
@@ -195,8 +245,8 @@ def count_ranks() -> int:
 def choose_precision() -> str:
     """Choose the faster of bf16 and fp32 matrix products on this machine.
 
-    On a GPU that is bf16. CPUs differ: with AVX512-BF16 or AMX bf16 is up to twice as fast, without them many times
-    slower, so a product of the demo's size is timed both ways.
+    On a GPU that is bf16. CPUs differ: with AVX512-BF16 or AMX bf16 is up to twice as fast, without
+    them many times slower, so a product of the demo's size is timed both ways.
     """
     import torch
 
@@ -215,7 +265,10 @@ def choose_precision() -> str:
 
     fp32_s, bf16_s = seconds(torch.float32), seconds(torch.bfloat16)
     chosen = "autocast" if bf16_s < fp32_s else "fp32"
-    sys.stdout.write(f"bf16 products take {bf16_s / fp32_s:.2f}x the time of fp32 here: engine.precision {chosen}\n")
+    sys.stdout.write(
+        f"bf16 products take {bf16_s / fp32_s:.2f}x the time of fp32 here: engine.precision "
+        f"{chosen}\n"
+    )
     return chosen
 
 

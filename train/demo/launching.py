@@ -1,4 +1,5 @@
-"""Running the project's own commands from a program: printed as one would type them, stopped in an orderly way."""
+"""Running the project's own commands from a program: printed as one would type them, stopped in an
+orderly way."""
 
 from __future__ import annotations
 
@@ -55,12 +56,16 @@ def run_stage(stage: str, command: Sequence[str], *, env: Mapping[str, str] | No
 
 
 def run_training(
-    command: Sequence[str], *, run_dir: Path, stop_at: int | None, env: Mapping[str, str] | None = None
+    command: Sequence[str],
+    *,
+    run_dir: Path,
+    stop_at: int | None,
+    env: Mapping[str, str] | None = None,
 ) -> None:
     """Print a training command and run it to its end, or stop it after some steps.
 
-    It runs in a session of its own: Ctrl-C then reaches this program alone, which stops the ranks one way, instead of
-    the launcher and every rank at once.
+    It runs in a session of its own: Ctrl-C then reaches this program alone, which stops the ranks
+    one way, instead of the launcher and every rank at once.
 
     Args:
         command: program and words, launcher included.
@@ -96,8 +101,8 @@ def run_training(
 def stop_ranks(process: subprocess.Popen[bytes]) -> None:
     """Tell the ranks of a deepspeed launcher to save and end.
 
-    The outer launcher would go away without passing a signal on; the one below it passes SIGTERM to the ranks and
-    waits for them.
+    The outer launcher would go away without passing a signal on; the one below it passes SIGTERM to
+    the ranks and waits for them.
     """
     with suppress(psutil.NoSuchProcess):
         for child in psutil.Process(process.pid).children():
@@ -152,14 +157,25 @@ def deepspeed_command(recipe: str, settings: Sequence[str], *, ranks: int) -> li
     """
     launcher = Path(sys.executable).parent / "deepspeed"
     if not launcher.exists():
-        raise ConfigError(f"{launcher}: not there; install the project into this environment (make setup)")
+        raise ConfigError(
+            f"{launcher}: not there; install the project into this environment (make setup)"
+        )
     # A fixed port would collide with another training on this machine.
-    options = ["--log_level", "error", "--num_gpus", str(ranks), "--master_port", str(free_port()), "--module"]
+    options = [
+        "--log_level",
+        "error",
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+        str(free_port()),
+        "--module",
+    ]
     return [str(launcher), *options, "train.pretrain", recipe, *settings]
 
 
 def environment(*, ranks: int, has_gpu: bool) -> dict[str, str]:
-    """Give the environment for several ranks on one machine: cores shared out, launcher chatter left out.
+    """Give the environment for several ranks on one machine: cores shared out, launcher chatter
+    left out.
 
     Args:
         ranks: processes.
@@ -167,7 +183,8 @@ def environment(*, ranks: int, has_gpu: bool) -> dict[str, str]:
     """
     defaults = {
         "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)),
-        # torch 2.13 announces renamed collectives on every rank; nothing in this project calls them.
+        # torch 2.13 announces renamed collectives on every rank; nothing in this project calls
+        # them.
         "PYTHONWARNINGS": "ignore::FutureWarning",
     }
     if not has_gpu:

@@ -1,7 +1,9 @@
-"""Labelled pictures for the demo: crops of the photographs that scikit-image and scikit-learn carry in their wheels.
+"""Labelled pictures for the demo: crops of the photographs that scikit-image and scikit-learn carry
+in their wheels.
 
-The class of a crop is the photograph it was cut from; training and held-out crops come from separate halves of it.
-That is a labelled toy: it shows that the pipeline learns, not that it generalises.
+The class of a crop is the photograph it was cut from; training and held-out crops come from
+separate halves of it. That is a labelled toy: it shows that the pipeline learns, not that it
+generalises.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ class CropPlan:
     """How the photographs are cut.
 
     Attributes:
-        size: side of a crop in pixels; larger than the model's input, so that random crops have room.
+        size: side of a crop in pixels; larger than the model's input, so that random crops have
+            room.
         train_stride: pixels between training crops; below `size` they overlap.
         max_side: photographs longer than this are shrunk to it first, in pixels.
         quality: JPEG quality, 1-100.
@@ -94,14 +97,18 @@ def photo_path(name: str) -> Path:
     folder = Path(spec.origin).parent if spec and spec.origin else None
     if folder is None or not (folder / inside).is_file():
         raise ConfigError(
-            f"the demo's photograph {name} is not there: install the demo extra (pip install -e '.[demo]'), "
+            f"the demo's photograph {name} is not there: install the demo extra (pip install -e "
+            "'.[demo]'), "
             "or give a folder of pictures of your own with --src"
         )
     return folder / inside
 
 
-def boxes(width: int, height: int, *, plan: CropPlan, half: str) -> Iterator[tuple[int, int, int, int]]:
-    """Give the crop boxes of one half of a photograph: the first along its longer side trains, the second is held out.
+def boxes(
+    width: int, height: int, *, plan: CropPlan, half: str
+) -> Iterator[tuple[int, int, int, int]]:
+    """Give the crop boxes of one half of a photograph: the first along its longer side trains, the
+    second is held out.
 
     Args:
         width: of the photograph, in pixels.
@@ -158,8 +165,8 @@ def cut_photos(folder: Path, plan: CropPlan = CropPlan()) -> Pictures:
 def split_folder(source: Path, folder: Path) -> Pictures:
     """Split a folder of one's own pictures into training and held-out ones, by a hash of each name.
 
-    The same picture always falls on the same side, however many are added later. Nothing is copied: the two folders
-    hold links.
+    The same picture always falls on the same side, however many are added later. Nothing is copied:
+    the two folders hold links.
 
     Args:
         source: a flat folder, or one of class folders; nothing in it is changed.
@@ -170,11 +177,17 @@ def split_folder(source: Path, folder: Path) -> Pictures:
         DataError: where it holds fewer than two pictures.
     """
     if not source.is_dir():
-        raise ConfigError(f"--src {source}: no such folder; give a folder of pictures or of class folders of pictures")
-    names = sorted(p.relative_to(source) for p in source.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES)
+        raise ConfigError(
+            f"--src {source}: no such folder; give a folder of pictures or of class folders of "
+            "pictures"
+        )
+    names = sorted(
+        p.relative_to(source) for p in source.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES
+    )
     if len(names) < 2:
         raise DataError(
-            f"--src {source}: found {len(names)} pictures ({', '.join(sorted(PICTURE_SUFFIXES))}); at least 2 are "
+            f"--src {source}: found {len(names)} pictures ({', '.join(sorted(PICTURE_SUFFIXES))}); "
+            "at least 2 are "
             "needed, one to train on and one to hold out"
         )
     settings: dict[str, object] = {
@@ -186,7 +199,9 @@ def split_folder(source: Path, folder: Path) -> Pictures:
         return ready
     ranked = sorted(names, key=lambda name: _digest(name.as_posix()))
     limit = int(VAL_SHARE * 16**8)
-    held_out = {name for name in ranked if int(_digest(name.as_posix())[:8], 16) < limit} or {ranked[0]}
+    held_out = {name for name in ranked if int(_digest(name.as_posix())[:8], 16) < limit} or {
+        ranked[0]
+    }
     if len(held_out) == len(names):
         held_out = {ranked[0]}
     for half in ("train", "val"):
@@ -200,7 +215,9 @@ def split_folder(source: Path, folder: Path) -> Pictures:
     if any(len(name.parts) == 1 for name in names):
         classes = set()
     num_val = len(held_out)
-    return _finish(folder, settings, train=len(names) - num_val, val=num_val, num_classes=len(classes))
+    return _finish(
+        folder, settings, train=len(names) - num_val, val=num_val, num_classes=len(classes)
+    )
 
 
 def _open_photo(path: Path, *, max_side: int) -> Image.Image:
@@ -222,10 +239,14 @@ def _finished(folder: Path, settings: dict[str, object]) -> Pictures | None:
     return _pictures(folder, marker["counts"]) if marker["settings"] == settings else None
 
 
-def _finish(folder: Path, settings: dict[str, object], *, train: int, val: int, num_classes: int) -> Pictures:
+def _finish(
+    folder: Path, settings: dict[str, object], *, train: int, val: int, num_classes: int
+) -> Pictures:
     counts = {"num_train": train, "num_val": val, "num_classes": num_classes}
     marker = folder / f".{MARKER}.tmp"
-    marker.write_text(json.dumps({"settings": settings, "counts": counts}, indent=1) + "\n", encoding="utf-8")
+    marker.write_text(
+        json.dumps({"settings": settings, "counts": counts}, indent=1) + "\n", encoding="utf-8"
+    )
     marker.replace(folder / MARKER)
     return _pictures(folder, counts)
 

@@ -30,7 +30,8 @@ def copy_to_host(name: str, kind: str, tensor: Tensor) -> Tensor:
     """Copy one tensor to fresh host memory as fp32."""
     del name, kind
     copied = tensor.detach().to(device="cpu", dtype=torch.float32)
-    # On the CPU `to` gives the live tensor back, and the next step would change what is being written.
+    # On the CPU `to` gives the live tensor back, and the next step would change what is being
+    # written.
     return (copied.clone() if copied.data_ptr() == tensor.data_ptr() else copied).contiguous()
 
 
@@ -51,7 +52,11 @@ class Engine(ABC):
         self.table = list_tensors(model, parts=world.world_size)
         trained = {tensor.name for tensor in self.table if tensor.trained}
         # Frozen tensors never change, but the engine rounds its own to the precision of the run.
-        self._fixed = {n: t.detach().float().cpu().clone() for n, t in model.state_dict().items() if n not in trained}
+        self._fixed = {
+            n: t.detach().float().cpu().clone()
+            for n, t in model.state_dict().items()
+            if n not in trained
+        }
         self._micro_batches = 0
         self._state: NamedState
 
@@ -68,7 +73,8 @@ class Engine(ABC):
     @property
     @abstractmethod
     def skipped_steps(self) -> int:
-        """Steps without an update, because a gradient was not finite, since this process started."""
+        """Steps without an update, because a gradient was not finite, since this process
+        started."""
 
     @property
     def loss_scale(self) -> float:
@@ -77,7 +83,8 @@ class Engine(ABC):
 
     @property
     def searches_loss_scale(self) -> bool:
-        """Whether a skipped step is no fault, but the loss scaler on its way down to a scale that fits."""
+        """Whether a skipped step is no fault, but the loss scaler on its way down to a scale that
+        fits."""
         return False
 
     @abstractmethod
@@ -94,8 +101,8 @@ class Engine(ABC):
 
     @abstractmethod
     def step(self, lr: float) -> None:
-        """Clip and take one optimizer step after `grad_accum_steps` micro-batches. All ranks skip it together where a
-        gradient is not finite on any.
+        """Clip and take one optimizer step after `grad_accum_steps` micro-batches. All ranks skip
+        it together where a gradient is not finite on any.
 
         Args:
             lr: learning rate of every parameter group.
@@ -103,13 +110,13 @@ class Engine(ABC):
 
     @abstractmethod
     def grad_norm(self) -> float | None:
-        """Return the global gradient norm of the last step, before clipping; `inf` where the step was skipped, None
-        before the first."""
+        """Return the global gradient norm of the last step, before clipping; `inf` where the step
+        was skipped, None before the first."""
 
     @abstractmethod
     def eval_context(self) -> contextlib.AbstractContextManager[nn.Module]:
-        """Give the model for forward passes without gradients. All ranks enter and leave together; between, each may
-        run as many passes as it likes."""
+        """Give the model for forward passes without gradients. All ranks enter and leave together;
+        between, each may run as many passes as it likes."""
 
     def export_state(self, place: Place = copy_to_host) -> ExportedState:
         """Copy this rank's share of the training state to host memory. All ranks call it together.
@@ -118,7 +125,8 @@ class Engine(ABC):
             place: where to; must copy, because training goes on while the copies are written.
 
         Returns:
-            Whole fp32 tensors by name and kind, for the names that fall to this rank, and the scalars.
+            Whole fp32 tensors by name and kind, for the names that fall to this rank, and the
+            scalars.
         """
         self._state.prepare()
         scalars = {"adam_step": self._state.adam_step(), "loss_scaler": self._loss_scaler()}
@@ -127,17 +135,26 @@ class Engine(ABC):
             mine = tensor.part == self.world.rank
             if not tensor.trained:
                 if mine:
-                    exported.tensors[tensor.name] = {WEIGHT: place(tensor.name, WEIGHT, self._fixed[tensor.name])}
+                    exported.tensors[tensor.name] = {
+                        WEIGHT: place(tensor.name, WEIGHT, self._fixed[tensor.name])
+                    }
                 continue
-            whole = self._state.read(tensor.name)  # a collective: every rank takes part in every name
+            whole = self._state.read(
+                tensor.name
+            )  # a collective: every rank takes part in every name
             if mine:
-                exported.tensors[tensor.name] = {kind: place(tensor.name, kind, value) for kind, value in whole.items()}
+                exported.tensors[tensor.name] = {
+                    kind: place(tensor.name, kind, value) for kind, value in whole.items()
+                }
         if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()  # copies to pinned memory have only been queued
+            torch.cuda.current_stream(
+                self.device
+            ).synchronize()  # copies to pinned memory have only been queued
         return exported
 
     def restore(self, source: StateSource) -> None:
-        """Take over saved weights, moments and counters in place, also to roll back. All ranks call it together.
+        """Take over saved weights, moments and counters in place, also to roll back. All ranks call
+        it together.
 
         Args:
             source: a checkpoint of the same model, at any world size, stage and precision.
@@ -163,7 +180,8 @@ class Engine(ABC):
     def _check_micro_batches(self) -> None:
         if self._micro_batches != self.grad_accum_steps:
             raise RuntimeError(
-                f"step() after {self._micro_batches} micro-batches, expected grad_accum_steps {self.grad_accum_steps}"
+                f"step() after {self._micro_batches} micro-batches, expected grad_accum_steps "
+                f"{self.grad_accum_steps}"
             )
         self._micro_batches = 0
 
@@ -171,8 +189,9 @@ class Engine(ABC):
 def poisoned_if_not_finite(loss: Tensor) -> Tensor:
     """Give the loss itself, with gradients that are not finite where it is not.
 
-    A squared error may overflow while its gradient does not: the step would be taken. Nothing is read back from the
-    device, and where the loss is finite the gradients are multiplied by exactly 1.
+    A squared error may overflow while its gradient does not: the step would be taken. Nothing is
+    read back from the device, and where the loss is finite the gradients are multiplied by exactly
+    1.
     """
     return loss * (loss.detach() * 0 + 1)
 

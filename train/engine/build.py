@@ -14,10 +14,13 @@ from train.engine.plain import TorchEngine
 from train.process.world import World
 
 
-def build_engine(config: RunConfig, *, model: nn.Module, resume: StateSource | None, world: World) -> Engine:
+def build_engine(
+    config: RunConfig, *, model: nn.Module, resume: StateSource | None, world: World
+) -> Engine:
     """Build the engine of a run and bring it to its saved state, if there is one.
 
-    Activation checkpointing is switched on here, so that one section of the settings is read in one place.
+    Activation checkpointing is switched on here, so that one section of the settings is read in one
+    place.
 
     Args:
         config: settings of the run.
@@ -36,7 +39,8 @@ def build_engine(config: RunConfig, *, model: nn.Module, resume: StateSource | N
     choose_checkpointing = getattr(model, "set_activation_checkpointing", None)
     if choose_checkpointing is not None:
         choose_checkpointing(
-            encoder=config.engine.activation_checkpointing, decoder=config.engine.decoder_activation_checkpointing
+            encoder=config.engine.activation_checkpointing,
+            decoder=config.engine.decoder_activation_checkpointing,
         )
     if resume is not None:
         _copy_weights(resume, model, world=world)

@@ -46,14 +46,20 @@ class DeepSpeedEngine(Engine):
         super().__init__(model=model, config=config, world=world)
         deepspeed = _import_deepspeed()
         stage = config.engine.zero_stage
-        # ZeRO 3 shards the model in place; evaluation then runs on a plain copy that is filled when needed.
+        # ZeRO 3 shards the model in place; evaluation then runs on a plain copy that is filled when
+        # needed.
         self._twin = _empty_copy(model) if stage == 3 else None
         optimizer = build_optimizer(model, config.optim, device=_optimizer_device(config, world))
         rendered = render_deepspeed_config(config, world_size=world.world_size)
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints lines about memory, which --json must not hold
-            self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=rendered)
+        with contextlib.redirect_stdout(
+            io.StringIO()
+        ):  # it prints lines about memory, which --json must not hold
+            self._engine, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=rendered
+            )
         self._module = model
-        # Without a wrapper around the optimizer nothing in DeepSpeed looks for gradients that are not finite.
+        # Without a wrapper around the optimizer nothing in DeepSpeed looks for gradients that are
+        # not finite.
         self._checks_itself = isinstance(self._engine.optimizer, torch.optim.Optimizer)
         self._skipped_by_us = 0
         self._own_norm: float | None = None
@@ -107,8 +113,12 @@ class DeepSpeedEngine(Engine):
         self._engine.step()
 
     def _check_gradients(self) -> None:
-        trained = [parameter for parameter in self._module.parameters() if parameter.grad is not None]
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
+        trained = [
+            parameter for parameter in self._module.parameters() if parameter.grad is not None
+        ]
+        norm = nn.utils.get_total_norm(
+            [parameter.grad for parameter in trained if parameter.grad is not None]
+        )
         self._own_norm = float(norm) if torch.isfinite(norm) else float("inf")
         if self._own_norm == float("inf"):
             self._skipped_by_us += 1
@@ -175,10 +185,13 @@ def _import_deepspeed() -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
-    # DeepSpeed calls two functions by names that torch 2.13 is about to retire; a user can do nothing about it.
-    warnings.filterwarnings("ignore", r".*(all_gather_into_tensor|reduce_scatter_tensor).*", FutureWarning)
-    # A shared-memory all-reduce that only inference uses. Loading it compiles for half a minute where it is not
-    # prebuilt, and every process that is killed would leave 69 MB in /dev/shm.
+    # DeepSpeed calls two functions by names that torch 2.13 is about to retire; a user can do
+    # nothing about it.
+    warnings.filterwarnings(
+        "ignore", r".*(all_gather_into_tensor|reduce_scatter_tensor).*", FutureWarning
+    )
+    # A shared-memory all-reduce that only inference uses. Loading it compiles for half a minute
+    # where it is not prebuilt, and every process that is killed would leave 69 MB in /dev/shm.
     __compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 

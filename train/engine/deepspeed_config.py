@@ -1,4 +1,5 @@
-"""DeepSpeed's configuration, rendered from the settings of a run, and the combinations no engine can do."""
+"""DeepSpeed's configuration, rendered from the settings of a run, and the combinations no engine
+can do."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ from train.config import RunConfig
 from train.process.world import World
 
 BUCKET_NUMEL = 50_000_000
-"""Elements that are reduced or gathered at a time (100 MB in bf16): DeepSpeed's 5e8 takes a gigabyte for each of its
-two buffers, more than a ViT-B's whole state."""
+"""Elements that are reduced or gathered at a time (100 MB in bf16): DeepSpeed's 5e8 takes a
+gigabyte for each of its two buffers, more than a ViT-B's whole state."""
 
 
 def render_deepspeed_config(config: RunConfig, *, world_size: int) -> dict[str, Any]:
@@ -34,7 +35,8 @@ def render_deepspeed_config(config: RunConfig, *, world_size: int) -> dict[str, 
         "gradient_clipping": config.optim.grad_clip,
         "steps_per_print": 2**31 - 1,
         "wall_clock_breakdown": False,
-        # The optimizer is torch's own AdamW: DeepSpeed's are compiled at start (80-95 s) and give the same losses.
+        # The optimizer is torch's own AdamW: DeepSpeed's are compiled at start (80-95 s) and give
+        # the same losses.
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": _render_zero(config),
         "bf16": {"enabled": engine.precision == "bf16"},
@@ -59,7 +61,8 @@ def _render_zero(config: RunConfig) -> dict[str, Any]:
         "allgather_bucket_size": BUCKET_NUMEL,
     }
     if engine.zero_stage == 3:
-        # Its own linear layer rounds differently from torch's: the losses would not be those of the other stages.
+        # Its own linear layer rounds differently from torch's: the losses would not be those of the
+        # other stages.
         zero |= {"memory_efficient_linear": False, "stage3_prefetch_bucket_size": BUCKET_NUMEL}
         if engine.offload_parameters == "cpu":
             zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -81,24 +84,36 @@ def check_engine_settings(config: RunConfig, *, world: World) -> None:
     engine = config.engine
     problems = []
     if engine.precision == "fp16" and world.device.type == "cpu":
-        problems.append("engine.precision fp16 needs a GPU, this process has none: use bf16, autocast or fp32")
+        problems.append(
+            "engine.precision fp16 needs a GPU, this process has none: use bf16, autocast or fp32"
+        )
     if engine.kind == "torch":
         if world.world_size > 1:
-            problems.append(f"engine.kind torch runs one process, not {world.world_size}: use deepspeed")
+            problems.append(
+                f"engine.kind torch runs one process, not {world.world_size}: use deepspeed"
+            )
         if engine.precision in ("bf16", "fp16"):
             problems.append(
-                f"engine.kind torch runs fp32 and autocast, not engine.precision {engine.precision}: use deepspeed"
+                "engine.kind torch runs fp32 and autocast, not engine.precision "
+                f"{engine.precision}: use deepspeed"
             )
     else:
         if engine.precision == "fp16" and engine.zero_stage == 0:
-            problems.append("engine.precision fp16 does not scale its loss at engine.zero_stage 0: use 1")
+            problems.append(
+                "engine.precision fp16 does not scale its loss at engine.zero_stage 0: use 1"
+            )
         if engine.offload_optimizer == "cpu" and engine.zero_stage == 0:
             problems.append("engine.offload_optimizer cpu needs engine.zero_stage 1, 2 or 3, not 0")
         if engine.offload_parameters == "cpu" and engine.zero_stage != 3:
-            problems.append(f"engine.offload_parameters cpu needs engine.zero_stage 3, not {engine.zero_stage}")
+            problems.append(
+                f"engine.offload_parameters cpu needs engine.zero_stage 3, not {engine.zero_stage}"
+            )
     try:
         config.train.grad_accum_steps(world_size=world.world_size)
     except ValueError as error:
         problems.append(str(error))
     if problems:
-        raise ConfigError("settings that cannot work together:\n" + "\n".join(f"  {problem}" for problem in problems))
+        raise ConfigError(
+            "settings that cannot work together:\n"
+            + "\n".join(f"  {problem}" for problem in problems)
+        )

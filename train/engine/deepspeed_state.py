@@ -1,16 +1,21 @@
-"""DeepSpeed's training state by parameter name, at every ZeRO stage. The only file that knows its internals.
+"""DeepSpeed's training state by parameter name, at every ZeRO stage. The only file that knows its
+internals.
 
-Checked on the versions in `CHECKED_VERSIONS` (tests/numerics/test_engine_state.py says so and fails on another).
-DeepSpeed's `safe_get_full_*` and `safe_set_*` do the work; four things around them are not part of its interface:
+Checked on the versions in `CHECKED_VERSIONS` (tests/numerics/test_engine_state.py says so and fails
+on another). DeepSpeed's `safe_get_full_*` and `safe_set_*` do the work; four things around them are
+not part of its interface:
 
-1. The fp32 weights are copied into the module *before* `deepspeed.initialize`, or frozen tensors stay fresh.
-2. Optimizer state does not exist before the first step: it is made here, one entry a flat partition.
-3. ZeRO 1 and 2 link optimizer state to parameters once, after the step of the *first* parameter group; the other
-   groups stay unlinked. They are linked again before every export and import.
-4. `safe_set_*` change the fp32 masters only; the working weights are refreshed from them at the end.
+1. The fp32 weights are copied into the module *before* `deepspeed.initialize`, or frozen tensors
+stay fresh.
+2. Optimizer state does not exist before the first step: it is made here, one entry a flat
+partition.
+3. ZeRO 1 and 2 link optimizer state to parameters once, after the step of the *first* parameter
+   group; the other groups stay unlinked. They are linked again before every export and import.
+4. `safe_set_*` change the fp32 masters only; the working weights are refreshed from them at the
+end.
 
-ZeRO 3 cuts parameters into padded pieces, and `safe_set_full_*` fails where a size does not divide by the world:
-here the padded piece of this rank is set instead.
+ZeRO 3 cuts parameters into padded pieces, and `safe_set_full_*` fails where a size does not divide
+by the world: here the padded piece of this rank is set instead.
 """
 
 from __future__ import annotations
@@ -46,12 +51,19 @@ def deepspeed_state(engine: Any, module: nn.Module) -> NamedState:
         Its state by parameter name.
     """
     optimizer = engine.optimizer
-    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    if isinstance(optimizer, torch.optim.Optimizer):  # stage 0 with fp32 weights: DeepSpeed does not wrap it
+    trained = {
+        name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad
+    }
+    if isinstance(
+        optimizer, torch.optim.Optimizer
+    ):  # stage 0 with fp32 weights: DeepSpeed does not wrap it
         return PlainState(masters=trained, working=trained, optimizer=optimizer)
-    if hasattr(optimizer, "fp32_groups"):  # stage 0 with low-precision weights: one fp32 copy a parameter
+    if hasattr(
+        optimizer, "fp32_groups"
+    ):  # stage 0 with low-precision weights: one fp32 copy a parameter
         masters = _match_masters(optimizer, trained)
-        # DeepSpeed takes a step with zero gradients to allocate state; it counts in Adam's bias correction.
+        # DeepSpeed takes a step with zero gradients to allocate state; it counts in Adam's bias
+        # correction.
         optimizer.optimizer.state.clear()
         return PlainState(masters=masters, working=trained, optimizer=optimizer.optimizer)
     return _FlatState(optimizer, trained)
@@ -67,7 +79,8 @@ def _match_masters(optimizer: Any, trained: dict[str, nn.Parameter]) -> dict[str
 
 
 class _FlatState(NamedState):
-    """State in flat fp32 partitions: ZeRO 1, 2 and 3, and the bf16 optimizer with fp32 accumulation."""
+    """State in flat fp32 partitions: ZeRO 1, 2 and 3, and the bf16 optimizer with fp32
+    accumulation."""
 
     def __init__(self, optimizer: Any, trained: dict[str, nn.Parameter]) -> None:
         self._zero = optimizer
@@ -149,7 +162,8 @@ def _dynamic_scaler(engine: Any) -> Any | None:
 
 
 def keep_going_at_lowest_scale(engine: Any) -> None:
-    """Skip steps at the lowest loss scale too: DeepSpeed ends the program there, without a rank or a sample's name."""
+    """Skip steps at the lowest loss scale too: DeepSpeed ends the program there, without a rank or
+    a sample's name."""
     scaler = _dynamic_scaler(engine)
     if scaler is not None:
         scaler.raise_error_at_min_scale = False

@@ -1,4 +1,5 @@
-"""Training state by parameter name: what an engine exports and takes back, whatever shards it in between.
+"""Training state by parameter name: what an engine exports and takes back, whatever shards it in
+between.
 
 Shapes: tensors here are always whole; no rank-dependent shape exists outside an engine.
 """
@@ -77,7 +78,8 @@ class StateSource(Protocol):
 
 
 class NamedState(ABC):
-    """Reads and writes the training state of one engine by parameter name. All ranks call each method alike."""
+    """Reads and writes the training state of one engine by parameter name. All ranks call each
+    method alike."""
 
     @abstractmethod
     def prepare(self) -> None:
@@ -110,7 +112,11 @@ class PlainState(NamedState):
     """
 
     def __init__(
-        self, *, masters: Mapping[str, Tensor], working: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+        self,
+        *,
+        masters: Mapping[str, Tensor],
+        working: Mapping[str, Tensor],
+        optimizer: torch.optim.Optimizer,
     ) -> None:
         self.masters = masters
         self.working = working
@@ -148,7 +154,9 @@ class PlainState(NamedState):
         return read_adam_step(self.optimizer)
 
 
-def make_moments(optimizer: torch.optim.Optimizer, tensor: Tensor, group: Mapping[str, Any]) -> None:
+def make_moments(
+    optimizer: torch.optim.Optimizer, tensor: Tensor, group: Mapping[str, Any]
+) -> None:
     """Make AdamW's state of one tensor as its own first step would, unless it is there."""
     state = optimizer.state[tensor]
     if MOMENTS[0] in state:
@@ -157,7 +165,9 @@ def make_moments(optimizer: torch.optim.Optimizer, tensor: Tensor, group: Mappin
     device = tensor.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
     state["step"] = torch.zeros((), dtype=torch.float32, device=device)
     for kind in MOMENTS:
-        state[kind] = torch.zeros_like(tensor, memory_format=torch.preserve_format, requires_grad=False)
+        state[kind] = torch.zeros_like(
+            tensor, memory_format=torch.preserve_format, requires_grad=False
+        )
 
 
 def set_adam_step(optimizer: torch.optim.Optimizer, adam_step: int) -> None:
@@ -175,7 +185,8 @@ def read_adam_step(optimizer: torch.optim.Optimizer) -> int:
 
 
 def list_tensors(module: nn.Module, *, parts: int) -> list[NamedTensor]:
-    """List a model's parameters and saved buffers and share them out over parts of nearly equal size.
+    """List a model's parameters and saved buffers and share them out over parts of nearly equal
+    size.
 
     Args:
         module: the unwrapped model, before anything shards it.
@@ -198,7 +209,9 @@ def list_tensors(module: nn.Module, *, parts: int) -> list[NamedTensor]:
     ]
 
 
-def check_same_model(saved: Iterable[NamedTensor], built: Iterable[NamedTensor], *, where: str) -> None:
+def check_same_model(
+    saved: Iterable[NamedTensor], built: Iterable[NamedTensor], *, where: str
+) -> None:
     """Refuse a checkpoint of another model, with a table of what differs.
 
     Args:
@@ -221,15 +234,18 @@ def check_same_model(saved: Iterable[NamedTensor], built: Iterable[NamedTensor],
     header = ("tensor", "in the checkpoint", "in this model")
     widths = [max(len(row[column]) for row in (header, *rows[:_ROWS_SHOWN])) for column in range(3)]
     lines = [
-        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        "  "
+        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in (header, *rows[:_ROWS_SHOWN])
     ]
     if len(rows) > _ROWS_SHOWN:
         lines.append(f"  ... and {len(rows) - _ROWS_SHOWN} more")
     table = "\n".join(lines)
     raise CheckpointError(
-        f"{where}: the checkpoint is of another model; {len(rows)} of {len(dict.fromkeys([*ours, *theirs]))} tensors "
-        f"differ.\n{table}\nUse the model settings it was made with, or another checkpoint.dir for a new run."
+        f"{where}: the checkpoint is of another model; {len(rows)} of "
+        f"{len(dict.fromkeys([*ours, *theirs]))} tensors "
+        f"differ.\n{table}\nUse the model settings it was made with, or another checkpoint.dir for "
+        "a new run."
     )
 
 

@@ -1,4 +1,5 @@
-"""What the optimizer does: parameter groups, AdamW, and the learning rate as a pure function of the step."""
+"""What the optimizer does: parameter groups, AdamW, and the learning rate as a pure function of the
+step."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from torch import nn
 from train.config import OptimSection, RunConfig
 
 IMAGES_OF_BASE_LR = 256
-"""Batch that base_lr is quoted for. Source: He et al. 2022, table 8 (lr = base_lr x batch / 256)."""
+"""Batch that base_lr is quoted for. Source: He et al. 2022, table 8 (lr = base_lr x batch /
+256)."""
 
 
 def peak_lr(config: RunConfig) -> float:
@@ -28,21 +30,24 @@ def warmup_length(config: RunConfig, *, steps_per_epoch: float) -> float:
 
 
 def lr_at(step: int, *, config: RunConfig, steps_per_epoch: float, total_steps: int) -> float:
-    """Compute the learning rate of one step: a straight warm-up from 0, then half a cosine down to min_lr.
+    """Compute the learning rate of one step: a straight warm-up from 0, then half a cosine down to
+    min_lr.
 
-    A pure function, so that nothing of a schedule has to be saved or restored. Step 0 has rate 0, and the last step
-    is one short of the end of the cosine, as in the published recipe.
+    A pure function, so that nothing of a schedule has to be saved or restored. Step 0 has rate 0,
+    and the last step is one short of the end of the cosine, as in the published recipe.
 
     Args:
         step: optimizer steps done before this one, from 0.
         config: settings of the run; base_lr, min_lr, warm-up and global batch are read.
-        steps_per_epoch: optimizer steps of one epoch; only used where the warm-up is given in epochs.
+        steps_per_epoch: optimizer steps of one epoch; only used where the warm-up is given in
+            epochs.
         total_steps: steps of the whole run; later steps stay at min_lr.
 
     Returns:
         The rate for every parameter group.
 
-    Source: He et al. 2022, table 8; the schedule is that of Goyal et al. 2017 and Loshchilov & Hutter 2017.
+    Source: He et al. 2022, table 8; the schedule is that of Goyal et al. 2017 and Loshchilov &
+        Hutter 2017.
     """
     if step < 0:
         raise ValueError(f"step {step} is negative")
@@ -53,19 +58,24 @@ def lr_at(step: int, *, config: RunConfig, steps_per_epoch: float, total_steps: 
     if step >= total_steps:
         return config.optim.min_lr
     progress = (step - warmup) / (total_steps - warmup)
-    return config.optim.min_lr + (peak - config.optim.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return config.optim.min_lr + (peak - config.optim.min_lr) * 0.5 * (
+        1.0 + math.cos(math.pi * progress)
+    )
 
 
 def is_decayed(name: str, parameter: torch.Tensor) -> bool:
-    """Tell whether weight decay applies: not to biases, norms and other vectors; tokens are decayed.
+    """Tell whether weight decay applies: not to biases, norms and other vectors; tokens are
+    decayed.
 
-    Source: the grouping of the published runs, which decays the class and mask tokens (three dimensions).
+    Source: the grouping of the published runs, which decays the class and mask tokens (three
+        dimensions).
     """
     return parameter.ndim > 1 and not name.endswith(".bias")
 
 
 def build_param_groups(module: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
-    """Sort trainable parameters into [not decayed, decayed]; frozen ones are in neither, an empty group is left out.
+    """Sort trainable parameters into [not decayed, decayed]; frozen ones are in neither, an empty
+    group is left out.
 
     Args:
         module: the unwrapped model.
@@ -79,18 +89,23 @@ def build_param_groups(module: nn.Module, *, weight_decay: float) -> list[dict[s
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             (decayed if is_decayed(name, parameter) else plain).append(parameter)
-    groups = [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
+    groups = [
+        {"params": plain, "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": weight_decay},
+    ]
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(module: nn.Module, config: OptimSection, *, device: torch.device) -> torch.optim.AdamW:
+def build_optimizer(
+    module: nn.Module, config: OptimSection, *, device: torch.device
+) -> torch.optim.AdamW:
     """Make AdamW over both groups. The rate starts at 0: every step sets it.
 
     Args:
         module: the unwrapped model.
         config: optimizer settings.
-        device: where the optimizer will run, a GPU or the CPU; torch has a fused kernel for both. Plain loops take
-            2 to 6 times as long on the CPU (ViT-B).
+        device: where the optimizer will run, a GPU or the CPU; torch has a fused kernel for both.
+            Plain loops take 2 to 6 times as long on the CPU (ViT-B).
     """
     return torch.optim.AdamW(
         build_param_groups(module, weight_decay=config.weight_decay),

@@ -23,7 +23,11 @@ class TorchEngine(Engine):
         super().__init__(model=model, config=config, world=world)
         self._module = model
         self._optimizer = build_optimizer(model, config.optim, device=world.device)
-        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        trained = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
         self._trained = list(trained.values())
         self._state = PlainState(masters=trained, working=trained, optimizer=self._optimizer)
         self._grad_norm: float | None = None

@@ -1,4 +1,5 @@
-"""Held-out images with fixed boxes and fixed masks: what pictures and held-out losses are made from.
+"""Held-out images with fixed boxes and fixed masks: what pictures and held-out losses are made
+from.
 
 Shapes: B images, C channels, H height, W width, N patches.
 """
@@ -22,7 +23,8 @@ from train.config import RunConfig
 from train.objectives.mae import raw_losses
 
 MASK_SEED = 0
-"""Key of the masks of every held-out measurement, whatever the run's seed: two runs are scored on the same masks."""
+"""Key of the masks of every held-out measurement, whatever the run's seed: two runs are scored on
+the same masks."""
 BATCH_SIZE = 128
 """Images that are read and measured together."""
 
@@ -44,12 +46,17 @@ def center_view(config: RunConfig) -> ViewConfig:
 
 
 def measuring_loader(config: RunConfig) -> LoaderConfig:
-    """Give the run's reading settings with the decoder that is always there, so that figures of machines compare."""
+    """Give the run's reading settings with the decoder that is always there, so that figures of
+    machines compare."""
     return config.loader.model_copy(update={"decoder": "turbo"})
 
 
 def read_held_out(
-    config: RunConfig, dataset: Manifest, sample_ids_B: npt.NDArray[np.int64], *, device: torch.device
+    config: RunConfig,
+    dataset: Manifest,
+    sample_ids_B: npt.NDArray[np.int64],
+    *,
+    device: torch.device,
 ) -> HeldOut:
     """Read some images of a dataset as they are measured.
 
@@ -59,8 +66,12 @@ def read_held_out(
         sample_ids_B: which.
         device: where they are wanted.
     """
-    batch = read_samples(dataset, sample_ids_B, center_view(config), measuring_loader(config), device=device)
-    noise_BN = mask_noise(MASK_SEED, np.zeros_like(sample_ids_B), sample_ids_B, config.model.num_patches)
+    batch = read_samples(
+        dataset, sample_ids_B, center_view(config), measuring_loader(config), device=device
+    )
+    noise_BN = mask_noise(
+        MASK_SEED, np.zeros_like(sample_ids_B), sample_ids_B, config.model.num_patches
+    )
     return HeldOut(batch.images_BCHW, torch.from_numpy(noise_BN).to(device), batch.labels_B)
 
 

@@ -30,7 +30,11 @@ def held_out_losses(
     Returns:
         num_images, model_loss, mean_colour_loss, nearby_colours_loss: means over images.
     """
-    sums: dict[str, float] = {"model_loss": 0.0, "mean_colour_loss": 0.0, "nearby_colours_loss": 0.0}
+    sums: dict[str, float] = {
+        "model_loss": 0.0,
+        "mean_colour_loss": 0.0,
+        "nearby_colours_loss": 0.0,
+    }
     count = 0
     for held_out in iterate_held_out(saved.config, dataset, device=device, limit=limit):
         for name, losses_B in _three_losses(saved.model, held_out).items():

@@ -14,13 +14,19 @@ from train.evaluation.saved_model import SavedModel
 NEIGHBOURS = 20
 """Neighbours that vote. Source: Caron et al. 2021 (DINO), section 4.1: 20 was best throughout."""
 TEMPERATURE = 0.07
-"""Votes weigh exp(cosine / temperature). Source: Wu et al. 2018, section 3.4; DINO uses the same."""
+"""Votes weigh exp(cosine / temperature). Source: Wu et al. 2018, section 3.4; DINO uses the
+same."""
 POOLING = "mean of the patch tokens after the final norm, without the class token"
 
 
 @torch.no_grad()
 def embed(
-    model: MaskedAutoencoder, saved: SavedModel, dataset: Manifest, *, device: torch.device, limit: int | None = None
+    model: MaskedAutoencoder,
+    saved: SavedModel,
+    dataset: Manifest,
+    *,
+    device: torch.device,
+    limit: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Describe whole images by an encoder.
 
@@ -42,7 +48,12 @@ def embed(
 
 
 def knn_accuracy(
-    features_BD: Tensor, labels_B: Tensor, known_MD: Tensor, known_labels_M: Tensor, *, neighbours: int = NEIGHBOURS
+    features_BD: Tensor,
+    labels_B: Tensor,
+    known_MD: Tensor,
+    known_labels_M: Tensor,
+    *,
+    neighbours: int = NEIGHBOURS,
 ) -> float:
     """Classify by the nearest known images: cosine top-k, votes weighing exp(cosine / 0.07).
 

@@ -1,4 +1,5 @@
-"""A trained model out of a checkpoint: for pictures, measurements and export, without other ranks or an optimizer."""
+"""A trained model out of a checkpoint: for pictures, measurements and export, without other ranks
+or an optimizer."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def load_model(uri: str, *, device: torch.device | None = None) -> SavedModel:
         device: where the model is wanted; the CPU by default.
 
     Raises:
-        CheckpointError: nothing finished is there, it is damaged, or its settings are of another version.
+        CheckpointError: nothing finished is there, it is damaged, or its settings are of another
+            version.
     """
     tensors, state = load_weights(uri)
     try:
@@ -46,7 +48,8 @@ def load_model(uri: str, *, device: torch.device | None = None) -> SavedModel:
     except ValidationError as error:
         first = error.errors()[0]
         raise CheckpointError(
-            f"{uri}: its settings do not fit this version: {'.'.join(map(str, first['loc']))}: {first['msg']}; "
+            f"{uri}: its settings do not fit this version: {'.'.join(map(str, first['loc']))}: "
+            f"{first['msg']}; "
             "use the version that wrote it"
         ) from error
     with torch.device("meta"):
@@ -55,11 +58,16 @@ def load_model(uri: str, *, device: torch.device | None = None) -> SavedModel:
     try:
         model.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
-        raise CheckpointError(f"{uri}: its tensors are not those of its own settings: {error}") from error
-    return SavedModel(model.to(device or torch.device("cpu")).eval(), config, int(state["step"]), uri)
+        raise CheckpointError(
+            f"{uri}: its tensors are not those of its own settings: {error}"
+        ) from error
+    return SavedModel(
+        model.to(device or torch.device("cpu")).eval(), config, int(state["step"]), uri
+    )
 
 
 def untrained_like(saved: SavedModel, *, device: torch.device) -> MaskedAutoencoder:
-    """Make the same model with the first weights of its run, which is what its features are compared with."""
+    """Make the same model with the first weights of its run, which is what its features are
+    compared with."""
     torch.manual_seed(saved.config.train.seed)
     return MaskedAutoencoder(saved.config.model).to(device).eval()

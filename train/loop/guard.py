@@ -1,6 +1,8 @@
-"""What a run does about numbers that go wrong: steps that are skipped, losses that jump. Imports no torch.
+"""What a run does about numbers that go wrong: steps that are skipped, losses that jump. Imports no
+torch.
 
-An engine skips a step on all ranks together, so what is decided here is decided alike on every rank without asking.
+An engine skips a step on all ranks together, so what is decided here is decided alike on every rank
+without asking.
 """
 
 from __future__ import annotations
@@ -12,9 +14,11 @@ from typing import Literal
 
 Verdict = Literal["fine", "skipped", "roll-back", "stop"]
 HISTORY = 20
-"""Lines of the log that a loss is compared with: about a thousand steps at the default of 50 steps a line."""
+"""Lines of the log that a loss is compared with: about a thousand steps at the default of 50 steps
+a line."""
 HISTORY_NEEDED = 5
-"""Lines before the first comparison: the loss falls steeply at the start, and a median of few values says little."""
+"""Lines before the first comparison: the loss falls steeply at the start, and a median of few
+values says little."""
 
 
 class SkipGuard:
@@ -36,7 +40,8 @@ class SkipGuard:
 
     @property
     def in_a_row(self) -> int:
-        """Steps skipped in a row up to now; while there are any, the weights are under suspicion."""
+        """Steps skipped in a row up to now; while there are any, the weights are under
+        suspicion."""
         return self._in_a_row
 
     def judge(self, step: Literal["taken", "skipped"]) -> Verdict:
@@ -46,7 +51,8 @@ class SkipGuard:
             step: whether the step changed the weights; a loss scaler's search counts as taken.
 
         Returns:
-            fine: go on. skipped: go on, and write down the batch. roll-back: the weights are to be taken back.
+            fine: go on. skipped: go on, and write down the batch. roll-back: the weights are to be
+                taken back.
             stop: that was done often enough.
         """
         if step == "taken":
@@ -92,7 +98,8 @@ class SpikeGuard:
             loss: mean over the steps since the last line; one that is not finite is passed over.
 
         Returns:
-            Whether a spike begins here. Its further lines are not told again, and do not become the usual.
+            Whether a spike begins here. Its further lines are not told again, and do not become the
+            usual.
         """
         if not self._factor or not math.isfinite(loss):
             return False

@@ -32,7 +32,13 @@ from train.process.world import World, init_world
 from train.report.data_record import DATA_REPORT_FILE, leave_data_report
 from train.report.drawing import draw_loss, draw_reconstruction, spread_ids
 from train.report.meter import summary_table, throughput_summary
-from train.report.metrics_file import LOSS_PICTURE, METRICS_FILE, RECONSTRUCTION_PICTURE, SUMMARY_FILE, read_metrics
+from train.report.metrics_file import (
+    LOSS_PICTURE,
+    METRICS_FILE,
+    RECONSTRUCTION_PICTURE,
+    SUMMARY_FILE,
+    read_metrics,
+)
 from train.report.utilisation import utilisation
 
 
@@ -54,7 +60,9 @@ def train(config: RunConfig, outcome: Outcome) -> None:
         run = open_run(config, world=world, outcome=outcome)
         if run is not None:
             try:
-                with Watchdog(timeout_s=config.engine.timeout_s, folder=run_dir, rank=world.rank) as watchdog:
+                with Watchdog(
+                    timeout_s=config.engine.timeout_s, folder=run_dir, rank=world.rank
+                ) as watchdog:
                     _loop(run, preemption, watchdog)
             except DataError:
                 leave_data_report(run.loader.report, run_dir=run_dir, rank=world.rank)
@@ -75,9 +83,10 @@ def _hold(run_dir: Path, *, world: World, outcome: Outcome) -> Iterator[None]:
         yield
 
 
-# ------------------------------------------------------------------------------------------------ the loop
+# ----------------------------------------------------------------------------------------- the loop
 def _loop(run: Run, preemption: Preemption, watchdog: Watchdog) -> None:
-    """Take the steps. Nothing here reads a value back from the device unless a line of the log is due."""
+    """Take the steps. Nothing here reads a value back from the device unless a line of the log is
+    due."""
     config, engine, loader = run.config, run.engine, run.loader
     run.saver.on_wait = watchdog.beat
     batches = iter(loader)
@@ -87,9 +96,15 @@ def _loop(run: Run, preemption: Preemption, watchdog: Watchdog) -> None:
         micro_batches = []
         for _ in range(engine.grad_accum_steps):
             batch = next(batches)
-            loss = engine.forward_backward(batch.images_BCHW, _noise(config, batch, device=engine.device))
-            micro_batches.append(SeenBatch(batch.sample_ids_B, batch.epochs_B, batch.epoch, batch.position, loss))
-        lr = lr_at(done, config=config, steps_per_epoch=loader.steps_per_epoch, total_steps=run.total_steps)
+            loss = engine.forward_backward(
+                batch.images_BCHW, _noise(config, batch, device=engine.device)
+            )
+            micro_batches.append(
+                SeenBatch(batch.sample_ids_B, batch.epochs_B, batch.epoch, batch.position, loss)
+            )
+        lr = lr_at(
+            done, config=config, steps_per_epoch=loader.steps_per_epoch, total_steps=run.total_steps
+        )
         skipped_before = engine.skipped_steps
         engine.step(lr)
         run.meter.step()
@@ -97,7 +112,10 @@ def _loop(run: Run, preemption: Preemption, watchdog: Watchdog) -> None:
         run.reporter.advance(done)
         was_taken = engine.skipped_steps == skipped_before
         if was_taken:
-            losses, taken = losses + sum(seen.loss for seen in micro_batches) / len(micro_batches), taken + 1
+            losses, taken = (
+                losses + sum(seen.loss for seen in micro_batches) / len(micro_batches),
+                taken + 1,
+            )
         if not (was_taken or engine.searches_loss_scale):
             _record_skipped(run, done, micro_batches)
         verdict = run.skips.judge("taken" if was_taken or engine.searches_loss_scale else "skipped")
@@ -115,8 +133,14 @@ def _loop(run: Run, preemption: Preemption, watchdog: Watchdog) -> None:
             losses, taken = torch.zeros_like(losses), 0
         if _due(done, config.guard.checksum_every_steps) and config.engine.zero_stage < 3:
             check_replicas(engine.module, world=run.world, step=done)
-        # While steps are being skipped the weights are under suspicion: no checkpoint of them takes a good one's place.
-        if last or stopping or spike or (_due(done, config.checkpoint.every_steps) and not run.skips.in_a_row):
+        # While steps are being skipped the weights are under suspicion: no checkpoint of them takes
+        # a good one's place.
+        if (
+            last
+            or stopping
+            or spike
+            or (_due(done, config.checkpoint.every_steps) and not run.skips.in_a_row)
+        ):
             _save(run, done, wait=last or stopping)
         elif run.saver.is_ready():
             _finish_save(run)
@@ -132,7 +156,8 @@ def _loop(run: Run, preemption: Preemption, watchdog: Watchdog) -> None:
 def _stop_message(run: Run, reason: str) -> str:
     reasons = [text for text in run.world.gather(reason) if text]
     return (
-        f"stopped ({reasons[0] if reasons else 'asked to'}) and saved at step {run.outcome.step} of {run.total_steps}: "
+        f"stopped ({reasons[0] if reasons else 'asked to'}) and saved at step {run.outcome.step} "
+        f"of {run.total_steps}: "
         "the same command line goes on from there"
     )
 
@@ -158,7 +183,10 @@ def _log(run: Run, done: int, *, lr: float, mean_loss: torch.Tensor) -> bool:
             "grad_norm": run.engine.grad_norm(),
             **rates,
             **utilisation(
-                config.model, images_per_s=rates["images_per_s"], world_size=world.world_size, peak=run.peak_tflops
+                config.model,
+                images_per_s=rates["images_per_s"],
+                world_size=world.world_size,
+                peak=run.peak_tflops,
             ),
             "bad_samples": round(bad_samples * world.world_size),
             "skipped_steps": run.engine.skipped_steps,
@@ -172,14 +200,16 @@ def _log(run: Run, done: int, *, lr: float, mean_loss: torch.Tensor) -> bool:
     spike = run.spikes.begins(loss)
     if spike:
         run.reporter.say(
-            f"warning: step {done}: the loss is {loss:.4g}, usual is {run.spikes.usual_loss:.4g}; saving an extra "
+            f"warning: step {done}: the loss is {loss:.4g}, usual is {run.spikes.usual_loss:.4g}; "
+            "saving an extra "
             "checkpoint and going on"
         )
     return spike
 
 
 def _draw(run: Run, done: int) -> None:
-    """Draw the same held-out images with the same masks as every time before. All ranks enter, rank 0 draws."""
+    """Draw the same held-out images with the same masks as every time before. All ranks enter, rank
+    0 draws."""
     count = run.config.log.num_pictures
     run.meter.pause()
     if run.held_out is not None and count:
@@ -192,13 +222,15 @@ def _draw(run: Run, done: int) -> None:
                 path = run.run_dir / RECONSTRUCTION_PICTURE
                 draw_reconstruction(path, completion, title=f"held-out images after step {done}")
                 run.reporter.picture("reconstruction", path, done)
-                run.reporter.say(f"held-out loss of {len(ids)} pictures at step {done}: {completion.loss:.4f}")
+                run.reporter.say(
+                    f"held-out loss of {len(ids)} pictures at step {done}: {completion.loss:.4f}"
+                )
     if run.world.is_main:
         draw_loss(run.run_dir / LOSS_PICTURE, read_metrics(run.run_dir))
     run.meter.go_on()
 
 
-# ------------------------------------------------------------------------------------------------ afterwards
+# --------------------------------------------------------------------------------------- afterwards
 def _memory_gib(device: torch.device) -> float:
     """Give the peak of the device's memory; on the CPU, what the process holds now."""
     if device.type == "cuda":
@@ -211,12 +243,22 @@ def _close(run: Run) -> None:
     report = _data_report(run)
     if not run.world.is_main:
         return
-    summary = throughput_summary(run.meter.total, run.loader.stats.snapshot(), world_size=run.world.world_size)
+    summary = throughput_summary(
+        run.meter.total, run.loader.stats.snapshot(), world_size=run.world.world_size
+    )
     lines: list[dict[str, Any]] = read_metrics(run.run_dir)
     final_loss = lines[-1]["loss"] if lines else None
-    more = {"final_loss": final_loss, "bad_samples": report["num_bad"], "world_size": run.world.world_size}
+    more = {
+        "final_loss": final_loss,
+        "bad_samples": report["num_bad"],
+        "world_size": run.world.world_size,
+    }
     write_json(run.run_dir / SUMMARY_FILE, {**summary, **more})
     if report["num_bad"]:
-        run.reporter.say(f"{report['num_bad']} bad samples were replaced: see {run.run_dir}/{DATA_REPORT_FILE}")
+        run.reporter.say(
+            f"{report['num_bad']} bad samples were replaced: see {run.run_dir}/{DATA_REPORT_FILE}"
+        )
     run.reporter.say(summary_table(summary))
-    run.reporter.say(f"done: {run.total_steps} steps; {run.run_dir}/{METRICS_FILE}, {run.run_dir}/{LOSS_PICTURE}")
+    run.reporter.say(
+        f"done: {run.total_steps} steps; {run.run_dir}/{METRICS_FILE}, {run.run_dir}/{LOSS_PICTURE}"
+    )

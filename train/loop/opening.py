@@ -1,4 +1,5 @@
-"""Opening a run: data, model, engine, checkpoints and reports, brought to where the run was left."""
+"""Opening a run: data, model, engine, checkpoints and reports, brought to where the run was
+left."""
 
 from __future__ import annotations
 
@@ -56,7 +57,8 @@ class Run:
 
 
 def open_run(config: RunConfig, *, world: World, outcome: Outcome) -> Run | None:
-    """Open data, model, engine and reports at the newest checkpoint; None where the run is finished already."""
+    """Open data, model, engine and reports at the newest checkpoint; None where the run is finished
+    already."""
     check_trackers(config)
     dataset = _open_together(config.data.train, world=world)
     held_out = _open_together(config.data.val, world=world) if config.data.val else None
@@ -69,7 +71,10 @@ def open_run(config: RunConfig, *, world: World, outcome: Outcome) -> Run | None
     if state is not None and first_step >= total_steps:
         loader.close()
         if world.is_main:
-            sys.stdout.write(f"finished: step {first_step} of {total_steps} is in {redact(state.uri)}; nothing to do\n")
+            sys.stdout.write(
+                f"finished: step {first_step} of {total_steps} is in {redact(state.uri)}; nothing "
+                "to do\n"
+            )
         return None
     torch.manual_seed(config.train.seed)
     engine = build_engine(config, model=MaskedAutoencoder(config.model), resume=state, world=world)
@@ -92,7 +97,10 @@ def open_run(config: RunConfig, *, world: World, outcome: Outcome) -> Run | None
         reporter.show_on(start_trackers(config, run_dir, warn=reporter.say))
     reporter.say(_opening_line(config, world, dataset, state, total_steps=total_steps))
     if world.world_size > 1 and config.engine.zero_stage == 3 and config.guard.checksum_every_steps:
-        reporter.say("weights are not compared between ranks: at engine.zero_stage 3 each rank keeps its own part")
+        reporter.say(
+            "weights are not compared between ranks: at engine.zero_stage 3 each rank keeps its "
+            "own part"
+        )
     return Run(
         config=config,
         world=world,
@@ -105,7 +113,9 @@ def open_run(config: RunConfig, *, world: World, outcome: Outcome) -> Run | None
         saver=Saver(store, world=world, mode=checkpoint.mode),
         reporter=reporter,
         meter=Meter(global_batch_size=config.train.global_batch_size),
-        skips=SkipGuard(skipped_in_a_row=config.guard.skipped_in_a_row, roll_backs=config.guard.roll_backs),
+        skips=SkipGuard(
+            skipped_in_a_row=config.guard.skipped_in_a_row, roll_backs=config.guard.roll_backs
+        ),
         spikes=SpikeGuard(factor=config.guard.spike_factor),
         first_step=first_step,
         total_steps=total_steps,
@@ -147,27 +157,34 @@ def count_steps(config: RunConfig, *, steps_per_epoch: float) -> int:
 
 
 def _open_together(uri: str, *, world: World) -> Manifest:
-    """Open a dataset on rank 0 first: where it has to be scanned, it is scanned once and then found by the others."""
+    """Open a dataset on rank 0 first: where it has to be scanned, it is scanned once and then found
+    by the others."""
     dataset = open_dataset(uri) if world.is_main else None
     world.barrier()
     return dataset or open_dataset(uri)
 
 
 def _opening_line(
-    config: RunConfig, world: World, dataset: Manifest, state: CheckpointState | None, *, total_steps: int
+    config: RunConfig,
+    world: World,
+    dataset: Manifest,
+    state: CheckpointState | None,
+    *,
+    total_steps: int,
 ) -> str:
     ranks = f"{world.world_size} rank{'s' if world.world_size > 1 else ''} on {world.device.type}"
     data = f"{dataset.info.num_samples:,} images in {dataset.info.num_shards} shards"
     if state is None:
         return f"starting {config.run.name or config.recipe}: {total_steps} steps, {data}, {ranks}"
     seen = state.client.get("images_seen", 0)
-    return (
-        f"resumed from step {state.step} (images_seen {seen:,}) of {redact(state.uri)}: to step {total_steps}, {ranks}"
-    )
+    where = f"step {state.step} (images_seen {seen:,}) of {redact(state.uri)}"
+    return f"resumed from {where}: to step {total_steps}, {ranks}"
 
 
 def _write_settings(config: RunConfig, run_dir: Path, *, world_size: int) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.toml").write_text(to_toml(config), encoding="utf-8")
     if config.engine.kind == "deepspeed":
-        write_json(run_dir / "ds_config.json", render_deepspeed_config(config, world_size=world_size))
+        write_json(
+            run_dir / "ds_config.json", render_deepspeed_config(config, world_size=world_size)
+        )

@@ -16,7 +16,7 @@ from train.loop.saving import _finish_save
 from train.process.outcome import write_json
 
 
-# ------------------------------------------------------------------------------------------------ numbers gone wrong
+# ------------------------------------------------------------------------------- numbers gone wrong
 class SeenBatch(NamedTuple):
     """What is remembered of a micro-batch until its step is known to be sound."""
 
@@ -28,24 +28,30 @@ class SeenBatch(NamedTuple):
 
 
 def _record_skipped(run: Run, done: int, micro_batches: list[SeenBatch]) -> None:
-    """Leave the names of a skipped step's images for a replay, on the ranks whose loss was not finite, or on all."""
+    """Leave the names of a skipped step's images for a replay, on the ranks whose loss was not
+    finite, or on all."""
     rank, first = run.world.rank, micro_batches[0]
     losses = [float(seen.loss) for seen in micro_batches]
     sound = all(math.isfinite(loss) for loss in losses)
     culprits = [number for number, is_sound in enumerate(run.world.gather(sound)) if not is_sound]
     where = f"the loss on rank {', '.join(map(str, culprits))}" if culprits else "a gradient"
-    run.reporter.say(f"warning: step {done} skipped: {where} is not finite ({run.skips.in_a_row + 1} in a row)")
+    run.reporter.say(
+        f"warning: step {done} skipped: {where} is not finite ({run.skips.in_a_row + 1} in a row)"
+    )
     if culprits and rank not in culprits:
         return
     write_json(
-        run.run_dir / f"nonfinite-step-{done:06d}-at-{first.epoch}-{first.position}-rank-{rank}.json",
+        run.run_dir
+        / f"nonfinite-step-{done:06d}-at-{first.epoch}-{first.position}-rank-{rank}.json",
         {
             "step": done,
             "rank": rank,
             "seed": run.config.train.seed,
             "epoch": first.epoch,
             "position": first.position,
-            "sample_ids": [number for seen in micro_batches for number in seen.sample_ids_B.tolist()],
+            "sample_ids": [
+                number for seen in micro_batches for number in seen.sample_ids_B.tolist()
+            ],
             "epochs": [number for seen in micro_batches for number in seen.epochs_B.tolist()],
             "losses": [loss if math.isfinite(loss) else None for loss in losses],
         },
@@ -55,7 +61,8 @@ def _record_skipped(run: Run, done: int, micro_batches: list[SeenBatch]) -> None
 def _roll_back(run: Run, done: int, *, verdict: Verdict) -> int:
     """Take the weights back to the last good checkpoint; the data goes on from here.
 
-    Skipped steps change nothing, so the same data would lead to the same weights: it is passed over.
+    Skipped steps change nothing, so the same data would lead to the same weights: it is passed
+    over.
 
     Returns:
         The checkpoint's step.
@@ -64,12 +71,18 @@ def _roll_back(run: Run, done: int, *, verdict: Verdict) -> int:
         NumericsError: there is no checkpoint, or this was done often enough.
     """
     story = (
-        f"step {done}: {run.skips.in_a_row} steps in a row had a loss or gradient that is not finite and were skipped; "
+        f"step {done}: {run.skips.in_a_row} steps in a row had a loss or gradient that is not "
+        "finite and were skipped; "
         f"their images are named in {run.run_dir}/nonfinite-step-*.json"
     )
-    remedy = "Lower optim.base_lr, set optim.grad_clip or use engine.precision autocast or fp32, and run again"
+    remedy = (
+        "Lower optim.base_lr, set optim.grad_clip or use engine.precision autocast or fp32, "
+        "and run again"
+    )
     if verdict == "stop":
-        raise NumericsError(f"{story}. The run went back {run.skips.roll_backs} times already. {remedy}")
+        raise NumericsError(
+            f"{story}. The run went back {run.skips.roll_backs} times already. {remedy}"
+        )
     if run.saver.pending is not None:
         _finish_save(run)
     first_skipped = done - run.skips.in_a_row
@@ -84,7 +97,8 @@ def _roll_back(run: Run, done: int, *, verdict: Verdict) -> int:
     place = run.loader.state_dict()
     run.reporter.say(
         f"warning: {story}; back to the weights of step {state.step} ({run.skips.roll_backs} of "
-        f"{run.config.guard.roll_backs} times), on to the images behind them (epoch {place['epoch']}, position "
+        f"{run.config.guard.roll_backs} times), on to the images behind them (epoch "
+        f"{place['epoch']}, position "
         f"{place['position']})"
     )
     run.outcome.step = state.step

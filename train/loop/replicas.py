@@ -1,7 +1,7 @@
 """Do the ranks still hold the same weights? A memory error on one accelerator shows nowhere else.
 
-Up to ZeRO 2 every rank keeps all working weights, and they must be equal to the last bit. At ZeRO 3 each rank keeps
-its own part, so there is nothing to compare.
+Up to ZeRO 2 every rank keeps all working weights, and they must be equal to the last bit. At ZeRO 3
+each rank keeps its own part, so there is nothing to compare.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _NAMES_SHOWN = 3
 def checksums(module: nn.Module) -> tuple[list[str], Tensor]:
     """Sum up the bits of every parameter and buffer on its device, without synchronising.
 
-    Integer sums are exact in any order, so two replicas agree if their bits do. A single flipped bit always changes the
-    sum; the factor by place also tells values that have changed places.
+    Integer sums are exact in any order, so two replicas agree if their bits do. A single flipped
+    bit always changes the sum; the factor by place also tells values that have changed places.
 
     Args:
         module: the model, with whole weights.
@@ -41,7 +41,9 @@ def checksums(module: nn.Module) -> tuple[list[str], Tensor]:
         for first in range(0, bits.numel(), _CHUNK):
             part = bits[first : first + _CHUNK].to(torch.int64)
             # Odd factors have an inverse modulo 2^64: no change of one value can vanish.
-            total += (part * (2 * torch.arange(first, first + part.numel(), device=part.device) + 1)).sum()
+            total += (
+                part * (2 * torch.arange(first, first + part.numel(), device=part.device) + 1)
+            ).sum()
         names.append(name)
         sums.append(total)
     return names, torch.stack(sums)
@@ -54,8 +56,8 @@ def find_differing(sums: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]
         sums: per rank, one sum a tensor.
 
     Returns:
-        The tensors that differ, and the ranks that are alone with their value: those outside the majority of all
-        ranks. No ranks where there is no majority, as between two.
+        The tensors that differ, and the ranks that are alone with their value: those outside the
+        majority of all ranks. No ranks where there is no majority, as between two.
     """
     columns = [tensor for tensor in range(len(sums[0])) if len({rank[tensor] for rank in sums}) > 1]
     if not columns:
@@ -93,7 +95,9 @@ def check_replicas(module: nn.Module, *, world: World, step: int) -> None:
     else:
         who = f"the {world.world_size} ranks differ and no majority tells which is right"
     raise NumericsError(
-        f"step {step}: the weights are not equal on all ranks: {who} in {shown}{more}. A memory error, or a collective "
-        "that failed silently. Check that device (dmesg, nvidia-smi -q -d ECC) or leave its node out; the same command "
+        f"step {step}: the weights are not equal on all ranks: {who} in {shown}{more}. A memory "
+        "error, or a collective "
+        "that failed silently. Check that device (dmesg, nvidia-smi -q -d ECC) or leave its node "
+        "out; the same command "
         "goes on from the last checkpoint. guard.checksum_every_steps 0 would switch this check off"
     )

@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.objectives.mae import MAEOutput, MaskedAutoencoder, masked_loss, reconstruct, reconstruction_target
+from model.objectives.mae import (
+    MAEOutput,
+    MaskedAutoencoder,
+    masked_loss,
+    reconstruct,
+    reconstruction_target,
+)
 from model.patches import patchify
 from pipeline.config import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.loader import Batch
@@ -15,7 +21,9 @@ from train.report.drawing import Completion
 
 
 def _noise(config: RunConfig, batch: Batch, *, device: torch.device) -> torch.Tensor:
-    noise_BN = mask_noise(config.train.seed, batch.epochs_B, batch.sample_ids_B, config.model.num_patches)
+    noise_BN = mask_noise(
+        config.train.seed, batch.epochs_B, batch.sample_ids_B, config.model.num_patches
+    )
     return torch.from_numpy(noise_BN).to(device, non_blocking=True)
 
 
@@ -36,21 +44,26 @@ def complete(model: MaskedAutoencoder, images_BCHW: Tensor, noise_BN: Tensor) ->
         noise_BN: mask noise; the smallest of each image stay visible.
 
     Returns:
-        The pictures and the loss of each image. For a model of normalised pixels each patch is scaled back by the
-        true patch's mean and deviation, which the model was not given: such pictures and losses flatter it.
+        The pictures and the loss of each image. For a model of normalised pixels each patch is
+        scaled back by the true patch's mean and deviation, which the model was not given: such
+        pictures and losses flatter it.
     """
     output = model(images_BCHW, noise_BN)
     pictures = model.reconstruct(images_BCHW, output)
     losses_B = raw_losses(model, images_BCHW, output)
     masked = to_display(pictures.masked_BCHW)
     hidden_BCHW = torch.repeat_interleave(
-        torch.repeat_interleave(output.mask_BN.view(len(images_BCHW), 1, *model.grid).cpu(), model.patch_size, dim=2),
+        torch.repeat_interleave(
+            output.mask_BN.view(len(images_BCHW), 1, *model.grid).cpu(), model.patch_size, dim=2
+        ),
         model.patch_size,
         dim=3,
     ).bool()
     masked = torch.where(hidden_BCHW, torch.tensor(0.5), masked)
     note = (
-        "patches scaled back by the true patch's mean and deviation" if model.config.norm_pix_loss else "plain pixels"
+        "patches scaled back by the true patch's mean and deviation"
+        if model.config.norm_pix_loss
+        else "plain pixels"
     )
     return Completion(
         original_BCHW=to_display(images_BCHW),
@@ -77,7 +90,11 @@ def raw_losses(model: MaskedAutoencoder, images_BCHW: Tensor, output: MAEOutput)
     prediction_BNP = output.prediction_BNP
     if model.config.norm_pix_loss:
         pictures = reconstruct(
-            images_BCHW, prediction_BNP, output.mask_BN, patch_size=model.patch_size, norm_pix_loss=True
+            images_BCHW,
+            prediction_BNP,
+            output.mask_BN,
+            patch_size=model.patch_size,
+            norm_pix_loss=True,
         )
         prediction_BNP = patchify(pictures.predicted_BCHW, model.patch_size)
     target_BNP = reconstruction_target(patchify(images_BCHW, model.patch_size), norm_pix_loss=False)

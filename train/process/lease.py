@@ -80,7 +80,10 @@ class RunLease:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._thread is None:
             return
@@ -93,15 +96,23 @@ class RunLease:
 
     def _take(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        # Looking and taking are one step: two jobs that start together must not both find a stale lease.
+        # Looking and taking are one step: two jobs that start together must not both find a stale
+        # lease.
         with FileLock(self._path.with_name(f".{LEASE_FILE}.lock"), timeout=_GUARD_WAIT_S):
             holder = _read(self._path)
             if holder is not None and _is_alive(holder, self._path):
                 raise ConfigError(
-                    f"run.dir {self._path.parent}: process {holder.pid} on {holder.host.partition('#')[0]} works here "
+                    f"run.dir {self._path.parent}: process {holder.pid} on "
+                    f"{holder.host.partition('#')[0]} works here "
                     f"({holder.command}). Stop it first, or give another run.dir."
                 )
-            mine = Holder(_host(), os.getpid(), psutil.Process().create_time(), self._token, " ".join(sys.argv)[:200])
+            mine = Holder(
+                _host(),
+                os.getpid(),
+                psutil.Process().create_time(),
+                self._token,
+                " ".join(sys.argv)[:200],
+            )
             temporary = self._path.with_name(f".{LEASE_FILE}.{self._token}")
             temporary.write_text(json.dumps(asdict(mine)))
             temporary.replace(self._path)
@@ -138,7 +149,10 @@ def _is_alive(holder: Holder, path: Path) -> bool:
             return same and process.status() != psutil.STATUS_ZOMBIE
         except psutil.Error:
             return False
-    if holder.host.partition("#")[0] == socket.gethostname() and _boot_of(holder.host) not in ("", _boot_of(_host())):
+    if holder.host.partition("#")[0] == socket.gethostname() and _boot_of(holder.host) not in (
+        "",
+        _boot_of(_host()),
+    ):
         return False  # this machine, before its last start
     # Clocks of two machines differ; the file server's own clock is compared with itself.
     probe = path.with_name(f".{LEASE_FILE}.{uuid.uuid4().hex}")

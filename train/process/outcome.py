@@ -1,4 +1,5 @@
-"""How a run ends: status.json, one message for people however many ranks fail, and the exit code. Imports no torch.
+"""How a run ends: status.json, one message for people however many ranks fail, and the exit code.
+Imports no torch.
 
 Launchers flatten exit codes (torchrun gives 1 for everything); status.json keeps them.
 """
@@ -45,7 +46,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         temporary.replace(path)
     except OSError as error:
         raise InfrastructureError(
-            f"{path}: cannot be written: {error.strerror}; free some space or give another folder with --run.dir"
+            f"{path}: cannot be written: {error.strerror}; free some space or give another folder "
+            "with --run.dir"
         ) from error
 
 
@@ -76,7 +78,9 @@ class Outcome:
         """Whether another job works in this folder; its status is then left alone."""
         self._launch = _launch_id()
 
-    def write(self, state: RunState, *, exit_code: int | None, reason: str = "", **more: Any) -> None:
+    def write(
+        self, state: RunState, *, exit_code: int | None, reason: str = "", **more: Any
+    ) -> None:
         """Write status.json.
 
         Args:
@@ -86,14 +90,20 @@ class Outcome:
             more: further keys.
         """
         updated = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        content = {"state": state, "exit_code": exit_code, "step": self.step, "reason": reason, "updated": updated}
+        content = {
+            "state": state,
+            "exit_code": exit_code,
+            "step": self.step,
+            "reason": reason,
+            "updated": updated,
+        }
         write_json(self.run_dir / STATUS_FILE, {**content, **more, "launch": self._launch})
 
     def conclude(self, error: BaseException) -> int:
         """Report an error once and say which code to end with.
 
-        The first rank of a node that fails writes status.json and the message. The others fail because of it (their
-        connection is closed), find its report, and end silently with its code.
+        The first rank of a node that fails writes status.json and the message. The others fail
+        because of it (their connection is closed), find its report, and end silently with its code.
 
         Args:
             error: what ended the run.
@@ -113,16 +123,21 @@ class Outcome:
                 known = read_status(self.run_dir)
                 if known.get("launch") == self._launch and known.get("exit_code") is not None:
                     return int(known["exit_code"])
-                self.write(state, exit_code=code, reason=str(error) or type(error).__name__, rank=self.rank)
+                self.write(
+                    state, exit_code=code, reason=str(error) or type(error).__name__, rank=self.rank
+                )
         except (OSError, InfrastructureError) as trouble:
-            sys.stderr.write(f"warning: {self.run_dir / STATUS_FILE} could not be written: {trouble}\n")
+            sys.stderr.write(
+                f"warning: {self.run_dir / STATUS_FILE} could not be written: {trouble}\n"
+            )
         sys.stderr.write(describe(error))
         sys.stderr.flush()
         return code
 
 
 def _launch_id() -> str:
-    """Name this start of the program: equal on the ranks of one node, different on the next start."""
+    """Name this start of the program: equal on the ranks of one node, different on the next
+    start."""
     if "RANK" not in os.environ and "SLURM_STEP_ID" not in os.environ:
         return uuid.uuid4().hex
     names = ("MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID")

@@ -44,7 +44,8 @@ class Place:
 
 
 def find_place(env: Mapping[str, str]) -> Place:
-    """Read rank and world size from torchrun's or deepspeed's variables, from srun's, or take a world of one.
+    """Read rank and world size from torchrun's or deepspeed's variables, from srun's, or take a
+    world of one.
 
     Args:
         env: the environment.
@@ -64,7 +65,16 @@ def find_place(env: Mapping[str, str]) -> Place:
         local = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in env else "LOCAL_SIZE"
         local_world = _number(env, local) if local in env else world
         local_rank = _number(env, "LOCAL_RANK") if "LOCAL_RANK" in env else rank % local_world
-        return _checked(Place(rank, local_rank, world, local_world, env["MASTER_ADDR"], _number(env, "MASTER_PORT")))
+        return _checked(
+            Place(
+                rank,
+                local_rank,
+                world,
+                local_world,
+                env["MASTER_ADDR"],
+                _number(env, "MASTER_PORT"),
+            )
+        )
     if "SLURM_STEP_NUM_TASKS" in env and _number(env, "SLURM_STEP_NUM_TASKS") > 1:
         return _checked(_slurm_place(env))
     return Place(0, 0, 1, 1, "127.0.0.1", 0)
@@ -73,10 +83,13 @@ def find_place(env: Mapping[str, str]) -> Place:
 def _slurm_place(env: Mapping[str, str]) -> Place:
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
     port = _FIRST_SLURM_PORT + _number(env, "SLURM_JOB_ID") % _SLURM_PORTS
-    # "4(x2),3" means two nodes with four tasks and one with three; a node's own count is what matters here.
+    # "4(x2),3" means two nodes with four tasks and one with three; a node's own count is what
+    # matters here.
     counts = [
         int(number)
-        for number, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", env.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+        for number, times in re.findall(
+            r"(\d+)(?:\(x(\d+)\))?", env.get("SLURM_STEP_TASKS_PER_NODE", "1")
+        )
         for _ in range(int(times or 1))
     ]
     node = _number(env, "SLURM_NODEID") if "SLURM_NODEID" in env else 0
@@ -99,7 +112,8 @@ def first_slurm_host(nodes: str) -> str:
     match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
     if not match:
         raise ConfigError(
-            f"environment: SLURM_STEP_NODELIST {nodes!r} names no host. Set MASTER_ADDR to the host of rank 0."
+            f"environment: SLURM_STEP_NODELIST {nodes!r} names no host. Set MASTER_ADDR to the "
+            "host of rank 0."
         )
     prefix, number, suffix = match.groups()
     return f"{prefix}{number or ''}{suffix or ''}"
@@ -117,7 +131,9 @@ def _number(env: Mapping[str, str], name: str) -> int:
 
 def _checked(place: Place) -> Place:
     if not 0 <= place.rank < place.world_size:
-        raise ConfigError(f"environment: RANK {place.rank} is not below WORLD_SIZE {place.world_size}.")
+        raise ConfigError(
+            f"environment: RANK {place.rank} is not below WORLD_SIZE {place.world_size}."
+        )
     return place
 
 

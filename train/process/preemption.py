@@ -1,6 +1,7 @@
 """Being asked to stop: signals, a launcher that is gone, and all ranks agreeing on when.
 
-A signal only sets a flag. The loop asks at step boundaries, saves, and exits with 75; the same command goes on.
+A signal only sets a flag. The loop asks at step boundaries, saves, and exits with 75; the same
+command goes on.
 """
 
 from __future__ import annotations
@@ -20,25 +21,34 @@ import psutil
 from train.process.world import World
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""TERM comes from schedulers, launchers and people, INT from a terminal, USR1 from `sbatch --signal=USR1@120`."""
+"""TERM comes from schedulers, launchers and people, INT from a terminal, USR1 from `sbatch
+--signal=USR1@120`."""
 REPEAT_AFTER_S = 1.0
-"""Signals closer together than this count as one: a launcher that is interrupted passes a second one on at once."""
+"""Signals closer together than this count as one: a launcher that is interrupted passes a second
+one on at once."""
 POLL_S = 0.5
 ORPHAN_GRACE_S = 300.0
 """How long ranks without a launcher may take to save; nobody else would end them."""
-_TORCHRUN = ("torch.distributed.run", "torch/distributed/run", "torchrun", "torch.distributed.launch")
+_TORCHRUN = (
+    "torch.distributed.run",
+    "torch/distributed/run",
+    "torchrun",
+    "torch.distributed.launch",
+)
 _DEEPSPEED_NODE = ("deepspeed.launcher.launch", "deepspeed/launcher/launch")
 
 
 class Preemption:
-    """Watches for reasons to stop; a context manager around the loop, entered in the main thread of every rank.
+    """Watches for reasons to stop; a context manager around the loop, entered in the main thread of
+    every rank.
 
-    Signals are seen by a thread of their own, so that a second one ends this process even while the main thread waits
-    for another rank inside a collective.
+    Signals are seen by a thread of their own, so that a second one ends this process even while the
+    main thread waits for another rank inside a collective.
 
     Args:
         world: the processes of the run.
-        agree_every: calls of `requested` between agreements. Every call costs about 0.1 ms on one node.
+        agree_every: calls of `requested` between agreements. Every call costs about 0.1 ms on one
+            node.
     """
 
     def __init__(self, world: World, *, agree_every: int = 1) -> None:
@@ -70,7 +80,10 @@ class Preemption:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._closing.set()
         if self._thread is not None:
@@ -114,12 +127,17 @@ class Preemption:
             return
         now_s = time.monotonic()
         self._reason = self._reason or signal.Signals(number).name
-        if number == signal.SIGUSR1:  # an early warning: the TERM that may follow it is the first one
+        if (
+            number == signal.SIGUSR1
+        ):  # an early warning: the TERM that may follow it is the first one
             return
         if self._first_hard_s is None:
             self._first_hard_s = now_s
         elif self._armed and now_s - self._first_hard_s >= REPEAT_AFTER_S:
-            _say(f"rank {self._world.rank}: second {signal.Signals(number).name}, ending without saving")
+            _say(
+                f"rank {self._world.rank}: second {signal.Signals(number).name}, ending without "
+                "saving"
+            )
             os._exit(128 + number)
 
     def _check_launcher(self) -> None:
@@ -129,7 +147,10 @@ class Preemption:
                 self._orphaned_s = time.monotonic()
                 self._reason = self._reason or f"the launcher is gone ({gone})"
         elif time.monotonic() - self._orphaned_s > ORPHAN_GRACE_S:
-            _say(f"rank {self._world.rank}: still here {ORPHAN_GRACE_S:g} s after its launcher, ending")
+            _say(
+                f"rank {self._world.rank}: still here {ORPHAN_GRACE_S:g} s after its launcher, "
+                "ending"
+            )
             os._exit(128 + signal.SIGTERM)
 
     def _forget(self) -> None:
@@ -161,8 +182,8 @@ def _say(line: str) -> None:
 def find_launchers() -> list[tuple[psutil.Process, str]]:
     """Find the launcher processes this rank depends on; a shell is none, so that nohup works.
 
-    The deepspeed command starts one process a node that starts the ranks; ended with TERM it goes away alone and
-    leaves both behind. So both are watched.
+    The deepspeed command starts one process a node that starts the ranks; ended with TERM it goes
+    away alone and leaves both behind. So both are watched.
 
     Returns:
         Processes with a name for messages; empty for a plain `python -m`.

@@ -17,7 +17,8 @@ from pipeline.errors import InfrastructureError
 class Watchdog:
     """A context manager around the loop, which calls `beat` once a step.
 
-    Where one rank hangs, all others wait for it inside a collective, in which no Python code runs; so a thread looks.
+    Where one rank hangs, all others wait for it inside a collective, in which no Python code runs;
+    so a thread looks.
 
     Args:
         timeout_s: longest time between two beats.
@@ -39,7 +40,10 @@ class Watchdog:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._closing.set()
         self._thread.join()
@@ -56,7 +60,8 @@ class Watchdog:
 
     def _end(self, silent_s: float) -> None:
         message = (
-            f"rank {self._rank}: no step for {silent_s:.0f} s, more than engine.timeout_s {self.timeout_s:g}; ending. "
+            f"rank {self._rank}: no step for {silent_s:.0f} s, more than engine.timeout_s "
+            f"{self.timeout_s:g}; ending. "
             f"Stacks are in {self.path}. The same command goes on from the last checkpoint.\n"
         )
         with suppress(OSError):

@@ -1,7 +1,7 @@
 """The processes of a run: who is who, small agreements between them, and an orderly end.
 
-Agreements (flags, names, means for the log) go over a group of their own on gloo, so that they never mix with the
-gradients' traffic and never touch the accelerator.
+Agreements (flags, names, means for the log) go over a group of their own on gloo, so that they
+never mix with the gradients' traffic and never touch the accelerator.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ T = TypeVar("T")
 
 @dataclass
 class World:
-    """The processes of a run, seen from one of them. Every method that agrees on something must be called by all.
+    """The processes of a run, seen from one of them. Every method that agrees on something must be
+    called by all.
 
     Args:
         rank: 0 to world_size - 1.
@@ -81,7 +82,8 @@ class World:
         return (totals / self.world_size).tolist()
 
     def highest(self, value: int) -> int:
-        """Return the largest of a number over the ranks: one integer, the cheapest agreement there is."""
+        """Return the largest of a number over the ranks: one integer, the cheapest agreement there
+        is."""
         if self.control is None:
             return value
         box = torch.tensor([value], dtype=torch.int64)
@@ -89,8 +91,9 @@ class World:
         return int(box.item())
 
     def for_a_thread(self, *, timeout_s: float) -> World:
-        """Give the same processes with a control group of their own, so that a thread can agree with its likes on the
-        other ranks while the main thread goes on. All ranks call it together, once a thread.
+        """Give the same processes with a control group of their own, so that a thread can agree
+        with its likes on the other ranks while the main thread goes on. All ranks call it together,
+        once a thread.
 
         Args:
             timeout_s: longest wait for another rank.
@@ -118,8 +121,8 @@ class World:
 def init_world(config: RunConfig) -> World:
     """Join the run's processes.
 
-    Fills in the launcher's variables where they are absent (a plain `python -m`, or srun without torchrun), because
-    DeepSpeed looks for mpi4py otherwise.
+    Fills in the launcher's variables where they are absent (a plain `python -m`, or srun without
+    torchrun), because DeepSpeed looks for mpi4py otherwise.
 
     Args:
         config: settings of the run; `engine.timeout_s` bounds every wait for another rank.
@@ -128,7 +131,8 @@ def init_world(config: RunConfig) -> World:
         The world, with its process groups up.
 
     Raises:
-        ConfigError: the launcher's variables contradict each other, or there are more ranks than GPUs.
+        ConfigError: the launcher's variables contradict each other, or there are more ranks than
+            GPUs.
     """
     place = find_place(os.environ)
     device = _pick_device(place)

@@ -1,4 +1,5 @@
-"""What a run was trained on and what was bad about it: kept beside its checkpoints and in its folder."""
+"""What a run was trained on and what was bad about it: kept beside its checkpoints and in its
+folder."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ DATA_REPORT_FILE = "data_report.json"
 
 
 def keep_description(checkpoint_dir: str, info: DatasetInfo) -> None:
-    """Keep a copy of `dataset.json` beside the checkpoints, so that a resume can name the shards that changed.
+    """Keep a copy of `dataset.json` beside the checkpoints, so that a resume can name the shards
+    that changed.
 
     Args:
         checkpoint_dir: URI of the folder of checkpoints.
@@ -31,7 +33,9 @@ def kept_description(checkpoint_dir: str, fingerprint: str) -> DatasetInfo | Non
     """Return the dataset that a run was trained on, or None where no readable copy was kept."""
     uri = _description_uri(checkpoint_dir, fingerprint)
     try:
-        return parse_dataset_info(storage.read_bytes(uri), where=f"checkpoint: {storage.redact(uri)}")
+        return parse_dataset_info(
+            storage.read_bytes(uri), where=f"checkpoint: {storage.redact(uri)}"
+        )
     except DataError:  # it only makes a message better
         return None
 

@@ -51,7 +51,9 @@ def draw_reconstruction(path: Path, completion: Completion, *, title: str) -> No
         title: one line above.
     """
     count = len(completion.losses_B)
-    blocks = 2 if count > 4 else 1  # two sets of three columns side by side, so that the picture is not a tower
+    blocks = (
+        2 if count > 4 else 1
+    )  # two sets of three columns side by side, so that the picture is not a tower
     rows = math.ceil(count / blocks)
     figure = _figure(3 * blocks * INCHES_PER_PANEL, rows * (INCHES_PER_PANEL + 0.25) + 0.9)
     axes = figure.subplots(rows, 3 * blocks, squeeze=False)
@@ -60,7 +62,11 @@ def draw_reconstruction(path: Path, completion: Completion, *, title: str) -> No
     for number in range(count):
         row, block = number % rows, number // rows
         panels = (completion.original_BCHW, completion.masked_BCHW, completion.pasted_BCHW)
-        labels = ("original", "what the model sees", f"completed, loss {completion.losses_B[number]:.3f}")
+        labels = (
+            "original",
+            "what the model sees",
+            f"completed, loss {completion.losses_B[number]:.3f}",
+        )
         for column, (panel, label) in enumerate(zip(panels, labels, strict=True)):
             axis = axes[row, 3 * block + column]
             axis.imshow(panel[number].permute(1, 2, 0).numpy(), interpolation="nearest")
@@ -69,7 +75,9 @@ def draw_reconstruction(path: Path, completion: Completion, *, title: str) -> No
     _save(figure, path)
 
 
-def draw_loss(path: Path, lines: Sequence[Mapping[str, Any]], *, references: Mapping[str, float] | None = None) -> None:
+def draw_loss(
+    path: Path, lines: Sequence[Mapping[str, Any]], *, references: Mapping[str, float] | None = None
+) -> None:
     """Draw the training loss over steps, and the learning rate below it.
 
     Args:
@@ -81,9 +89,16 @@ def draw_loss(path: Path, lines: Sequence[Mapping[str, Any]], *, references: Map
     steps = [line["step"] for line in drawn]
     figure = _figure(8, 5)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-    top.plot(steps, [line["loss"] for line in drawn], marker="." if len(drawn) < 40 else "", label="training loss")
+    top.plot(
+        steps,
+        [line["loss"] for line in drawn],
+        marker="." if len(drawn) < 40 else "",
+        label="training loss",
+    )
     for number, (name, value) in enumerate((references or {}).items()):
-        top.axhline(value, linestyle="--", linewidth=1, color=f"C{number + 1}", label=f"{name} {value:.3f}")
+        top.axhline(
+            value, linestyle="--", linewidth=1, color=f"C{number + 1}", label=f"{name} {value:.3f}"
+        )
     if drawn and max(line["loss"] for line in drawn) > 5 * min(line["loss"] for line in drawn) > 0:
         top.set_yscale("log")
     top.set_ylabel("loss")
@@ -97,7 +112,8 @@ def draw_loss(path: Path, lines: Sequence[Mapping[str, Any]], *, references: Map
 
 
 def spread_ids(num_samples: int, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Pick sample ids evenly over a dataset, so that every class folder has a chance to be shown."""
+    """Pick sample ids evenly over a dataset, so that every class folder has a chance to be
+    shown."""
     count = min(count, num_samples)
     return (np.arange(count, dtype=np.int64) * num_samples + num_samples // 2) // max(1, count)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 
-# ------------------------------------------------------------------------------------------------ clock
+# -------------------------------------------------------------------------------------------- clock
 @dataclasses.dataclass
 class Window:
     """What happened since the last line: steps, images, seconds, and seconds waited for data."""
@@ -19,7 +19,8 @@ class Window:
     wait_s: float
 
     def rates(self) -> dict[str, float]:
-        """Give images per second (over all ranks), the share of time waited for data, and seconds a step."""
+        """Give images per second (over all ranks), the share of time waited for data, and seconds a
+        step."""
         elapsed_s = max(self.elapsed_s, 1e-9)
         return {
             "images_per_s": self.images / elapsed_s,
@@ -64,7 +65,12 @@ class Meter:
             wait_s: the loader's running total of seconds that the loop waited for batches.
         """
         now = time.perf_counter()
-        window = Window(self._steps, self._steps * self._batch, now - self._started, wait_s - self._wait_at_start_s)
+        window = Window(
+            self._steps,
+            self._steps * self._batch,
+            now - self._started,
+            wait_s - self._wait_at_start_s,
+        )
         self._total = Window(
             self._total.steps + window.steps,
             self._total.images + window.images,
@@ -90,8 +96,10 @@ def format_duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-# ------------------------------------------------------------------------------------------------ summary
-def throughput_summary(total: Window, stages: Mapping[str, Mapping[str, float]], *, world_size: int) -> dict[str, Any]:
+# ------------------------------------------------------------------------------------------ summary
+def throughput_summary(
+    total: Window, stages: Mapping[str, Mapping[str, float]], *, world_size: int
+) -> dict[str, Any]:
     """Say where the time went: per stage of the loader, waiting for data, and the training step.
 
     Args:
@@ -100,8 +108,8 @@ def throughput_summary(total: Window, stages: Mapping[str, Mapping[str, float]],
         world_size: ranks; `total` counts the images of all of them, `stages` those of rank 0.
 
     Returns:
-        images_per_s, data_wait_share, step_s, seconds trained, and per stage items, busy and wait seconds,
-        and the images per second of one rank that the stage alone could do.
+        images_per_s, data_wait_share, step_s, seconds trained, and per stage items, busy and wait
+        seconds, and the images per second of one rank that the stage alone could do.
     """
     rows: dict[str, dict[str, float]] = {}
     for name, counters in stages.items():
@@ -120,7 +128,13 @@ def throughput_summary(total: Window, stages: Mapping[str, Mapping[str, float]],
         "wait_s": total.wait_s,
         "busy_ms_per_item": 1e3 * step_busy_s / images_per_rank if images_per_rank else 0.0,
     }
-    return {"steps": total.steps, "images": total.images, "trained_s": total.elapsed_s, **total.rates(), "stages": rows}
+    return {
+        "steps": total.steps,
+        "images": total.images,
+        "trained_s": total.elapsed_s,
+        **total.rates(),
+        "stages": rows,
+    }
 
 
 def summary_table(summary: Mapping[str, Any]) -> str:
@@ -131,7 +145,8 @@ def summary_table(summary: Mapping[str, Any]) -> str:
             f"{name:<16}{row['items']:>12,.0f}{row['busy_s']:>10.1f}{row['wait_s']:>10.1f}{row['busy_ms_per_item']:>10.2f}"
         )
     lines.append(
-        f"{summary['steps']} steps, {summary['images']:,} images in {format_duration(summary['trained_s'])}: "
+        f"{summary['steps']} steps, {summary['images']:,} images in "
+        f"{format_duration(summary['trained_s'])}: "
         f"{summary['images_per_s']:,.0f} images/s, {1e3 * summary['step_s']:.0f} ms a step, "
         f"{100 * summary['data_wait_share']:.1f}% of the time waiting for data"
     )

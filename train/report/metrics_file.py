@@ -12,7 +12,7 @@ LOSS_PICTURE = "loss.png"
 RECONSTRUCTION_PICTURE = "reconstruction.png"
 
 
-# ------------------------------------------------------------------------------------------------ the file
+# ----------------------------------------------------------------------------------------- the file
 def truncate_after(path: Path, step: int) -> int:
     """Cut a metrics file after a step, so that a resumed run writes no step twice.
 
@@ -43,7 +43,8 @@ def truncate_after(path: Path, step: int) -> int:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Read the lines of a run's metrics.jsonl, oldest first; a half-written last line is left out."""
+    """Read the lines of a run's metrics.jsonl, oldest first; a half-written last line is left
+    out."""
     path = run_dir / METRICS_FILE
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:

@@ -1,4 +1,5 @@
-"""What a run reports: metrics.jsonl, TensorBoard events, a progress display and the closing summary.
+"""What a run reports: metrics.jsonl, TensorBoard events, a progress display and the closing
+summary.
 
 Only rank 0 writes. Imports no torch at the top: the demo reads metrics without it.
 """
@@ -21,15 +22,17 @@ if TYPE_CHECKING:
     from train.report.trackers import Background
 
 
-# ------------------------------------------------------------------------------------------------ reporter
+# ----------------------------------------------------------------------------------------- reporter
 class Reporter:
-    """Writes a run's lines and draws its progress, on rank 0; on other ranks every method does nothing.
+    """Writes a run's lines and draws its progress, on rank 0; on other ranks every method does
+    nothing.
 
     Args:
         run_dir: local folder of the run.
         rank: this process's rank.
         total_steps: steps of the whole run.
-        resumed_step: step the run goes on from; lines after it are cut away, events after it are purged.
+        resumed_step: step the run goes on from; lines after it are cut away, events after it are
+            purged.
         tensorboard: whether event files are written.
         out: where lines for people go.
     """
@@ -72,7 +75,8 @@ class Reporter:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(
-                str(self._run_dir / "tensorboard"), purge_step=step + 1 if step or self._board is not None else None
+                str(self._run_dir / "tensorboard"),
+                purge_step=step + 1 if step or self._board is not None else None,
             )
 
     def rewind(self, step: int) -> None:
@@ -111,11 +115,14 @@ class Reporter:
             TextColumn("{task.fields[text]}"),
         )
         self._progress = Progress(*columns, console=Console(file=self._out))
-        self._task = self._progress.add_task("step", total=self._total_steps, completed=step, text="")
+        self._task = self._progress.add_task(
+            "step", total=self._total_steps, completed=step, text=""
+        )
         self._progress.start()
 
     def advance(self, step: int) -> None:
-        """Move the progress display to a step; cheap, and without reading anything back from a device."""
+        """Move the progress display to a step; cheap, and without reading anything back from a
+        device."""
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
 
@@ -133,12 +140,15 @@ class Reporter:
         """Write one line of metrics.jsonl, the same to TensorBoard, and show it.
 
         Args:
-            line: step, epoch, images_seen, loss, lr, grad_norm, images_per_s, data_wait_share, step_s, ...
+            line: step, epoch, images_seen, loss, lr, grad_norm, images_per_s, data_wait_share,
+                step_s, ...
         """
         if self._file is None:
             return
         # A NaN is no JSON: a reader in another language would stop at it.
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        clean = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()
+        }
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
         step = int(line["step"] or 0)
@@ -152,7 +162,11 @@ class Reporter:
 
     def _show(self, step: int, line: Mapping[str, float | int | None]) -> None:
         loss, rate, wait = line.get("loss"), line.get("images_per_s"), line.get("data_wait_share")
-        text = f"loss {loss:.4f}  {rate:,.0f} images/s  data wait {100 * (wait or 0):.0f}%" if loss is not None else ""
+        text = (
+            f"loss {loss:.4f}  {rate:,.0f} images/s  data wait {100 * (wait or 0):.0f}%"
+            if loss is not None
+            else ""
+        )
         if line.get("mfu"):
             text += f"  MFU {100 * (line['mfu'] or 0):.1f}%"
         if self._progress is not None:
@@ -161,7 +175,9 @@ class Reporter:
         done = step - self._first_step
         left_s = (time.perf_counter() - self._started) / max(1, done) * (self._total_steps - step)
         lr = line.get("lr") or 0.0
-        self.say(f"step {step}/{self._total_steps}  {text}  lr {lr:.2e}  ETA {format_duration(left_s)}")
+        self.say(
+            f"step {step}/{self._total_steps}  {text}  lr {lr:.2e}  ETA {format_duration(left_s)}"
+        )
 
     def picture(self, name: str, path: Path, step: int) -> None:
         """Show a written PNG in TensorBoard and the trackers too."""
@@ -172,7 +188,9 @@ class Reporter:
         import numpy as np
         from PIL import Image
 
-        self._board.add_image(name, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
+        self._board.add_image(
+            name, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC"
+        )
 
     def close(self) -> None:
         """End the display and close the files."""
@@ -192,7 +210,10 @@ class Reporter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         """Close whatever happened."""
         self.close()

@@ -1,7 +1,9 @@
-"""Where a run's lines and pictures are shown besides its own files: TensorBoard, Weights & Biases, MLflow.
+"""Where a run's lines and pictures are shown besides its own files: TensorBoard, Weights & Biases,
+MLflow.
 
-None of them may cost a run anything but the display: each lives in a thread of its own behind a queue that drops what
-does not fit, is told of once where it fails, and is left alone from then on. Imports none of them at the top.
+None of them may cost a run anything but the display: each lives in a thread of its own behind a
+queue that drops what does not fit, is told of once where it fails, and is left alone from then on.
+Imports none of them at the top.
 """
 
 from __future__ import annotations
@@ -66,11 +68,17 @@ class Background:
     """
 
     def __init__(
-        self, tracker: Tracker, *, warn: Callable[[str], None], closing_limit_s: float = CLOSING_LIMIT_S
+        self,
+        tracker: Tracker,
+        *,
+        warn: Callable[[str], None],
+        closing_limit_s: float = CLOSING_LIMIT_S,
     ) -> None:
         self._tracker, self._warn, self._closing_limit_s = tracker, warn, closing_limit_s
         self._orders: queue.Queue[Callable[[], None] | None] = queue.Queue(QUEUE_LENGTH)
-        self._thread = threading.Thread(target=self._work, name=f"tracker-{tracker.name}", daemon=True)
+        self._thread = threading.Thread(
+            target=self._work, name=f"tracker-{tracker.name}", daemon=True
+        )
         self._thread.start()
 
     def _work(self) -> None:
@@ -81,7 +89,10 @@ class Background:
             self._tracker.close()
         except BaseException as error:  # noqa: BLE001 - these libraries raise SystemExit too
             reason = redact(" ".join(str(error).split())[:300]) or type(error).__name__
-            self._warn(f"warning: {self._tracker.name} shows nothing more of this run: {reason}; training goes on")
+            self._warn(
+                f"warning: {self._tracker.name} shows nothing more of this run: {reason}; training "
+                "goes on"
+            )
 
     def _order(self, order: Callable[[], None]) -> None:
         if self._thread.is_alive():
@@ -108,11 +119,14 @@ class Background:
 
 
 def _numbers(values: Values) -> dict[str, float | int]:
-    return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+    return {
+        name: value for name, value in values.items() if value is not None and math.isfinite(value)
+    }
 
 
 class WandbTracker(Tracker):
-    """Weights & Biases. Offline with WANDB_MODE=offline in the environment; the key comes from its own login.
+    """Weights & Biases. Offline with WANDB_MODE=offline in the environment; the key comes from its
+    own login.
 
     Args:
         run_dir: local folder of the run; offline files go there.
@@ -129,7 +143,9 @@ class WandbTracker(Tracker):
         """Begin or go on."""
         import wandb
 
-        run_id = _kept_id(self._run_dir, "wandb") or _keep_id(self._run_dir, "wandb", uuid.uuid4().hex[:8])
+        run_id = _kept_id(self._run_dir, "wandb") or _keep_id(
+            self._run_dir, "wandb", uuid.uuid4().hex[:8]
+        )
         self._run = wandb.init(
             project=self._config.log.wandb_project,
             name=self._config.run.name or self._config.recipe,
@@ -139,13 +155,16 @@ class WandbTracker(Tracker):
             config=_shown_settings(self._config),
             settings=wandb.Settings(console="off", silent=True, disable_git=True),
         )
-        # Steps are an axis of our own: after going back, wandb's would refuse the steps that come a second time.
+        # Steps are an axis of our own: after going back, wandb's would refuse the steps that come a
+        # second time.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: Values) -> None:
         """Show one line."""
-        self._run.log({**{f"train/{name}": value for name, value in _numbers(values).items()}, "step": step})
+        self._run.log(
+            {**{f"train/{name}": value for name, value in _numbers(values).items()}, "step": step}
+        )
 
     def picture(self, step: int, name: str, path: Path) -> None:
         """Show one PNG."""
@@ -181,7 +200,9 @@ class MlflowTracker(Tracker):
         uri = self._config.log.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
         uri = uri or str(self._run_dir.absolute() / "mlruns")
         if "://" not in uri:
-            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # a folder is a store only where this is said
+            os.environ.setdefault(
+                "MLFLOW_ALLOW_FILE_STORE", "true"
+            )  # a folder is a store only where this is said
             uri = Path(uri).absolute().as_uri()
         from mlflow.exceptions import MlflowException
         from mlflow.tracking import MlflowClient
@@ -196,8 +217,12 @@ class MlflowTracker(Tracker):
                 self._run_id = ""
         name = self._config.log.mlflow_experiment
         experiment = self._client.get_experiment_by_name(name)
-        experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(name)
-        created = self._client.create_run(experiment_id, run_name=self._config.run.name or self._config.recipe)
+        experiment_id = (
+            experiment.experiment_id if experiment else self._client.create_experiment(name)
+        )
+        created = self._client.create_run(
+            experiment_id, run_name=self._config.run.name or self._config.recipe
+        )
         self._run_id = _keep_id(self._run_dir, "mlflow", created.info.run_id)
         self._client.log_dict(self._run_id, _shown_settings(self._config), "config.json")
 
@@ -206,7 +231,9 @@ class MlflowTracker(Tracker):
         from mlflow.entities import Metric
 
         now_ms = int(time.time() * 1000)
-        points = [Metric(name, float(value), now_ms, step) for name, value in _numbers(values).items()]
+        points = [
+            Metric(name, float(value), now_ms, step) for name, value in _numbers(values).items()
+        ]
         self._client.log_batch(self._run_id, metrics=points)
 
     def picture(self, step: int, name: str, path: Path) -> None:
@@ -219,7 +246,9 @@ class MlflowTracker(Tracker):
         self._client.set_terminated(self._run_id)
 
 
-def start_trackers(config: RunConfig, run_dir: Path, *, warn: Callable[[str], None]) -> Sequence[Background]:
+def start_trackers(
+    config: RunConfig, run_dir: Path, *, warn: Callable[[str], None]
+) -> Sequence[Background]:
     """Start the trackers that the settings name; rank 0 only.
 
     Args:
@@ -257,7 +286,10 @@ def _shown_settings(config: RunConfig) -> dict[str, Any]:
     """Give the settings as JSON types; URIs without what may be secret in them."""
     sections: dict[str, Any] = config.model_dump(mode="json")
     return {
-        section: {name: redact(value) if isinstance(value, str) else value for name, value in values.items()}
+        section: {
+            name: redact(value) if isinstance(value, str) else value
+            for name, value in values.items()
+        }
         if isinstance(values, dict)
         else values
         for section, values in sections.items()
@@ -266,7 +298,9 @@ def _shown_settings(config: RunConfig) -> dict[str, Any]:
 
 def _kept_id(run_dir: Path, name: str) -> str:
     try:
-        return str(json.loads((run_dir / TRACKED_RUNS_FILE).read_text(encoding="utf-8")).get(name, ""))
+        return str(
+            json.loads((run_dir / TRACKED_RUNS_FILE).read_text(encoding="utf-8")).get(name, "")
+        )
     except (OSError, ValueError, AttributeError):
         return ""
 

@@ -1,4 +1,5 @@
-"""How much of a device's arithmetic a run uses: model FLOP/s over the peak of its data sheet (MFU). No torch."""
+"""How much of a device's arithmetic a run uses: model FLOP/s over the peak of its data sheet (MFU).
+No torch."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ DENSE_TFLOPS: Mapping[str, float] = {
     "RTX 4090": 165.2,
     "RTX 3090": 71.0,
 }
-"""Dense 16-bit tensor throughput in 10^12 operations a second, by a part of the device's name. Source: data sheets
-(figures with sparsity halved)."""
+"""Dense 16-bit tensor throughput in 10^12 operations a second, by a part of the device's name.
+Source: data sheets (figures with sparsity halved)."""
 
 
 def peak_tflops(device_name: str) -> float | None:

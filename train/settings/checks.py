@@ -1,4 +1,5 @@
-"""Checks of a run's settings, with messages that name the setting, the source, the value and the remedy."""
+"""Checks of a run's settings, with messages that name the setting, the source, the value and the
+remedy."""
 
 from __future__ import annotations
 
@@ -14,8 +15,11 @@ Settings = dict[str, Any]
 """Values by dotted name, as far as a source gives them."""
 
 
-def build_config(values: Settings, origins: Mapping[str, str], problems: list[str], *, world_size: int) -> RunConfig:
-    """Check the merged values section by section, so that one bad section does not hide another's mistakes.
+def build_config(
+    values: Settings, origins: Mapping[str, str], problems: list[str], *, world_size: int
+) -> RunConfig:
+    """Check the merged values section by section, so that one bad section does not hide another's
+    mistakes.
 
     Args:
         values: values by dotted name; plus `recipe`.
@@ -33,7 +37,11 @@ def build_config(values: Settings, origins: Mapping[str, str], problems: list[st
         if section == "recipe":
             continue
         kind = typing.cast("type[BaseModel]", field.annotation)
-        given = {name.partition(".")[2]: value for name, value in values.items() if name.startswith(f"{section}.")}
+        given = {
+            name.partition(".")[2]: value
+            for name, value in values.items()
+            if name.startswith(f"{section}.")
+        }
         try:
             sections[section] = kind.model_validate(given)
         except ValidationError as error:
@@ -45,13 +53,18 @@ def build_config(values: Settings, origins: Mapping[str, str], problems: list[st
 
 
 def _follow_model_size(values: Settings, origins: Mapping[str, str]) -> None:
-    """Let the view's size be the model's unless it was set: nobody should have to write one size twice."""
+    """Let the view's size be the model's unless it was set: nobody should have to write one size
+    twice."""
     from model.config import ModelConfig
 
-    given = {name.partition(".")[2]: value for name, value in values.items() if name.startswith("model.")}
+    given = {
+        name.partition(".")[2]: value for name, value in values.items() if name.startswith("model.")
+    }
     try:
         model = ModelConfig.model_validate(given)
-    except ValidationError:  # reported with the model's own section; the view's size then stays as it is
+    except (
+        ValidationError
+    ):  # reported with the model's own section; the view's size then stays as it is
         return
     values.setdefault("view.height", model.image_height)
     values.setdefault("view.width", model.image_width)
@@ -65,21 +78,31 @@ def _explain(section: str, error: ValidationError, origins: Mapping[str, str]) -
         name = name if name in origins or not path else f"{section}.{item['loc'][0]!s}"
         text = item["msg"].removeprefix("Value error, ")
         if item["type"] == "value_error" and not path:
-            messages.append(text if text.startswith(f"{section}.") or f"{section}." in text else f"{section}: {text}")
+            messages.append(
+                text
+                if text.startswith(f"{section}.") or f"{section}." in text
+                else f"{section}: {text}"
+            )
         else:
             origin = f" (from {origins[name]})" if name in origins else ""
             messages.append(f"{name} = {item['input']!r}{origin}: {text[:1].lower()}{text[1:]}")
     return list(dict.fromkeys(messages))
 
 
-def _cross_checks(config: RunConfig, faulty: set[str], origins: Mapping[str, str], *, world_size: int) -> list[str]:
+def _cross_checks(
+    config: RunConfig, faulty: set[str], origins: Mapping[str, str], *, world_size: int
+) -> list[str]:
     """Check what no section can see alone; sections that are faulty already are passed over."""
     problems = []
     if not faulty & {"model", "view"}:
-        view, model = (config.view.height, config.view.width), (config.model.image_height, config.model.image_width)
+        view, model = (
+            (config.view.height, config.view.width),
+            (config.model.image_height, config.model.image_width),
+        )
         if view != model:
             problems.append(
-                f"view.height x view.width is {view[0]} x {view[1]}, the model takes {model[0]} x {model[1]} pixels: "
+                f"view.height x view.width is {view[0]} x {view[1]}, the model takes {model[0]} x "
+                f"{model[1]} pixels: "
                 "leave the view's size out (it follows the model's), or set both alike"
             )
     if "train" not in faulty:
@@ -92,19 +115,28 @@ def _cross_checks(config: RunConfig, faulty: set[str], origins: Mapping[str, str
     if not faulty & {"train", "optim"}:
         warmup, steps = config.optim.warmup_steps, config.train.steps
         if warmup is not None and steps is not None and warmup >= steps:
-            problems.append(f"optim.warmup_steps {warmup} is not below train.steps {steps}: shorten the warm-up")
+            problems.append(
+                f"optim.warmup_steps {warmup} is not below train.steps {steps}: shorten the warm-up"
+            )
         ramp, epochs = config.optim.warmup_epochs, config.train.epochs
         if ramp is not None and epochs is not None and ramp >= epochs:
-            problems.append(f"optim.warmup_epochs {ramp:g} is not below train.epochs {epochs:g}: shorten the warm-up")
+            problems.append(
+                f"optim.warmup_epochs {ramp:g} is not below train.epochs {epochs:g}: shorten the "
+                "warm-up"
+            )
     return problems
 
 
 def _engine_checks(config: RunConfig, *, world_size: int) -> list[str]:
     engine, problems = config.engine, []
     if engine.kind == "torch" and world_size > 1:
-        problems.append(f"engine.kind torch runs one process, not {world_size}: use engine.kind deepspeed")
+        problems.append(
+            f"engine.kind torch runs one process, not {world_size}: use engine.kind deepspeed"
+        )
     if engine.offload_parameters == "cpu" and engine.zero_stage != 3:
-        problems.append(f"engine.offload_parameters cpu needs engine.zero_stage 3, not {engine.zero_stage}")
+        problems.append(
+            f"engine.offload_parameters cpu needs engine.zero_stage 3, not {engine.zero_stage}"
+        )
     if engine.offload_optimizer == "cpu" and engine.zero_stage == 0:
         problems.append("engine.offload_optimizer cpu needs engine.zero_stage 1, 2 or 3")
     return problems

@@ -1,6 +1,8 @@
-"""The command line of a run: recipe, then TOML file, then dotted settings; every mistake reported at once.
+"""The command line of a run: recipe, then TOML file, then dotted settings; every mistake reported
+at once.
 
-Imports no torch, so that a mistake is reported in well under two seconds and before any process is started.
+Imports no torch, so that a mistake is reported in well under two seconds and before any process is
+started.
 """
 
 from __future__ import annotations
@@ -17,7 +19,15 @@ from train.config import RunConfig
 from train.process.place import world_size_of
 from train.recipes import RECIPES
 from train.settings.checks import Settings, build_config
-from train.settings.layers import _dashed, _did_you_mean, _read_toml, default_values, flatten, merge, setting_types
+from train.settings.layers import (
+    _dashed,
+    _did_you_mean,
+    _read_toml,
+    default_values,
+    flatten,
+    merge,
+    setting_types,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +60,8 @@ def parse_run(argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> R
 
 
 def parse_command(argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> Command:
-    """Read a command line into settings and what to do with them; arguments and errors as `parse_run`."""
+    """Read a command line into settings and what to do with them; arguments and errors as
+    `parse_run`."""
     words = _split_words(argv)
     if words.wants_help:
         from train.settings.text import help_text
@@ -61,7 +72,9 @@ def parse_command(argv: Sequence[str], *, env: Mapping[str, str] | None = None) 
     if words.recipe is None:
         problems.append(f"no recipe given: name one of {', '.join(RECIPES)} first")
     elif words.recipe not in RECIPES:
-        problems.append(f"unknown recipe {words.recipe!r}{_did_you_mean(words.recipe, list(RECIPES))}")
+        problems.append(
+            f"unknown recipe {words.recipe!r}{_did_you_mean(words.recipe, list(RECIPES))}"
+        )
     else:
         layers.append((f"recipe {words.recipe}", flatten(RECIPES[words.recipe])))
     if words.toml_path is not None:
@@ -71,13 +84,15 @@ def parse_command(argv: Sequence[str], *, env: Mapping[str, str] | None = None) 
     merged["recipe"] = words.recipe or "custom"
     config = build_config(merged, origins, problems, world_size=world_size_of(env or os.environ))
     if config.data.train == "" and words.action == "run":
-        problems.append("data.train is not set: give the URI of the training shards, --data.train FOLDER")
+        problems.append(
+            "data.train is not set: give the URI of the training shards, --data.train FOLDER"
+        )
     if problems:
         raise ConfigError(_report(problems))
     return Command(config, words.action)
 
 
-# ------------------------------------------------------------------------------------------------ words
+# -------------------------------------------------------------------------------------------- words
 @dataclasses.dataclass
 class _Words:
     recipe: str | None = None
@@ -89,7 +104,8 @@ class _Words:
 
 
 def _split_words(argv: Sequence[str]) -> _Words:
-    """Sort the words of a command line into recipe, options and settings, without judging the settings."""
+    """Sort the words of a command line into recipe, options and settings, without judging the
+    settings."""
     words, rest = _Words(), list(argv)
     while rest:
         word = rest.pop(0)
@@ -97,7 +113,9 @@ def _split_words(argv: Sequence[str]) -> _Words:
             if words.recipe is None:
                 words.recipe = word
             else:
-                words.problems.append(f"unexpected word {word!r}: settings are written --section.field value")
+                words.problems.append(
+                    f"unexpected word {word!r}: settings are written --section.field value"
+                )
             continue
         name, has_value, value = word.removeprefix("--").partition("=")
         name = name.replace("-", "_")
@@ -143,18 +161,23 @@ def _parse_values(settings: Sequence[tuple[str, str | None]], problems: list[str
         if text is None and annotation is not None:
             problems.append(f"--{_dashed(name)} needs a value ({_describe(annotation)})")
             continue
-        values[name] = text if annotation is None or text is None else _parse_value(text, annotation)
+        values[name] = (
+            text if annotation is None or text is None else _parse_value(text, annotation)
+        )
     return values
 
 
 def _parse_value(text: str, annotation: Any) -> Any:
-    """Read one word as the type of its setting; left as it is where it does not read so (validation then says why)."""
+    """Read one word as the type of its setting; left as it is where it does not read so (validation
+    then says why)."""
     options = typing.get_args(annotation)
     if type(None) in options and text.lower() in ("none", "null", ""):
         return None
     if typing.get_origin(annotation) is Literal:
         return next((option for option in options if str(option) == text), text)
-    if typing.get_origin(annotation) in (tuple, list) or any(typing.get_origin(o) is tuple for o in options):
+    if typing.get_origin(annotation) in (tuple, list) or any(
+        typing.get_origin(o) is tuple for o in options
+    ):
         parts = [part for part in re.split(r"[,x]", text.strip("()[] ")) if part]
         return [_number(part) for part in parts] if len(parts) > 1 else _number(text)
     return text
@@ -171,11 +194,15 @@ def _describe(annotation: Any) -> str:
     options = typing.get_args(annotation)
     if typing.get_origin(annotation) is Literal:
         return " | ".join(str(option) for option in options)
-    return " or ".join(_describe(option) for option in options) or getattr(annotation, "__name__", str(annotation))
+    return " or ".join(_describe(option) for option in options) or getattr(
+        annotation, "__name__", str(annotation)
+    )
 
 
 def _report(problems: Sequence[str]) -> str:
     unique = list(dict.fromkeys(problems))
     if len(unique) == 1:
         return unique[0]
-    return f"{len(unique)} mistakes in the settings:\n" + "\n".join(f"  - {problem}" for problem in unique)
+    return f"{len(unique)} mistakes in the settings:\n" + "\n".join(
+        f"  - {problem}" for problem in unique
+    )

@@ -1,7 +1,8 @@
-"""Does a run fit its GPUs, and how would it fit best? Estimates before anything is started; no torch, no process.
+"""Does a run fit its GPUs, and how would it fit best? Estimates before anything is started; no
+torch, no process.
 
-Counted: weights, gradients, optimizer state, what the forward pass keeps for the backward pass, DeepSpeed's buffers,
-and what CUDA and NCCL take themselves. Not counted: what a compiler saves.
+Counted: weights, gradients, optimizer state, what the forward pass keeps for the backward pass,
+DeepSpeed's buffers, and what CUDA and NCCL take themselves. Not counted: what a compiler saves.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ BUCKETS_NUMEL = 2 * 50_000_000
 """Elements of the reduce and gather buckets; train/engine/deepspeed_config.py sets their size."""
 Stage = Literal[0, 1, 2, 3]
 STAGE_COST: dict[Stage, float] = {0: 0.01, 1: 0.0, 2: 0.02, 3: 0.15}
-"""Share of a step that a stage adds, for the order of the recommendation only: stages 0 and 2 send as much as stage 1,
-whose update is shared out; stage 3 sends half as much again. Assumed, not measured."""
+"""Share of a step that a stage adds, for the order of the recommendation only: stages 0 and 2 send
+as much as stage 1, whose update is shared out; stage 3 sends half as much again. Assumed, not
+measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,8 @@ class Choice:
         zero_stage: ZeRO stage.
         checkpointing: activation checkpointing of encoder and decoder.
         memory: of one rank.
-        cost: time of a step beside that of stage 1 without checkpointing, 0 for the same; for ordering only.
+        cost: time of a step beside that of stage 1 without checkpointing, 0 for the same; for
+            ordering only.
     """
 
     zero_stage: Stage
@@ -98,7 +101,9 @@ def estimate_memory(
     shards = {stage: world_size if zero_stage >= stage else 1 for stage in (1, 2, 3)}
 
     gathered = min(trained, LIVE_PARAMETERS) if zero_stage == 3 else trained
-    weights = value_bytes * gathered + (value_bytes * trained // shards[3] if zero_stage == 3 else 0)
+    weights = value_bytes * gathered + (
+        value_bytes * trained // shards[3] if zero_stage == 3 else 0
+    )
     gradients = value_bytes * trained // shards[2]
     if low:  # in fp32 for the update, and where ZeRO sums several micro-batches, for the sums
         sums = zero_stage > 0 and config.train.grad_accum_steps(world_size=world_size) > 1
@@ -119,7 +124,9 @@ def estimate_memory(
     )
 
 
-def _activations(config: RunConfig, *, encoder: ActivationCheckpointing, decoder: ActivationCheckpointing) -> int:
+def _activations(
+    config: RunConfig, *, encoder: ActivationCheckpointing, decoder: ActivationCheckpointing
+) -> int:
     model, precision = config.model, config.engine.precision
     # Under autocast norms and the residual stream stay fp32 while products save bf16 copies.
     value_bytes = {"bf16": 2, "fp16": 2, "autocast": 4, "fp32": 4}[precision]
@@ -137,12 +144,17 @@ def _block_bytes(model: ModelConfig, stack: str, *, value_bytes: int) -> int:
     """What one block keeps while it is recomputed, an image."""
     everything = activation_bytes(model, value_bytes=value_bytes)
     if stack == "encoder":
-        return (everything - activation_bytes(model, encoder="full", value_bytes=value_bytes)) // model.depth
-    return (everything - activation_bytes(model, decoder="full", value_bytes=value_bytes)) // model.decoder_depth
+        return (
+            everything - activation_bytes(model, encoder="full", value_bytes=value_bytes)
+        ) // model.depth
+    return (
+        everything - activation_bytes(model, decoder="full", value_bytes=value_bytes)
+    ) // model.decoder_depth
 
 
 def list_choices(config: RunConfig, *, world_size: int) -> list[Choice]:
-    """Estimate every ZeRO stage with every mode of activation checkpointing (encoder and decoder alike).
+    """Estimate every ZeRO stage with every mode of activation checkpointing (encoder and decoder
+    alike).
 
     Args:
         config: settings of the run.
@@ -153,7 +165,9 @@ def list_choices(config: RunConfig, *, world_size: int) -> list[Choice]:
         Choice(
             stage,
             mode,
-            estimate_memory(config, world_size=world_size, zero_stage=stage, encoder=mode, decoder=mode),
+            estimate_memory(
+                config, world_size=world_size, zero_stage=stage, encoder=mode, decoder=mode
+            ),
             STAGE_COST[stage] + recompute_flops(model, encoder=mode, decoder=mode) / once,
         )
         for stage in get_args(Stage)
@@ -201,7 +215,8 @@ def describe_fit(config: RunConfig, *, world_size: int, device_bytes: int | None
     lines = [
         f"memory of a rank as set: {own.total / GIB:.1f} GiB = "
         + " + ".join(f"{part} {getattr(own, part) / GIB:.1f}" for part in parts),
-        f"GiB a rank ({world_size} ranks, micro batch {config.train.micro_batch_size}, {engine.precision}; estimates) "
+        f"GiB a rank ({world_size} ranks, micro batch {config.train.micro_batch_size}, "
+        f"{engine.precision}; estimates) "
         "by ZeRO stage and activation checkpointing:",
         f"{'':>8}" + "".join(f"{mode:>11}" for mode in modes),
     ]
@@ -213,7 +228,10 @@ def describe_fit(config: RunConfig, *, world_size: int, device_bytes: int | None
 
 def _recommendation(choices: list[Choice], device_bytes: int | None) -> str:
     if device_bytes is None:
-        return "no GPU is seen here: --engine.device-memory-gib 80 says what they have, for a recommendation"
+        return (
+            "no GPU is seen here: --engine.device-memory-gib 80 says what they have, "
+            "for a recommendation"
+        )
     best = recommend(choices, device_bytes=device_bytes)
     size = f"{device_bytes / GIB:.0f} GiB a device"
     if best is None:
@@ -222,13 +240,15 @@ def _recommendation(choices: list[Choice], device_bytes: int | None) -> str:
         return f"nothing fits {size}: the smallest takes {smallest:.1f} GiB; {remedy}"
     mode = best.checkpointing
     return (
-        f"fastest that fits {size}: --engine.zero-stage {best.zero_stage} --engine.activation-checkpointing {mode} "
+        f"fastest that fits {size}: --engine.zero-stage {best.zero_stage} "
+        f"--engine.activation-checkpointing {mode} "
         f"--engine.decoder-activation-checkpointing {mode}"
     )
 
 
 def device_bytes_of(config: RunConfig) -> int | None:
-    """Tell the memory of one device: as set, or of the smallest GPU that nvidia-smi sees; None without either."""
+    """Tell the memory of one device: as set, or of the smallest GPU that nvidia-smi sees; None
+    without either."""
     if config.engine.device_memory_gib:
         return round(config.engine.device_memory_gib * GIB)
     program = shutil.which("nvidia-smi")

@@ -16,10 +16,11 @@ from train.settings.checks import Settings
 
 PROGRAM = "train.pretrain"
 EITHER_OR = (("train.steps", "train.epochs"), ("optim.warmup_steps", "optim.warmup_epochs"))
-"""Pairs of which exactly one is given: a source that sets one unsets the other one of the sources below it."""
+"""Pairs of which exactly one is given: a source that sets one unsets the other one of the sources
+below it."""
 
 
-# ------------------------------------------------------------------------------------------------ sources
+# ------------------------------------------------------------------------------------------ sources
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> Settings:
     """Give the values of nested sections by dotted name."""
     flat: Settings = {}
@@ -37,14 +38,18 @@ def setting_types() -> dict[str, Any]:
     for section, field in RunConfig.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             hints = typing.get_type_hints(field.annotation)
-            types.update({f"{section}.{name}": hints[name] for name in field.annotation.model_fields})
+            types.update(
+                {f"{section}.{name}": hints[name] for name in field.annotation.model_fields}
+            )
     return types
 
 
 def _read_toml(path: str, problems: list[str]) -> Settings:
     try:
         with Path(path).open("rb") as file:
-            return {name.replace("-", "_"): value for name, value in flatten(tomllib.load(file)).items()}
+            return {
+                name.replace("-", "_"): value for name, value in flatten(tomllib.load(file)).items()
+            }
     except FileNotFoundError:
         problems.append(f"--config {path}: no such file")
     except OSError as error:
@@ -57,11 +62,16 @@ def _read_toml(path: str, problems: list[str]) -> Settings:
 def default_values() -> Settings:
     """Give every default but the view's size, which follows the model's."""
     values = flatten(RunConfig().model_dump(exclude={"recipe"}))
-    return {name: value for name, value in values.items() if name not in ("view.height", "view.width")}
+    return {
+        name: value for name, value in values.items() if name not in ("view.height", "view.width")
+    }
 
 
-def merge(layers: Sequence[tuple[str, Settings]], problems: list[str]) -> tuple[Settings, dict[str, str]]:
-    """Lay the sources over each other, the later ones on top; report the names that no setting has."""
+def merge(
+    layers: Sequence[tuple[str, Settings]], problems: list[str]
+) -> tuple[Settings, dict[str, str]]:
+    """Lay the sources over each other, the later ones on top; report the names that no setting
+    has."""
     known = setting_types()
     merged: Settings = {}
     origins: dict[str, str] = {}
@@ -69,7 +79,9 @@ def merge(layers: Sequence[tuple[str, Settings]], problems: list[str]) -> tuple[
         for name, value in values.items():
             if name not in known:
                 if name != "recipe":
-                    problems.append(f"unknown setting {_shown(name, origin)}{_did_you_mean(name, list(known))}")
+                    problems.append(
+                        f"unknown setting {_shown(name, origin)}{_did_you_mean(name, list(known))}"
+                    )
                 continue
             merged[name] = value
             if origin != "defaults":
@@ -81,7 +93,7 @@ def merge(layers: Sequence[tuple[str, Settings]], problems: list[str]) -> tuple[
     return merged, origins
 
 
-# ------------------------------------------------------------------------------------------------ text
+# --------------------------------------------------------------------------------------------- text
 def _did_you_mean(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
     if not close:  # the right field in the wrong section, or without one
@@ -89,7 +101,10 @@ def _did_you_mean(name: str, known: Sequence[str]) -> str:
         close = [option for option in known if option.rpartition(".")[2] == field][:2]
     if not close:
         fields = {option.rpartition(".")[2]: option for option in known}
-        close = [fields[match] for match in difflib.get_close_matches(name.rpartition(".")[2], list(fields), n=1)]
+        close = [
+            fields[match]
+            for match in difflib.get_close_matches(name.rpartition(".")[2], list(fields), n=1)
+        ]
     if close:
         return f": did you mean {' or '.join(close)}?"
     return f": there are {', '.join(known)}" if len(known) < 10 else ": see --help"

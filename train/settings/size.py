@@ -16,7 +16,8 @@ def describe_size(config: RunConfig) -> list[str]:
     """Describe steps, batches, parameters, operations and memory of a run.
 
     Args:
-        config: checked settings; with `data.train` the dataset's index is opened, without it epochs stay epochs.
+        config: checked settings; with `data.train` the dataset's index is opened, without it epochs
+            stay epochs.
 
     Returns:
         Lines for people.
@@ -27,17 +28,25 @@ def describe_size(config: RunConfig) -> list[str]:
     counts = parameter_counts(config.model)
     engine = config.engine
     flops = train_flops(
-        config.model, encoder=engine.activation_checkpointing, decoder=engine.decoder_activation_checkpointing
+        config.model,
+        encoder=engine.activation_checkpointing,
+        decoder=engine.decoder_activation_checkpointing,
     )
     lines = [
         _steps_line(config),
-        f"batch: {batch} images = {config.train.micro_batch_size} x {accum} accumulated x {world_size} ranks",
+        f"batch: {batch} images = {config.train.micro_batch_size} x {accum} accumulated x "
+        f"{world_size} ranks",
         f"peak learning rate: {config.optim.base_lr * batch / 256:g}",
-        f"parameters: {counts.total:,} ({counts.encoder + counts.encoder_pos_embed:,} in the encoder)",
-        f"training operations: {flops / 1e9:.1f} GFLOP an image, {flops * batch / 1e12:.2f} TFLOP a step",
+        f"parameters: {counts.total:,} ({counts.encoder + counts.encoder_pos_embed:,} in the "
+        "encoder)",
+        f"training operations: {flops / 1e9:.1f} GFLOP an image, {flops * batch / 1e12:.2f} TFLOP "
+        "a step",
         f"checkpoints: {config.checkpoint_dir}, every {config.checkpoint.every_steps} steps",
     ]
-    return [*lines, *describe_fit(config, world_size=world_size, device_bytes=device_bytes_of(config))]
+    return [
+        *lines,
+        *describe_fit(config, world_size=world_size, device_bytes=device_bytes_of(config)),
+    ]
 
 
 def _steps_line(config: RunConfig) -> str:
@@ -45,15 +54,19 @@ def _steps_line(config: RunConfig) -> str:
     steps = config.train.steps
     if not config.data.train:
         known = (
-            f"{steps:,}" if steps is not None else f"{config.train.epochs:g} epochs; give data.train to know the steps"
+            f"{steps:,}"
+            if steps is not None
+            else f"{config.train.epochs:g} epochs; give data.train to know the steps"
         )
         return f"steps: {known}"
     try:
         num_samples = open_dataset(config.data.train).info.num_samples
     except MaelstromError as error:
-        return f"steps: {config.train.epochs or 0:g} epochs or {steps} steps; the data cannot be read yet: {error}"
+        length = f"{config.train.epochs or 0:g} epochs or {steps} steps"
+        return f"steps: {length}; the data cannot be read yet: {error}"
     per_epoch = num_samples / batch if config.order.remainder == "fill" else num_samples // batch
     if steps is None:
         steps = max(1, round((config.train.epochs or 0) * per_epoch))
     epochs = steps / max(per_epoch, 1e-9)
-    return f"steps: {steps:,} ({per_epoch:.1f} an epoch of {num_samples:,} images, {epochs:.1f} epochs)"
+    length = f"{per_epoch:.1f} an epoch of {num_samples:,} images, {epochs:.1f} epochs"
+    return f"steps: {steps:,} ({length})"

@@ -12,25 +12,30 @@ from train.settings.layers import PROGRAM, default_values, flatten, merge
 
 
 def to_toml(config: RunConfig) -> str:
-    """Write settings as TOML that `--config` reads back to the same run; unset ones are left out."""
+    """Write settings as TOML that `--config` reads back to the same run; unset ones are left
+    out."""
     lines: list[str] = [f"# recipe: {config.recipe}"]
     for section, values in config.model_dump().items():
         if not isinstance(values, dict):
             continue
         lines += ["", f"[{section}]"]
-        lines += [f"{name} = {_toml_value(value)}" for name, value in values.items() if value is not None]
+        lines += [
+            f"{name} = {_toml_value(value)}" for name, value in values.items() if value is not None
+        ]
     return "\n".join(lines) + "\n"
 
 
 def _toml_value(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
-    # TOML's basic strings, booleans and numbers are JSON's, but for floats such as 1e+20, which both read.
+    # TOML's basic strings, booleans and numbers are JSON's, but for floats such as 1e+20, which
+    # both read.
     return json.dumps(value)
 
 
 def help_text(recipe: str | None) -> str:
-    """Render the help: usage, recipes, and every setting with its unit and its default in that recipe."""
+    """Render the help: usage, recipes, and every setting with its unit and its default in that
+    recipe."""
     import contextlib
     import io
 
@@ -39,13 +44,17 @@ def help_text(recipe: str | None) -> str:
 
     problems: list[str] = []
     values, _ = merge(
-        [("defaults", default_values()), ("recipe", flatten(RECIPES[recipe]) if recipe else {})], problems
+        [("defaults", default_values()), ("recipe", flatten(RECIPES[recipe]) if recipe else {})],
+        problems,
     )
     config = build_config({**values, "recipe": recipe or "custom"}, {}, problems, world_size=1)
     description = (
-        f"Pre-train a masked autoencoder: {PROGRAM} RECIPE [--config run.toml] [--dry-run] [--section.field value "
-        f"...]. Recipes: {', '.join(RECIPES)}. --config: a TOML file of the same settings; later words win over the "
-        "file, and the file over the recipe. --dry-run: print the resolved settings, the steps and the model's size, "
+        f"Pre-train a masked autoencoder: {PROGRAM} RECIPE [--config run.toml] [--dry-run] "
+        "[--section.field value "
+        f"...]. Recipes: {', '.join(RECIPES)}. --config: a TOML file of the same settings; later "
+        "words win over the "
+        "file, and the file over the recipe. --dry-run: print the resolved settings, the steps and "
+        "the model's size, "
         f"and end. The defaults shown are those of {recipe or 'no recipe'}."
     )
     sections = {name: getattr(config, name) for name in RunConfig.model_fields if name != "recipe"}
