@@ -34,30 +34,31 @@ class ModelConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     image_size: int | tuple[int, int] = 224
-    """Height and width of the input in pixels: one number for squares, or two: `[224, 448]`,
-    `224x448`."""
+    """Height and width of the input in pixels. One number for a square, e.g. `224`, or two, e.g.
+    `[224, 448]` in a file and `224x448` on the command line."""
     patch_size: int = Field(default=16, ge=1)
-    """Side of a square patch in pixels; divides height and width."""
+    """Side of a square patch in pixels. It must divide height and width."""
     embed_dim: int = Field(default=768, ge=4)
-    """Width of the encoder; a multiple of 4 and of `num_heads`."""
+    """Width of the encoder, a multiple of 4 and of `num_heads`."""
     depth: int = Field(default=12, ge=1)
-    """Blocks of the encoder."""
+    """Number of encoder blocks."""
     num_heads: int = Field(default=12, ge=1)
-    """Attention heads of an encoder block."""
+    """Attention heads per encoder block."""
     mlp_ratio: float = Field(default=4.0, gt=0)
-    """Hidden width of a block's MLP over the block's width, in encoder and decoder."""
+    """Hidden width of a block's MLP, divided by the width of the block; in encoder and decoder."""
     decoder_embed_dim: int = Field(default=512, ge=4)
-    """Width of the decoder; a multiple of 4 and of `decoder_num_heads`."""
+    """Width of the decoder, a multiple of 4 and of `decoder_num_heads`."""
     decoder_depth: int = Field(default=8, ge=1)
-    """Blocks of the decoder."""
+    """Number of decoder blocks."""
     decoder_num_heads: int = Field(default=16, ge=1)
-    """Attention heads of a decoder block."""
+    """Attention heads per decoder block."""
     mask_ratio: float = Field(default=0.75, gt=0, lt=1)
-    """Share of patches that is hidden from the encoder. At least one patch is hidden and one is
-    kept."""
+    """Share of the patches that the encoder does not see, e.g. 0.75. At least one patch is hidden
+    and at least one is kept."""
     norm_pix_loss: bool = False
     """Predict each patch normalised by its own mean and standard deviation, instead of plain
-    pixels. Better features, but pictures need the true patch's statistics."""
+    pixels. This gives better features, but drawing a prediction needs the true patch's mean and
+    deviation."""
 
     @field_validator("image_size", mode="before")
     @classmethod
@@ -187,8 +188,8 @@ def count_visible(num_patches: int, mask_ratio: float) -> int:
     """Count the patches that stay visible: the floor of num_patches * (1 - mask_ratio), in exact
     arithmetic.
 
-    In binary floating point 100 * (1 - 0.8) is 19.99..., so plain truncation keeps 19 patches where
-    20 are meant. The ratio is therefore read as the nearest fraction with a denominator of at most
+    In binary floating point 100 * (1 - 0.8) is 19.99..., so plain truncation would keep 19 patches
+    instead of 20. The ratio is therefore read as the nearest fraction with a denominator of at most
     `RATIO_DENOMINATOR`. For 196 and 256 patches (every published model) both ways agree at all
     multiples of 0.05.
 

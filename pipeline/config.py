@@ -27,24 +27,24 @@ class ViewConfig(Settings):
     """
 
     crop: Literal["random", "center"] = "random"
-    """`random`: random resized crop. `center`: the largest centred box of the output's aspect,
+    """`random`: a random resized crop. `center`: the largest centred box with the output's aspect,
     never flipped."""
     height: int = Field(default=224, ge=1)
     """Output height in pixels."""
     width: int = Field(default=224, ge=1)
     """Output width in pixels."""
     min_area: float = Field(default=0.2, gt=0, le=1)
-    """Smallest share of the image's area that a random box covers."""
+    """Smallest share of the image's area that a random crop covers."""
     max_area: float = Field(default=1.0, gt=0, le=1)
-    """Largest share of the image's area that a random box covers."""
+    """Largest share of the image's area that a random crop covers."""
     min_aspect: float = Field(default=3 / 4, gt=0)
-    """Smallest width / height of a random box."""
+    """Smallest width / height of a random crop."""
     max_aspect: float = Field(default=4 / 3, gt=0)
-    """Largest width / height of a random box."""
+    """Largest width / height of a random crop."""
     flip_probability: float = Field(default=0.5, ge=0, le=1)
-    """Chance of a horizontal flip."""
+    """Probability of a horizontal flip."""
     interpolation: Literal["bicubic", "bilinear", "area"] = "bicubic"
-    """Resize filter, antialiased when shrinking. Not every decoder offers every filter."""
+    """Resize filter, antialiased when it shrinks. `dali` has no `area`; `ffcv` has only `area`."""
 
     @model_validator(mode="after")
     def _ordered(self) -> ViewConfig:
@@ -56,54 +56,54 @@ class ViewConfig(Settings):
 
 
 class OrderConfig(Settings):
-    """How samples are shuffled. Part of what a run sees: changing it changes the order."""
+    """How samples are shuffled. A change of these settings changes the order that a run sees."""
 
     lanes: int = Field(default=256, ge=1)
-    """Pieces the epoch's line of samples is cut into; fixed for a run, independent of the cluster's
-    size."""
+    """Pieces that the epoch's line of samples is cut into. Keep it fixed during a run; it does not
+    depend on the size of the cluster."""
     window: int = Field(default=4, ge=0)
-    """Shards of a lane that are permuted together, sample by sample. 0 means all of the lane's
+    """How many shards of a lane are shuffled together, sample by sample. 0: all of the lane's
     shards."""
     remainder: Literal["fill", "drop"] = "fill"
-    """What happens where a global batch does not divide the dataset: `fill` the epoch's last batch
-    from the next epoch's order, or `drop` the samples that are left."""
+    """What to do if the global batch size does not divide the dataset. `fill`: complete the epoch's
+    last batch with the first samples of the next epoch. `drop`: skip the samples that are left."""
 
 
 class LoaderConfig(Settings):
-    """How batches are read and decoded. Never changes which samples, boxes or flips a run sees."""
+    """How batches are read and decoded. The samples, crop boxes and flips do not depend on it."""
 
     decoder: Literal["auto", "dali", "turbo", "ffcv"] = "auto"
-    """`dali`: NVIDIA DALI, on the GPU when there is one. `turbo`: threads over libjpeg-turbo and
-    torch's and OpenCV's resize kernels. `ffcv`: threads over FFCV's kernels, filter `area` only.
-    Each reads tars and betons. `auto`: what `tuning_file` says, else DALI on a CUDA device and
-    turbo on a CPU (docs/benchmarks/loaders.md)."""
+    """`dali`: NVIDIA DALI, on the GPU if there is one. `turbo`: CPU threads that call
+    libjpeg-turbo and the resize kernels of torch and OpenCV. `ffcv`: CPU threads that call FFCV's
+    kernels, for the filter `area` only. Each of them reads tars and betons. `auto`: the decoder
+    that `tuning_file` names; without a file DALI on a CUDA device and turbo on a CPU
+    (docs/benchmarks/loaders.md)."""
     tuning_file: str = ""
-    """TOML file of `python -m pipeline.bench URI --tune`: what it found best on this machine
-    decides `decoder` where that is `auto`, and `num_threads`, `dali_depth` and `hw_decoder_load`
-    where they are 0."""
+    """TOML file that `python -m pipeline.bench URI --tune` wrote on this machine. It decides
+    `decoder` if that is `auto`, and each of `num_threads`, `dali_depth` and `hw_decoder_load` that
+    is 0."""
     num_threads: int = Field(default=0, ge=0)
-    """Decoding threads of one rank. 0 means the cores this process may use, divided by the ranks on
+    """Decoding threads per rank. 0: the cores that this process may use, divided by the ranks on
     this node."""
     prefetch_batches: int = Field(default=3, ge=1)
-    """Micro-batches that are decoded ahead of the one in use."""
+    """How many micro-batches to decode ahead of the one in use."""
     dali_depth: int = Field(default=0, ge=0, le=16)
-    """Batches in DALI's hands at once. 0 means the tuning file's, or 2."""
+    """How many batches DALI works on at once. 0: the number in the tuning file, or 2."""
     hw_decoder_load: float = Field(default=0.0, ge=0, le=1)
-    """Share of the JPEGs that a GPU's own JPEG engine decodes for DALI; the rest is decoded by its
-    cores. 0 means the tuning file's, or DALI's own 0.65."""
+    """Share of the JPEGs that DALI gives to the JPEG engine of the GPU; the GPU's cores decode the
+    others. 0: the share in the tuning file, or DALI's default of 0.65."""
     verify_hashes: Literal["off", "on"] = "off"
-    """`on`: check each sample's bytes against the manifest's hash before decoding."""
+    """`on`: compare the bytes of every sample with the hash in the manifest before decoding."""
     cache_dir: str = ""
-    """Local folder for shards of remote datasets. Empty: a folder under the user's cache
-    directory."""
+    """Local folder for shards of remote datasets. Empty: a folder in the user's cache directory."""
     cache_size_gib: float = Field(default=64.0, gt=0)
-    """Space the cache may take before it evicts, in GiB."""
+    """Disk space in GiB that the cache may take before it evicts shards."""
     max_pixels: int = Field(default=178_956_970, ge=1)
-    """Images that declare more pixels than this are replaced, not decoded. The default is Pillow's
-    bomb limit x 2."""
+    """Largest number of pixels that an image's header may declare. Larger images are replaced, not
+    decoded. The default is twice the limit at which Pillow warns of a decompression bomb."""
     max_bytes: int = Field(default=256 * 2**20, ge=1)
-    """Encoded images larger than this are replaced, not decoded."""
+    """Largest encoded image in bytes. Larger images are replaced, not decoded."""
     max_bad_share: float = Field(default=0.01, ge=0, le=1)
-    """Share of bad samples among the last 10,000 above which the run stops."""
+    """Stop the run if more than this share of the last 10,000 samples was bad."""
     max_bad_in_a_row: int = Field(default=64, ge=1)
-    """Consecutive bad samples after which the run stops."""
+    """Stop the run after this many bad samples in a row."""

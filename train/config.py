@@ -1,5 +1,5 @@
-"""Settings of a run, one class a section. Imports no torch: a mistake is reported before anything
-is started."""
+"""Settings of a run, one class per section. Imports no torch, so that a mistake is reported before
+any process is started."""
 
 from __future__ import annotations
 
@@ -15,39 +15,40 @@ ActivationCheckpointing = Literal["none", "selective", "full"]
 
 
 class RunSection(Settings):
-    """Where a run keeps what it writes."""
+    """Folder and name of a run."""
 
     dir: str = ""
-    """Local folder of the run: metrics, pictures, status. Empty: `runs/<recipe>`."""
+    """Local folder for metrics, pictures and status. Empty: `runs/<recipe>`."""
     name: str = ""
-    """Name shown in logs. Empty: the recipe's name."""
+    """Name of the run in logs and trackers. Empty: the name of the recipe."""
 
 
 class DataSection(Settings):
-    """Which datasets a run reads; each is the URI of a folder of shards."""
+    """Datasets of a run; each is the URI of a folder of shards, e.g. `s3://bucket/imagenet/train`."""
 
     train: str = ""
     """Training shards. Required."""
     val: str = ""
-    """Held-out shards, for pictures and the held-out loss. Empty: none."""
+    """Held-out shards, for pictures and the held-out loss. Empty: draw and measure none."""
     on_change: Literal["refuse", "next-epoch"] = "refuse"
-    """Where the training shards are not those that the run was started on: stop and name them, or
-    go on with them from the next epoch."""
+    """What to do if the training shards changed since the run started. `refuse`: stop and list the
+    changed shards. `next-epoch`: use the new shards from the next epoch on."""
 
 
 class TrainSection(Settings):
-    """How long, and in which batches."""
+    """Length of the run, and its batches."""
 
     steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps. Give this or `epochs`."""
+    """Length of the run in optimizer steps. Give either this or `epochs`."""
     epochs: float | None = Field(default=None, gt=0)
-    """Passes over the training data. Give this or `steps`."""
+    """Length of the run in passes over the training data. Give either this or `steps`."""
     global_batch_size: int = Field(default=4096, ge=1)
-    """Images of one optimizer step, over all ranks."""
+    """Images per optimizer step, summed over all ranks."""
     micro_batch_size: int = Field(default=64, ge=1)
-    """Images of one forward pass on one rank; the rest is gradient accumulation."""
+    """Images per forward pass on one rank. The remaining factor, global_batch_size /
+    (micro_batch_size x ranks), becomes gradient accumulation."""
     seed: int = Field(default=0, ge=0, le=2**63 - 1)
-    """Key of every random choice: order, boxes, flips, masks, initial weights."""
+    """Seed of every random choice: order, crop boxes, flips, masks, initial weights."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:
@@ -59,7 +60,7 @@ class TrainSection(Settings):
         """Derive the micro-batches a rank accumulates for one optimizer step.
 
         Raises:
-            ValueError: where micro_batch_size x world_size does not divide global_batch_size.
+            ValueError: micro_batch_size x world_size does not divide global_batch_size.
         """
         together = self.micro_batch_size * world_size
         if self.global_batch_size % together:
@@ -77,23 +78,26 @@ class OptimSection(Settings):
     """AdamW with a linear warm-up and a half-cosine decay, per step (He et al. 2022, table 8)."""
 
     base_lr: float = Field(default=1.5e-4, gt=0)
-    """Learning rate per 256 images of the global batch: lr = base_lr x global_batch_size / 256."""
+    """Peak learning rate per 256 images of the global batch. The rate of a run is base_lr x
+    global_batch_size / 256."""
     min_lr: float = Field(default=0.0, ge=0)
     """Learning rate at the last step."""
     warmup_epochs: float | None = Field(default=40.0, ge=0)
-    """Length of the warm-up in epochs. Give this or `warmup_steps`."""
+    """Length of the warm-up in epochs. Give either this or `warmup_steps`."""
     warmup_steps: int | None = Field(default=None, ge=0)
-    """Length of the warm-up in steps. Give this or `warmup_epochs`."""
+    """Length of the warm-up in steps. Give either this or `warmup_epochs`."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
-    """AdamW's first decay rate."""
+    """Decay rate of AdamW's running mean of the gradient."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
-    """AdamW's second decay rate."""
+    """Decay rate of AdamW's running mean of the squared gradient."""
     eps: float = Field(default=1e-8, gt=0)
-    """AdamW's denominator term."""
+    """Number that AdamW adds to its denominator."""
     weight_decay: float = Field(default=0.05, ge=0)
-    """Decoupled weight decay of tensors with two or more dimensions; none on biases and norms."""
+    """Decoupled weight decay. Applies to tensors with two or more dimensions, so not to biases and
+    norms."""
     grad_clip: float = Field(default=0.0, ge=0)
-    """Largest global gradient norm; 0 does not clip (the paper's recipe)."""
+    """Largest global gradient norm; larger gradients are scaled down to it. 0: no clipping, as in
+    the paper."""
 
     @model_validator(mode="after")
     def _one_warmup(self) -> OptimSection:
@@ -103,96 +107,97 @@ class OptimSection(Settings):
 
 
 class EngineSection(Settings):
-    """How a step is executed. Never changes what is computed, beyond rounding."""
+    """How a step is executed. Changes the results by rounding only."""
 
     kind: Literal["deepspeed", "torch"] = "deepspeed"
-    """`torch`: one process, plain torch; the reference that the tests compare with."""
+    """`deepspeed`: any number of ranks. `torch`: one process in plain torch, the reference that the
+    tests compare with."""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """DeepSpeed ZeRO stage: what is sharded over the ranks (1 optimizer state, 2 + gradients, 3 +
-    weights)."""
+    """DeepSpeed ZeRO stage, i.e. what is sharded over the ranks. 0: nothing is sharded. 1: the
+    optimizer state. 2: gradients too. 3: weights too."""
     precision: Literal["bf16", "fp16", "fp32", "autocast"] = "bf16"
     """`bf16`/`fp16`: low-precision weights with fp32 masters. `autocast`: fp32 weights, bf16 matrix
     products."""
     activation_checkpointing: ActivationCheckpointing = "none"
-    """Recompute the encoder's activations in the backward pass: none, every second block, or
-    all."""
+    """Which encoder blocks recompute their activations in the backward pass, to save memory.
+    `selective`: every second block. `full`: every block."""
     decoder_activation_checkpointing: ActivationCheckpointing = "none"
-    """The same for the decoder."""
+    """The same choice for the decoder's blocks."""
     compile: Literal["off", "on"] = "off"
-    """Compile the model with torch.compile."""
+    """`on`: compile the model with torch.compile."""
     offload_optimizer: Literal["none", "cpu"] = "none"
-    """Where optimizer state lives (ZeRO 1-3)."""
+    """`cpu`: keep the optimizer state in host memory. Needs `zero_stage` 1, 2 or 3."""
     offload_parameters: Literal["none", "cpu"] = "none"
-    """Where sharded weights live (ZeRO 3)."""
+    """`cpu`: keep the sharded weights in host memory. Needs `zero_stage` 3."""
     device_memory_gib: float = Field(default=0.0, ge=0)
-    """Memory of one GPU in GiB, for the advice of `--dry-run`; 0: what nvidia-smi says."""
+    """Memory of one GPU in GiB, for the advice that `--dry-run` gives. 0: ask nvidia-smi."""
     device_tflops: float = Field(default=0.0, ge=0)
-    """Dense 16-bit peak of one GPU in 10^12 operations a second, for the MFU of the log; 0: by the
-    device's name."""
+    """Dense 16-bit peak of one GPU in 10^12 operations per second, from which the log computes MFU.
+    0: look it up by the device's name."""
     timeout_s: float = Field(default=600.0, gt=0)
-    """Seconds a rank waits for the others, or a step may take, before the run ends with the stacks
-    of all ranks."""
+    """Longest time in seconds that a rank waits for the others, or that one step may take. After
+    it the run writes the stacks of all ranks and ends with exit code 76."""
 
 
 class CheckpointSection(Settings):
-    """When and where the state is saved. The same command line resumes from the newest one that
-    verifies."""
+    """When and where the state is saved. The same command line resumes from the newest checkpoint
+    whose hashes match."""
 
     dir: str = ""
     """URI of the folder of checkpoints. Empty: `<run.dir>/checkpoints`."""
     every_steps: int = Field(default=500, ge=1)
-    """Steps between checkpoints; the last step is always saved."""
+    """Steps between two checkpoints. The last step is always saved."""
     keep_last: int = Field(default=3, ge=1)
-    """Checkpoints kept besides those of `keep_every`."""
+    """How many of the newest checkpoints to keep."""
     keep_every: int = Field(default=0, ge=0)
-    """Keep every checkpoint whose step is a multiple of this; 0 keeps none for that reason."""
+    """Also keep every checkpoint whose step is a multiple of this number. 0: off."""
     mode: Literal["async", "sync"] = "async"
-    """`async`: training waits for the copy to host memory only; hashing, writing and uploading go
-    on beside it. `sync`: it waits for all of that. Either way a rank keeps its share of the state
-    in host memory: 12 bytes a parameter, divided by the ranks."""
+    """`async`: training waits only for the copy to host memory; a thread then hashes, writes and
+    uploads. `sync`: training waits for all of it. In both modes a rank keeps its share of the state
+    in host memory: 12 bytes per parameter, divided by the number of ranks."""
 
 
 class GuardSection(Settings):
-    """What is done about numbers that go wrong."""
+    """What to do about losses and gradients that are not finite, and about losses that jump."""
 
     skipped_in_a_row: int = Field(default=5, ge=1)
-    """Steps in a row that may be skipped for a loss or gradient that is not finite. Then the
-    weights go back to the last checkpoint from before them, and the data goes on behind them. Steps
-    that an fp16 loss scaler skips do not count while its scale is above its floor."""
+    """Steps in a row that may be skipped because a loss or gradient is not finite. At this number
+    the weights go back to the last checkpoint before those steps, and the data continues after
+    them. Steps that the fp16 loss scaler skips count only once its scale has reached its floor."""
     roll_backs: int = Field(default=3, ge=0)
-    """How often one start of the program may go back like that before it stops with exit code 5."""
+    """How many times one start of the program may go back before it stops with exit code 5."""
     spike_factor: float = Field(default=2.0, ge=0)
-    """Warn, and save an extra checkpoint, where the loss of a line is this many times the median of
-    the last 20 lines; 0 never does."""
+    """Warn and save an extra checkpoint if the loss of a log line is more than this many times the
+    median of the last 20 lines. 0: off."""
     checksum_every_steps: int = Field(default=1000, ge=0)
-    """Steps between comparisons of the weights of all ranks (ZeRO 0-2), which must be equal to the
-    last bit; 0 never compares."""
+    """Steps between two comparisons of the weights of all ranks, which must be equal bit for bit
+    (ZeRO 0-2). 0: off."""
 
 
 class LogSection(Settings):
     """What a run reports, and how often."""
 
     every_steps: int = Field(default=20, ge=1)
-    """Steps between lines of metrics.jsonl and the progress display; the only moments that
-    synchronise."""
+    """Steps between two lines of metrics.jsonl. Only these steps wait for the device."""
     pictures_every_steps: int = Field(default=0, ge=0)
-    """Steps between reconstruction pictures of the same held-out images; 0 draws them at the end
-    only."""
+    """Steps between two reconstruction pictures of the same held-out images. 0: draw them only at
+    the end."""
     num_pictures: int = Field(default=8, ge=0)
-    """Held-out images that are drawn and measured."""
+    """How many held-out images to draw and measure."""
     tensorboard: Literal["on", "off"] = "on"
-    """Write TensorBoard event files into the run folder."""
+    """`on`: write TensorBoard event files to `<run.dir>/tensorboard`."""
     wandb: Literal["on", "off"] = "off"
-    """Show the run in Weights & Biases (extra `tracking`); WANDB_MODE=offline in the environment
-    keeps it local."""
+    """`on`: log to Weights & Biases too (extra `tracking`). With WANDB_MODE=offline in the
+    environment the log stays on this machine."""
     wandb_project: str = Field(default="maelstrom", min_length=1)
-    """Project it is shown in."""
+    """Name of the Weights & Biases project."""
     mlflow: Literal["on", "off"] = "off"
-    """Show the run in MLflow (extra `tracking`)."""
+    """`on`: log to MLflow too (extra `tracking`)."""
     mlflow_uri: str = ""
-    """MLflow's server or local folder. Empty: MLFLOW_TRACKING_URI, else `<run.dir>/mlruns`."""
+    """Server or local folder of MLflow. Empty: MLFLOW_TRACKING_URI from the environment, or else
+    `<run.dir>/mlruns`."""
     mlflow_experiment: str = Field(default="maelstrom", min_length=1)
-    """Experiment it is shown in."""
+    """Name of the MLflow experiment."""
 
 
 class RunConfig(Settings):

@@ -1,7 +1,7 @@
 """Named runs, as data: the settings in which a recipe differs from the defaults. Imports no torch.
 
-A recipe is a nested mapping of sections, the same shape as a TOML file; a file and the command line
-are laid over it.
+A recipe is a nested mapping of sections, like a TOML file. The values of a file and of the command
+line take precedence over it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from model.config import SIZES
 
 DEMO_MINUTES = 4.0
-"""About how long the demo's steps take on two CPU cores, in minutes."""
+"""About how many minutes the demo's steps take on two CPU cores."""
 Recipe = Mapping[str, Mapping[str, Any]]
 
 
@@ -47,8 +47,8 @@ def _imagenet(size: str, *, micro_batch_size: int) -> Recipe:
 def _demo() -> Recipe:
     """Give the recipe of `make demo`: a small model on 64-px photographs, minutes on two CPU cores.
 
-    Plain pixels instead of normalised ones, so that the loss is comparable with painting by the
-    mean colour.
+    The targets are plain pixels, not normalised ones, so that the loss can be compared with that of
+    the mean colour.
     """
     return {
         "model": {**SIZES["demo"].model_dump(), "norm_pix_loss": False},
