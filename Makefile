@@ -45,11 +45,12 @@ bench-gpu: $(STAMP) ## the loader on a CUDA device by decoder and share of the J
 	  --checkpointing none selective full --steps 20
 	$(PY) -m train.step_bench --model vit_h_14 --images 64 --precision bf16 --optimizer fused foreach loops --steps 20
 
-check: $(STAMP) ## lint, format, types, import arrows, shell scripts, Dockerfile
+check: $(STAMP) ## lint, format, types, import arrows, page of settings, shell scripts, Dockerfile
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	.venv/bin/lint-imports --no-logo
+	$(PY) -m train.settings.reference --check
 	.venv/bin/shellcheck deploy/setup.sh .ci/run
 	.venv/bin/hadolint deploy/Dockerfile
 

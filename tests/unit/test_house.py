@@ -498,6 +498,6 @@ def test_make_lists_every_target_and_promises_only_modules_that_exist() -> None:
     )
     for target in make_targets():
         assert f"make {target} " in done.stdout
-    for module in re.findall(r"\$\(PY\) -m ((?:pipeline|train|deploy)\.\w+)", text):
+    for module in re.findall(r"\$\(PY\) -m ((?:pipeline|train|deploy)(?:\.\w+)+)", text):
         path = REPOSITORY / module.replace(".", "/")
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module

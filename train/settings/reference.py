@@ -1,0 +1,301 @@
+"""Write docs/configuration.md from the settings' models: `python -m train.settings.reference`.
+
+The page is never edited by hand: `--check` fails if it differs from what the models say, and so
+does a unit test. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from pydantic import BaseModel
+
+from pipeline.console import run_command
+from pipeline.convert.plan import ConvertSettings
+from pipeline.errors import ConfigError
+from train.config import RunConfig
+from train.recipes import RECIPES
+from train.settings.checks import build_config
+from train.settings.layers import default_values, flatten, merge
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
+COMMAND = "python -m train.settings.reference"
+_UNITS = (
+    ("_gib", "GiB"),
+    ("_bytes", "bytes"),
+    ("_tflops", "10^12 operations/s"),
+    ("timeout_s", "seconds"),
+    ("_minutes", "minutes"),
+    ("every_steps", "steps"),
+    ("_steps", "steps"),
+    ("steps", "steps"),
+    ("epochs", "epochs"),
+    ("batch_size", "images"),
+    ("prefetch_batches", "micro-batches"),
+    ("keep_every", "steps"),
+    ("keep_last", "checkpoints"),
+    ("num_threads", "threads"),
+    ("num_pictures", "images"),
+    ("lanes", "lanes"),
+    ("window", "shards"),
+    ("dali_depth", "batches"),
+    ("depth", "blocks"),
+    ("num_heads", "heads"),
+    ("embed_dim", "values"),
+    ("skipped_in_a_row", "steps"),
+    ("bad_in_a_row", "samples"),
+    ("samples_per_shard", "images"),
+    ("limit", "images"),
+    ("pixels", "pixels"),
+    ("image_size", "pixels"),
+    ("patch_size", "pixels"),
+    ("height", "pixels"),
+    ("width", "pixels"),
+    ("resize", "pixels"),
+    ("max_resolution", "pixels"),
+    ("_area", "share, 0 to 1"),
+    ("_share", "share, 0 to 1"),
+    ("mask_ratio", "share, 0 to 1"),
+    ("hw_decoder_load", "share, 0 to 1"),
+    ("flip_probability", "share, 0 to 1"),
+)
+"""Unit of a setting by the ending of its name; the first that fits counts."""
+_SIGNS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Write docs/configuration.md from the settings' models."""
+
+    check: bool = False
+    """Write nothing; end with exit code 2 if the page differs from the models."""
+
+
+def render() -> str:
+    """Return the whole page."""
+    parts = [_HEAD]
+    for section, field in RunConfig.model_fields.items():
+        model = field.annotation
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            continue
+        defaults = field.get_default()
+        parts.append(f"### `[{section}]`\n\n{_summary(model)}\n")
+        parts.append(_table(model, defaults, prefix=f"{section}."))
+    parts += [_RECIPES, _recipe_table(), _CONVERT, _table(ConvertSettings, ConvertSettings())]
+    return "\n".join(parts)
+
+
+# ------------------------------------------------------------------------------------------- tables
+def _table(model: type[BaseModel], defaults: Any, *, prefix: str = "") -> str:
+    """Lay out one model: a row per setting."""
+    rows = ["| setting | type | default | unit | meaning |", "|---|---|---|---|---|"]
+    help_texts = field_help(model)
+    for name in model.model_fields:
+        kind = describe_type(model, name)
+        if not kind:  # a nested model, which has no value of its own
+            continue
+        value = _shown(getattr(defaults, name))
+        rows.append(
+            f"| `{prefix}{name}` | {kind} | {value} | {unit_of(name)} | {help_texts[name]} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def _recipe_table() -> str:
+    """Lay out the settings in which any recipe differs from the defaults."""
+    plain = default_values()
+    by_recipe = {name: _values_of(name) for name in RECIPES}
+    names = " | ".join(f"`{name}`" for name in RECIPES)
+    rows = [f"| setting | default | {names} |", "|---" * (len(RECIPES) + 2) + "|"]
+    # `plain` leaves out the view's size: it follows the model's and has no default to differ from.
+    for setting, default in plain.items():
+        values = [by_recipe[name][setting] for name in RECIPES]
+        if any(value != default for value in values):
+            cells = " | ".join(_shown(value) for value in values)
+            rows.append(f"| `{setting}` | {_shown(default)} | {cells} |")
+    return "\n".join(rows) + "\n"
+
+
+def _values_of(recipe: str) -> dict[str, Any]:
+    problems: list[str] = []
+    layers = [("defaults", default_values()), ("recipe", flatten(RECIPES[recipe]))]
+    values, _ = merge(layers, problems)
+    config = build_config({**values, "recipe": recipe}, {}, problems, world_size=1)
+    if problems:
+        raise ConfigError(f"recipe {recipe}: {'; '.join(problems)}")
+    return flatten(config.model_dump(exclude={"recipe"}))
+
+
+# ------------------------------------------------------------------------------------------- fields
+def field_help(model: type[BaseModel]) -> dict[str, str]:
+    """Return the text under each field of a model, its bases' included, as one line.
+
+    Raises:
+        ConfigError: a field has no text.
+    """
+    texts: dict[str, str] = {}
+    for base in reversed(model.__mro__):
+        if isinstance(base, type) and issubclass(base, BaseModel) and base is not BaseModel:
+            texts |= _own_help(base)
+    missing = [name for name in model.model_fields if name not in texts]
+    if missing:
+        raise ConfigError(f"{model.__name__}: no help under {', '.join(missing)}; write one")
+    return texts
+
+
+def _own_help(model: type[BaseModel]) -> dict[str, str]:
+    """Read the strings that stand under the fields in the source of a class."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(model)))
+    (definition,) = tree.body
+    assert isinstance(definition, ast.ClassDef), "the source of a class is a class"
+    texts: dict[str, str] = {}
+    for statement, following in zip(definition.body, definition.body[1:], strict=False):
+        if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
+            continue
+        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+            text = " ".join(str(following.value.value).split())
+            texts[statement.target.id] = text.replace("|", "\\|")
+    return texts
+
+
+def describe_type(model: type[BaseModel], name: str) -> str:
+    """Describe the values that a field takes: its choices, or its type and limits; empty for a
+    nested model."""
+    annotation = typing.get_type_hints(model)[name]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return ""
+    words = " or ".join(_type_words(annotation))
+    limits = [
+        f"{sign} {getattr(item, key):,}".replace(",", "")
+        for item in model.model_fields[name].metadata
+        for key, sign in _SIGNS
+        if isinstance(getattr(item, key, None), int | float)
+    ]
+    return f"{words} {', '.join(_short(limit) for limit in limits)}".strip()
+
+
+def _type_words(annotation: Any) -> list[str]:
+    origin = typing.get_origin(annotation)
+    options = typing.get_args(annotation)
+    if origin is Literal:
+        return [f"`{option}`" for option in options]
+    if origin in (typing.Union, types.UnionType):
+        return [word for option in options for word in _type_words(option)]
+    if origin is typing.Annotated:
+        return _type_words(options[0])
+    if origin is tuple:
+        return [f"{len(options)} x {_type_words(options[0])[0]}"]
+    if annotation is types.NoneType:
+        return ["none"]
+    names = {"str": "text", "float": "number", "int": "whole number", "bool": "yes/no"}
+    plain = getattr(annotation, "__name__", str(annotation))
+    return [names.get(plain, plain)]
+
+
+def _short(limit: str) -> str:
+    """Write the limits of 64-bit numbers as powers; 20 digits say less."""
+    for power in (63, 64):
+        limit = limit.replace(str(2**power - 1), f"2^{power} - 1").replace(
+            str(2**power), f"2^{power}"
+        )
+    return limit
+
+
+def unit_of(name: str) -> str:
+    """Return the unit of a setting, by the ending of its name; empty for a plain number or text."""
+    return next((unit for ending, unit in _UNITS if name.endswith(ending)), "")
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "`true`" if value else "`false`"
+    if isinstance(value, float):
+        return f"`{value:.6g}`"
+    return f"`{value}`" if value != "" else "empty"
+
+
+def _summary(model: type[BaseModel]) -> str:
+    """Return the first paragraph of a class's docstring."""
+    text = inspect.getdoc(model) or ""
+    return re.sub(r"\s+", " ", text.split("\n\n")[0])
+
+
+# --------------------------------------------------------------------------------------------- text
+_HEAD = f"""# Settings
+
+`{COMMAND}` writes this page from the models in `train/config.py`, `model/config.py`,
+`pipeline/config.py` and `pipeline/convert/plan.py`. Change the help there, then run the command.
+`make check` fails if the page is stale.
+
+## Pre-training
+
+`python -m train.pretrain RECIPE` takes its settings from four sources. A later one wins:
+
+1. the defaults on this page;
+2. the recipe, e.g. `mae_vit_b_16` (see [what the recipes set](#what-the-recipes-set));
+3. a TOML file, `--config run.toml`, with one table per section;
+4. the command line, `--section.field value`. Dashes and underscores are the same there.
+
+```toml
+[train]
+epochs = 400
+global_batch_size = 2048
+
+[engine]
+zero_stage = 2
+```
+
+```
+python -m train.pretrain mae_vit_b_16 --config run.toml --train.global-batch-size 1024
+```
+
+`--dry-run` prints all settings as TOML and ends. Unknown names are refused with a suggestion, and
+all mistakes are reported at once with exit code 2 before any process starts. Setting one of
+`train.steps` and `train.epochs`, or one of `optim.warmup_steps` and `optim.warmup_epochs`, unsets
+the other one.
+"""
+_RECIPES = """## What the recipes set
+
+Only the settings in which a recipe differs from the defaults. `view.height` and `view.width` follow
+`model.image_size`.
+"""
+_CONVERT = """## Conversion
+
+`python -m pipeline.convert SRC DST` takes these on the command line with dashes, e.g.
+`--samples-per-shard 1000`. `--help` also lists the options that do not shape the result: workers,
+engine, dry run and output.
+"""
+
+
+def _run(arguments: Arguments) -> int:
+    text = render()
+    if arguments.check:
+        written = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+        if written != text:
+            raise ConfigError(f"{PAGE} differs from the settings' models: run {COMMAND}")
+        return 0
+    PAGE.write_text(text, encoding="utf-8")
+    return 0
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    arguments = tyro.cli(Arguments, args=args, prog=COMMAND, config=(tyro.conf.FlagCreatePairsOff,))
+    return run_command(lambda: _run(arguments), interrupted="reference: stopped.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
