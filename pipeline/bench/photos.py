@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.convert.conversion import convert
-from pipeline.convert.plan import ConvertSettings
+from pipeline.convert.settings import ConvertSettings
 from pipeline.errors import ConfigError
 
 PHOTOS = (

@@ -8,9 +8,10 @@ from pipeline import storage
 from pipeline.console import Progress, say
 from pipeline.convert.commit import commit
 from pipeline.convert.crew import Crew, cores
-from pipeline.convert.plan import ConvertSettings, Plan, make_plan
+from pipeline.convert.plan import Plan, make_plan
 from pipeline.convert.processes import _in_processes, warm_up
 from pipeline.convert.ray_tasks import _in_ray
+from pipeline.convert.settings import ConvertSettings
 from pipeline.convert.shard import PARTS_FOLDER, Part, ShardTask, make_shard, read_part
 from pipeline.convert.target import (
     Share,

@@ -8,103 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import PIL
 from PIL import features
-from pydantic import Field, field_validator, model_validator
 
-from pipeline.errors import ConfigError
-from pipeline.images.header import ScreenLimits
-from pipeline.sources.listing import Listing, SourceSettings
+from pipeline.convert.settings import ConvertSettings
+from pipeline.sources.listing import Listing
 
 PLAN_VERSION = 1
 _MEMBER_OVERHEAD_BYTES = 3 * 1024
 _BYTES_PER_PIXEL = 0.25
 """Size of a photograph as JPEG at quality 90. Measured: 22 kB for 341x256 (ImageNet-like crops)."""
-Container = Literal["webdataset", "ffcv"]
-WriteMode = Literal["jpg", "raw", "smart"]
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-class ConvertSettings(SourceSettings):
-    """What a conversion makes. All but `strict` shapes the bytes, and must be the same to go on.
-
-    Where labels and images are found in the source is not written down: it shows in the listing.
-    """
-
-    format: Container = "webdataset"
-    """Container of the shards."""
-    write_mode: WriteMode = "jpg"
-    """FFCV: `jpg` stores JPEG files, as they are where they are not resized; `raw` stores pixels;
-    `smart` stores pixels where they take at most `smart_threshold_bytes`, JPEG otherwise."""
-    smart_threshold_bytes: int = Field(default=2**18, ge=0)
-    """FFCV, `smart`: largest image, in bytes of pixels (height x width x 3), that is stored raw."""
-    shard_size_bytes: int = Field(default=256 * 10**6, ge=1)
-    """Size a shard should have; with `resize` an estimate. Not used where `samples_per_shard` is
-    given."""
-    samples_per_shard: int | None = Field(default=None, ge=1)
-    """Images of a shard."""
-    resize: int | None = Field(default=None, ge=1)
-    """Shorter side in pixels that larger images are shrunk to. Nothing: images are stored as they
-    are."""
-    max_resolution: int | None = Field(default=None, ge=8)
-    """Longer side in pixels that larger images are shrunk to, FFCV's measure. Nothing: no limit."""
-    quality: int = Field(default=90, ge=1, le=100)
-    """JPEG quality of images that are shrunk."""
-    shuffle_seed: int | None = Field(default=0, ge=0, lt=2**64)
-    """Seed of the order images are stored in. Nothing: by name."""
-    split: str = Field(default="train", pattern=r"^[A-Za-z0-9][A-Za-z0-9_]*$")
-    """Name of the dataset and first part of the shards' names."""
-    limit: int | None = Field(default=None, ge=1)
-    """Images to take, the first in the stored order."""
-    stats: bool = False
-    """Decode every image that is stored, and write the mean and deviation of the pixels, sizes and
-    class counts."""
-    strict: bool = False
-    """Stop at the first image that cannot be used."""
-    limits: ScreenLimits = ScreenLimits()
-    """What is too large to store."""
-
-    @field_validator("split")
-    @classmethod
-    def _no_reserved(cls, value: str) -> str:
-        if value == "manifest":
-            raise ValueError("'manifest' is taken by the index files")
-        return value
-
-    @model_validator(mode="after")
-    def _readable(self) -> ConvertSettings:
-        if self.resize is not None and self.resize < 8:
-            raise ValueError(
-                f"resize {self.resize} leaves nothing to learn from; at least 8 pixels"
-            )
-        if self.format != "ffcv" and self.write_mode != "jpg":
-            raise ValueError(f"write_mode {self.write_mode!r} is for the format ffcv")
-        return self
-
-    @property
-    def resizes(self) -> bool:
-        """Whether images are shrunk."""
-        return self.resize is not None or self.max_resolution is not None
-
-    def describe(self) -> dict[str, Any]:
-        """Return what shapes the bytes; settings that do not apply are left out."""
-        left_out = {"strict", "ground_truth", "synsets", "image_column", "label_column"}
-        if not self.stats:
-            left_out.add("stats")
-        if self.max_resolution is None:
-            left_out.add("max_resolution")
-        if self.format != "ffcv":
-            left_out.add("write_mode")
-        if self.write_mode != "smart":
-            left_out.add("smart_threshold_bytes")
-        return self.model_dump(mode="json", exclude=left_out)
 
 
 @dataclass(frozen=True)
@@ -243,17 +162,3 @@ def _stored_sizes(sizes: npt.NDArray[np.int64], settings: ConvertSettings) -> np
     if not pixels:
         return stored
     return np.minimum(stored, int((3 if raw else _BYTES_PER_PIXEL) * min(pixels)))
-
-
-def parse_size(text: str, *, option: str = "--shard-size") -> int:
-    """Return bytes for a size such as 256MB, 1.5GiB or 1000000.
-
-    Raises:
-        ConfigError: It is no size.
-    """
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
-    if not found or found.group(2).upper() not in _UNITS:
-        raise ConfigError(
-            f"convert: {option} {text!r} is no size. Write it as 256MB, 1GB, 512MiB or in bytes."
-        )
-    return int(float(found.group(1)) * _UNITS[found.group(2).upper()])

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.convert.plan import ConvertSettings
+from pipeline.convert.settings import ConvertSettings
 from pipeline.dataset.writer import FinishedShard
 from pipeline.errors import DataError, MaelstromError
 from pipeline.formats.beton_writer import BetonWriter, storable

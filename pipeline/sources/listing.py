@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import ConfigDict
 
 from pipeline import storage
 from pipeline.config import Settings
@@ -41,20 +42,25 @@ _LISTED_AT_ONCE = 16_384
 
 
 class SourceSettings(Settings):
-    """What a source needs to be told. None of it shapes a shard but through names and labels, which
-    the plan holds."""
+    """What a source needs to be told. It shapes a shard only through names and labels, which the
+    plan holds."""
+
+    # The texts under the fields become their descriptions: the command line shows them as help.
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     labels: LabelMode = "auto"
-    """`folders`: the first folder is the class. `none`: no labels. `auto`: classes where every
-    image lies in one."""
+    """`folders`: the first folder of a path is the class. `none`: no labels. `auto`: the same as
+    `folders` if every image lies in a folder, no labels if none does."""
     ground_truth: str | None = None
-    """URI of the labels of a flat folder or tar: ImageNet's devkit, or a text file."""
+    """Labels of a flat folder or tar: ImageNet's devkit (.tar.gz or folder), or a text file of
+    classes."""
     synsets: str | None = None
-    """URI of a text file or `meta.mat` that names the class of each ILSVRC2012_ID."""
+    """Class of each ILSVRC2012_ID, if `ground_truth` holds such numbers: the devkit's meta.mat, or
+    a text file of lines such as `1 n02119789`."""
     image_column: str | None = None
-    """Column of a table that holds the images or their URIs."""
+    """Column of a table that holds the images or their URIs. None: chosen by its name."""
     label_column: str | None = None
-    """Column of a table that holds the labels."""
+    """Column of a table that holds the labels. None: chosen by its name."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import pytest
 
 from pipeline import storage
 from pipeline.convert.conversion import convert
-from pipeline.convert.plan import ConvertSettings
+from pipeline.convert.settings import ConvertSettings
 from pipeline.dataset import open_dataset
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent

@@ -19,8 +19,8 @@ import psutil
 import pytest
 
 from pipeline.convert.conversion import convert, convert_share
-from pipeline.convert.plan import ConvertSettings
 from pipeline.convert.ray_tasks import overdue
+from pipeline.convert.settings import ConvertSettings
 from pipeline.convert.target import Share, parse_share
 from pipeline.dataset import DatasetInfo, open_dataset
 from pipeline.errors import ConfigError

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline import storage
 from pipeline.convert.conversion import convert
-from pipeline.convert.plan import ConvertSettings
+from pipeline.convert.settings import ConvertSettings
 from pipeline.dataset import open_dataset
 from pipeline.errors import DataError, InfrastructureError
 from pipeline.storage.retry import BUDGET_VARIABLE

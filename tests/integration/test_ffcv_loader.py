@@ -12,7 +12,7 @@ import torch
 
 from pipeline.config import LoaderConfig, OrderConfig, ViewConfig
 from pipeline.convert.conversion import convert
-from pipeline.convert.plan import ConvertSettings
+from pipeline.convert.settings import ConvertSettings
 from pipeline.dataset import Manifest, open_dataset
 from pipeline.dataset.writer import FinishedShard, write_dataset
 from pipeline.formats.beton_writer import BetonWriter

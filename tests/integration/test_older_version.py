@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from pipeline.convert.conversion import convert
-from pipeline.convert.plan import ConvertSettings
+from pipeline.convert.settings import ConvertSettings
 from pipeline.dataset import open_dataset
 from pipeline.loader import Batch, Loader
 from pipeline.sampling.boxes import mask_noise

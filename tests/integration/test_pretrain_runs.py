@@ -17,7 +17,7 @@ import pytest
 
 from pipeline import storage
 from pipeline.convert.conversion import convert
-from pipeline.convert.plan import ConvertSettings
+from pipeline.convert.settings import ConvertSettings
 from train.demo.launching import deepspeed_command, environment, run_training
 from train.process.outcome import read_status
 from train.report.metrics_file import read_metrics

@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from pipeline import storage
+from pipeline.convert.__main__ import main
 from pipeline.convert.conversion import convert
-from pipeline.convert.plan import ConvertSettings, make_plan, parse_size
+from pipeline.convert.plan import make_plan
+from pipeline.convert.settings import OPTION_NAMES, ConvertSettings
 from pipeline.dataset import open_dataset
 from pipeline.errors import ConfigError, DataError
 from pipeline.images.encode import CANNOT_DECODE, reencode
@@ -511,15 +513,79 @@ def test_two_conversions_into_one_folder(source: Path, tmp_path: Path) -> None:
         convert(str(source), str(dst), FEW, workers=1)
 
 
+# --------------------------------------------------------------------------------- the command line
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [("256MB", 256 * 10**6), ("1.5GiB", 3 * 2**29), ("1000", 1000), (" 2 kb ", 2000)],
 )
-def test_sizes_are_read(text: str, size: int) -> None:
-    assert parse_size(text) == size
+def test_sizes_are_read(
+    source: Path, tmp_path: Path, text: str, size: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main([str(source), str(tmp_path / "dst"), "--shard-size", text, "--workers", "1"])
+    assert code == 0, capsys.readouterr().err
+    plan = json.loads((tmp_path / "dst" / "dataset.json").read_text())["made_by"]["plan"]
+    assert plan["settings"]["shard_size_bytes"] == size
 
 
 @pytest.mark.parametrize("text", ["", "MB", "12 apples", "-5MB", "1e9"])
-def test_what_is_no_size_is_said_to_be_none(text: str) -> None:
-    with pytest.raises(ConfigError, match="no size"):
-        parse_size(text)
+def test_what_is_not_a_size_is_refused(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(tmp_path), str(tmp_path / "dst"), f"--shard-size={text}"]) == 2
+    message = capsys.readouterr().err
+    assert f"--shard-size {text!r}: is not a valid size. Write it as 256MB" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "seed"), [("none", None), ("NONE", None), ("0", 0), (str(2**64 - 1), 2**64 - 1)]
+)
+def test_seeds_are_read(text: str, seed: int | None) -> None:
+    assert ConvertSettings(shuffle_seed=text).shuffle_seed == seed
+
+
+@pytest.mark.parametrize("text", ["", "-1", str(2**64), "0x1", "nil"])
+def test_what_is_not_a_seed_is_refused(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(tmp_path), str(tmp_path / "dst"), f"--shuffle-seed={text}"]) == 2
+    assert f"--shuffle-seed {text!r}: is not a valid seed" in capsys.readouterr().err
+
+
+def test_every_setting_has_an_option_with_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    for name, field in ConvertSettings.model_fields.items():
+        if name == "limits":
+            continue
+        option = OPTION_NAMES.get(name, name).replace("_", "-")
+        assert f"--{option} " in shown
+        assert field.description, f"{name} has no text under it"
+        assert str(field.description).split()[0] in shown
+
+
+def test_the_plan_file_of_version_1_is_pinned() -> None:
+    # An unfinished conversion continues only if these bytes stay the same.
+    plain = [
+        ("labels", "auto"),
+        ("format", "webdataset"),
+        ("shard_size_bytes", 256_000_000),
+        ("samples_per_shard", None),
+        ("resize", None),
+        ("quality", 90),
+        ("shuffle_seed", 0),
+        ("split", "train"),
+        ("limit", None),
+        ("limits", {"max_pixels": 178956970, "max_bytes": 268435456, "max_aspect": 100.0}),
+    ]
+    assert list(ConvertSettings().describe().items()) == plain
+    smart = ConvertSettings(format="ffcv", write_mode="smart", stats=True, max_resolution=512)
+    assert [name for name in smart.describe() if name not in dict(plain)] == [
+        "write_mode",
+        "smart_threshold_bytes",
+        "max_resolution",
+        "stats",
+    ]
+    assert type(smart.describe()["smart_threshold_bytes"]) is int

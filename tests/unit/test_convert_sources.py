@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.convert.conversion import convert
-from pipeline.convert.plan import ConvertSettings, make_plan
+from pipeline.convert.plan import make_plan
+from pipeline.convert.settings import ConvertSettings
 from pipeline.dataset import DatasetInfo, open_dataset
 from pipeline.errors import ConfigError, DataError
 from pipeline.sources.choose import open_source

@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipeline.convert.__main__ import main as convert_main
 from pipeline.convert.conversion import convert
-from pipeline.convert.plan import ConvertSettings
+from pipeline.convert.settings import ConvertSettings
 from pipeline.dataset import open_dataset
 from pipeline.errors import DataError
 from pipeline.formats import beton
@@ -193,7 +193,7 @@ def test_settings_of_betons_are_refused_for_tars(
         )
         == 2
     )
-    assert "--smart-threshold 'big' is no size" in capsys.readouterr().err
+    assert "--smart-threshold 'big': is not a valid size" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------- layout

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.convert.conversion import convert
-from pipeline.convert.plan import ConvertSettings
+from pipeline.convert.settings import ConvertSettings
 from pipeline.dataset import open_dataset
 from pipeline.errors import ConfigError, DataError
 from pipeline.formats.webdataset_index import index_shard

@@ -22,7 +22,7 @@ import tyro
 from pydantic import BaseModel
 
 from pipeline.console import run_command
-from pipeline.convert.plan import ConvertSettings
+from pipeline.convert.settings import ConvertSettings
 from pipeline.errors import ConfigError
 from train.config import RunConfig
 from train.recipes import RECIPES
@@ -198,7 +198,13 @@ def _type_words(annotation: Any) -> list[str]:
         return [f"{len(options)} x {_type_words(options[0])[0]}"]
     if annotation is types.NoneType:
         return ["none"]
-    names = {"str": "text", "float": "number", "int": "whole number", "bool": "yes/no"}
+    names = {
+        "str": "text",
+        "float": "number",
+        "int": "whole number",
+        "bool": "yes/no",
+        "ByteSize": "size",
+    }
     plain = getattr(annotation, "__name__", str(annotation))
     return [names.get(plain, plain)]
 
@@ -237,8 +243,8 @@ def _summary(model: type[BaseModel]) -> str:
 _HEAD = f"""# Settings
 
 `{COMMAND}` writes this page from the models in `train/config.py`, `model/config.py`,
-`pipeline/config.py` and `pipeline/convert/plan.py`. Change the help there, then run the command.
-`make check` fails if the page is stale.
+`pipeline/config.py` and `pipeline/convert/settings.py`. Change the help there, then run the
+command. `make check` fails if the page is stale.
 
 ## Pre-training
 
