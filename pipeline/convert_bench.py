@@ -7,6 +7,12 @@ resizes and encodes.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    # Before the imports below: Ctrl-C while they load ends in one line, not in a traceback.
+    from pipeline.console import start_command
+
+    start_command("pipeline.convert_bench")
+
 import io
 import os
 import shutil
@@ -22,7 +28,6 @@ from typing import Any
 
 import cv2
 import simplejpeg
-import tyro
 from PIL import Image
 
 from pipeline.bench.photos import make_crops
@@ -255,14 +260,10 @@ def _run(arguments: Arguments) -> int:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    arguments = tyro.cli(
+    return run_command(
+        _run,
         Arguments,
-        args=args,
-        prog="python -m pipeline.convert_bench",
-        config=(tyro.conf.FlagCreatePairsOff,),
+        args,
+        module="pipeline.convert_bench",
+        interrupted="convert_bench: stopped.",
     )
-    return run_command(lambda: _run(arguments), interrupted="convert_bench: stopped.")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

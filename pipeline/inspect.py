@@ -6,9 +6,14 @@ one page.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    # Before the imports below: Ctrl-C while they load ends in one line, not in a traceback.
+    from pipeline.console import start_command
+
+    start_command("pipeline.inspect")
+
 import io
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,16 +214,10 @@ def _run(arguments: Arguments) -> int:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    arguments = tyro.cli(
-        Arguments,
-        args=args,
-        prog="python -m pipeline.inspect",
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
     return run_command(
-        lambda: _run(arguments), interrupted="inspect: stopped; nothing was written."
+        _run,
+        Arguments,
+        args,
+        module="pipeline.inspect",
+        interrupted="inspect: stopped; nothing was written.",
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,6 +6,12 @@ samples stored sorted, so that a sample's place in storage stands for its class.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    # Before the imports below: Ctrl-C while they load ends in one line, not in a traceback.
+    from pipeline.console import start_command
+
+    start_command("pipeline.shuffle_quality")
+
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import tyro
 
 from pipeline.config import OrderConfig
 from pipeline.console import run_command, say_json
@@ -163,14 +168,10 @@ def _run(arguments: Arguments) -> int:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    arguments = tyro.cli(
+    return run_command(
+        _run,
         Arguments,
-        args=args,
-        prog="python -m pipeline.shuffle_quality",
-        config=(tyro.conf.FlagCreatePairsOff,),
+        args,
+        module="pipeline.shuffle_quality",
+        interrupted="shuffle_quality: stopped.",
     )
-    return run_command(lambda: _run(arguments), interrupted="shuffle_quality: stopped.")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

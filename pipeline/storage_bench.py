@@ -7,10 +7,14 @@ dataset, serves it on loopback and stops the store at the end.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    # Before the imports below: Ctrl-C while they load ends in one line, not in a traceback.
+    from pipeline.console import start_command
+
+    start_command("pipeline.storage_bench")
+
 import sys
 from collections.abc import Sequence
-
-import tyro
 
 from pipeline.bench.storage import Arguments, measure
 from pipeline.console import run_command, say_json
@@ -47,14 +51,10 @@ def _run(arguments: Arguments) -> int:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    arguments = tyro.cli(
+    return run_command(
+        _run,
         Arguments,
-        args=args,
-        prog="python -m pipeline.storage_bench",
-        config=(tyro.conf.FlagCreatePairsOff,),
+        args,
+        module="pipeline.storage_bench",
+        interrupted="storage_bench: stopped.",
     )
-    return run_command(lambda: _run(arguments), interrupted="storage_bench: stopped.")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

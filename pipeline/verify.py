@@ -7,8 +7,13 @@ elsewhere are always read whole, for there is nothing to compare them with but t
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    # Before the imports below: Ctrl-C while they load ends in one line, not in a traceback.
+    from pipeline.console import start_command
+
+    start_command("pipeline.verify")
+
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -365,14 +370,10 @@ def _run(arguments: Arguments) -> int:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    arguments = tyro.cli(
+    return run_command(
+        _run,
         Arguments,
-        args=args,
-        prog="python -m pipeline.verify",
-        config=(tyro.conf.FlagCreatePairsOff,),
+        args,
+        module="pipeline.verify",
+        interrupted="verify: stopped; nothing was changed.",
     )
-    return run_command(lambda: _run(arguments), interrupted="verify: stopped; nothing was changed.")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,7 +10,12 @@ Shapes: B images, C channels, H height, W width, N patches.
 
 from __future__ import annotations
 
-import json
+if __name__ == "__main__":
+    # Before the imports below: Ctrl-C while they load ends in one line, not in a traceback.
+    from pipeline.console import start_command
+
+    start_command("train.checkpoint_bench")
+
 import math
 import os
 import statistics
@@ -22,12 +27,11 @@ from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
 import torch
-import tyro
 
 from model.config import SIZES, ModelConfig
 from model.objectives.mae import MaskedAutoencoder
 from pipeline import storage
-from pipeline.console import run_command
+from pipeline.console import run_command, say_json
 from train.checkpoint.files import find_steps
 from train.checkpoint.saver import Saver
 from train.checkpoint.store import CheckpointStore
@@ -53,8 +57,8 @@ class Arguments:
     again."""
     images: int = 2
     """Images of a training step."""
-    json: Literal["off", "on"] = "off"
-    """on: print JSON in place of a table."""
+    json: bool = False
+    """Write the result to stdout as JSON in place of a table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,35 +227,33 @@ def render(measurements: Sequence[Measurement]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    arguments = tyro.cli(Arguments, prog="python -m train.checkpoint_bench", args=argv)
-
-    def command() -> int:
-        with tempfile.TemporaryDirectory(prefix="maelstrom-bench-", dir=os.curdir) as folder:
-            results = [
-                measure(
-                    name,
-                    storage.join(uri, f"checkpoint-bench-{name}"),
-                    mode,
-                    saves=arguments.saves,
-                    images=arguments.images,
-                )
-                for name in arguments.model
-                for uri in arguments.uri or (folder,)
-                for mode in get_args(Mode)
-            ]
-        text = (
-            json.dumps([asdict(one) for one in results], indent=1)
-            if arguments.json == "on"
-            else render(results)
-        )
-        sys.stdout.write(f"{text}\n")
-        return 0
-
     return run_command(
-        command,
-        interrupted="stopped; checkpoints of the benchmark may be left where they were written",
+        _run,
+        Arguments,
+        argv,
+        module="train.checkpoint_bench",
+        interrupted=(
+            "checkpoint_bench: stopped. Its checkpoints may be left where they were written."
+        ),
     )
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _run(arguments: Arguments) -> int:
+    with tempfile.TemporaryDirectory(prefix="maelstrom-bench-", dir=os.curdir) as folder:
+        results = [
+            measure(
+                name,
+                storage.join(uri, f"checkpoint-bench-{name}"),
+                mode,
+                saves=arguments.saves,
+                images=arguments.images,
+            )
+            for name in arguments.model
+            for uri in arguments.uri or (folder,)
+            for mode in get_args(Mode)
+        ]
+    if arguments.json:
+        say_json({"measurements": [asdict(one) for one in results]})
+    else:
+        sys.stdout.write(f"{render(results)}\n")
+    return 0

@@ -3,23 +3,31 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    # Before the imports below: Ctrl-C while they load ends in one line, not in a traceback.
+    from pipeline.console import start_command
+
+    start_command("train.export")
+
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 import tyro
-from safetensors.torch import save_file
-from torch import Tensor
 
-from model.exchange.weights import WeightsError, to_detectron2, to_hf, to_mae, to_timm
-from model.objectives.mae import is_decoder_name
-from pipeline.errors import ConfigError, InfrastructureError, MaelstromError
-from train.evaluation.saved_model import SavedModel, load_model
-from train.process.outcome import describe
+from pipeline import storage
+from pipeline.console import run_command, say_json, starting
+from pipeline.errors import ConfigError, InfrastructureError
+from pipeline.storage.local import commit_file, tmp_path
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from train.evaluation.saved_model import SavedModel
 
 Target = Literal["mae", "timm", "hf", "detectron2"]
 Part = Literal["encoder", "full"]
@@ -53,6 +61,8 @@ class Arguments:
     pickled objects."""
     patch_size: int | None = None
     """detectron2 only: patch size to resample to, in pixels; ViT-H/14 needs 16 there."""
+    json: bool = False
+    """Write the result to stdout as JSON: to, part, step, files."""
 
 
 def export(
@@ -83,39 +93,47 @@ def export(
     """
     part = part or DEFAULT_PARTS[to]
     _check(to, part, file_type=file_type, patch_size=patch_size)
-    state, config = saved.model.state_dict(), saved.config.model
-    settings: dict[str, Any] | None = None
-    try:
-        if to == "hf":
-            weights, settings = to_hf(state, config)
-            if part == "encoder":
-                weights = {
-                    name: value for name, value in weights.items() if name.startswith("vit.")
-                }
-                settings["architectures"] = ["ViTMAEModel"]
-        elif to == "mae":
-            weights = to_mae(state, config, part=part)["model"]
-        elif to == "timm":
-            weights = to_timm(state, config)
-        else:
-            weights = to_detectron2(state, config, patch_size=patch_size)["model"]
-    except WeightsError as error:
-        raise ConfigError(f"{saved.uri}: {error}") from error
+    weights, settings = _convert(saved, to=to, part=part, patch_size=patch_size)
     facts = {
         "format": "pt",
         "source": f"maelstrom {saved.config.recipe}",
         "step": str(saved.step),
         "part": part,
     }
-    files = [
-        _write_weights(
-            out, weights, stem="model" if to == "hf" else to, file_type=file_type, facts=facts
-        )
-    ]
+    # transformers finds a model by its file's name.
+    stem = "model" if to == "hf" else to
+    files = [_write_weights(out, weights, stem=stem, file_type=file_type, facts=facts)]
     if settings is not None:
-        files.append(out / "config.json")
-        files[-1].write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        path = out / "config.json"
+        text = json.dumps(settings, indent=2) + "\n"
+        storage.write_atomic(str(path), text.encode())
+        files.append(path)
     return files
+
+
+def _convert(
+    saved: SavedModel, *, to: Target, part: Part, patch_size: int | None
+) -> tuple[Mapping[str, Tensor], dict[str, Any] | None]:
+    """Give the weights under the other library's names, and its settings if it has a file for
+    them."""
+    from model.exchange.weights import WeightsError, to_detectron2, to_hf, to_mae, to_timm
+
+    state = saved.model.state_dict()
+    config = saved.config.model
+    try:
+        if to == "mae":
+            return to_mae(state, config, part=part)["model"], None
+        if to == "timm":
+            return to_timm(state, config), None
+        if to == "detectron2":
+            return to_detectron2(state, config, patch_size=patch_size)["model"], None
+        weights, settings = to_hf(state, config)
+    except WeightsError as error:
+        raise ConfigError(f"{saved.uri}: {error}") from error
+    if part == "encoder":
+        weights = {name: value for name, value in weights.items() if name.startswith("vit.")}
+        settings["architectures"] = ["ViTMAEModel"]
+    return weights, settings
 
 
 def _check(to: Target, part: Part, *, file_type: FileType, patch_size: int | None) -> None:
@@ -142,47 +160,68 @@ def _write_weights(
     file_type: FileType,
     facts: Mapping[str, str],
 ) -> Path:
+    import torch
+    from safetensors.torch import save_file
+
+    from model.objectives.mae import is_decoder_name
+
     assert not (facts["part"] == "encoder" and any(is_decoder_name(name) for name in weights))
     # Contiguous copies: views of one tensor (query, key, value) may not share a file's memory.
     tensors = {
         name: value.detach().float().cpu().clone().contiguous() for name, value in weights.items()
     }
     path = out / f"{stem}.{file_type}"
-    temporary = path.with_name(f".{path.name}.tmp")
+    # Not storage.write_atomic: these libraries write to a path, and a large model's bytes would be
+    # in memory a second time.
+    temporary = tmp_path(path)
     try:
         out.mkdir(parents=True, exist_ok=True)
         if file_type == "safetensors":
             save_file(tensors, temporary, metadata=dict(facts))
         else:
             torch.save({"model": tensors}, temporary)
-        temporary.replace(path)
+        commit_file(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise InfrastructureError(
             f"{path}: cannot be written: {error}; free some space or use --out"
         ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
     return path
+
+
+def _run(arguments: Arguments) -> int:
+    # Here and not at the top: torch takes seconds, and --help must not wait for it.
+    with starting("train.export"):
+        from train.evaluation.saved_model import load_model
+
+    # Before the checkpoint is read: a mistake must not cost minutes of it.
+    part = arguments.part or DEFAULT_PARTS[arguments.to]
+    _check(arguments.to, part, file_type=arguments.file_type, patch_size=arguments.patch_size)
+    saved = load_model(arguments.checkpoint)
+    files = export(
+        saved,
+        Path(arguments.out or f"export-{arguments.to}"),
+        to=arguments.to,
+        part=part,
+        file_type=arguments.file_type,
+        patch_size=arguments.patch_size,
+    )
+    names = [str(file) for file in files]
+    if arguments.json:
+        say_json({"to": arguments.to, "part": part, "step": saved.step, "files": names})
+    else:
+        sys.stdout.write("".join(f"{name}\n" for name in names))
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    arguments = tyro.cli(Arguments, prog="python -m train.export", args=argv)
-    try:
-        files = export(
-            load_model(arguments.checkpoint),
-            Path(arguments.out or f"export-{arguments.to}"),
-            to=arguments.to,
-            part=arguments.part,
-            file_type=arguments.file_type,
-            patch_size=arguments.patch_size,
-        )
-    except MaelstromError as error:
-        sys.stderr.write(describe(error))
-        return error.exit_code
-    for file in files:
-        sys.stdout.write(f"{file}\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run_command(
+        _run,
+        Arguments,
+        argv,
+        module="train.export",
+        interrupted="export: stopped. No file is half-written; the same command starts again.",
+    )

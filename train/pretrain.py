@@ -8,15 +8,24 @@ Shapes: B images, C channels, H height, W width, N patches.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    # Before the imports below: Ctrl-C while they load ends in one line, not in a traceback.
+    import os
+
+    from pipeline.console import start_command
+    from train.process.place import rank_of
+
+    start_command("train.pretrain", speaks=rank_of(os.environ) == 0)
+
 import os
 import sys
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 
-from pipeline.errors import ConfigError
+from pipeline.console import guard, starting
 from train.config import RunConfig
-from train.process.outcome import Outcome
-from train.process.place import rank_of_environment
+from train.process.outcome import INTERRUPTED, Outcome
+from train.process.place import rank_of, ranks_of_node
 from train.settings.command_line import HelpRequested, parse_command
 
 
@@ -28,18 +37,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 done, 2 configuration, 3 data, 4 checkpoint, 5 numerics, 75 preempted and
-        saved, 76 infrastructure, 1 a defect.
+        saved, 76 infrastructure, 130 stopped by Ctrl-C before training began, 1 a defect.
     """
+    words = sys.argv[1:] if argv is None else argv
+    # Every rank finds the same mistakes; one of them says so.
+    is_main = rank_of(os.environ) == 0
+    return guard(lambda: _run(words), interrupted=f"pretrain: {INTERRUPTED}", speaks=is_main)
+
+
+def _run(words: Sequence[str]) -> int:
     try:
-        command = parse_command(sys.argv[1:] if argv is None else argv)
+        command = parse_command(words)
     except HelpRequested as help_text:
         sys.stdout.write(str(help_text))
         return 0
-    except ConfigError as error:
-        # Every rank finds the same mistakes; one of them says so.
-        if rank_of_environment() == 0:
-            sys.stderr.write(f"error: {error}\n")
-        return error.exit_code
     if command.action == "dry-run":
         return _dry_run(command.config)
     return run(command.config)
@@ -57,7 +68,9 @@ def run(config: RunConfig) -> int:
     outcome = Outcome(Path(config.run_dir))
     try:
         share_cores(os.environ)
-        from train.loop.loop import train
+        # Seconds of imports, and not one file touched yet.
+        with starting("train.pretrain", speaks=outcome.rank == 0):
+            from train.loop.loop import train
 
         train(config, outcome)
     except BaseException as error:  # noqa: BLE001 - whatever it was, the run folder must say so
@@ -78,15 +91,9 @@ def share_cores(env: MutableMapping[str, str]) -> None:
     Args:
         env: the environment to change.
     """
-    ranks = next(
-        (
-            int(env[name])
-            for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
-            if env.get(name, "").isdigit()
-        ),
-        1,
-    )
-    env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // max(1, ranks))))
+    cores = len(os.sched_getaffinity(0))
+    threads = max(1, cores // ranks_of_node(env))
+    env.setdefault("OMP_NUM_THREADS", str(threads))
     env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
@@ -103,16 +110,7 @@ def _dry_run(config: RunConfig) -> int:
     from train.settings.size import describe_size
     from train.settings.text import to_toml
 
-    if rank_of_environment() == 0:
-        try:
-            sys.stdout.write(
-                to_toml(config) + "\n" + "".join(f"# {line}\n" for line in describe_size(config))
-            )
-        except ConfigError as error:
-            sys.stderr.write(f"error: {error}\n")
-            return error.exit_code
+    if rank_of(os.environ) == 0:
+        notes = [f"# {line}\n" for line in describe_size(config)]
+        sys.stdout.write(to_toml(config) + "\n" + "".join(notes))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

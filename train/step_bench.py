@@ -10,8 +10,13 @@ Shapes: B images, C channels, H height, W width, N patches.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    # Before the imports below: Ctrl-C while they load ends in one line, not in a traceback.
+    from pipeline.console import start_command
+
+    start_command("train.step_bench")
+
 import itertools
-import json
 import multiprocessing
 import statistics
 import sys
@@ -23,11 +28,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-import tyro
 
 from model.config import SIZES, ActivationCheckpointing, ModelConfig
 from model.objectives.mae import MaskedAutoencoder
-from pipeline.console import run_command
+from pipeline.console import run_command, say_json
 from train.bench.step_peer import Comparison, compare, render_comparisons
 from train.config import RunConfig
 from train.engine.base import Engine
@@ -66,8 +70,8 @@ class Arguments:
     and autocast."""
     threads: int = 0
     """Threads of the CPU; 0 leaves torch's choice."""
-    json: Literal["off", "on"] = "off"
-    """on: print JSON in place of a table."""
+    json: bool = False
+    """Write the result to stdout as JSON in place of a table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,22 +287,30 @@ def render(measurements: Sequence[Measurement]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    arguments = tyro.cli(Arguments, prog="python -m train.step_bench", args=argv)
+    return run_command(
+        _run,
+        Arguments,
+        argv,
+        module="train.step_bench",
+        interrupted="step_bench: stopped; nothing is left behind.",
+    )
 
-    def command() -> int:
-        if arguments.peer == "none":
-            rows = [
-                measure_safely(case, steps=arguments.steps, threads=arguments.threads)
-                for case in list_cases(arguments)
-            ]
-            results, text = [asdict(one) for one in rows], render(rows)
-        else:
-            pairs = _compare(arguments)
-            results, text = [asdict(one) for one in pairs], render_comparisons(pairs)
-        sys.stdout.write(f"{json.dumps(results, indent=1) if arguments.json == 'on' else text}\n")
-        return 0
 
-    return run_command(command, interrupted="stopped")
+def _run(arguments: Arguments) -> int:
+    if arguments.peer == "none":
+        rows = [
+            measure_safely(case, steps=arguments.steps, threads=arguments.threads)
+            for case in list_cases(arguments)
+        ]
+        result, text = {"measurements": [asdict(one) for one in rows]}, render(rows)
+    else:
+        pairs = _compare(arguments)
+        result, text = {"comparisons": [asdict(one) for one in pairs]}, render_comparisons(pairs)
+    if arguments.json:
+        say_json(result)
+    else:
+        sys.stdout.write(f"{text}\n")
+    return 0
 
 
 def _compare(arguments: Arguments) -> list[Comparison]:
@@ -316,7 +328,3 @@ def _compare(arguments: Arguments) -> list[Comparison]:
             arguments.model, arguments.images, arguments.precision, arguments.compile
         )
     ]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,9 +3,14 @@ pipeline.bench --peers`."""
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    # Before the imports below: Ctrl-C while they load ends in one line, not in a traceback.
+    from pipeline.console import start_command
+
+    start_command("pipeline.bench.__main__")
+
 import json
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -260,14 +265,10 @@ def _run(arguments: Arguments) -> int:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    arguments = tyro.cli(
+    return run_command(
+        _run,
         Arguments,
-        args=args,
-        prog="python -m pipeline.bench",
-        config=(tyro.conf.FlagCreatePairsOff,),
+        args,
+        module="pipeline.bench",
+        interrupted="bench: stopped.",
     )
-    return run_command(lambda: _run(arguments), interrupted="bench: stopped.")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

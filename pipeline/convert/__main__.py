@@ -7,8 +7,12 @@ stopped.
 
 from __future__ import annotations
 
-import inspect
-import sys
+if __name__ == "__main__":
+    # Before the imports below: Ctrl-C while they load ends in one line, not in a traceback.
+    from pipeline.console import start_command
+
+    start_command("pipeline.convert.__main__")
+
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, make_dataclass
@@ -83,7 +87,11 @@ def _command_line() -> type[Arguments]:
         documented = Annotated[kind, tyro.conf.arg(help=field.description)]  # type: ignore[valid-type]
         options.append((OPTION_NAMES.get(name, name), documented, default))
     bases = (Arguments,)
-    return make_dataclass("ConvertArguments", options, bases=bases, frozen=True)
+    # Without it --help would show the generated signature in place of the description.
+    described = {"__doc__": Arguments.__doc__}
+    return make_dataclass(
+        "ConvertArguments", options, bases=bases, namespace=described, frozen=True
+    )
 
 
 def _settings(arguments: Arguments) -> ConvertSettings:
@@ -218,20 +226,12 @@ def _run(arguments: Arguments) -> int:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    arguments = tyro.cli(
-        _command_line(),
-        args=args,
-        prog="python -m pipeline.convert",
-        description=inspect.getdoc(Arguments),
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
     return run_command(
-        lambda: _run(arguments),
+        _run,
+        _command_line(),
+        args,
+        module="pipeline.convert",
         interrupted=(
             "convert: stopped. Finished shards are kept: run the same command again to continue."
         ),
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -30,10 +30,10 @@ import train.pretrain
 from train.checkpoint.store import CheckpointStore
 from train.engine.base import Engine
 from train.process.outcome import Outcome
-from train.process.place import rank_of_environment
+from train.process.place import rank_of
 from train.settings.command_line import parse_run
 
-RANK = rank_of_environment()
+RANK = rank_of(os.environ)
 
 
 def die() -> None:

@@ -196,6 +196,16 @@ def test_every_ending_has_its_state_and_code(tmp_path: Path, capsys):
     assert read_status(tmp_path)["state"] == "failed"
     assert read_status(tmp_path)["reason"] == "a defect"
     assert "ZeroDivisionError: a defect" in capsys.readouterr().err
+    assert Outcome(tmp_path).conclude(KeyboardInterrupt()) == 130
+    text = capsys.readouterr().err
+    assert text == "\nstopped before training began. The same command starts again.\n"
+
+
+def test_no_secret_of_an_error_is_shown_or_kept(tmp_path: Path, capsys):
+    uri = "s3://key:secret@bucket/data?X-Amz-Signature=secret"
+    assert Outcome(tmp_path).conclude(DataError(f"{uri}: gone")) == 3
+    assert "secret" not in capsys.readouterr().err
+    assert "secret" not in (tmp_path / "status.json").read_text()
 
 
 def test_a_folder_that_cannot_be_written_does_not_hide_the_error(tmp_path: Path, capsys):

@@ -8,6 +8,12 @@ Run again, it goes on where it was.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    # Before the imports below: Ctrl-C while they load ends in one line, not in a traceback.
+    from pipeline.console import start_command
+
+    start_command("train.demo.__main__")
+
 import json
 import os
 import sys
@@ -17,9 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
-from pipeline.errors import ConfigError, MaelstromError
+from pipeline.console import run_command, say, say_json
+from pipeline.errors import ConfigError
 from pipeline.storage import join
 from train.demo.launching import (
     Interrupted,
@@ -30,7 +35,7 @@ from train.demo.launching import (
     run_training,
 )
 from train.demo.pictures import Pictures, cut_photos, split_folder
-from train.process.outcome import describe, read_status
+from train.process.outcome import read_status
 from train.recipes import DEMO_MINUTES, RECIPES
 from train.report.meter import summary_table
 from train.report.metrics_file import LOSS_PICTURE, RECONSTRUCTION_PICTURE, SUMMARY_FILE
@@ -60,24 +65,34 @@ class Arguments:
     """About how long to train, in minutes on two CPU cores; sets the number of steps."""
     ranks: int = 0
     """Processes to train with. 0: one a GPU, or one a CPU core up to 8."""
+    json: bool = False
+    """Write the result to stdout as JSON: run_dir, evaluation, summary."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    arguments = tyro.cli(Arguments, prog="python -m train.demo", args=argv)
+    return run_command(
+        _run,
+        Arguments,
+        argv,
+        module="train.demo",
+        interrupted="demo: stopped. The same command goes on from here.",
+    )
+
+
+def _run(arguments: Arguments) -> int:
+    demo = _Demo(arguments)
     try:
-        _Demo(arguments).run()
+        demo.run()
     except StageFailed as failure:
-        sys.stderr.write(
-            f"\nthe demo stopped at: {failure.stage} (exit code {failure.exit_code})\n"
-        )
+        say(f"\nthe demo stopped at: {failure.stage} (exit code {failure.exit_code})")
         return failure.exit_code
-    except (Interrupted, KeyboardInterrupt):
-        sys.stderr.write("\ninterrupted: the same command goes on from here\n")
+    except Interrupted:
+        # Not 130: the training that ran has saved its state.
+        say("\ninterrupted: the same command goes on from here")
         return STOPPED_EARLY
-    except MaelstromError as error:
-        sys.stderr.write(describe(error))
-        return error.exit_code
+    if arguments.json:
+        say_json(demo.results())
     return 0
 
 
@@ -199,10 +214,18 @@ class _Demo:
             env=environment(ranks=self.ranks, has_gpu=count_gpus() > 0),
         )
 
+    def results(self) -> dict[str, Any]:
+        """Give what came out, once all stages are done."""
+        return {
+            "run_dir": str(self.run_dir),
+            "evaluation": _read_json(self.run_dir / EVALUATION_FILE),
+            "summary": _read_json(self.run_dir / SUMMARY_FILE),
+        }
+
     def _close(self) -> None:
         """Say what came out, and where it is."""
-        evaluation = _read_json(self.run_dir / EVALUATION_FILE)
-        summary = _read_json(self.run_dir / SUMMARY_FILE)
+        results = self.results()
+        evaluation, summary = results["evaluation"], results["summary"]
         lines = ["", "== what came out", summary_table(summary), ""]
         lines += [
             "held-out loss on masked pixels:",
@@ -282,7 +305,3 @@ def count_gpus() -> int:
 def _read_json(path: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from model.objectives.mae import MaskedAutoencoder
 from pipeline.config import LoaderConfig, ViewConfig
+from pipeline.console import Progress
 from pipeline.dataset import Manifest
 from pipeline.loader import read_samples
 from pipeline.sampling.boxes import mask_noise
@@ -27,6 +28,8 @@ MASK_SEED = 0
 the same masks."""
 BATCH_SIZE = 128
 """Images that are read and measured together."""
+SHOW_AFTER_S = 2.0
+"""A pass over the images that is done sooner shows no progress."""
 
 
 class HeldOut(NamedTuple):
@@ -76,7 +79,12 @@ def read_held_out(
 
 
 def iterate_held_out(
-    config: RunConfig, dataset: Manifest, *, device: torch.device, limit: int | None = None
+    config: RunConfig,
+    dataset: Manifest,
+    *,
+    device: torch.device,
+    limit: int | None = None,
+    label: str,
 ) -> Iterator[HeldOut]:
     """Read a whole dataset as it is measured, or an even spread of it.
 
@@ -85,12 +93,17 @@ def iterate_held_out(
         dataset: where from.
         device: where the images are wanted.
         limit: images to read at most.
+        label: what is being done with them, for the progress shown after some seconds.
     """
     num_samples = dataset.info.num_samples
     count = min(num_samples, limit or num_samples)
     ids = np.arange(count, dtype=np.int64) * num_samples // count
-    for first in range(0, count, BATCH_SIZE):
-        yield read_held_out(config, dataset, ids[first : first + BATCH_SIZE], device=device)
+    with Progress(label, total=count, after_s=SHOW_AFTER_S) as progress:
+        for first in range(0, count, BATCH_SIZE):
+            batch = ids[first : first + BATCH_SIZE]
+            yield read_held_out(config, dataset, batch, device=device)
+            # After the yield: a batch counts once it has been used, not once it has been read.
+            progress.advance(len(batch))
 
 
 @torch.no_grad()

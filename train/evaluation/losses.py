@@ -36,7 +36,10 @@ def held_out_losses(
         "nearby_colours_loss": 0.0,
     }
     count = 0
-    for held_out in iterate_held_out(saved.config, dataset, device=device, limit=limit):
+    batches = iterate_held_out(
+        saved.config, dataset, device=device, limit=limit, label="held-out losses"
+    )
+    for held_out in batches:
         for name, losses_B in _three_losses(saved.model, held_out).items():
             sums[name] += float(losses_B.sum())
         count += len(held_out.images_BCHW)

@@ -27,6 +27,7 @@ def embed(
     *,
     device: torch.device,
     limit: int | None = None,
+    label: str,
 ) -> tuple[Tensor, Tensor]:
     """Describe whole images by an encoder.
 
@@ -36,12 +37,14 @@ def embed(
         dataset: which images.
         device: where to compute.
         limit: images to read at most.
+        label: which encoder and images, for the progress.
 
     Returns:
         features_MD, unit length, and labels_M.
     """
     features, labels = [], []
-    for held_out in iterate_held_out(saved.config, dataset, device=device, limit=limit):
+    batches = iterate_held_out(saved.config, dataset, device=device, limit=limit, label=label)
+    for held_out in batches:
         features.append(F.normalize(model.features(held_out.images_BCHW).float(), dim=1))
         labels.append(held_out.labels_B)
     return torch.cat(features), torch.cat(labels)

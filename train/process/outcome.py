@@ -11,21 +11,22 @@ import os
 import sys
 import time
 import traceback
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock
 
+from pipeline import storage
+from pipeline.console import EXIT_INTERRUPTED, EXIT_UNEXPECTED
 from pipeline.errors import InfrastructureError, MaelstromError
+from pipeline.storage import redact
 from train.errors import Preempted
-from train.process.place import rank_of_environment
+from train.process.place import name_start, rank_of
 
 RunState = Literal["running", "done", "failed", "preempted"]
 STATUS_FILE = "status.json"
-UNEXPECTED = 1
-"""Exit code of an error that is no message to the user but a defect; it comes with a traceback."""
+INTERRUPTED = "stopped before training began. The same command starts again."
 LOCK_WAIT_S = 10.0
 
 
@@ -39,15 +40,13 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         InfrastructureError: the disk is full, or the folder may not be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    text = json.dumps(content, indent=1) + "\n"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
+        storage.write_atomic(str(path), text.encode())
+    except MaelstromError as error:
         raise InfrastructureError(
-            f"{path}: cannot be written: {error.strerror}; free some space or give another folder "
-            "with --run.dir"
+            f"{path}: cannot be written: {error}; free some space or give another folder with "
+            "--run.dir"
         ) from error
 
 
@@ -71,12 +70,12 @@ class Outcome:
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
-        self.rank = rank_of_environment()
+        self.rank = rank_of(os.environ)
         self.step = 0
         """Optimizer steps done, kept up to date by the loop."""
         self.in_use = False
         """Whether another job works in this folder; its status is then left alone."""
-        self._launch = _launch_id()
+        self._launch = name_start(os.environ, parent_pid=os.getppid())
 
     def write(
         self, state: RunState, *, exit_code: int | None, reason: str = "", **more: Any
@@ -111,7 +110,7 @@ class Outcome:
         Returns:
             The exit code.
         """
-        code = error.exit_code if isinstance(error, MaelstromError) else UNEXPECTED
+        code = exit_code_of(error)
         if self.in_use:
             if self.rank == 0:  # every rank was refused alike
                 sys.stderr.write(describe(error))
@@ -123,9 +122,7 @@ class Outcome:
                 known = read_status(self.run_dir)
                 if known.get("launch") == self._launch and known.get("exit_code") is not None:
                     return int(known["exit_code"])
-                self.write(
-                    state, exit_code=code, reason=str(error) or type(error).__name__, rank=self.rank
-                )
+                self.write(state, exit_code=code, reason=_reason(error), rank=self.rank)
         except (OSError, InfrastructureError) as trouble:
             sys.stderr.write(
                 f"warning: {self.run_dir / STATUS_FILE} could not be written: {trouble}\n"
@@ -135,19 +132,29 @@ class Outcome:
         return code
 
 
-def _launch_id() -> str:
-    """Name this start of the program: equal on the ranks of one node, different on the next
-    start."""
-    if "RANK" not in os.environ and "SLURM_STEP_ID" not in os.environ:
-        return uuid.uuid4().hex
-    names = ("MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID")
-    return ":".join([*(os.environ.get(name, "") for name in names), str(os.getppid())])
+def exit_code_of(error: BaseException) -> int:
+    """Give the code that a command ends with after an error."""
+    if isinstance(error, MaelstromError):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
+    return EXIT_UNEXPECTED
 
 
 def describe(error: BaseException) -> str:
-    """Put an error into words: the message where it is meant for the user, else the traceback."""
+    """Put an error into words: its message if it is meant for the user, else the traceback; without
+    what must stay secret."""
     if isinstance(error, Preempted):
-        return f"\n{error}\n"
+        return redact(f"\n{error}\n")
     if isinstance(error, MaelstromError):
-        return f"\nerror: {error}\n"
-    return "".join(traceback.format_exception(error))
+        return redact(f"\nerror: {error}\n")
+    if isinstance(error, KeyboardInterrupt):
+        return f"\n{INTERRUPTED}\n"
+    return redact("".join(traceback.format_exception(error)))
+
+
+def _reason(error: BaseException) -> str:
+    """Give the one line of status.json."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return redact(str(error)) or type(error).__name__

@@ -1,30 +1,80 @@
-"""Where this process stands, as its launcher's environment says. Imports no torch."""
+"""Which process of a run this one is: the only reader of what launchers say in the environment.
+
+    torchrun, deepspeed   RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE|LOCAL_SIZE MASTER_ADDR
+                          MASTER_PORT
+    srun                  SLURM_PROCID SLURM_STEP_NUM_TASKS SLURM_LOCALID ...
+    mpirun (Open MPI)     OMPI_COMM_WORLD_RANK ..., with MASTER_ADDR and MASTER_PORT passed by -x
+
+The first that is there counts, in this order. `find_place` is strict and names what is wrong; the
+functions above it are for the time before, and take what they can read. Imports no torch.
+"""
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Mapping
+import uuid
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 from pipeline.errors import ConfigError
 
+Environment = Mapping[str, str]
 
-def world_size_of(env: Mapping[str, str]) -> int:
-    """Tell the number of ranks from the launcher's environment; 1 where there is no launcher."""
-    for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
-        if env.get(name, "").isdigit():
-            return max(1, int(env[name]))
-    return 1
-
-
+_RANK = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+_WORLD_SIZE = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+_RANKS_OF_NODE = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
+"""torchrun says LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE."""
+_START = ("MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID")
 _FIRST_SLURM_PORT = 20_000
 _SLURM_PORTS = 20_000
 
 
+# --------------------------------------------------------------------- before anything was checked
+def rank_of(env: Environment) -> int:
+    """Tell this process's rank; 0 without a launcher."""
+    return _first_number(env, _RANK, default=0)
+
+
+def world_size_of(env: Environment) -> int:
+    """Tell the number of ranks; 1 without a launcher."""
+    return max(1, _first_number(env, _WORLD_SIZE, default=1))
+
+
+def ranks_of_node(env: Environment) -> int:
+    """Tell how many ranks share this node's cores; 1 if the launcher does not say."""
+    return max(1, _first_number(env, _RANKS_OF_NODE, default=1))
+
+
+def name_start(env: Environment, *, parent_pid: int) -> str:
+    """Name this start of the program: equal on the ranks of one node, different on the next start.
+
+    Args:
+        env: the environment.
+        parent_pid: of this process. The ranks of a node have one parent, the launcher; addresses
+            and ports may be the same on the next start, the parent is not.
+    """
+    if "RANK" not in env and "SLURM_STEP_ID" not in env and "OMPI_COMM_WORLD_RANK" not in env:
+        return uuid.uuid4().hex
+    return ":".join([*(env.get(name, "") for name in _START), str(parent_pid)])
+
+
+def shows_one_gpu_each(env: Environment) -> bool:
+    """Tell whether the launcher shows every process its own GPU only, which is then number 0."""
+    # Without CUDA_VISIBLE_DEVICES a process sees all GPUs, so the default holds a comma.
+    return "SLURM_PROCID" in env and "," not in env.get("CUDA_VISIBLE_DEVICES", ",")
+
+
+def _first_number(env: Environment, names: tuple[str, ...], *, default: int) -> int:
+    for name in names:
+        if env.get(name, "").isdigit():
+            return int(env[name])
+    return default
+
+
+# ------------------------------------------------------------------------------------------- strict
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where this process stands, as its launcher says.
+class RankPlace:
+    """Which process of a run this one is, as its launcher says.
 
     Args:
         rank: 0 to world_size - 1.
@@ -43,63 +93,114 @@ class Place:
     master_port: int
 
 
-def find_place(env: Mapping[str, str]) -> Place:
-    """Read rank and world size from torchrun's or deepspeed's variables, from srun's, or take a
-    world of one.
+def find_place(env: Environment) -> RankPlace:
+    """Read rank and world size as the launcher gives them, or take a world of one.
 
     Args:
         env: the environment.
 
     Raises:
-        ConfigError: the variables are there in part, or are not numbers.
+        ConfigError: the variables are incomplete, are not numbers, or contradict each other.
     """
     if "RANK" in env:
-        missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in env]
-        if missing:
-            raise ConfigError(
-                f"environment: RANK is set but {', '.join(missing)} is not. "
-                "Start with torchrun, deepspeed or srun, or unset RANK for a single process."
-            )
-        rank, world = _number(env, "RANK"), _number(env, "WORLD_SIZE")
-        # torchrun says LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE.
-        local = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in env else "LOCAL_SIZE"
-        local_world = _number(env, local) if local in env else world
-        local_rank = _number(env, "LOCAL_RANK") if "LOCAL_RANK" in env else rank % local_world
-        return _checked(
-            Place(
-                rank,
-                local_rank,
-                world,
-                local_world,
-                env["MASTER_ADDR"],
-                _number(env, "MASTER_PORT"),
-            )
+        place = _torchrun_place(env)
+    elif "SLURM_STEP_NUM_TASKS" in env and _number(env, "SLURM_STEP_NUM_TASKS") > 1:
+        place = _slurm_place(env)
+    elif "OMPI_COMM_WORLD_SIZE" in env and _number(env, "OMPI_COMM_WORLD_SIZE") > 1:
+        place = _mpi_place(env)
+    else:
+        return RankPlace(0, 0, 1, 1, "127.0.0.1", 0)
+    if not 0 <= place.rank < place.world_size:
+        raise ConfigError(
+            f"environment: RANK {place.rank} is not below WORLD_SIZE {place.world_size}."
         )
-    if "SLURM_STEP_NUM_TASKS" in env and _number(env, "SLURM_STEP_NUM_TASKS") > 1:
-        return _checked(_slurm_place(env))
-    return Place(0, 0, 1, 1, "127.0.0.1", 0)
+    return place
 
 
-def _slurm_place(env: Mapping[str, str]) -> Place:
+def write_place(env: MutableMapping[str, str], place: RankPlace, *, master_port: int) -> None:
+    """Fill in the variables that torch and DeepSpeed look for; what the launcher has set stays.
+
+    Args:
+        env: the environment to change.
+        place: this process.
+        master_port: of the meeting point.
+    """
+    values = {
+        "RANK": place.rank,
+        "LOCAL_RANK": place.local_rank,
+        "WORLD_SIZE": place.world_size,
+        "LOCAL_WORLD_SIZE": place.local_world_size,
+        "MASTER_ADDR": place.master_addr,
+        "MASTER_PORT": master_port,
+    }
+    for name, value in values.items():
+        env.setdefault(name, str(value))
+
+
+def _torchrun_place(env: Environment) -> RankPlace:
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in env]
+    if missing:
+        raise ConfigError(
+            f"environment: RANK is set but {', '.join(missing)} is not. "
+            "Start with torchrun, deepspeed or srun, or unset RANK for a single process."
+        )
+    rank = _number(env, "RANK")
+    world_size = _number(env, "WORLD_SIZE")
+    local_name = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in env else "LOCAL_SIZE"
+    local_world_size = _number(env, local_name) if local_name in env else world_size
+    local_rank = rank % local_world_size
+    if "LOCAL_RANK" in env:
+        local_rank = _number(env, "LOCAL_RANK")
+    return RankPlace(
+        rank=rank,
+        local_rank=local_rank,
+        world_size=world_size,
+        local_world_size=local_world_size,
+        master_addr=env["MASTER_ADDR"],
+        master_port=_number(env, "MASTER_PORT"),
+    )
+
+
+def _slurm_place(env: Environment) -> RankPlace:
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
+    # Every rank must come to the same port without talking to the others.
     port = _FIRST_SLURM_PORT + _number(env, "SLURM_JOB_ID") % _SLURM_PORTS
-    # "4(x2),3" means two nodes with four tasks and one with three; a node's own count is what
-    # matters here.
-    counts = [
-        int(number)
-        for number, times in re.findall(
-            r"(\d+)(?:\(x(\d+)\))?", env.get("SLURM_STEP_TASKS_PER_NODE", "1")
-        )
-        for _ in range(int(times or 1))
-    ]
+    if "MASTER_PORT" in env:
+        port = _number(env, "MASTER_PORT")
     node = _number(env, "SLURM_NODEID") if "SLURM_NODEID" in env else 0
-    return Place(
+    counts = _tasks_by_node(env.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    return RankPlace(
         rank=_number(env, "SLURM_PROCID"),
         local_rank=_number(env, "SLURM_LOCALID"),
         world_size=_number(env, "SLURM_STEP_NUM_TASKS"),
         local_world_size=counts[min(node, len(counts) - 1)],
         master_addr=env.get("MASTER_ADDR") or first_slurm_host(nodes),
-        master_port=_number(env, "MASTER_PORT") if "MASTER_PORT" in env else port,
+        master_port=port,
+    )
+
+
+def _tasks_by_node(text: str) -> list[int]:
+    """Read Slurm's tasks per node: `4(x2),3` is two nodes with four tasks and one with three."""
+    counts = []
+    for number, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        counts += [int(number)] * int(times or 1)
+    return counts
+
+
+def _mpi_place(env: Environment) -> RankPlace:
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
+    if missing:
+        raise ConfigError(
+            f"environment: mpirun has not passed on {' and '.join(missing)}. Start with "
+            "mpirun -x MASTER_ADDR=<host of rank 0> -x MASTER_PORT=29500 ..., or with torchrun."
+        )
+    return RankPlace(
+        rank=_number(env, "OMPI_COMM_WORLD_RANK"),
+        local_rank=_number(env, "OMPI_COMM_WORLD_LOCAL_RANK"),
+        world_size=_number(env, "OMPI_COMM_WORLD_SIZE"),
+        local_world_size=_number(env, "OMPI_COMM_WORLD_LOCAL_SIZE"),
+        master_addr=env["MASTER_ADDR"],
+        master_port=_number(env, "MASTER_PORT"),
     )
 
 
@@ -119,7 +220,7 @@ def first_slurm_host(nodes: str) -> str:
     return f"{prefix}{number or ''}{suffix or ''}"
 
 
-def _number(env: Mapping[str, str], name: str) -> int:
+def _number(env: Environment, name: str) -> int:
     try:
         return int(env[name])
     except (KeyError, ValueError):
@@ -127,19 +228,3 @@ def _number(env: Mapping[str, str], name: str) -> int:
             f"environment: {name} is {env.get(name)!r}, a whole number was expected. "
             "Start with torchrun, deepspeed or srun, which set it."
         ) from None
-
-
-def _checked(place: Place) -> Place:
-    if not 0 <= place.rank < place.world_size:
-        raise ConfigError(
-            f"environment: RANK {place.rank} is not below WORLD_SIZE {place.world_size}."
-        )
-    return place
-
-
-def rank_of_environment() -> int:
-    """Tell this process's rank before anything is set up."""
-    for name in ("RANK", "SLURM_PROCID"):
-        if os.environ.get(name, "").isdigit():
-            return int(os.environ[name])
-    return 0

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from pipeline.errors import ConfigError
 from train.config import RunConfig
-from train.process.place import Place, find_place
+from train.process.place import RankPlace, find_place, shows_one_gpu_each, write_place
 
 T = TypeVar("T")
 
@@ -137,7 +137,10 @@ def init_world(config: RunConfig) -> World:
     place = find_place(os.environ)
     device = _pick_device(place)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    _write_environment(place)
+    write_place(os.environ, place, master_port=place.master_port or _free_port())
+    if device.type == "cpu":
+        # DeepSpeed would look for other accelerators, and warn.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     timeout = timedelta(seconds=config.engine.timeout_s)
     if place.world_size == 1:
         # A store in this process's memory: no port, no network, nothing another process could take.
@@ -159,12 +162,13 @@ def init_world(config: RunConfig) -> World:
     )
 
 
-def _pick_device(place: Place) -> torch.device:
+def _pick_device(place: RankPlace) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    # Slurm and the deepspeed launcher may show each process its own GPU only.
     count = torch.cuda.device_count()
-    index = 0 if count == 1 and place.local_world_size > 1 and _one_gpu_each() else place.local_rank
+    index = place.local_rank
+    if count == 1 and place.local_world_size > 1 and shows_one_gpu_each(os.environ):
+        index = 0
     if index >= count:
         raise ConfigError(
             f"environment: local rank {place.local_rank} has no GPU, this process sees {count}. "
@@ -172,25 +176,6 @@ def _pick_device(place: Place) -> torch.device:
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
-
-
-def _one_gpu_each() -> bool:
-    return "SLURM_PROCID" in os.environ and "," not in os.environ.get("CUDA_VISIBLE_DEVICES", ",")
-
-
-def _write_environment(place: Place) -> None:
-    port = place.master_port or _free_port()
-    for name, value in (
-        ("RANK", place.rank),
-        ("LOCAL_RANK", place.local_rank),
-        ("WORLD_SIZE", place.world_size),
-        ("LOCAL_WORLD_SIZE", place.local_world_size),
-        ("MASTER_ADDR", place.master_addr),
-        ("MASTER_PORT", port),
-    ):
-        os.environ.setdefault(name, str(value))
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def _free_port() -> int:

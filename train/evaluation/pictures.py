@@ -1,0 +1,123 @@
+"""Pictures of `train.reconstruct`: photographs as a trained model sees and completes them.
+
+Shapes: B images, C channels, H height, W width, N patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from pipeline.config import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.dataset import open_dataset
+from pipeline.errors import ConfigError, DataError
+from pipeline.sampling.boxes import mask_noise
+from train.evaluation.held_out import MASK_SEED, read_held_out
+from train.evaluation.saved_model import SavedModel
+from train.objectives.mae import complete
+from train.report.drawing import draw_reconstruction, spread_ids
+
+PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What was drawn.
+
+    Args:
+        num_pictures: images in the drawing.
+        loss: mean of their masked raw-pixel losses.
+    """
+
+    num_pictures: int
+    loss: float
+
+
+def read_pictures(paths: Sequence[Path], *, height: int, width: int) -> Tensor:
+    """Read picture files as the model takes them: upright, the largest centred box, bicubic,
+    normalised.
+
+    Args:
+        paths: picture files.
+        height: wanted, in pixels.
+        width: wanted, in pixels.
+
+    Returns:
+        images_BCHW, float32.
+
+    Raises:
+        DataError: a file cannot be read as a picture.
+    """
+    pictures = []
+    for path in paths:
+        try:
+            with Image.open(path) as opened:
+                # Cameras store the sensor's rows and a note how to turn them.
+                upright = ImageOps.exif_transpose(opened).convert("RGB")
+        except (UnidentifiedImageError, OSError) as error:
+            raise DataError(f"{path}: cannot be read as a picture: {error}") from error
+        fitted = ImageOps.fit(upright, (width, height), method=Image.Resampling.BICUBIC)
+        pixels_HWC = np.asarray(fitted, dtype=np.float32) / 255
+        pictures.append(torch.from_numpy(pixels_HWC).permute(2, 0, 1))
+    mean = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_STD).view(3, 1, 1)
+    return (torch.stack(pictures) - mean) / std
+
+
+def find_pictures(source: Path, *, count: int) -> list[Path]:
+    """Find the first pictures of a folder, or take the one file.
+
+    Raises:
+        ConfigError: the folder holds no picture.
+    """
+    if source.is_file():
+        return [source]
+    paths = sorted(path for path in source.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
+    if not paths:
+        suffixes = ", ".join(sorted(PICTURE_SUFFIXES))
+        raise ConfigError(f"--images {source}: no pictures there ({suffixes})")
+    return paths[:count]
+
+
+def draw(
+    saved: SavedModel, out: Path, *, images: str = "", count: int = 8, seed: int = MASK_SEED
+) -> Drawn:
+    """Draw images as a model sees and completes them.
+
+    Args:
+        saved: the model.
+        out: PNG to write.
+        images: a folder of pictures, or one picture. Empty: the run's held-out shards.
+        count: pictures at most.
+        seed: key of the masks.
+
+    Raises:
+        ConfigError: there are no images to draw.
+        DataError: a picture cannot be read.
+    """
+    config = saved.config
+    device = next(saved.model.parameters()).device
+    if images:
+        paths = find_pictures(Path(images), count=count)
+        images_BCHW = read_pictures(paths, height=config.view.height, width=config.view.width)
+        images_BCHW = images_BCHW.to(device)
+        ids = np.arange(len(paths), dtype=np.int64)
+    elif config.data.val:
+        dataset = open_dataset(config.data.val)
+        ids = spread_ids(dataset.info.num_samples, count)
+        images_BCHW = read_held_out(config, dataset, ids, device=device).images_BCHW
+    else:
+        raise ConfigError("the run has no held-out shards: give a folder of pictures with --images")
+
+    # Epoch 0 for all of them: a picture's mask depends on the seed and its number alone.
+    noise = mask_noise(seed, np.zeros_like(ids), ids, config.model.num_patches)
+    completion = complete(saved.model, images_BCHW, torch.from_numpy(noise).to(device))
+    title = f"{config.recipe} after step {saved.step}"
+    draw_reconstruction(out, completion, title=title)
+    return Drawn(len(ids), completion.loss)
