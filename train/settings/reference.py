@@ -6,10 +6,15 @@ does a unit test. Imports no torch.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    # Before the imports below: Ctrl-C while they load ends in one line, not in a traceback.
+    from pipeline.console import start_command
+
+    start_command("train.settings.reference")
+
 import ast
 import inspect
 import re
-import sys
 import textwrap
 import types
 import typing
@@ -18,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
 from pydantic import BaseModel
 
+from pipeline import storage
 from pipeline.console import run_command
 from pipeline.convert.settings import ConvertSettings
 from pipeline.errors import ConfigError
@@ -293,15 +298,16 @@ def _run(arguments: Arguments) -> int:
         if written != text:
             raise ConfigError(f"{PAGE} differs from the settings' models: run {COMMAND}")
         return 0
-    PAGE.write_text(text, encoding="utf-8")
+    storage.write_atomic(str(PAGE), text.encode())
     return 0
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    arguments = tyro.cli(Arguments, args=args, prog=COMMAND, config=(tyro.conf.FlagCreatePairsOff,))
-    return run_command(lambda: _run(arguments), interrupted="reference: stopped.")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run_command(
+        _run,
+        Arguments,
+        args,
+        module="train.settings.reference",
+        interrupted="reference: stopped. The page is as it was; run it again.",
+    )
