@@ -1,14 +1,17 @@
-"""README.md does what it says: its commands exist, the marked ones run, its links lead somewhere.
+"""README.md and the tutorial do what they say: commands exist, the marked ones run, links lead
+somewhere.
 
 Each ```bash block is preceded by a comment that says whether it runs here:
 
-    <!-- run: fast -->             seconds on a CPU
-    <!-- run: slow -->             minutes on a CPU
-    <!-- run: no, needs a GPU -->  not run; the reason is required
+    <!-- run: fast -->                     seconds on a CPU
+    <!-- run: slow -->                     minutes on a CPU
+    <!-- run: slow, 400 -> 4, 40 -> 1 -->  the same, with other numbers than the reader's
+    <!-- run: no, needs a GPU -->          not run; the reason is required
 
-A block of `make` targets alone needs no comment: its targets must exist. The marked blocks run in
-order in one folder that looks like the repository, with photographs in ~/Pictures: a block may use
-what an earlier one has made. The rules hold for docs/*.md too, but for the running.
+A block of `make` targets alone needs no comment: its targets must exist. The marked blocks of a
+page run in order in one folder that looks like the repository, with photographs in ~/Pictures: a
+block may use what an earlier one has made. On the other pages only links, targets and commands are
+checked.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-README = (REPOSITORY / "README.md").read_text()
+RUN_PAGES = ("README.md", "docs/tutorial.md")
 TIME_LIMIT_S = {"fast": 120, "slow": 900}
 
 
@@ -35,15 +38,17 @@ class Block:
     line: int
     text: str
     run: str
-    """`fast`, `slow`, `no` or `make`; empty where nothing valid says so."""
+    """`fast`, `slow`, `no` or `make`; empty if no valid comment says so."""
+    page: str = ""
 
     def __str__(self) -> str:
         """Give the name of the test."""
-        return f"line {self.line}"
+        return f"{self.page} line {self.line}".strip()
 
 
-def extract_blocks(markdown: str) -> list[Block]:
-    """Find the shell blocks of a page with the comment before each."""
+def extract_blocks(markdown: str, *, page: str = "") -> list[Block]:
+    """Find the shell blocks of a page with the comment before each; numbers are exchanged as it
+    asks."""
     blocks: list[Block] = []
     comment, fence, start, body = "", "", 0, list[str]()
     for number, line in enumerate(markdown.splitlines(), start=1):
@@ -52,7 +57,8 @@ def extract_blocks(markdown: str) -> list[Block]:
             if stripped == fence[: len(fence) - len(fence.lstrip("`"))]:
                 if re.fullmatch(r"`{3,}(bash|sh|shell|console)\b.*", fence):
                     text = "\n".join(body) + "\n"
-                    blocks.append(Block(line=start, text=text, run=_mode(comment, text)))
+                    run = _mode(comment, text)
+                    blocks.append(Block(start, _exchange(comment, text), run, page))
                 comment, fence, body = "", "", []
             else:
                 body.append(line)
@@ -66,7 +72,9 @@ def extract_blocks(markdown: str) -> list[Block]:
 def _mode(comment: str, text: str) -> str:
     found = re.fullmatch(r"<!-- run: (fast|slow|no)(?:, (\S.*?))? -->", comment)
     if found:
-        return "" if found[1] == "no" and not found[2] else found[1]
+        # `no` needs a reason; the others may only be followed by numbers to exchange.
+        valid = bool(found[2]) if found[1] == "no" else _exchanges(found[2] or "") is not None
+        return found[1] if valid else ""
     commands = [
         line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")
     ]
@@ -75,6 +83,19 @@ def _mode(comment: str, text: str) -> str:
         if commands and all(re.match(r"(cd |git clone |make )", command) for command in commands)
         else ""
     )
+
+
+def _exchanges(note: str) -> list[tuple[str, str]] | None:
+    """Read `400 -> 4, 40 -> 1`; None if it is something else."""
+    pairs = [re.fullmatch(r"(\d+) -> (\d+)", part) for part in note.split(", ") if note]
+    return None if None in pairs else [(pair[1], pair[2]) for pair in pairs if pair]
+
+
+def _exchange(comment: str, text: str) -> str:
+    found = re.fullmatch(r"<!-- run: (?:fast|slow), (\S.*?) -->", comment)
+    for old, new in (_exchanges(found[1]) or []) if found else []:
+        text = re.sub(rf"\b{old}\b", new, text)
+    return text
 
 
 def extract_modules(markdown: str) -> list[str]:
@@ -108,17 +129,19 @@ PAGES = [
 ]
 PAGE_NAMES = [str(page.relative_to(REPOSITORY)) for page in PAGES]
 MODULES = sorted({module for page in PAGES for module in extract_modules(page.read_text())})
+BLOCKS = [
+    block
+    for name in RUN_PAGES
+    for block in extract_blocks((REPOSITORY / name).read_text(), page=name)
+]
 
 
 # ---------------------------------------------------------------------------------------- the pages
 
 
-@pytest.mark.parametrize("block", extract_blocks(README), ids=str)
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
 def test_every_block_says_whether_it_runs(block: Block) -> None:
-    assert block.run, (
-        f"README.md:{block.line}: put <!-- run: fast --> or <!-- run: no, reason --> before the "
-        "block"
-    )
+    assert block.run, f"{block}: put <!-- run: fast --> or <!-- run: no, reason --> before it"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=PAGE_NAMES)
@@ -148,13 +171,15 @@ def test_commands_exist_and_explain_themselves(module: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give a folder that looks like the repository and keeps what the commands write out of it."""
-    folder = tmp_path_factory.mktemp("checkout")
-    for entry in REPOSITORY.iterdir():
-        if entry.name not in {"runs", "data", ".git", ".pytest_cache"}:
-            (folder / entry.name).symlink_to(entry)
-    return folder
+def checkouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Give for each page a folder that looks like the repository, where its commands may write."""
+    folders = {}
+    for page in RUN_PAGES:
+        folders[page] = tmp_path_factory.mktemp("checkout")
+        for entry in REPOSITORY.iterdir():
+            if entry.name not in {"runs", "data", "photos", ".git", ".pytest_cache"}:
+                (folders[page] / entry.name).symlink_to(entry)
+    return folders
 
 
 @pytest.fixture(scope="module")
@@ -169,14 +194,14 @@ def home(make_class_folder: Callable[..., Path], tmp_path_factory: pytest.TempPa
     "block",
     [
         pytest.param(block, id=str(block), marks=[pytest.mark.slow] if block.run == "slow" else [])
-        for block in extract_blocks(README)
+        for block in BLOCKS
         if block.run in TIME_LIMIT_S
     ],
 )
 @pytest.mark.timeout(1000)
-def test_marked_blocks_run(block: Block, checkout: Path, home: Path) -> None:
-    done = run_block(block, cwd=checkout, home=home)
-    assert done.returncode == 0, f"README.md:{block.line}\n{done.stdout}\n{done.stderr}"
+def test_marked_blocks_run(block: Block, checkouts: dict[str, Path], home: Path) -> None:
+    done = run_block(block, cwd=checkouts[block.page], home=home)
+    assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
 
 
 def run_block(block: Block, *, cwd: Path, home: Path) -> subprocess.CompletedProcess[str]:
@@ -252,7 +277,16 @@ def test_a_comment_counts_for_the_next_block_only() -> None:
     ]
 
 
-@pytest.mark.parametrize("comment", ["<!-- run: no -->", "<!-- run: maybe -->", "run: fast", ""])
+def test_numbers_are_exchanged_as_the_comment_asks() -> None:
+    command = "run --steps 400 --warm 40 --size 4000"
+    (block,) = extract_blocks(f"<!-- run: slow, 400 -> 4, 40 -> 1 -->\n```bash\n{command}\n```\n")
+    assert (block.run, block.text) == ("slow", "run --steps 4 --warm 1 --size 4000\n")
+
+
+@pytest.mark.parametrize(
+    "comment",
+    ["<!-- run: no -->", "<!-- run: maybe -->", "<!-- run: fast, soon -->", "run: fast", ""],
+)
 def test_a_block_without_a_valid_comment_has_no_mode(comment: str) -> None:
     assert [block.run for block in extract_blocks(f"{comment}\n```bash\nls\n```\n")] == [""]
 
