@@ -29,6 +29,12 @@ def test_the_page_has_a_row_for_every_setting() -> None:
         assert page.count(f"\n| `{name}` | ") >= 1, name
 
 
+def test_the_settings_of_a_conversion_have_the_names_of_the_command_line() -> None:
+    page = reference.render()
+    assert "| `--shard-size` | size >= 1 | `256MB` | bytes |" in page
+    assert "shard-size-bytes" not in page
+
+
 def test_a_stale_page_is_refused_and_then_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,7 +18,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from pydantic import BaseModel
 
 from pipeline import storage
 from pipeline.console import run_command
-from pipeline.convert.settings import ConvertSettings
+from pipeline.convert.settings import OPTION_NAMES, ConvertSettings
 from pipeline.errors import ConfigError
 from train.config import RunConfig
 from train.recipes import RECIPES
@@ -94,27 +94,45 @@ def render() -> str:
         model = field.annotation
         if not (isinstance(model, type) and issubclass(model, BaseModel)):
             continue
+        # Not the class's own defaults: a run's default length is in RunConfig.
         defaults = field.get_default()
         parts.append(f"### `[{section}]`\n\n{_summary(model)}\n")
-        parts.append(_table(model, defaults, prefix=f"{section}."))
-    parts += [_RECIPES, _recipe_table(), _CONVERT, _table(ConvertSettings, ConvertSettings())]
+        names = {name: f"{section}.{name}" for name in model.model_fields}
+        values = {name: getattr(defaults, name) for name in model.model_fields}
+        parts.append(_table(model, names, values))
+    parts += [_RECIPES, _recipe_table(), _CONVERT, _convert_table()]
     return "\n".join(parts)
 
 
 # ------------------------------------------------------------------------------------------- tables
-def _table(model: type[BaseModel], defaults: Any, *, prefix: str = "") -> str:
-    """Lay out one model: a row per setting."""
+def _table(model: type[BaseModel], names: Mapping[str, str], defaults: Mapping[str, Any]) -> str:
+    """Lay out one model: a row per setting.
+
+    Args:
+        model: the settings.
+        names: what a user types for each field.
+        defaults: value of each field if it is not given.
+    """
     rows = ["| setting | type | default | unit | meaning |", "|---|---|---|---|---|"]
     help_texts = field_help(model)
     for name in model.model_fields:
         kind = describe_type(model, name)
         if not kind:  # a nested model, which has no value of its own
             continue
-        value = _shown(getattr(defaults, name))
-        rows.append(
-            f"| `{prefix}{name}` | {kind} | {value} | {unit_of(name)} | {help_texts[name]} |"
-        )
+        cells = (f"`{names[name]}`", kind, _shown(defaults[name]), unit_of(name), help_texts[name])
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
+
+
+def _convert_table() -> str:
+    """Lay out the settings of a conversion under the names of the command line."""
+    names = {}
+    for name in ConvertSettings.model_fields:
+        option = OPTION_NAMES.get(name, name)
+        names[name] = f"--{option.replace('_', '-')}"
+    # The defaults as they are written: 256MB says more than 256000000.
+    fields = ConvertSettings.model_fields.items()
+    return _table(ConvertSettings, names, {name: field.default for name, field in fields})
 
 
 def _recipe_table() -> str:
@@ -150,6 +168,7 @@ def field_help(model: type[BaseModel]) -> dict[str, str]:
         ConfigError: a field has no text.
     """
     texts: dict[str, str] = {}
+    # From the oldest base down, so that a class may explain a field anew.
     for base in reversed(model.__mro__):
         if isinstance(base, type) and issubclass(base, BaseModel) and base is not BaseModel:
             texts |= _own_help(base)
@@ -169,6 +188,7 @@ def _own_help(model: type[BaseModel]) -> dict[str, str]:
         if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
             continue
         if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+            # A table's cell is one line, and a bar would end it.
             text = " ".join(str(following.value.value).split())
             texts[statement.target.id] = text.replace("|", "\\|")
     return texts
@@ -177,6 +197,7 @@ def _own_help(model: type[BaseModel]) -> dict[str, str]:
 def describe_type(model: type[BaseModel], name: str) -> str:
     """Describe the values that a field takes: its choices, or its type and limits; empty for a
     nested model."""
+    # Annotations are strings in these modules; pydantic's own `annotation` drops the limits.
     annotation = typing.get_type_hints(model)[name]
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return ""
@@ -285,9 +306,9 @@ Only the settings in which a recipe differs from the defaults. `view.height` and
 """
 _CONVERT = """## Conversion
 
-`python -m pipeline.convert SRC DST` takes these on the command line with dashes, e.g.
-`--samples-per-shard 1000`. `--help` also lists the options that do not shape the result: workers,
-engine, dry run and output.
+`python -m pipeline.convert SRC DST` takes these on the command line. Sizes may have a unit: `KB`,
+`MB`, `GB`, `KiB`, `MiB`, `GiB`. `--help` also lists the options that do not shape the result:
+workers, engine, dry run and output.
 """
 
 
