@@ -26,7 +26,8 @@ from pipeline.dataset.info import PLAN_FILE, DatasetInfo
 from pipeline.errors import ConfigError, DataError, MaelstromError
 from pipeline.formats.records import suffix_of
 from pipeline.sources.choose import open_source
-from pipeline.sources.listing import Listing, pick, sample_keys
+from pipeline.sources.listing import Listing
+from pipeline.sources.names import pick, sample_keys
 from pipeline.storage.uri import absolute
 
 

@@ -13,7 +13,8 @@ from pipeline.dataset.info import DATASET_FILE, PLAN_FILE
 from pipeline.errors import ConfigError
 from pipeline.formats.records import SUFFIXES
 from pipeline.sources.folder import FolderSource
-from pipeline.sources.listing import IMAGE_SUFFIXES, Source, SourceKind, SourceSettings
+from pipeline.sources.listing import Source, SourceKind, SourceSettings
+from pipeline.sources.names import IMAGE_SUFFIXES
 from pipeline.storage.uri import split_scheme
 
 WNID = re.compile(r"n\d{8}")

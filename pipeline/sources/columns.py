@@ -9,15 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.errors import ConfigError, DataError
-from pipeline.formats.table import NO_LABEL
-from pipeline.sources.listing import SourceSettings, number_classes
+from pipeline.sources.listing import SourceSettings
 
 LABEL_COLUMNS = ("label", "labels", "class", "cls", "target", "category", "fine_label")
 _BUFFER_BYTES = 2**20
@@ -78,10 +75,12 @@ def holds_images(uri: str, settings: SourceSettings) -> bool:
     """Tell whether the tables hold images, and not their URIs."""
     with open_parquet(find_files(uri)[0].uri) as parquet:
         schema = parquet.schema_arrow
-    return any(_bytes_of(field) for field in schema if settings.image_column in (None, field.name))
+    return any(
+        path_of_bytes(field) for field in schema if settings.image_column in (None, field.name)
+    )
 
 
-def _bytes_of(field: pa.Field) -> str:
+def path_of_bytes(field: pa.Field) -> str:
     """Return the path of a column's bytes, or nothing where it has none."""
     kind: Any = field.type
     if pa.types.is_struct(kind):
@@ -110,29 +109,3 @@ def choose_column(
         return asked
     lower = {name.lower(): name for name in reversed(names)}
     return next((lower[name] for name in usual if name in lower), None)
-
-
-def label_numbers(
-    values: pa.ChunkedArray, class_names: list[str] | None
-) -> tuple[npt.NDArray[np.int32], list[str] | None]:
-    """Return class numbers and names of a column: numbers are kept, names are numbered in sorted
-    order."""
-    if pa.types.is_integer(values.type):
-        given: Any = values
-        numbers = given.fill_null(NO_LABEL).to_numpy().astype(np.int64)
-        if len(numbers) and (numbers.min() < -1 or numbers.max() >= 2**31):
-            raise DataError(
-                f"convert: labels run from {numbers.min()} to {numbers.max()}; expected 0 and "
-                "above."
-            )
-        return numbers.astype(np.int32), class_names
-    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-        return number_classes(
-            pa.concat_arrays(values.cast(pa.string()).chunks or [pa.array([], pa.string())])
-        )
-    if pa.types.is_null(values.type):
-        return np.full(len(values), NO_LABEL, np.int32), None
-    raise ConfigError(
-        f"convert: the label column holds {values.type}; expected numbers or names. Choose with "
-        "--label-column."
-    )

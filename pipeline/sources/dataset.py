@@ -18,7 +18,8 @@ from pipeline.formats.table import FORMATS, NO_LABEL
 from pipeline.formats.tar import TarScanner
 from pipeline.formats.webdataset import split_key
 from pipeline.images.encode import as_png
-from pipeline.sources.listing import Listing, SourceSettings, Wanted, read_each, sample_keys
+from pipeline.sources.listing import Listing, SourceSettings, Wanted, read_each
+from pipeline.sources.names import sample_keys
 
 _UNFIT_KEY = r"[.][^/]*$|\s|^__[^/]*__"
 """Keys that a WebDataset cannot hold: a dot in the last part, blanks, the library's own names."""

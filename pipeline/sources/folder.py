@@ -8,7 +8,6 @@ from typing import Any
 from pipeline import storage
 from pipeline.errors import ConfigError, DataError
 from pipeline.sources.listing import (
-    IMAGE_SUFFIXES,
     Listing,
     ListingBuilder,
     SourceSettings,
@@ -16,6 +15,7 @@ from pipeline.sources.listing import (
     name_and_class,
     read_each,
 )
+from pipeline.sources.names import IMAGE_SUFFIXES
 
 
 class FolderSource:
@@ -55,13 +55,13 @@ class FolderSource:
                 "images, or a .tar, "
                 ".parquet, .csv or .tsv file."
             )
-        found = ListingBuilder()
+        builder = ListingBuilder(self.uri)
         for file in storage.list_files(self.uri, recursive=True):
-            found.add(file.name, file.size_bytes)
-        if not len(found):
+            builder.add(file.name, file.size_bytes)
+        if not len(builder):
             raise DataError(
-                f"convert: no image in {storage.redact(self.uri)}; seen: {found.seen()}. Looked "
+                f"convert: no image in {storage.redact(self.uri)}; seen: {builder.seen()}. Looked "
                 "for "
                 f"{', '.join(IMAGE_SUFFIXES)}, tars, betons and Parquet files."
             )
-        return found.build(self.uri, self._settings, kind="folder")
+        return builder.build(self._settings, kind="folder")

@@ -4,11 +4,11 @@ labels."""
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -19,26 +19,19 @@ from pydantic import ConfigDict
 
 from pipeline import storage
 from pipeline.config import Settings
-from pipeline.errors import ConfigError
-from pipeline.formats.table import NO_LABEL
+from pipeline.console import say
+from pipeline.sources.labels import LabelMode, labels_of_names
+from pipeline.sources.names import pick, why_skipped
 
-IMAGE_SUFFIXES = (
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".png",
-    ".webp",
-    ".gif",
-    ".bmp",
-    ".tif",
-    ".tiff",
-)
-"""File names that are taken for images, in any case. What the file really is, its content tells."""
-LabelMode = Literal["auto", "folders", "none"]
 SourceKind = Literal["folder", "dataset", "tar", "parquet", "list"]
+QUIET_S = 3.0
+"""Seconds that listing a source may take without a word about its progress."""
 _REMOTE_READERS = 16
-_LISTED_AT_ONCE = 16_384
+_CHUNK_FILES = 16_384
+"""Names in a chunk: as Python objects they take ten times the memory that Arrow takes."""
+_SAY_EVERY_S = 10.0
+FILE_OFFSET = np.dtype([("file", np.int32), ("offset", np.int64)])
+"""Where an image lies inside a larger file: number of the file, byte at which the image starts."""
 
 
 class SourceSettings(Settings):
@@ -69,14 +62,14 @@ class Wanted:
 
     Args:
         names: As the listing has them.
-        places: Where each lies, as the listing has it; empty where names are enough.
         sizes: Bytes of each, as the listing has them.
-        files: What the places point into.
+        locations: Where each lies, as the listing has it; None if names are enough.
+        files: URIs of the files that the locations count.
     """
 
     names: list[str]
-    places: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
+    locations: npt.NDArray[np.void] | None = None
     files: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -98,8 +91,9 @@ class Listing:
         keys: The samples' keys where they are given, not made from the names.
         bounds: Where shards begin and end, in a source that has shards.
         fingerprint: Of the content, where the source knows it.
-        places: Where each image lies, in the source's own count, where its name does not tell.
-        files: What the places point into.
+        locations: Where each image lies, as records of the source's own: a file's number and what
+            lies in it. None if the name is enough.
+        files: URIs of the files that the locations count.
         runs: Bounds of the runs of images that can only be read together, such as Parquet's row
             groups.
     """
@@ -114,7 +108,7 @@ class Listing:
     keys: pa.StringArray | None = None
     bounds: npt.NDArray[np.int64] | None = None
     fingerprint: str = ""
-    places: npt.NDArray[np.int64] | None = None
+    locations: npt.NDArray[np.void] | None = None
     files: tuple[str, ...] = ()
     runs: npt.NDArray[np.int64] | None = None
 
@@ -122,8 +116,8 @@ class Listing:
         """Return what `read_all` needs to know of some of the images."""
         return Wanted(
             names=pick(self.names, rows),
-            places=[] if self.places is None else self.places[rows].tolist(),
             sizes=self.sizes[rows].tolist(),
+            locations=None if self.locations is None else self.locations[rows],
             files=self.files,
         )
 
@@ -175,156 +169,114 @@ def name_and_class(name: str, class_name: str | None) -> dict[str, Any]:
 
 class ListingBuilder:
     """Collects named images as they are met, in any order; a million take some hundred megabytes at
-    most."""
+    most.
 
-    def __init__(self) -> None:
+    Args:
+        uri: The source.
+    """
+
+    def __init__(self, uri: str) -> None:
         self.passed_over: Counter[str] = Counter()
+        self._uri = uri
         self._names: list[str] = []
         self._sizes: list[int] = []
-        self._places: list[int] = []
-        self._chunks: list[tuple[pa.StringArray, npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
+        self._locations: list[tuple[int, int]] = []
+        self._chunks: list[_Chunk] = []
+        self._num_seen = 0
+        self._said_s = time.monotonic()
 
     def __len__(self) -> int:
-        return len(self._names) + sum(len(chunk[0]) for chunk in self._chunks)
+        return len(self._names) + sum(len(chunk.names) for chunk in self._chunks)
 
-    def add(self, name: str, size_bytes: int, *, place: int = -1) -> None:
-        """Take a file where its name is an image's, and count it where it is not."""
-        suffix = PurePosixPath(name).suffix.lower()
-        hidden = name.startswith((".", "__MACOSX/")) or "/." in name
-        if hidden or suffix not in IMAGE_SUFFIXES:
-            self.passed_over["hidden" if hidden else suffix or "no extension"] += 1
-        elif not _is_utf8(name):
-            self.passed_over["name is not UTF-8"] += 1
-        else:
-            self._names.append(name)
-            self._sizes.append(size_bytes)
-            self._places.append(place)
-            if len(self._names) == _LISTED_AT_ONCE:
-                self._close_chunk()
+    def add(self, name: str, size_bytes: int, *, file: int = -1, offset: int = -1) -> None:
+        """List a file if its name is an image's; count it as passed over otherwise.
+
+        Args:
+            name: Path below the source.
+            size_bytes: Of the file.
+            file: Number of the file that the image lies in, if it is not a file of its own.
+            offset: Byte at which it starts in there.
+        """
+        self._report()
+        reason = why_skipped(name)
+        if reason is not None:
+            self.passed_over[reason] += 1
+            return
+        self._names.append(name)
+        self._sizes.append(size_bytes)
+        self._locations.append((file, offset))
+        if len(self._names) == _CHUNK_FILES:
+            self._close_chunk()
+
+    def _report(self) -> None:
+        """Say now and then how many files were seen. Nobody knows their number: there is no ETA."""
+        self._num_seen += 1
+        if self._num_seen % 1000:  # a look at the clock takes as long as the rest
+            return
+        now_s = time.monotonic()
+        if now_s - self._said_s > _SAY_EVERY_S:
+            self._said_s = now_s
+            say(f"Listing {storage.name_of(self._uri)}: {self._num_seen:,} files so far")
 
     def _close_chunk(self) -> None:
         self._chunks.append(
-            (
-                pa.array(self._names, pa.string()),
-                np.array(self._sizes, np.int64),
-                np.array(self._places, np.int64),
+            _Chunk(
+                names=pa.array(self._names, pa.string()),
+                sizes=np.array(self._sizes, np.int64),
+                locations=np.array(self._locations, FILE_OFFSET),
             )
         )
-        self._names, self._sizes, self._places = [], [], []
+        self._names = []
+        self._sizes = []
+        self._locations = []
 
     def seen(self) -> str:
         """Return what was passed over, for an error message."""
-        return (
-            ", ".join(f"{count} {suffix}" for suffix, count in self.passed_over.most_common(5))
-            or "nothing"
-        )
+        most = self.passed_over.most_common(5)
+        return ", ".join(f"{count} {reason}" for reason, count in most) or "no files"
 
     def build(
-        self, uri: str, settings: SourceSettings, *, kind: SourceKind, files: tuple[str, ...] = ()
+        self, settings: SourceSettings, *, kind: SourceKind, files: tuple[str, ...] = ()
     ) -> Listing:
-        """Return the images sorted by name, labelled as the settings say."""
-        from pipeline.sources.ground_truth import read_ground_truth
+        """Return the images sorted by name, labelled as the settings say.
 
+        Args:
+            settings: Where labels come from.
+            kind: Of the source.
+            files: URIs of the files that the locations count; empty if every image is a file.
+        """
         self._close_chunk()
-        names = pa.concat_arrays([chunk[0] for chunk in self._chunks])
+        names = pa.concat_arrays([chunk.names for chunk in self._chunks])
+        # Storage lists in any order; a listing's order must depend on the source alone.
         order = pc.sort_indices(names)
         names = names.take(order)
         rows = order.to_numpy()
-        found: tuple[npt.NDArray[np.int32], list[str] | None]
-        if settings.ground_truth is not None and settings.labels != "none":
-            found = read_ground_truth(settings.ground_truth, settings.synsets).label(names)
-        else:
-            found = label_by_folder(uri, names, settings.labels)
-        labels, classes = found
+        sizes = np.concatenate([chunk.sizes for chunk in self._chunks])
+        locations = np.concatenate([chunk.locations for chunk in self._chunks])
+        labels, classes = labels_of_names(
+            self._uri,
+            names,
+            settings.labels,
+            ground_truth=settings.ground_truth,
+            synsets=settings.synsets,
+        )
         return Listing(
-            uri=uri,
+            uri=self._uri,
             names=names,
-            sizes=np.concatenate([chunk[1] for chunk in self._chunks])[rows],
+            sizes=sizes[rows],
             labels=labels,
             classes=classes,
             passed_over=dict(self.passed_over),
             kind=kind,
-            places=np.concatenate([chunk[2] for chunk in self._chunks])[rows] if files else None,
+            locations=locations[rows] if files else None,
             files=files,
         )
 
 
-def label_by_folder(
-    uri: str, names: pa.StringArray, mode: LabelMode
-) -> tuple[npt.NDArray[np.int32], list[str] | None]:
-    """Return class numbers and names, where the first folder of a path is its class.
+@dataclass(frozen=True)
+class _Chunk:
+    """Some listed images."""
 
-    Raises:
-        ConfigError: Some images lie in folders and some do not.
-    """
-    in_folder = pc.match_substring(names, "/")
-    num_nested = int(np.count_nonzero(in_folder.to_numpy(zero_copy_only=False)))
-    if mode != "none" and 0 < num_nested < len(names):
-        loose = names.filter(pc.invert(in_folder))
-        raise ConfigError(
-            f"convert: {storage.redact(uri)} has {len(loose)} images beside its folders (such as "
-            f"{loose[0]}) "
-            f"and {num_nested} in them, so the classes cannot be told. Move them, or give --labels "
-            "none."
-        )
-    if mode == "folders" and not num_nested:
-        raise ConfigError(f"convert: {storage.redact(uri)} has no folders to take classes from.")
-    if mode == "none" or not num_nested:
-        return np.full(len(names), NO_LABEL, np.int32), None
-    return number_classes(pc.replace_substring_regex(names, "/.*", ""))
-
-
-def number_classes(texts: pa.Array[Any]) -> tuple[npt.NDArray[np.int32], list[str]]:
-    """Return class numbers and names: names in sorted order, -1 where there is none."""
-    encoded = texts.dictionary_encode()
-    found = [str(name) for name in encoded.dictionary.to_pylist()]
-    classes = sorted(found)
-    number = {name: place for place, name in enumerate(classes)}
-    codes = np.array([*(number[name] for name in found), NO_LABEL], np.int32)
-    return codes[encoded.indices.fill_null(len(found)).to_numpy(zero_copy_only=False)], classes
-
-
-def sample_keys(names: pa.StringArray) -> pa.StringArray:
-    """Return a unique key for each file name: the path without its extension, dots and blanks made
-    underscores.
-
-    Files that differ in nothing else get their extension, then their place in the list, added. The
-    result depends on the sorted list alone.
-    """
-    keys = pc.replace_substring_regex(names, r"\.[^./]*$", "")
-    keys = pc.replace_substring_regex(keys, r"[.\s\p{Z}\p{C}]", "_")
-    keys = pc.replace_substring_regex(keys, r"^__+", "_")
-    suffixes = pc.utf8_lower(pc.replace_substring_regex(names, r"^.*\.", "-"))
-    for extra in (suffixes, pa.array([f"-{place}" for place in range(len(names))])):
-        twice = _repeated(keys)
-        if not twice.any():
-            return keys
-        keys = _append(keys, extra, where=twice)
-    while (twice := _repeated(keys)).any():
-        keys = _append(keys, pa.scalar("-"), where=twice)
-    return keys
-
-
-def pick(texts: pa.StringArray, places: npt.NDArray[np.int64]) -> list[str]:
-    """Return some of the texts, in the order asked for."""
-    return [str(text) for text in texts.take(pa.array(places, pa.int64())).to_pylist()]
-
-
-def _append(keys: pa.StringArray, ending: Any, *, where: npt.NDArray[np.bool_]) -> pa.StringArray:
-    join: Any = pc.binary_join_element_wise  # its stubs know arrays only
-    return pc.if_else(pa.array(where), join(keys, ending, pa.scalar("")), keys)
-
-
-def _repeated(keys: pa.StringArray) -> npt.NDArray[np.bool_]:
-    """Return which keys another file has too."""
-    encoded = keys.dictionary_encode()
-    codes = encoded.indices.to_numpy()
-    return np.bincount(codes, minlength=len(encoded.dictionary))[codes] > 1
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    names: pa.StringArray
+    sizes: npt.NDArray[np.int64]
+    locations: npt.NDArray[np.void]

@@ -22,16 +22,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import storage
+from pipeline.console import Progress
 from pipeline.errors import ConfigError, DataError
 from pipeline.sources.columns import (
     LABEL_COLUMNS,
-    _bytes_of,
     choose_column,
     find_files,
-    label_numbers,
     open_parquet,
+    path_of_bytes,
 )
-from pipeline.sources.listing import Listing, SourceSettings, Wanted, name_and_class, sample_keys
+from pipeline.sources.labels import labels_of_column
+from pipeline.sources.listing import QUIET_S, Listing, SourceSettings, Wanted, name_and_class
+from pipeline.sources.names import sample_keys
 
 IMAGE_COLUMNS = (
     "image",
@@ -45,9 +47,10 @@ IMAGE_COLUMNS = (
     "bytes",
     "image_bytes",
 )
-_FILE_SHIFT, _GROUP_SHIFT = 44, 24
-"""A place is file << 44 | row group << 24 | row in it."""
+LOCATION = np.dtype([("file", np.int32), ("group", np.int32), ("row", np.int32)])
+"""Where an image lies: number of the file, row group in the file, row in the group."""
 _BATCH_ROWS = 64
+"""Rows decoded at a time: a row group of photographs may not fit into memory."""
 _READERS = 16
 
 
@@ -76,7 +79,7 @@ class ParquetSource:
         return name_and_class(name, class_name)
 
     def _columns(self, schema: pa.Schema, where: str) -> _Columns:
-        places = {field.name: _bytes_of(field) for field in schema}
+        places = {field.name: path_of_bytes(field) for field in schema}
         with_bytes = [name for name, place in places.items() if place]
         option = "--image-column"
         chosen = choose_column(
@@ -112,30 +115,46 @@ class ParquetSource:
             ConfigError: It cannot be told which column holds the images.
         """
         files = find_files(self.uri)
-        with ThreadPoolExecutor(
-            1 if storage.is_local(self.uri) else _READERS, thread_name_prefix="parquet"
-        ) as pool:
-            found = list(pool.map(self._read_index, range(len(files)), files))
-        names = pa.concat_arrays([part.names for part in found])
+        threads = 1 if storage.is_local(self.uri) else _READERS
+        with (
+            Progress(
+                f"Reading the index of {storage.name_of(self.uri)}",
+                total=len(files),
+                unit="files",
+                after_s=QUIET_S,
+            ) as progress,
+            ThreadPoolExecutor(threads, thread_name_prefix="parquet") as pool,
+        ):
+            indices: list[_Index] = []
+            for index in pool.map(self._read_index, range(len(files)), files):
+                indices.append(index)
+                progress.advance(1)
+
+        names = pa.concat_arrays([index.names for index in indices])
         if not len(names):
-            raise DataError(f"convert: {storage.redact(self.uri)} has no row.")
-        classes = next((part.class_names for part in found if part.class_names), None)
-        values = pa.chunked_array([chunk for part in found for chunk in part.labels.chunks])
-        labels, classes = label_numbers(values, classes)
-        rows = np.concatenate([[0], *(part.group_rows for part in found)])
+            raise DataError(
+                f"convert: {storage.redact(self.uri)} has no rows. Check that it is complete."
+            )
+        # Hugging Face repeats the class names in every file; the first that has them will do.
+        class_names = next((index.class_names for index in indices if index.class_names), None)
+        values = pa.chunked_array([chunk for index in indices for chunk in index.labels.chunks])
+        labels, classes = labels_of_column(values, class_names)
+        rows_per_group = np.concatenate([index.rows_per_group for index in indices])
+        group_ends = np.cumsum(rows_per_group)
         return Listing(
             uri=self.uri,
             names=names,
-            sizes=np.concatenate([part.sizes for part in found]),
+            sizes=np.concatenate([index.sizes for index in indices]),
             labels=labels,
             classes=classes,
             passed_over={},
             kind="parquet",
             keys=sample_keys(_safe(names)),
+            # The sizes of the files stand for their content, which is too much to hash here.
             fingerprint=json.dumps([(file.name, file.size_bytes) for file in files]),
-            places=np.concatenate([part.places for part in found]),
+            locations=np.concatenate([index.locations for index in indices]),
             files=tuple(file.uri for file in files),
-            runs=np.unique(np.cumsum(rows)).astype(np.int64),
+            runs=np.unique(np.append(0, group_ends)).astype(np.int64),
         )
 
     def _read_index(self, number: int, file: storage.FileInfo) -> _Index:
@@ -143,65 +162,46 @@ class ParquetSource:
         with open_parquet(file.uri) as parquet:
             columns = self._columns(parquet.schema_arrow, storage.redact(file.uri))
             groups = [parquet.metadata.row_group(g) for g in range(parquet.num_row_groups)]
-            counts = np.array([group.num_rows for group in groups], np.int64)
-            sizes = [
-                _column_bytes(group, columns.image) // max(1, group.num_rows) for group in groups
-            ]
-            wanted = [name for name in (columns.path, columns.label) if name]
-            table = parquet.read(columns=wanted, use_threads=False) if wanted else None
-            names = _class_names(parquet.schema_arrow, columns.label)
-        count = int(counts.sum())
-        labels = (
-            table[columns.label]
-            if table is not None and columns.label
-            else pa.chunked_array([pa.nulls(count)])
-        )
-        plain = pa.array(
-            [f"{PurePosixPath(file.name).stem}/{row:08d}" for row in range(count)], pa.string()
-        )
-        if table is not None and columns.path:
-            paths = (
-                pc.struct_field(table[columns.path.partition(".")[0]], [0])
-                .combine_chunks()
-                .cast(pa.string())
-            )
-            plain = pc.if_else(
-                pc.invert(pc.match_substring_regex(pc.fill_null(paths, ""), ".")), plain, paths
-            )
-        if isinstance(plain, pa.ChunkedArray):
-            plain = pa.concat_arrays(plain.chunks)
-        rows = [
-            np.arange(n) | number << _FILE_SHIFT | g << _GROUP_SHIFT
-            for g, n in enumerate(counts.tolist())
-        ]
-        places = np.concatenate([np.empty(0, np.int64), *rows])
+            rows_per_group = np.array([group.num_rows for group in groups], np.int64)
+            # The footer has no size per image, only per column of a row group: all get the mean.
+            image_bytes = [_column_bytes(group, columns.image) for group in groups]
+            mean_bytes = np.array(image_bytes, np.int64) // np.maximum(1, rows_per_group)
+            small = [name for name in (columns.path, columns.label) if name]
+            table = parquet.read(columns=small, use_threads=False) if small else None
+            class_names = _class_names(parquet.schema_arrow, columns.label)
+
+        count = int(rows_per_group.sum())
+        labels = pa.chunked_array([pa.nulls(count)])
+        if table is not None and columns.label is not None:
+            labels = table[columns.label]
         return _Index(
-            plain, labels, names, np.repeat(np.array(sizes, np.int64), counts), places, counts
+            names=_image_names(file, table, columns, count),
+            labels=labels,
+            class_names=class_names,
+            sizes=np.repeat(mean_bytes, rows_per_group),
+            locations=_locations(number, rows_per_group),
+            rows_per_group=rows_per_group,
         )
 
     def read_all(self, wanted: Wanted) -> Iterator[bytes | str]:
         """Yield the images; a shard's are held at once, for its order is not that of the row
         groups."""
-        rows = np.array(wanted.places, np.int64)
-        groups = rows >> _GROUP_SHIFT
-        found: list[bytes | str] = [b""] * len(rows)
-        for group in np.unique(groups).tolist():
-            positions = np.flatnonzero(groups == group)
-            file = wanted.files[group >> (_FILE_SHIFT - _GROUP_SHIFT)]
-            asked = dict(
-                zip(
-                    (rows[positions] & (1 << _GROUP_SHIFT) - 1).tolist(),
-                    positions.tolist(),
-                    strict=True,
-                )
-            )
-            self._read_group(file, group & (1 << _FILE_SHIFT - _GROUP_SHIFT) - 1, asked, found)
+        locations = wanted.locations
+        assert locations is not None, "the listing has a location per image"
+        found: list[bytes | str] = [b""] * len(wanted)
+        # In the order of the files: each row group is read once, from front to back.
+        for file, group in np.unique(locations[["file", "group"]]).tolist():
+            in_group = (locations["file"] == file) & (locations["group"] == group)
+            positions = np.flatnonzero(in_group).tolist()
+            rows = locations["row"][in_group].tolist()
+            position_of = dict(zip(rows, positions, strict=True))
+            self._read_group(wanted.files[file], group, position_of, found)
         yield from found
 
     def _read_group(
-        self, uri: str, group: int, asked: dict[int, int], found: list[bytes | str]
+        self, uri: str, group: int, position_of: dict[int, int], found: list[bytes | str]
     ) -> None:
-        """Read some rows of a row group into their positions."""
+        """Read some rows of a row group, each into its position of `found`."""
         with open_parquet(uri) as parquet:
             column = self._columns(parquet.schema_arrow, storage.redact(uri)).image
             start = 0
@@ -211,9 +211,11 @@ class ParquetSource:
                 values: Any = batch.column(0)
                 if pa.types.is_struct(values.type):
                     values = pc.struct_field(values, [0])
+                # Only rows that are wanted become Python objects: each is a copy of an image.
                 for row in range(len(batch)):
-                    if start + row in asked:
-                        found[asked[start + row]] = values[row].as_py() or b""
+                    position = position_of.get(start + row)
+                    if position is not None:
+                        found[position] = values[row].as_py() or b""
                 start += len(batch)
 
 
@@ -225,8 +227,36 @@ class _Index:
     labels: pa.ChunkedArray
     class_names: list[str] | None
     sizes: npt.NDArray[np.int64]
-    places: npt.NDArray[np.int64]
-    group_rows: npt.NDArray[np.int64]
+    locations: npt.NDArray[np.void]
+    rows_per_group: npt.NDArray[np.int64]
+
+
+def _image_names(
+    file: storage.FileInfo, table: pa.Table | None, columns: _Columns, count: int
+) -> pa.StringArray:
+    """Return the path that the table gives each image; the file's name and the row if it gives
+    none."""
+    stem = PurePosixPath(file.name).stem
+    numbered = pa.array([f"{stem}/{row:08d}" for row in range(count)], pa.string())
+    if table is None or columns.path is None:
+        return numbered
+    struct = table[columns.path.partition(".")[0]]
+    paths = pc.struct_field(struct, [0]).combine_chunks().cast(pa.string())
+    has_path = pc.match_substring_regex(pc.fill_null(paths, ""), ".")
+    names: Any = pc.if_else(has_path, paths, numbered)
+    if isinstance(names, pa.ChunkedArray):
+        names = pa.concat_arrays(names.chunks)
+    return names
+
+
+def _locations(file: int, rows_per_group: npt.NDArray[np.int64]) -> npt.NDArray[np.void]:
+    """Return the location of every row of a file, in order."""
+    locations = np.empty(int(rows_per_group.sum()), LOCATION)
+    starts = np.cumsum(rows_per_group) - rows_per_group
+    locations["file"] = file
+    locations["group"] = np.repeat(np.arange(len(rows_per_group)), rows_per_group)
+    locations["row"] = np.arange(len(locations)) - np.repeat(starts, rows_per_group)
+    return locations
 
 
 def _column_bytes(group: Any, path: str) -> int:

@@ -17,15 +17,16 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.errors import ConfigError, DataError
 from pipeline.formats.table import NO_LABEL
-from pipeline.sources.columns import LABEL_COLUMNS, choose_column, find_files, label_numbers
+from pipeline.sources.columns import LABEL_COLUMNS, choose_column, find_files
+from pipeline.sources.labels import labels_of_column
 from pipeline.sources.listing import (
     Listing,
     SourceSettings,
     Wanted,
     name_and_class,
     read_each,
-    sample_keys,
 )
+from pipeline.sources.names import sample_keys
 from pipeline.storage.uri import SCHEME, split_scheme
 
 URI_COLUMNS = (
@@ -99,7 +100,7 @@ class ListSource:
             ConfigError: It has no column of URIs.
         """
         table, names, labels = self._read()
-        numbers, classes = label_numbers(labels, None)
+        numbers, classes = labels_of_column(labels, None)
         return Listing(
             uri=self.uri,
             names=names,

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 from pipeline import storage
+from pipeline.console import Progress
 from pipeline.errors import DataError
 from pipeline.formats.tar import TarMember, TarScanner
 from pipeline.sources.listing import (
-    IMAGE_SUFFIXES,
+    QUIET_S,
     Listing,
     ListingBuilder,
     SourceSettings,
@@ -26,12 +28,11 @@ from pipeline.sources.listing import (
     name_and_class,
     read_each,
 )
+from pipeline.sources.names import IMAGE_SUFFIXES
 
 _HEADER_BUFFER_BYTES = 4096
 _SCAN_BUFFER_BYTES = 8 * 2**20
 _SCANNERS = 16
-_FILE_SHIFT = 44
-"""A place is the file's number << 44 | offset: half a million files of up to 16 TiB."""
 
 
 class _Window:
@@ -68,12 +69,11 @@ class TarSource:
 
     def read_all(self, wanted: Wanted) -> Iterator[bytes | str]:
         """Yield the members' bytes."""
+        locations = wanted.locations
+        assert locations is not None, "the listing has a location per image"
 
         def read(i: int) -> bytes:
-            file, offset = (
-                wanted.places[i] >> _FILE_SHIFT,
-                wanted.places[i] & (1 << _FILE_SHIFT) - 1,
-            )
+            file, offset = locations[i].tolist()
             return storage.read_bytes(wanted.files[file], offset, wanted.sizes[i])
 
         return read_each(self.uri, read, len(wanted))
@@ -89,78 +89,102 @@ class TarSource:
             DataError: A tar is cut or damaged, or there is no image in it.
         """
         files, tars, loose = self._find()
-        found = ListingBuilder()
-        names = [member.name for _, member in loose]
-        common = _common_folder(names) if not tars else ""
-        for (file, member), name in zip(loose, names, strict=True):
-            found.add(
-                name.removeprefix(common), member.size, place=file << _FILE_SHIFT | member.offset
-            )
-        local = storage.is_local(self.uri)
-        with ThreadPoolExecutor(1 if local else _SCANNERS, thread_name_prefix="tar") as pool:
-            for (file, _, start, _), members in zip(
-                tars, pool.map(lambda tar: _members(files, *tar), tars), strict=True
-            ):
-                for name, member in members:
-                    found.add(name, member.size, place=file << _FILE_SHIFT | start + member.offset)
-        if not len(found):
-            raise DataError(
-                f"convert: no image in {storage.redact(self.uri)}; seen: {found.seen()}. Looked "
-                "for "
-                f"{', '.join(IMAGE_SUFFIXES)}, and for tars of them."
-            )
-        return found.build(self.uri, self._settings, kind="tar", files=files)
+        builder = ListingBuilder(self.uri)
 
-    def _find(
-        self,
-    ) -> tuple[tuple[str, ...], list[tuple[int, str, int, int]], list[tuple[int, TarMember]]]:
-        """Return the files, the tars in them as (file, class, start, size), and the members outside
-        of those."""
-        if not self.uri.startswith("https:") and storage.is_folder(self.uri):
-            inside = sorted(
-                (f for f in storage.list_files(self.uri) if f.name.endswith(".tar")),
-                key=lambda f: f.name,
+        # Members beside tars are not below a common folder that unpacking would leave out.
+        names = [member.name for member in loose]
+        common = "" if tars else _common_folder(names)
+        for member in loose:
+            name = member.name.removeprefix(common)
+            builder.add(name, member.size, file=0, offset=member.offset)
+
+        threads = 1 if storage.is_local(self.uri) else _SCANNERS
+        with (
+            Progress(
+                f"Listing {storage.name_of(self.uri)}",
+                total=len(tars),
+                unit="tars",
+                after_s=QUIET_S,
+            ) as progress,
+            ThreadPoolExecutor(threads, thread_name_prefix="tar") as pool,
+        ):
+            scanned = pool.map(lambda tar: _members(files[tar.file], tar), tars)
+            for tar, members in zip(tars, scanned, strict=True):
+                for name, member in members:
+                    # A member's offset is counted from the start of its own tar.
+                    offset = tar.start + member.offset
+                    builder.add(name, member.size, file=tar.file, offset=offset)
+                progress.advance(1, size_bytes=tar.size)
+
+        if not len(builder):
+            raise DataError(
+                f"convert: no image in {storage.redact(self.uri)}; found {builder.seen()}. "
+                f"Expected {', '.join(IMAGE_SUFFIXES)}, or tars of them."
             )
-            tars = [
-                (n, PurePosixPath(file.name).stem, 0, file.size_bytes)
-                for n, file in enumerate(inside)
-            ]
-            return tuple(file.uri for file in inside), tars, []
-        nested: list[tuple[int, str, int, int]] = []
-        loose: list[tuple[int, TarMember]] = []
+        return builder.build(self._settings, kind="tar", files=files)
+
+    def _find(self) -> tuple[tuple[str, ...], list[_ClassTar], list[TarMember]]:
+        """Return the files, the class tars in them, and the members outside of those."""
+        if not self.uri.startswith("https:") and storage.is_folder(self.uri):
+            return self._find_in_folder()
+        tars: list[_ClassTar] = []
+        loose: list[TarMember] = []
         size = storage.size_of(self.uri)
         buffer_bytes = _HEADER_BUFFER_BYTES
         if not storage.is_local(self.uri) and not self._is_nested(size):
-            buffer_bytes = (
-                _SCAN_BUFFER_BYTES  # small members: reading on is cheaper than a request a header
-            )
-        with storage.open_read(self.uri, buffer_bytes=buffer_bytes) as file:
-            for member in TarScanner(_Window(file, 0, size), shard=storage.redact(self.uri)):
+            # Small members of a remote tar: reading on is cheaper than a request per header.
+            buffer_bytes = _SCAN_BUFFER_BYTES
+        with storage.open_read(self.uri, buffer_bytes=buffer_bytes) as stream:
+            for member in TarScanner(_Window(stream, 0, size), shard=storage.redact(self.uri)):
                 path = PurePosixPath(member.name)
                 if path.suffix.lower() == ".tar":
-                    nested.append((0, path.stem, member.offset, member.size))
+                    tars.append(_ClassTar(0, path.stem, member.offset, member.size))
                 else:
-                    loose.append((0, _clean(member)))
-        return (self.uri,), nested, loose
+                    loose.append(_clean(member))
+        return (self.uri,), tars, loose
+
+    def _find_in_folder(self) -> tuple[tuple[str, ...], list[_ClassTar], list[TarMember]]:
+        listed = [file for file in storage.list_files(self.uri) if file.name.endswith(".tar")]
+        # Storage lists in any order; the files' numbers must depend on the source alone.
+        listed.sort(key=lambda file: file.name)
+        tars = [
+            _ClassTar(number, PurePosixPath(file.name).stem, 0, file.size_bytes)
+            for number, file in enumerate(listed)
+        ]
+        return tuple(file.uri for file in listed), tars, []
 
     def _is_nested(self, size: int) -> bool:
-        with storage.open_read(self.uri, buffer_bytes=_HEADER_BUFFER_BYTES) as file:
-            first = next(
-                iter(TarScanner(_Window(file, 0, size), shard=storage.redact(self.uri))), None
-            )
+        """Return whether the first member is a tar."""
+        with storage.open_read(self.uri, buffer_bytes=_HEADER_BUFFER_BYTES) as stream:
+            scanner = TarScanner(_Window(stream, 0, size), shard=storage.redact(self.uri))
+            first = next(iter(scanner), None)
         return first is not None and first.name.lower().endswith(".tar")
 
 
-def _members(
-    files: tuple[str, ...], file: int, class_name: str, start: int, size: int
-) -> list[tuple[str, TarMember]]:
-    """Return the members of one class tar, named as they would be unpacked into a folder of the
-    tar's name."""
-    buffer_bytes = _HEADER_BUFFER_BYTES if storage.is_local(files[file]) else _SCAN_BUFFER_BYTES
-    where = f"{storage.redact(files[file])}: {class_name}.tar at byte {start}"
-    with storage.open_read(files[file], buffer_bytes=buffer_bytes) as stream:
-        scanner = TarScanner(_Window(stream, start, size), shard=where)
-        return [(f"{class_name}/{_clean(member).name}", member) for member in scanner]
+@dataclass(frozen=True)
+class _ClassTar:
+    """A tar of one class.
+
+    Args:
+        file: Number of the file that it lies in.
+        class_name: Its name without extension.
+        start: Byte at which it starts in the file.
+        size: Its bytes.
+    """
+
+    file: int
+    class_name: str
+    start: int
+    size: int
+
+
+def _members(uri: str, tar: _ClassTar) -> list[tuple[str, TarMember]]:
+    """Return the members of a class tar, named as if unpacked into a folder of the tar's name."""
+    buffer_bytes = _HEADER_BUFFER_BYTES if storage.is_local(uri) else _SCAN_BUFFER_BYTES
+    shown = f"{storage.redact(uri)}: {tar.class_name}.tar at byte {tar.start}"
+    with storage.open_read(uri, buffer_bytes=buffer_bytes) as stream:
+        scanner = TarScanner(_Window(stream, tar.start, tar.size), shard=shown)
+        return [(f"{tar.class_name}/{_clean(member).name}", member) for member in scanner]
 
 
 def _clean(member: TarMember) -> TarMember:

@@ -26,7 +26,8 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.images.encode import CANNOT_DECODE, reencode
 from pipeline.images.header import Probe, probe
 from pipeline.sources.folder import FolderSource
-from pipeline.sources.listing import Listing, SourceSettings, sample_keys
+from pipeline.sources.listing import Listing, SourceSettings
+from pipeline.sources.names import sample_keys
 
 FEW = ConvertSettings(samples_per_shard=5)
 

@@ -264,10 +264,10 @@ def test_parquet_by_folder_pattern_and_file(folder: Path, tmp_path: Path) -> Non
 
 def test_a_shard_reads_few_row_groups(folder: Path, tmp_path: Path) -> None:
     listing = open_source(str(write_parquet(folder, tmp_path / "hub", rows_per_group=2))).listing()
-    assert listing.places is not None
+    assert listing.locations is not None
     plan = make_plan(listing, ConvertSettings(samples_per_shard=4))
     groups = [
-        {int(p) >> 24 for p in listing.places[part]}
+        set(listing.locations[["file", "group"]][part].tolist())
         for part in np.split(plan.order, plan.bounds[1:-1])
     ]
     assert [len(found) for found in groups] == [2, 2, 2]

@@ -1,0 +1,100 @@
+"""What a file's name decides: whether it is listed as an image, and its sample's key."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+IMAGE_SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".webp",
+    ".gif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+)
+"""Endings of image files, in lower case. The content then tells what a file really is."""
+
+
+def why_skipped(name: str) -> str | None:
+    """Return why a file is not listed as an image; None if it is.
+
+    The one decision by name for folders and tars. The answer is a short text to count by: a file's
+    ending, such as `.txt`, or a reason.
+
+    Args:
+        name: Path below the source, with `/`.
+    """
+    # macOS writes __MACOSX folders and ._files into archives; their names end like images.
+    is_hidden = name.startswith((".", "__MACOSX/")) or "/." in name
+    if is_hidden:
+        return "hidden"
+    suffix = PurePosixPath(name).suffix.lower()
+    if suffix not in IMAGE_SUFFIXES:
+        return suffix or "no extension"
+    if not _is_utf8(name):  # neither Arrow nor a manifest can hold it
+        return "name is not UTF-8"
+    return None
+
+
+def sample_keys(names: pa.StringArray) -> pa.StringArray:
+    """Return a unique key per file name: the path without its extension, with underscores for dots
+    and blanks.
+
+    If several files would get the same key, their extensions are appended, then their positions in
+    the list. The result depends on the sorted list alone.
+    """
+    keys = pc.replace_substring_regex(names, r"\.[^./]*$", "")
+    keys = pc.replace_substring_regex(keys, r"[.\s\p{Z}\p{C}]", "_")
+    # WebDataset keeps names like __key__ for itself.
+    keys = pc.replace_substring_regex(keys, r"^__+", "_")
+
+    suffixes = pc.utf8_lower(pc.replace_substring_regex(names, r"^.*\.", "-"))
+    positions = pa.array([f"-{position}" for position in range(len(names))])
+    for ending in (suffixes, positions):
+        repeated = _repeated(keys)
+        if not repeated.any():
+            return keys
+        keys = _append(keys, ending, to=repeated)
+
+    # A longer key may now equal another file's own: `a-1` made of `a`, beside a file named `a-1`.
+    while (repeated := _repeated(keys)).any():
+        keys = _append(keys, pa.scalar("-"), to=repeated)
+    return keys
+
+
+def pick(texts: pa.StringArray, rows: npt.NDArray[np.int64]) -> list[str]:
+    """Return the texts of some rows, in the order asked for."""
+    chosen = texts.take(pa.array(rows, pa.int64()))
+    return [str(text) for text in chosen.to_pylist()]
+
+
+def _append(keys: pa.StringArray, ending: Any, *, to: npt.NDArray[np.bool_]) -> pa.StringArray:
+    join: Any = pc.binary_join_element_wise  # its stubs know arrays only
+    longer = join(keys, ending, pa.scalar(""))
+    return pc.if_else(pa.array(to), longer, keys)
+
+
+def _repeated(keys: pa.StringArray) -> npt.NDArray[np.bool_]:
+    """Return which keys another file has too."""
+    encoded = keys.dictionary_encode()
+    codes = encoded.indices.to_numpy()
+    counts = np.bincount(codes, minlength=len(encoded.dictionary))
+    return counts[codes] > 1
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # a surrogate, which stands for a byte that is not UTF-8
+        return False
+    return True
