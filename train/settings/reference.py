@@ -197,8 +197,7 @@ def _own_help(model: type[BaseModel]) -> dict[str, str]:
 def describe_type(model: type[BaseModel], name: str) -> str:
     """Describe the values that a field takes: its choices, or its type and limits; empty for a
     nested model."""
-    # Annotations are strings in these modules; pydantic's own `annotation` drops the limits.
-    annotation = typing.get_type_hints(model)[name]
+    annotation = model.model_fields[name].annotation
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return ""
     words = " or ".join(_type_words(annotation))
