@@ -255,6 +255,21 @@ class VisionTransformer(nn.Module):
         """
         return self.encode(self.patches(images_BCHW))
 
+    def features(self, images_BCHW: Tensor) -> Tensor:
+        """Describe whole images: the mean of all patch tokens after the final norm, class token
+        left out.
+
+        Nothing is masked. This is the pooling to name beside a nearest-neighbour figure;
+        fine-tuning normalises after the mean instead.
+
+        Args:
+            images_BCHW: Normalised images.
+
+        Returns:
+            features_BD, in the weights' type.
+        """
+        return self.encode(self.patches(images_BCHW))[:, 1:].mean(dim=1)
+
 
 def run_blocks(blocks: nn.ModuleList, tokens_BSD: Tensor, mode: ActivationCheckpointing) -> Tensor:
     """Apply blocks in turn; some of them keep only their input and compute the rest again in the

@@ -29,7 +29,6 @@ from typing import Literal, get_args
 import torch
 
 from model.config import SIZES, ModelConfig
-from model.objectives.mae import MaskedAutoencoder
 from pipeline import storage
 from pipeline.console import run_command, say_json
 from train.checkpoint.files import find_steps
@@ -38,6 +37,8 @@ from train.checkpoint.store import CheckpointStore
 from train.config import RunConfig
 from train.engine.base import Engine
 from train.engine.build import build_engine
+from train.objectives.base import Objective, random_batch
+from train.objectives.choose import choose_objective
 from train.process.world import World
 
 Mode = Literal["sync", "async"]
@@ -104,8 +105,9 @@ def measure(name: str, uri: str, mode: Mode, *, saves: int, images: int) -> Meas
     """
     config, world = _config(SIZES[name], images=images), World(device=_device())
     torch.manual_seed(0)
-    engine = build_engine(config, model=MaskedAutoencoder(config.model), resume=None, world=world)
-    step = _stepper(engine, config.model, images=images)
+    objective = choose_objective(config)
+    engine = build_engine(config, model=objective.build(), resume=None, world=world)
+    step = _stepper(engine, objective, images=images)
     step()
     saver = Saver(CheckpointStore(uri, keep_last=1), world=world, mode=mode)
     copy = _copier(engine)
@@ -148,6 +150,7 @@ def _config(model: ModelConfig, *, images: int) -> RunConfig:
     return RunConfig.model_validate(
         {
             "model": model.model_dump(),
+            "view": {"height": model.image_height, "width": model.image_width},
             "train": {"steps": 1, "global_batch_size": images, "micro_batch_size": images},
             "engine": {"kind": "torch", "precision": "fp32"},
         }
@@ -162,14 +165,11 @@ def _state_bytes(engine: Engine) -> int:
     return sum(4 * len(tensor.kinds) * math.prod(tensor.shape) for tensor in engine.table)
 
 
-def _stepper(engine: Engine, model: ModelConfig, *, images: int) -> Callable[[], None]:
-    images_BCHW = torch.randn(
-        images, 3, model.image_height, model.image_width, device=engine.device
-    )
-    noise_BN = torch.rand(images, model.num_patches, device=engine.device)
+def _stepper(engine: Engine, objective: Objective, *, images: int) -> Callable[[], None]:
+    inputs = objective.inputs(random_batch(objective, images=images, device=engine.device))
 
     def step() -> None:
-        engine.forward_backward(images_BCHW, noise_BN)
+        engine.forward_backward(*inputs)
         engine.step(1e-4)
         if engine.device.type == "cuda":
             torch.cuda.synchronize()

@@ -31,7 +31,7 @@ class Arguments:
     """PNG to write."""
     count: int = 8
     """Pictures to draw at most."""
-    # train.evaluation.held_out.MASK_SEED, which cannot be imported without torch.
+    # train.evaluation.held_out.HELD_OUT_SEED, which cannot be imported without torch.
     seed: int = 0
     """Key of the masks; the default is that of the pictures a run draws."""
     json: bool = False

@@ -29,13 +29,14 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from model.config import SIZES, ActivationCheckpointing, ModelConfig
-from model.objectives.mae import MaskedAutoencoder
+from model.config import SIZES, ActivationCheckpointing
 from pipeline.console import run_command, say_json
 from train.bench.step_peer import Comparison, compare, render_comparisons
 from train.config import RunConfig
 from train.engine.base import Engine
 from train.engine.build import build_engine
+from train.objectives.base import Objective, random_batch
+from train.objectives.choose import choose_objective
 from train.process.world import init_world
 from train.report.utilisation import model_tflops, peak_tflops
 
@@ -128,11 +129,10 @@ def measure(case: Case, *, steps: int, threads: int = 0) -> Measurement:
     world = init_world(config)
     try:
         torch.manual_seed(0)
-        engine = build_engine(
-            config, model=MaskedAutoencoder(config.model), resume=None, world=world
-        )
+        objective = choose_objective(config)
+        engine = build_engine(config, model=objective.build(), resume=None, world=world)
         _choose_kernels(engine, case.optimizer)
-        times = _time_steps(engine, config.model, images=case.images, steps=steps)
+        times = _time_steps(engine, objective, images=case.images, steps=steps)
         device = engine.device
         name = (
             torch.cuda.get_device_name(device)
@@ -140,7 +140,7 @@ def measure(case: Case, *, steps: int, threads: int = 0) -> Measurement:
             else f"CPU, {torch.get_num_threads()} threads"
         )
         step_s = statistics.median(total for total, _ in times)
-        tflops = model_tflops(config.model, images_per_s=case.images / step_s)
+        tflops = model_tflops(objective.train_flops(), images_per_s=case.images / step_s)
         peak = peak_tflops(name) if device.type == "cuda" else None
         return Measurement(
             case,
@@ -160,9 +160,11 @@ def measure(case: Case, *, steps: int, threads: int = 0) -> Measurement:
 def _config(case: Case) -> RunConfig:
     # Plain torch where it can; low-precision weights with fp32 masters are DeepSpeed's.
     kind = "torch" if case.precision in ("fp32", "autocast") else "deepspeed"
+    model = SIZES[case.model]
     return RunConfig.model_validate(
         {
-            "model": SIZES[case.model].model_dump(),
+            "model": model.model_dump(),
+            "view": {"height": model.image_height, "width": model.image_width},
             "train": {
                 "steps": 1,
                 "global_batch_size": case.images,
@@ -186,13 +188,10 @@ def _choose_kernels(engine: Engine, optimizer: Optimizer) -> None:
 
 
 def _time_steps(
-    engine: Engine, model: ModelConfig, *, images: int, steps: int
+    engine: Engine, objective: Objective, *, images: int, steps: int
 ) -> list[tuple[float, float]]:
     """Give seconds of each step and of its optimizer's part."""
-    images_BCHW = torch.randn(
-        images, 3, model.image_height, model.image_width, device=engine.device
-    )
-    noise_BN = torch.rand(images, model.num_patches, device=engine.device)
+    inputs = objective.inputs(random_batch(objective, images=images, device=engine.device))
 
     def wait() -> float:
         if engine.device.type == "cuda":
@@ -202,7 +201,7 @@ def _time_steps(
     times = []
     for _ in range(WARM_UP_STEPS + steps):
         begun = wait()
-        engine.forward_backward(images_BCHW, noise_BN)
+        engine.forward_backward(*inputs)
         between = wait()
         engine.step(1e-4)
         ended = wait()

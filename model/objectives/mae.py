@@ -175,21 +175,6 @@ class MaskedAutoencoder(VisionTransformer):
         prediction_BNP: Tensor = self.decoder_pred(self.decoder_norm(tokens_BSE[:, 1:]))
         return prediction_BNP
 
-    def features(self, images_BCHW: Tensor) -> Tensor:
-        """Describe whole images: the mean of all patch tokens after the final norm, class token
-        left out.
-
-        Nothing is masked. This is the pooling to name beside a nearest-neighbour figure;
-        fine-tuning normalises after the mean instead.
-
-        Args:
-            images_BCHW: Normalised images.
-
-        Returns:
-            features_BD, in the weights' type.
-        """
-        return self.encode(self.patches(images_BCHW))[:, 1:].mean(dim=1)
-
     def encoder_state_dict(self) -> dict[str, Tensor]:
         """Return the encoder's part of the state dict, under its published names.
 

@@ -221,7 +221,7 @@ class _SecondEpoch:
         )
         total, cursor = 0, Cursor()
         while cursor.epoch == 0:
-            share = order.share(cursor)
+            share = order.rank_batch(cursor)
             images, _ = reader.read(self._dataset.lookup(share.sample_ids_B))
             total += sum(
                 len(image.tobytes()) for image in images
@@ -250,14 +250,14 @@ def _resume(folder: Path, measured: Measurements) -> None:
                 world_size=8,
             )
             position = int(order.num_samples * share_of_epoch)
-            dataset.lookup(order.share(Cursor(epoch, position)).sample_ids_B)
+            dataset.lookup(order.rank_batch(Cursor(epoch, position)).sample_ids_B)
 
         measured.time(_RESUME, start)
 
 
 def _first_share(dataset: Manifest, count: int) -> Any:
     order = Order(dataset.shard_sizes, config=OrderConfig(), seed=0, global_batch_size=count)
-    return order.share(Cursor()).sample_ids_B
+    return order.rank_batch(Cursor()).sample_ids_B
 
 
 def _bucket_and_prefix(uri: str) -> tuple[str, str]:

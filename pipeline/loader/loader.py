@@ -1,10 +1,10 @@
-"""From a dataset and a place in its order to batches on the device.
+"""From a dataset and a cursor in its order to batches on the device.
 
-Two threads work ahead of the caller: one looks up and reads encoded images, one decodes them. What
-a batch holds is decided by `order` and `augment` alone; threads, decoder, cache and world size only
-decide how fast it comes.
+Two threads work ahead of the caller: one draws boxes and whatever else is random and reads encoded
+images, one decodes them. What a batch holds is decided by `pipeline.sampling` alone; threads,
+decoder, cache and world size only decide how fast it comes.
 
-Shapes: B images of one micro-batch, C H W channels, height and width, N patches.
+Shapes: B images of one micro-batch, C H W channels, height and width.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypedDict
 
@@ -26,14 +26,15 @@ from pipeline.dataset.manifest import Manifest, describe_change
 from pipeline.decoders.base import Decoder, Pending
 from pipeline.decoders.choose import build_decoder
 from pipeline.errors import ConfigError, DataError, MaelstromError
+from pipeline.loader.batch import Batch, labels_and_draws
 from pipeline.loader.channel import Channel, ChannelClosedError
 from pipeline.loader.data_report import DataReport
 from pipeline.loader.samples import Encoded, SampleSource
 from pipeline.loader.stats import PipelineStats
-from pipeline.loader.transfer import DeviceCopier, HostBuffers
+from pipeline.loader.transfer import DeviceCopier, PixelBuffers
 from pipeline.reading.reader import ShardReader
-from pipeline.sampling.boxes import Boxes
-from pipeline.sampling.order import Cursor, Order, Share
+from pipeline.sampling.draws import Sampling, as_sampling
+from pipeline.sampling.order import Cursor, Order, RankBatch
 from pipeline.sampling.philox import I64
 
 _NAMED = 10
@@ -49,47 +50,32 @@ class LoaderState(TypedDict):
     fingerprint: str
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch of one rank.
-
-    Attributes:
-        images_BCHW: normalised with ImageNet's mean and standard deviation, on the loader's device.
-        labels_B: int64 class numbers on the same device, -1 where a sample has none.
-        sample_ids_B: int64 numpy array; with the seed and the epoch it names every random choice
-            made for an image.
-        epochs_B: int64 numpy array; a batch may span two epochs.
-        boxes: where each image was cut, and whether it was mirrored.
-        epoch, position: where the global batch begins that this is a part of.
-    """
-
-    images_BCHW: torch.Tensor
-    labels_B: torch.Tensor
-    sample_ids_B: I64
-    epochs_B: I64
-    boxes: Boxes
-    epoch: int
-    position: int
-
-
 @dataclass
 class _Work:
-    """A micro-batch on its way through the threads, with the host buffer that its pixels lie in, if
-    they do."""
+    """A micro-batch on its way through the threads.
+
+    Attributes:
+        encoded: what was read and drawn.
+        start: where its global batch begins.
+        end: where the next one begins, on a rank's last micro-batch of a global batch; else None.
+        pixels: of each view, on the device once its copy has begun.
+        buffers: the host buffer that each view was decoded into; None if it has none to give back.
+    """
 
     encoded: Encoded
     start: Cursor
     end: Cursor | None
-    pixels_BHW3: torch.Tensor | None = None
-    buffer_BHW3: torch.Tensor | None = None
+    pixels: list[torch.Tensor] = field(default_factory=list)
+    buffers: list[torch.Tensor | None] = field(default_factory=list)
 
 
 class Loader:
-    """Endless micro-batches of one rank, from any place in the order.
+    """Endless micro-batches of one rank, from any cursor in the order.
 
     Args:
         dataset: an open dataset.
-        view: how images are cut.
+        sampling: what is cut out of and drawn for each image; the settings of a view stand for
+            that view alone.
         order: how samples are shuffled.
         settings: how they are read and decoded.
         seed: key of the run.
@@ -104,13 +90,13 @@ class Loader:
             other batch is the caller's.
 
     Raises:
-        ConfigError: where the sizes cannot work together, or a decoder is not installed.
+        ConfigError: the sizes do not fit together, or a decoder is not installed.
     """
 
     def __init__(
         self,
         dataset: Manifest,
-        view: ViewConfig,
+        sampling: Sampling | ViewConfig,
         order: OrderConfig,
         settings: LoaderConfig,
         *,
@@ -144,20 +130,24 @@ class Loader:
             max_bad_share=settings.max_bad_share, max_bad_in_a_row=settings.max_bad_in_a_row
         )
         self.stats = PipelineStats()
-        self._reader = _open_reader(dataset, settings)
-        self._source = SampleSource(dataset, self._reader, view=view, settings=settings, seed=seed)
-        self._decoder = build_decoder(
+        self._reader = open_reader(dataset, settings)
+        sampling = as_sampling(sampling)
+        self._source = SampleSource(
+            dataset, self._reader, sampling=sampling, settings=settings, seed=seed
+        )
+        self._decoders = build_decoders(
+            sampling,
             settings,
-            view=view,
             max_batch_size=micro_batch_size,
             local_world_size=local_world_size,
             device=device,
         )
         self._copier = DeviceCopier(device=device, dtype=dtype)
-        self._buffers = HostBuffers(
-            (micro_batch_size, view.height, view.width, 3), pinned=device.type == "cuda"
-        )
-        self._lent: deque[torch.Tensor] = deque()
+        self._buffers: list[PixelBuffers] = []
+        for view in sampling.views:
+            shape_BHW3 = (micro_batch_size, view.settings.height, view.settings.width, 3)
+            self._buffers.append(PixelBuffers(shape_BHW3, pinned=device.type == "cuda"))
+        self._lent: deque[list[torch.Tensor | None]] = deque()
         self._prefetch = settings.prefetch_batches
         self._cursor = Cursor()
         self._encoded: Channel[_Work] = Channel(settings.prefetch_batches)
@@ -167,7 +157,7 @@ class Loader:
 
     @property
     def steps_per_epoch(self) -> float:
-        """Global batches an epoch; a fraction where the last one is filled from the next epoch."""
+        """Global batches per epoch; a fraction if the last one is filled from the next epoch."""
         return self._order.steps_per_epoch
 
     @property
@@ -176,7 +166,7 @@ class Loader:
         return self.stats.snapshot()["wait"]["wait_s"]
 
     def state_dict(self) -> LoaderState:
-        """Return the place after the last global batch that was yielded whole."""
+        """Return the cursor after the last global batch that was yielded whole."""
         return LoaderState(
             seed=self._seed,
             epoch=self._cursor.epoch,
@@ -191,13 +181,13 @@ class Loader:
         trained_on: DatasetInfo | None = None,
         on_change: Literal["refuse", "next-epoch"] = "refuse",
     ) -> None:
-        """Go to a place in the order. Takes constant time, whatever the place.
+        """Go to a cursor in the order. Takes constant time, wherever it is.
 
         Args:
-            state: the place.
-            trained_on: the dataset that the state is of, where it was kept; names the shards that
+            state: the cursor.
+            trained_on: the dataset that the state is of, if it was kept; names the shards that
                 changed.
-            on_change: what happens where the dataset is another: `refuse`, or go on with its
+            on_change: what happens if the dataset is another: `refuse`, or go on with its
                 `next-epoch`. Never within an epoch, for some samples would come twice and others
                 not at all.
 
@@ -227,22 +217,24 @@ class Loader:
         while True:
             with self.stats.waiting("wait"):
                 work = self._decoded.get()
-            assert work.pixels_BHW3 is not None
             encoded = work.encoded
             with self.stats.busy("copy", items=len(encoded.sample_ids_B)):
-                images_BCHW = self._copier.normalise(work.pixels_BHW3)
-                labels_B = torch.from_numpy(encoded.labels_B).to(images_BCHW.device)
+                views = [self._copier.normalise(pixels_BHW3) for pixels_BHW3 in work.pixels]
+                labels_B, draws = labels_and_draws(encoded, views[0].device)
+            # Before the batch is handed over: a caller that saves after this batch's step must
+            # find the cursor behind it.
             if work.end is not None:
                 self._cursor = work.end
             self._recycle(work)
             yield Batch(
-                images_BCHW,
-                labels_B,
-                encoded.sample_ids_B,
-                encoded.epochs_B,
-                encoded.boxes,
-                work.start.epoch,
-                work.start.position,
+                views_BCHW=tuple(views),
+                labels_B=labels_B,
+                sample_ids_B=encoded.sample_ids_B,
+                epochs_B=encoded.epochs_B,
+                boxes=encoded.boxes,
+                epoch=work.start.epoch,
+                position=work.start.position,
+                draws=draws,
             )
 
     def close(self) -> None:
@@ -254,7 +246,8 @@ class Loader:
         self._decoded.close()
         for thread in self._threads:
             thread.join()
-        self._decoder.close()
+        for decoder in self._decoders:
+            decoder.close()
         self._reader.close()
 
     def __enter__(self) -> Loader:
@@ -271,89 +264,106 @@ class Loader:
 
     def _read_ahead(self) -> None:
         try:
-            for share in self._order.shares(self._cursor):
+            for rank_batch in self._order.rank_batches(self._cursor):
                 if self._reader.is_staging:
-                    self._reader.prepare(self._shards_ahead(share))
-                for first in range(0, len(share.sample_ids_B), self._micro):
-                    piece = slice(first, first + self._micro)
-                    with (
-                        self.stats.busy("read", items=self._micro),
-                        self._naming("read", share.sample_ids_B[piece]),
-                    ):
-                        encoded = self._source.fetch(
-                            share.sample_ids_B[piece], share.epochs_B[piece]
-                        )
-                    self.stats.add("read", num_bytes=sum(image.size for image in encoded.images))
-                    last = first + self._micro >= len(share.sample_ids_B)
+                    self._reader.prepare(self._shards_ahead(rank_batch))
+                count = len(rank_batch.sample_ids_B)
+                for first in range(0, count, self._micro):
+                    encoded = self._read(rank_batch, slice(first, first + self._micro))
+                    is_last = first + self._micro >= count
+                    end = rank_batch.end if is_last else None
                     with self.stats.waiting("read"):
-                        self._encoded.put(_Work(encoded, share.start, share.end if last else None))
+                        self._encoded.put(_Work(encoded, rank_batch.start, end))
         except ChannelClosedError:
             pass
         except BaseException as error:  # noqa: BLE001 - whatever it is, the caller must meet it
             self._encoded.fail(error)
 
+    def _read(self, rank_batch: RankBatch, piece: slice) -> Encoded:
+        ids_B = rank_batch.sample_ids_B[piece]
+        with self.stats.busy("read", items=self._micro), self._naming("read", ids_B):
+            encoded = self._source.fetch(ids_B, rank_batch.epochs_B[piece])
+        self.stats.add("read", num_bytes=sum(image.size for image in encoded.images))
+        return encoded
+
     def _recycle(self, work: _Work) -> None:
-        """Let the buffer of a batch that is handed over be used again when the caller can no longer
-        look at it."""
-        if work.buffer_BHW3 is None:
-            return
-        self._lent.append(work.buffer_BHW3)
+        """Let the buffers of a batch that is handed over be used again when the caller can no
+        longer look at it."""
+        self._lent.append(work.buffers)
+        # Batches that are the decoded pixels themselves stay valid while the next one is in use.
         while len(self._lent) > (2 if self._copier.keeps_pixels else 0):
-            self._buffers.give_back(self._lent.popleft())
+            for pool, buffer_BHW3 in zip(self._buffers, self._lent.popleft(), strict=True):
+                if buffer_BHW3 is not None:
+                    pool.give_back(buffer_BHW3)
 
     def _decode_ahead(self) -> None:
-        pending: deque[tuple[_Work, Pending]] = deque()
+        under_way: deque[tuple[_Work, list[Pending]]] = deque()
+        depth = min(decoder.depth for decoder in self._decoders)
         try:
             while True:
                 # Finished work is not held back for a read that is slow.
-                while not pending or (len(pending) < self._decoder.depth and len(self._encoded)):
+                while not under_way or (len(under_way) < depth and len(self._encoded)):
                     with self.stats.waiting("decode"):
                         work = self._encoded.get()
-                    pending.append(self._begin_decode(work))
-                self._decoded.put(self._end_decode(*pending.popleft()))
+                    under_way.append((work, self._begin_decode(work)))
+                work, pending = under_way.popleft()
+                self._end_decode(work, pending)
+                self._decoded.put(work)
         except ChannelClosedError:
             pass
         except BaseException as error:  # noqa: BLE001 - whatever it is, the caller must meet it
             self._decoded.fail(error)
         finally:
             # What still writes into buffers must be over before they are let go.
-            for _, wait in pending:
-                with suppress(Exception):
-                    wait()
+            for _, pending in under_way:
+                for wait in pending:
+                    with suppress(Exception):
+                        wait()
 
-    def _begin_decode(self, work: _Work) -> tuple[_Work, Pending]:
+    def _begin_decode(self, work: _Work) -> list[Pending]:
+        """Start to decode every view of a batch."""
         encoded = work.encoded
-        on_host = self._decoder.device.type == "cpu"
+        pending = []
         with self.stats.busy("decode"), self._naming("decode", encoded.sample_ids_B):
-            buffer_BHW3 = self._buffers.take() if on_host else None
-            wait = self._decoder.submit(encoded.images, encoded.boxes, buffer_BHW3)
-        return replace(work, buffer_BHW3=buffer_BHW3), wait
+            views = zip(self._decoders, self._buffers, encoded.boxes, strict=True)
+            for decoder, pool, boxes in views:
+                # A decoder on the GPU allocates its own output there.
+                buffer_BHW3 = pool.take() if decoder.device.type == "cpu" else None
+                work.buffers.append(buffer_BHW3)
+                pending.append(decoder.submit(encoded.images, boxes, buffer_BHW3))
+        return pending
 
-    def _end_decode(self, work: _Work, wait: Pending) -> _Work:
+    def _end_decode(self, work: _Work, pending: list[Pending]) -> None:
+        """Wait for a batch's views and start their copies to the device."""
         ids_B = work.encoded.sample_ids_B
+        num_bytes = 0
         with self.stats.busy("decode", items=len(ids_B)), self._naming("decode", ids_B):
-            pixels_BHW3 = self._source.replace_bad(work.encoded, wait(), self._decoder, self.report)
-            on_device_BHW3, copied = self._copier.begin(pixels_BHW3)
-        self.stats.add("decode", num_bytes=pixels_BHW3.numel())
-        if work.buffer_BHW3 is not None and copied is not None:
-            self._buffers.give_back(work.buffer_BHW3, after=copied)
-            work.buffer_BHW3 = None
-        return replace(work, pixels_BHW3=on_device_BHW3)
+            decoded = [wait() for wait in pending]
+            views = self._source.replace_bad(work.encoded, decoded, self._decoders, self.report)
+            for number, pixels_BHW3 in enumerate(views):
+                on_device_BHW3, copied = self._copier.begin(pixels_BHW3)
+                work.pixels.append(on_device_BHW3)
+                num_bytes += pixels_BHW3.numel()
+                # A buffer that a device copies from goes back now, with the event that ends the
+                # copy; one that is itself handed out goes back in `_recycle`.
+                buffer_BHW3 = work.buffers[number]
+                if buffer_BHW3 is not None and copied is not None:
+                    self._buffers[number].give_back(buffer_BHW3, after=copied)
+                    work.buffers[number] = None
+        self.stats.add("decode", num_bytes=num_bytes)
 
-    def _shards_ahead(self, share: Share) -> list[int]:
+    def _shards_ahead(self, rank_batch: RankBatch) -> list[int]:
         """List the shards that are read now, then those that each lane comes to one shard later."""
-        lanes = self._order.lanes
-        horizon = lanes * max(1, self._order.num_samples // self._dataset.info.num_shards)
-        epochs_B, positions_B = np.divmod(
-            share.epochs_B * self._order.num_samples + share.positions_B + horizon,
-            self._order.num_samples,
-        )
+        num_samples = self._order.num_samples
+        now_B = rank_batch.epochs_B * num_samples + rank_batch.positions_B
+        samples_per_shard = max(1, num_samples // self._dataset.info.num_shards)
+        later_B = now_B + self._order.lanes * samples_per_shard
         shards: list[int] = []
-        for epochs, positions in ((share.epochs_B, share.positions_B), (epochs_B, positions_B)):
-            for epoch in np.unique(epochs):
-                shards += (
-                    self._order.epoch(int(epoch)).shards_ahead(positions[epochs == epoch]).tolist()
-                )
+        for absolute_B in (now_B, later_B):
+            epochs_B, positions_B = np.divmod(absolute_B, num_samples)
+            for epoch in np.unique(epochs_B):
+                order = self._order.epoch(int(epoch))
+                shards += order.shards_ahead(positions_B[epochs_B == epoch]).tolist()
         return shards
 
     @contextmanager
@@ -376,49 +386,36 @@ class Loader:
             ) from error
 
 
-def read_samples(
-    dataset: Manifest,
-    sample_ids_B: I64,
-    view: ViewConfig,
+def build_decoders(
+    sampling: Sampling,
     settings: LoaderConfig,
     *,
-    seed: int = 0,
-    epoch: int = 0,
+    max_batch_size: int,
+    local_world_size: int = 1,
     device: torch.device,
-    dtype: torch.dtype = torch.float32,
-) -> Batch:
-    """Read some samples once, as a run with this seed would see them in this epoch.
-
-    For replaying a batch, for pictures and for held-out measurements.
-    """
-    ids_B = np.asarray(sample_ids_B, dtype=np.int64)
-    epochs_B = np.full_like(ids_B, epoch)
-    reader = _open_reader(dataset, settings)
-    decoder: Decoder | None = None
+) -> list[Decoder]:
+    """Build a decoder for each view; see `build_decoder`."""
+    decoders: list[Decoder] = []
     try:
-        decoder = build_decoder(
-            settings,
-            view=view,
-            max_batch_size=max(len(ids_B), 1),
-            local_world_size=1,
-            device=device,
-        )
-        source = SampleSource(dataset, reader, view=view, settings=settings, seed=seed)
-        copier = DeviceCopier(device=device, dtype=dtype)
-        encoded = source.fetch(ids_B, epochs_B)
-        pixels_BHW3, _ = copier.begin(
-            source.decode(encoded, decoder, DataReport(max_bad_share=1.0))
-        )
-        images_BCHW = copier.normalise(pixels_BHW3)
-    finally:
-        reader.close()
-        if decoder is not None:
+        for view in sampling.views:
+            decoders.append(
+                build_decoder(
+                    settings,
+                    view=view.settings,
+                    max_batch_size=max_batch_size,
+                    local_world_size=local_world_size,
+                    device=device,
+                )
+            )
+    except BaseException:
+        for decoder in decoders:
             decoder.close()
-    labels_B = torch.from_numpy(encoded.labels_B).to(device)
-    return Batch(images_BCHW, labels_B, ids_B, epochs_B, encoded.boxes, epoch, 0)
+        raise
+    return decoders
 
 
-def _open_reader(dataset: Manifest, settings: LoaderConfig) -> ShardReader:
+def open_reader(dataset: Manifest, settings: LoaderConfig) -> ShardReader:
+    """Open the reader that the settings of a loader ask for."""
     return ShardReader(
         dataset,
         cache_dir=Path(settings.cache_dir).expanduser() if settings.cache_dir else None,

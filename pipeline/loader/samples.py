@@ -5,14 +5,16 @@ Shapes: B images.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
 import torch
 
-from pipeline.config import LoaderConfig, ViewConfig
+from pipeline.config import LoaderConfig
 from pipeline.dataset.manifest import Manifest, Rows
 from pipeline.decoders.base import Decoded, Decoder
 from pipeline.errors import DataError
@@ -20,7 +22,8 @@ from pipeline.formats.table import FORMATS
 from pipeline.images.header import probe
 from pipeline.loader.data_report import DataReport
 from pipeline.reading.reader import U8, ShardReader
-from pipeline.sampling.boxes import Boxes, draw_boxes
+from pipeline.sampling.boxes import Boxes
+from pipeline.sampling.draws import Sampling
 from pipeline.sampling.philox import I64
 
 _RAW = FORMATS.index("raw")
@@ -54,16 +57,18 @@ class Encoded:
         sample_ids_B, epochs_B: int64; what names every random choice.
         labels_B: int64, -1 where there is none.
         images: encoded bytes.
-        boxes: where to cut.
-        bad: why a sample cannot be used, by its place.
+        boxes: where to cut, for each view.
+        bad: why a sample cannot be used, by its number in the batch.
+        draws: the arrays that `Sampling.draws` asks for, by name.
     """
 
     sample_ids_B: I64
     epochs_B: I64
     labels_B: I64
     images: list[U8]
-    boxes: Boxes
+    boxes: tuple[Boxes, ...]
     bad: dict[int, str] = field(default_factory=dict)
+    draws: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
 
 
 class SampleSource:
@@ -75,7 +80,7 @@ class SampleSource:
     Args:
         dataset: an open dataset.
         reader: bytes of its samples.
-        view: how images are cut.
+        sampling: what is cut out of and drawn for each image.
         settings: limits on pixels and bytes.
         seed: key of the run.
     """
@@ -85,44 +90,64 @@ class SampleSource:
         dataset: Manifest,
         reader: ShardReader,
         *,
-        view: ViewConfig,
+        sampling: Sampling,
         settings: LoaderConfig,
         seed: int,
     ) -> None:
         self._dataset = dataset
         self._reader = reader
-        self._view = view
+        self._sampling = sampling
         self._settings = settings
         self._seed = seed
 
     def fetch(self, sample_ids_B: I64, epochs_B: I64) -> Encoded:
-        """Read samples and draw their boxes."""
-        return self._fetch(sample_ids_B, named_by_B=sample_ids_B, epochs_B=epochs_B)
+        """Read samples and draw everything that is random about them."""
+        encoded = self._fetch(sample_ids_B, named_by_B=sample_ids_B, epochs_B=epochs_B)
+        # Drawn here and not in `_fetch`: a substitute keeps the draws of the sample it stands for.
+        encoded.draws = self._sampling.draw_arrays(
+            seed=self._seed, epochs_B=epochs_B, sample_ids_B=sample_ids_B
+        )
+        return encoded
 
-    def decode(self, encoded: Encoded, decoder: Decoder, report: DataReport) -> torch.Tensor:
+    def decode(
+        self, encoded: Encoded, decoders: Sequence[Decoder], report: DataReport
+    ) -> list[torch.Tensor]:
         """Decode a batch; bad samples are replaced, counted and reported, and their labels with
         them.
 
+        Args:
+            encoded: the batch.
+            decoders: one for each view.
+            report: told what was bad.
+
         Returns:
-            uint8 RGB of shape (B, H, W, 3).
+            For each view, uint8 RGB of shape (B, H, W, 3).
 
         Raises:
             DataError: too much is bad (see `DataReport`), or nothing near a bad sample is good.
         """
-        return self.replace_bad(
-            encoded, decoder.decode(encoded.images, encoded.boxes), decoder, report
-        )
+        decoded = _decode_views(encoded, decoders)
+        return self.replace_bad(encoded, decoded, decoders, report)
 
     def replace_bad(
-        self, encoded: Encoded, decoded: Decoded, decoder: Decoder, report: DataReport
-    ) -> torch.Tensor:
+        self,
+        encoded: Encoded,
+        decoded: Sequence[Decoded],
+        decoders: Sequence[Decoder],
+        report: DataReport,
+    ) -> list[torch.Tensor]:
         """Replace what is bad in a decoded batch, count and report it (see `decode`)."""
-        bad = {**decoded.bad, **encoded.bad}
+        # An image that is bad in one view is replaced in all of them: views of two images in one
+        # row would be learned from as views of one.
+        bad = _bad_in_any(decoded) | encoded.bad
         for i in sorted(bad):
-            decoded.pixels_BHW3[i], encoded.labels_B[i] = self._substitute(encoded, i, decoder)
+            pixels_of_views, encoded.labels_B[i] = self._substitute(encoded, i, decoders)
+            for view, pixels_HW3 in zip(decoded, pixels_of_views, strict=True):
+                view.pixels_BHW3[i] = pixels_HW3
+        pixels = [view.pixels_BHW3 for view in decoded]
         if not bad:
             report.good(len(encoded.images))
-            return decoded.pixels_BHW3
+            return pixels
         shards_B, _ = self._dataset.locate(encoded.sample_ids_B)
         keys = dict(zip(bad, self._dataset.keys(encoded.sample_ids_B[list(bad)]), strict=True))
         count = range(len(encoded.images))
@@ -131,7 +156,7 @@ class SampleSource:
             [self._dataset.shard_name(int(shards_B[i])) for i in count],
             [keys.get(i, "") for i in count],
         )
-        return decoded.pixels_BHW3
+        return pixels
 
     def _fetch(self, sample_ids_B: I64, *, named_by_B: I64, epochs_B: I64) -> Encoded:
         rows = self._dataset.lookup(sample_ids_B)
@@ -141,8 +166,7 @@ class SampleSource:
         bad = {**self._screen_headers(images, rows), **mismatched, **bad}
         for i in bad:
             images[i] = _EMPTY
-        boxes = draw_boxes(
-            self._view,
+        boxes = self._sampling.draw_boxes(
             seed=self._seed,
             epochs_B=epochs_B,
             sample_ids_B=named_by_B,
@@ -180,7 +204,10 @@ class SampleSource:
                 bad[i] = "is not of the size that the manifest says"
         return bad
 
-    def _substitute(self, encoded: Encoded, i: int, decoder: Decoder) -> tuple[torch.Tensor, int]:
+    def _substitute(
+        self, encoded: Encoded, i: int, decoders: Sequence[Decoder]
+    ) -> tuple[list[torch.Tensor], int]:
+        """Give the pixels of each view, and the label, of the sample that stands in for one."""
         sample_id = encoded.sample_ids_B[i : i + 1]
         shards, indices = self._dataset.locate(sample_id)
         shard, index = int(shards[0]), int(indices[0])
@@ -193,14 +220,28 @@ class SampleSource:
             )
             if candidate.bad:
                 continue
-            decoded = decoder.decode(candidate.images, candidate.boxes)
-            if not decoded.bad:
-                return decoded.pixels_BHW3[0], int(candidate.labels_B[0])
+            decoded = _decode_views(candidate, decoders)
+            if not _bad_in_any(decoded):
+                pixels_of_views = [view.pixels_BHW3[0] for view in decoded]
+                return pixels_of_views, int(candidate.labels_B[0])
         raise DataError(
             f"data: sample {int(sample_id[0])} of {self._dataset.shard_name(shard)} cannot be "
             "used, nor can the "
             f"{min(size - 1, _SUBSTITUTES)} after it: check the shard with pipeline.verify --full"
         )
+
+
+def _decode_views(encoded: Encoded, decoders: Sequence[Decoder]) -> list[Decoded]:
+    views = zip(decoders, encoded.boxes, strict=True)
+    return [decoder.decode(encoded.images, boxes) for decoder, boxes in views]
+
+
+def _bad_in_any(decoded: Sequence[Decoded]) -> dict[int, str]:
+    """Collect what is bad in any view; of several reasons the first view's is told."""
+    bad: dict[int, str] = {}
+    for view in reversed(decoded):
+        bad |= view.bad
+    return bad
 
 
 def _declared_size(image: U8) -> tuple[int, int] | None:

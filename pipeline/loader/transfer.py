@@ -13,7 +13,7 @@ import torch
 from pipeline.config import IMAGENET_MEAN, IMAGENET_STD
 
 
-class HostBuffers:
+class PixelBuffers:
     """Memory for decoded batches on the host, used again and again; pinned where a CUDA device
     copies from it.
 

@@ -1,6 +1,6 @@
-"""Crop boxes, flips and mask noise: pure functions of (seed, epoch, sample).
+"""Crop boxes and flips: pure functions of (seed, epoch, sample, view).
 
-Shapes: B images, N patches, T tries.
+Shapes: B images, T tries.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config import ViewConfig
-from pipeline.sampling.philox import I64, Purpose, random_words, unit_float32, unit_float64
+from pipeline.sampling.philox import I64, Purpose, random_words, unit_float64
 
 _TRIES = 10
 """Boxes that are drawn before falling back to a centred one, as torchvision's RandomResizedCrop
@@ -55,6 +55,7 @@ def draw_boxes(
     sample_ids_B: I64,
     widths_B: npt.ArrayLike,
     heights_B: npt.ArrayLike,
+    view_number: int = 0,
 ) -> Boxes:
     """Compute the box and the flip of each image.
 
@@ -67,6 +68,7 @@ def draw_boxes(
         seed: key of the run.
         epochs_B, sample_ids_B: what names the draw.
         widths_B, heights_B: sizes of the stored images in pixels, at least 1.
+        view_number: names the view's random words; views with one number share box and flip.
 
     Returns:
         One box and flip an image.
@@ -84,6 +86,7 @@ def draw_boxes(
         epochs_n=epochs_B,
         streams_n=sample_ids_B,
         num_blocks=_TRIES,
+        view=view_number,
     ).reshape(-1, _TRIES, 4)
     units_BT4 = unit_float64(words_BT4)
     areas_BT = view.min_area + (view.max_area - view.min_area) * units_BT4[:, :, 0]
@@ -104,7 +107,12 @@ def draw_boxes(
     fallback = _largest_within(image_widths_B, image_heights_B, view.min_aspect, view.max_aspect)
     none_B = ~fits_BT.any(axis=1)
     flip_words_B = random_words(
-        seed=seed, purpose=Purpose.FLIP, epochs_n=epochs_B, streams_n=sample_ids_B, num_blocks=1
+        seed=seed,
+        purpose=Purpose.FLIP,
+        epochs_n=epochs_B,
+        streams_n=sample_ids_B,
+        num_blocks=1,
+        view=view_number,
     )[:, 0]
     return Boxes(
         tops_B=np.where(none_B, fallback.tops_B, tops_B).astype(np.int32),
@@ -113,24 +121,6 @@ def draw_boxes(
         widths_B=np.where(none_B, fallback.widths_B, box_widths_B).astype(np.int32),
         flips_B=unit_float64(flip_words_B) < view.flip_probability,
     )
-
-
-def mask_noise(
-    seed: int, epochs_B: I64, sample_ids_B: I64, num_patches: int
-) -> npt.NDArray[np.float32]:
-    """Draw the noise whose order decides which patches a masked autoencoder sees.
-
-    Returns:
-        float32 array of shape (B, N), uniform in [0, 1).
-    """
-    words_BN = random_words(
-        seed=seed,
-        purpose=Purpose.MASK,
-        epochs_n=epochs_B,
-        streams_n=sample_ids_B,
-        num_blocks=(num_patches + 3) // 4,
-    )[:, :num_patches]
-    return unit_float32(words_BN)
 
 
 def _below(words_B: npt.NDArray[np.uint64], limits_B: I64) -> I64:

@@ -34,7 +34,7 @@ class Cursor:
 
 
 @dataclass(frozen=True)
-class Share:
+class RankBatch:
     """What one rank reads of one global batch, in the order it reads it.
 
     Attributes:
@@ -210,7 +210,7 @@ class Order:
         steps = self.num_samples / self.global_batch_size
         return float(int(steps)) if self._config.remainder == "drop" else steps
 
-    def share(self, cursor: Cursor) -> Share:
+    def rank_batch(self, cursor: Cursor) -> RankBatch:
         """Compute this rank's part of the global batch that begins at a cursor."""
         start = self._settle(cursor)
         offsets = np.arange(self.global_batch_size, dtype=np.int64) + start.position
@@ -228,14 +228,14 @@ class Order:
             of_epoch = epochs_B == epoch
             sample_ids_B[of_epoch] = self.epoch(int(epoch)).sample_ids(positions_B[of_epoch])
         end = self._settle(self.advance(start, batches=1))
-        return Share(epochs_B, positions_B, sample_ids_B, start, end)
+        return RankBatch(epochs_B, positions_B, sample_ids_B, start, end)
 
-    def shares(self, cursor: Cursor) -> Iterator[Share]:
-        """Iterate over this rank's shares from a cursor on, without end."""
+    def rank_batches(self, cursor: Cursor) -> Iterator[RankBatch]:
+        """Iterate over this rank's part of each global batch from a cursor on, without end."""
         while True:
-            share = self.share(cursor)
-            yield share
-            cursor = share.end
+            rank_batch = self.rank_batch(cursor)
+            yield rank_batch
+            cursor = rank_batch.end
 
     def advance(self, cursor: Cursor, *, batches: int) -> Cursor:
         """Move a cursor by whole global batches, in constant time."""

@@ -1,8 +1,8 @@
 """A counter-based random generator: every draw is a pure function of what it is for.
 
 Philox-4x32-10 maps a 128-bit counter and a 64-bit key to 128 random bits, with no state. The
-counter names the draw (purpose, epoch, sample or stream, block), the key is the seed, so any draw
-of any run can be repeated alone, in any order, on any number of processes.
+counter names the draw (purpose, view, epoch, sample or stream, block), the key is the seed, so any
+draw of any run can be repeated alone, in any order, on any number of processes.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 
@@ -31,17 +31,21 @@ MAX_STREAM = 2**48
 """Streams (sample ids, positions) that one purpose can tell apart."""
 MAX_EPOCH = 2**32
 """Epochs that one seed can tell apart."""
+MAX_VIEW = 2**8
+"""Views of one image that one purpose can tell apart."""
 
 
 class Purpose(IntEnum):
-    """What a draw is for. The numbers are part of what a run sees and never change."""
+    """What a draw is for, 1 to 255. The numbers are part of what a run sees and never change.
+
+    6 was given once and never used; a new purpose starts at 7.
+    """
 
     SHARDS = 1
     WINDOW = 2
     CROP = 3
     FLIP = 4
     MASK = 5
-    CONVERT = 6
 
 
 def philox4x32(counters_4n: tuple[U64, U64, U64, U64], key: int) -> tuple[U64, U64, U64, U64]:
@@ -77,8 +81,9 @@ def random_words(
     streams_n: npt.ArrayLike,
     num_blocks: int,
     first_block: int = 0,
+    view: int = 0,
 ) -> U32:
-    """Draw the same words for the same (seed, purpose, epoch, stream, block), whoever asks.
+    """Draw the same words for the same (seed, purpose, view, epoch, stream, block), whoever asks.
 
     Args:
         seed: 64-bit key of the run.
@@ -87,6 +92,7 @@ def random_words(
         streams_n: sample id or other number of each draw, in [0, 2^48).
         num_blocks: blocks of four 32-bit words a stream.
         first_block: number of the first block.
+        view: which view of an image the draw is for, in [0, 256).
 
     Returns:
         uint32 array of shape (n, 4 * num_blocks).
@@ -97,9 +103,14 @@ def random_words(
         raise ValueError(f"stream {int(streams.max())} is outside [0, 2^48)")
     if epochs.size and int(epochs.max()) >= MAX_EPOCH:
         raise ValueError(f"epoch {int(epochs.max())} is outside [0, 2^32)")
+    if not 0 <= view < MAX_VIEW:
+        raise ValueError(f"view {view} is outside [0, 256)")
+    # The counter's third word: 16 high bits of the stream, 8 of the purpose, 8 of the view. View 0
+    # leaves the word as it was before there were views, so that older runs go on unchanged.
+    kind = np.uint64((view << 24) | (int(purpose) << 16))
     blocks_1k = np.arange(first_block, first_block + num_blocks, dtype=np.uint64)[None, :]
     low_n1 = (streams & _LOW)[:, None]
-    high_n1 = ((streams >> _SHIFT) | np.uint64(int(purpose) << 16))[:, None]
+    high_n1 = ((streams >> _SHIFT) | kind)[:, None]
     words = philox4x32((blocks_1k, low_n1, high_n1, epochs[:, None]), seed)
     out_nk4 = np.empty((streams.size, num_blocks, 4), dtype=np.uint32)
     for word in range(4):

@@ -51,7 +51,7 @@ class Poisoned:
 def test_a_thread_that_dies_names_the_samples_in_flight(make_dataset, crops):
     dataset = open_dataset(make_dataset())
     with make_loader(dataset) as loader:
-        loader._decoder = Poisoned(loader._decoder, crops[21])
+        loader._decoders = [Poisoned(loader._decoders[0], crops[21])]
         stream = iter(loader)
         with pytest.raises(
             DataError, match=r"decode thread failed \(RuntimeError: codec state corrupted\)"

@@ -62,7 +62,7 @@ def read(dataset, *, world, cache_dir, state=None, batches, decoder="turbo"):
 
 
 def records_of(batch):
-    boxes = batch.boxes
+    (boxes,) = batch.boxes
     columns = (
         batch.sample_ids_B,
         boxes.tops_B,

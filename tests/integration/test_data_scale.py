@@ -32,7 +32,7 @@ sizes = dict(global_batch_size=4096, rank=0, world_size=8)
 order = Order(dataset.shard_sizes, config=OrderConfig(), seed=0, **sizes)
 
 def look_up(cursor):
-    share = order.share(cursor)
+    share = order.rank_batch(cursor)
     shards = order.epoch(cursor.epoch).shards_ahead(share.positions_B)
     rows = dataset.lookup(share.sample_ids_B)
     assert set(rows.shards_B.tolist()) <= set(shards.tolist())

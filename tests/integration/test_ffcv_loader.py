@@ -57,7 +57,7 @@ def take(loader, batches, *, world=1):
     stream, seen, pixels = iter(loader), [], []
     for _ in range(batches * GLOBAL // world // 4):
         batch = next(stream)
-        boxes = batch.boxes
+        (boxes,) = batch.boxes
         columns = (
             batch.sample_ids_B,
             batch.epochs_B,

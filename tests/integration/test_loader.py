@@ -49,7 +49,7 @@ def make_loader(dataset, *, rank=0, world=1, micro=4, decoder="turbo", state=Non
 
 def records(batch):
     """What was seen, one tuple an image: sample, epoch, box, flip."""
-    boxes = batch.boxes
+    (boxes,) = batch.boxes
     columns = (
         batch.sample_ids_B,
         batch.epochs_B,
@@ -355,5 +355,5 @@ def test_boxes_are_those_of_the_pure_function(dataset):
         widths_B=rows.widths_B,
         heights_B=rows.heights_B,
     )
-    assert boxes.tops_B.tolist() == batch.boxes.tops_B.tolist()
-    assert boxes.flips_B.tolist() == batch.boxes.flips_B.tolist()
+    assert boxes.tops_B.tolist() == batch.boxes[0].tops_B.tolist()
+    assert boxes.flips_B.tolist() == batch.boxes[0].flips_B.tolist()

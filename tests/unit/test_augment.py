@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config import ViewConfig
-from pipeline.sampling.boxes import draw_boxes, mask_noise
+from pipeline.sampling.boxes import draw_boxes
 
 images = st.lists(st.tuples(st.integers(1, 5000), st.integers(1, 5000)), min_size=1, max_size=20)
 
@@ -108,15 +108,3 @@ def test_center_takes_the_largest_box_of_the_aspect_and_never_flips():
         (8, 4),
     ]
     assert not boxes.flips_B.any()
-
-
-def test_mask_noise_is_uniform_and_named_by_seed_epoch_and_sample():
-    ids = np.arange(200)
-    noise_BN = mask_noise(7, np.zeros(200, dtype=np.int64), ids, 97)
-    assert noise_BN.shape == (200, 97)
-    assert noise_BN.dtype == np.float32
-    assert abs(noise_BN.mean() - 0.5) < 0.01
-    again = mask_noise(7, np.array([0]), np.array([150]), 97)
-    assert np.array_equal(again[0], noise_BN[150])
-    assert not np.array_equal(mask_noise(7, np.array([1]), np.array([150]), 97)[0], noise_BN[150])
-    assert not np.array_equal(mask_noise(8, np.array([0]), np.array([150]), 97)[0], noise_BN[150])

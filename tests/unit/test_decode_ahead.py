@@ -17,7 +17,7 @@ from pipeline.decoders.choose import build_decoder, with_tuning
 from pipeline.decoders.jpeg import JpegCutter, has_regions, is_whole_jpeg
 from pipeline.decoders.tuning import Tuning, write_tuning
 from pipeline.errors import ConfigError
-from pipeline.loader.transfer import HostBuffers
+from pipeline.loader.transfer import PixelBuffers
 from pipeline.sampling.boxes import draw_boxes
 
 CPU = torch.device("cpu")
@@ -168,7 +168,7 @@ def test_a_bad_image_costs_no_batch_that_is_ahead(crops, decoder):
 
 
 def test_host_buffers_are_used_again_only_when_given_back():
-    buffers = HostBuffers((2, 4, 4, 3), pinned=False)
+    buffers = PixelBuffers((2, 4, 4, 3), pinned=False)
     first, second = buffers.take(), buffers.take()
     assert first.data_ptr() != second.data_ptr()
     buffers.give_back(first)

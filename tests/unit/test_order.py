@@ -31,7 +31,7 @@ def first_shares(sizes_S, config, *, world, batch, batches, cursor=Cursor(), see
         )
         for rank in range(world)
     ]
-    streams = [order.shares(cursor) for order in ranks]
+    streams = [order.rank_batches(cursor) for order in ranks]
     return [[next(stream) for stream in streams] for _ in range(batches)]
 
 
@@ -130,7 +130,7 @@ def test_resume_goes_on_exactly(sizes_S, config, remainder, batch, skipped):
     config = config.model_copy(update={"remainder": remainder})
     whole = first_shares(sizes_S, config, world=1, batch=batch, batches=skipped + 2)
     order = Order(np.array(sizes_S), config=config, seed=5, global_batch_size=batch)
-    share = order.share(order.advance(Cursor(), batches=skipped))
+    share = order.rank_batch(order.advance(Cursor(), batches=skipped))
     assert share.sample_ids_B.tolist() == whole[skipped][0].sample_ids_B.tolist()
     assert share.start == whole[skipped][0].start
 
@@ -155,7 +155,7 @@ def test_a_rank_reads_only_its_own_shards(num_shards, size, window, world, multi
         )
         cursor, shards = Cursor(), set()
         while cursor.epoch == 0:
-            share = order.share(cursor)
+            share = order.rank_batch(cursor)
             shards |= set((share.sample_ids_B[share.epochs_B == 0] // size).tolist())
             cursor = share.end
         assert len(shards) <= num_shards / world + 2 * lanes / world, (total, rank)

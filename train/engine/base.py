@@ -88,12 +88,12 @@ class Engine(ABC):
         return False
 
     @abstractmethod
-    def forward_backward(self, images_BCHW: Tensor, noise_BN: Tensor) -> Tensor:
+    def forward_backward(self, *inputs: Tensor) -> Tensor:
         """Run one micro-batch and accumulate its gradients. Does not synchronise with the device.
 
         Args:
-            images_BCHW: normalised images of this rank, on its device.
-            noise_BN: mask noise of the same images.
+            inputs: arguments of the model's forward pass, on this rank's device; see
+                `Objective.inputs`.
 
         Returns:
             The loss of this rank's micro-batch: a detached float32 scalar on the device.

@@ -94,10 +94,10 @@ class DeepSpeedEngine(Engine):
         """Whether the dynamic scaler is above its floor."""
         return is_above_floor(self._engine)
 
-    def forward_backward(self, images_BCHW: Tensor, noise_BN: Tensor) -> Tensor:
+    def forward_backward(self, *inputs: Tensor) -> Tensor:
         """Run one micro-batch."""
         self._engine.train()
-        loss: Tensor = self._engine(images_BCHW, noise_BN).loss
+        loss: Tensor = self._engine(*inputs).loss
         self._engine.backward(poisoned_if_not_finite(loss))
         self._micro_batches += 1
         if self._micro_batches < self.grad_accum_steps:

@@ -50,11 +50,11 @@ class TorchEngine(Engine):
         """Steps without an update."""
         return self._skipped_steps
 
-    def forward_backward(self, images_BCHW: Tensor, noise_BN: Tensor) -> Tensor:
+    def forward_backward(self, *inputs: Tensor) -> Tensor:
         """Run one micro-batch."""
         self._module.train()
         with autocast(self.config, self.device):
-            loss: Tensor = self._module(images_BCHW, noise_BN).loss
+            loss: Tensor = self._module(*inputs).loss
         torch.autograd.backward(poisoned_if_not_finite(loss) / self.grad_accum_steps)
         self._micro_batches += 1
         return loss.detach()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
-from torch import Tensor
+from torch import Tensor, nn
 
-from model.objectives.mae import MaskedAutoencoder
 from pipeline.dataset import Manifest
 from train.evaluation.held_out import iterate_held_out
 from train.evaluation.saved_model import SavedModel
@@ -21,7 +20,7 @@ POOLING = "mean of the patch tokens after the final norm, without the class toke
 
 @torch.no_grad()
 def embed(
-    model: MaskedAutoencoder,
+    model: nn.Module,
     saved: SavedModel,
     dataset: Manifest,
     *,
@@ -32,8 +31,8 @@ def embed(
     """Describe whole images by an encoder.
 
     Args:
-        model: the encoder.
-        saved: whose settings say how images are read.
+        model: the trained model, or an untrained one of the same make.
+        saved: whose objective and settings say how images are read and where the encoder is.
         dataset: which images.
         device: where to compute.
         limit: images to read at most.
@@ -42,11 +41,16 @@ def embed(
     Returns:
         features_MD, unit length, and labels_M.
     """
-    features, labels = [], []
-    batches = iterate_held_out(saved.config, dataset, device=device, limit=limit, label=label)
-    for held_out in batches:
-        features.append(F.normalize(model.features(held_out.images_BCHW).float(), dim=1))
-        labels.append(held_out.labels_B)
+    objective = saved.objective
+    encoder = objective.encoder(model)
+    batches = iterate_held_out(
+        saved.config, objective, dataset, device=device, limit=limit, label=label
+    )
+    features: list[Tensor] = []
+    labels: list[Tensor] = []
+    for batch in batches:
+        features.append(F.normalize(encoder.features(batch.images_BCHW).float(), dim=1))
+        labels.append(batch.labels_B)
     return torch.cat(features), torch.cat(labels)
 
 

@@ -17,10 +17,9 @@ from torch import Tensor
 from pipeline.config import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.dataset import open_dataset
 from pipeline.errors import ConfigError, DataError
-from pipeline.sampling.boxes import mask_noise
-from train.evaluation.held_out import MASK_SEED, read_held_out
+from train.evaluation.held_out import HELD_OUT_SEED, read_held_out
 from train.evaluation.saved_model import SavedModel
-from train.objectives.mae import complete
+from train.objectives.base import make_batch
 from train.report.drawing import draw_reconstruction, spread_ids
 
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
@@ -86,7 +85,7 @@ def find_pictures(source: Path, *, count: int) -> list[Path]:
 
 
 def draw(
-    saved: SavedModel, out: Path, *, images: str = "", count: int = 8, seed: int = MASK_SEED
+    saved: SavedModel, out: Path, *, images: str = "", count: int = 8, seed: int = HELD_OUT_SEED
 ) -> Drawn:
     """Draw images as a model sees and completes them.
 
@@ -95,29 +94,33 @@ def draw(
         out: PNG to write.
         images: a folder of pictures, or one picture. Empty: the run's held-out shards.
         count: pictures at most.
-        seed: key of the masks.
+        seed: key of the draws, e.g. of the masks.
 
     Raises:
-        ConfigError: there are no images to draw.
+        ConfigError: there are no images to draw, or models of this objective make no pictures.
         DataError: a picture cannot be read.
     """
     config = saved.config
+    objective = saved.objective
     device = next(saved.model.parameters()).device
     if images:
         paths = find_pictures(Path(images), count=count)
-        images_BCHW = read_pictures(paths, height=config.view.height, width=config.view.width)
-        images_BCHW = images_BCHW.to(device)
-        ids = np.arange(len(paths), dtype=np.int64)
+        sampling = objective.sampling()
+        views_BCHW = []
+        for view in sampling.views:
+            height, width = view.settings.height, view.settings.width
+            views_BCHW.append(read_pictures(paths, height=height, width=width).to(device))
+        batch = make_batch(sampling, views_BCHW, seed=seed)
     elif config.data.val:
         dataset = open_dataset(config.data.val)
         ids = spread_ids(dataset.info.num_samples, count)
-        images_BCHW = read_held_out(config, dataset, ids, device=device).images_BCHW
+        batch = read_held_out(config, objective, dataset, ids, device=device, seed=seed)
     else:
         raise ConfigError("the run has no held-out shards: give a folder of pictures with --images")
 
-    # Epoch 0 for all of them: a picture's mask depends on the seed and its number alone.
-    noise = mask_noise(seed, np.zeros_like(ids), ids, config.model.num_patches)
-    completion = complete(saved.model, images_BCHW, torch.from_numpy(noise).to(device))
+    completion = objective.pictures(saved.model, batch)
+    if completion is None:
+        raise ConfigError(f"{saved.uri}: models of its objective make no pictures")
     title = f"{config.recipe} after step {saved.step}"
     draw_reconstruction(out, completion, title=title)
-    return Drawn(len(ids), completion.loss)
+    return Drawn(len(batch.labels_B), completion.loss)

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import torch
 from pydantic import ValidationError
+from torch import nn
 
-from model.objectives.mae import MaskedAutoencoder
 from train.checkpoint.state import load_weights
 from train.config import RunConfig
 from train.errors import CheckpointError
+from train.objectives.base import Objective
+from train.objectives.choose import choose_objective
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,15 @@ class SavedModel:
         uri: what it was loaded from.
     """
 
-    model: MaskedAutoencoder
+    model: nn.Module
     config: RunConfig
     step: int
     uri: str
+
+    @property
+    def objective(self) -> Objective:
+        """What the model was trained for."""
+        return choose_objective(self.config)
 
 
 def load_model(uri: str, *, device: torch.device | None = None) -> SavedModel:
@@ -53,7 +60,7 @@ def load_model(uri: str, *, device: torch.device | None = None) -> SavedModel:
             "use the version that wrote it"
         ) from error
     with torch.device("meta"):
-        model = MaskedAutoencoder(config.model)
+        model = choose_objective(config).build()
     model = model.to_empty(device="cpu")
     try:
         model.load_state_dict(tensors, strict=True)
@@ -66,8 +73,8 @@ def load_model(uri: str, *, device: torch.device | None = None) -> SavedModel:
     )
 
 
-def untrained_like(saved: SavedModel, *, device: torch.device) -> MaskedAutoencoder:
+def untrained_like(saved: SavedModel, *, device: torch.device) -> nn.Module:
     """Make the same model with the first weights of its run, which is what its features are
     compared with."""
     torch.manual_seed(saved.config.train.seed)
-    return MaskedAutoencoder(saved.config.model).to(device).eval()
+    return saved.objective.build().to(device).eval()

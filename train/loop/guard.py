@@ -12,7 +12,8 @@ import statistics
 from collections import deque
 from typing import Literal
 
-Verdict = Literal["fine", "skipped", "roll-back", "stop"]
+Reaction = Literal["fine", "skipped", "roll-back", "stop"]
+"""What follows from a step; see `SkipGuard.judge`."""
 HISTORY = 20
 """Lines of the log that a loss is compared with: about a thousand steps at the default of 50 steps
 a line."""
@@ -44,7 +45,7 @@ class SkipGuard:
         suspicion."""
         return self._in_a_row
 
-    def judge(self, step: Literal["taken", "skipped"]) -> Verdict:
+    def judge(self, step: Literal["taken", "skipped"]) -> Reaction:
         """Take note of one step.
 
         Args:
@@ -104,7 +105,9 @@ class SpikeGuard:
         if not self._factor or not math.isfinite(loss):
             return False
         high = len(self._recent) >= HISTORY_NEEDED and loss > self._factor * self.usual_loss
-        begins, self._high = high and not self._high, high
+        begins = high and not self._high
+        self._high = high
+        # A plateau of high losses would otherwise raise the median until it looks usual.
         if not high:
             self._recent.append(loss)
         return begins

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from model.objectives.mae import MaskedAutoencoder
 from pipeline.dataset import Manifest, open_dataset
 from pipeline.loader import Loader
 from pipeline.storage import redact
@@ -22,6 +21,7 @@ from train.engine.base import Engine
 from train.engine.build import build_engine
 from train.engine.deepspeed_config import render_deepspeed_config
 from train.loop.guard import SkipGuard, SpikeGuard
+from train.objectives.base import Objective
 from train.process.outcome import Outcome, write_json
 from train.process.world import World
 from train.report.data_record import keep_description, kept_description
@@ -37,6 +37,7 @@ class Run:
     """Everything the loop works with."""
 
     config: RunConfig
+    objective: Objective
     world: World
     outcome: Outcome
     run_dir: Path
@@ -56,33 +57,54 @@ class Run:
     failed_saves: int = 0
 
 
-def open_run(config: RunConfig, *, world: World, outcome: Outcome) -> Run | None:
-    """Open data, model, engine and reports at the newest checkpoint; None where the run is finished
-    already."""
+def open_run(
+    config: RunConfig, objective: Objective, *, world: World, outcome: Outcome
+) -> Run | None:
+    """Open data, model, engine and reports at the newest checkpoint. All ranks enter.
+
+    Args:
+        config: checked settings.
+        objective: what is learned.
+        world: the processes of the run.
+        outcome: told the step.
+
+    Returns:
+        The run; None if it is finished already.
+    """
     check_trackers(config)
+    run_dir = Path(config.run_dir)
+
+    # Data first: the number of steps may depend on the size of the dataset.
     dataset = _open_together(config.data.train, world=world)
     held_out = _open_together(config.data.val, world=world) if config.data.val else None
-    loader = _open_loader(config, dataset, world=world)
+    loader = _open_loader(config, objective, dataset, world=world)
     total_steps = count_steps(config, steps_per_epoch=loader.steps_per_epoch)
-    checkpoint, keep = config.checkpoint, config.checkpoint.keep_last
-    store = CheckpointStore(config.checkpoint_dir, keep_last=keep, keep_every=checkpoint.keep_every)
+
+    # The newest checkpoint, if there is one.
+    store = CheckpointStore(
+        config.checkpoint_dir,
+        keep_last=config.checkpoint.keep_last,
+        keep_every=config.checkpoint.keep_every,
+    )
     state = store.latest(world)
-    first_step = outcome.step = state.step if state is not None else 0
+    first_step = state.step if state is not None else 0
+    outcome.step = first_step
     if state is not None and first_step >= total_steps:
         loader.close()
         if world.is_main:
             sys.stdout.write(
-                f"finished: step {first_step} of {total_steps} is in {redact(state.uri)}; nothing "
-                "to do\n"
+                f"finished: step {first_step} of {total_steps} is in {redact(state.uri)}; there is "
+                "no step left to take\n"
             )
         return None
+
+    # The seed comes right before the model: first weights are a function of the seed alone.
     torch.manual_seed(config.train.seed)
-    engine = build_engine(config, model=MaskedAutoencoder(config.model), resume=state, world=world)
+    engine = build_engine(config, model=objective.build(), resume=state, world=world)
     if state is not None:
-        place = state.client["loader"]
-        trained_on = kept_description(config.checkpoint_dir, place["fingerprint"])
-        loader.load_state_dict(place, trained_on=trained_on, on_change=config.data.on_change)
-    run_dir = Path(config.run_dir)
+        _restore_cursor(loader, state, config)
+
+    # Only now is the run folder written to: what failed before must leave an older run as it was.
     if world.is_main:
         keep_description(config.checkpoint_dir, dataset.info)
         _write_settings(config, run_dir, world_size=world.world_size)
@@ -103,6 +125,7 @@ def open_run(config: RunConfig, *, world: World, outcome: Outcome) -> Run | None
         )
     return Run(
         config=config,
+        objective=objective,
         world=world,
         outcome=outcome,
         run_dir=run_dir,
@@ -110,7 +133,7 @@ def open_run(config: RunConfig, *, world: World, outcome: Outcome) -> Run | None
         held_out=held_out,
         engine=engine,
         store=store,
-        saver=Saver(store, world=world, mode=checkpoint.mode),
+        saver=Saver(store, world=world, mode=config.checkpoint.mode),
         reporter=reporter,
         meter=Meter(global_batch_size=config.train.global_batch_size),
         skips=SkipGuard(
@@ -124,16 +147,25 @@ def open_run(config: RunConfig, *, world: World, outcome: Outcome) -> Run | None
     )
 
 
+def _restore_cursor(loader: Loader, state: CheckpointState, config: RunConfig) -> None:
+    """Bring the loader to where the checkpoint's run was."""
+    cursor = state.client["loader"]
+    trained_on = kept_description(config.checkpoint_dir, cursor["fingerprint"])
+    loader.load_state_dict(cursor, trained_on=trained_on, on_change=config.data.on_change)
+
+
 def _peak_tflops(config: RunConfig, device: torch.device) -> float | None:
     if config.engine.device_tflops:
         return config.engine.device_tflops
     return peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
-def _open_loader(config: RunConfig, dataset: Manifest, *, world: World) -> Loader:
+def _open_loader(
+    config: RunConfig, objective: Objective, dataset: Manifest, *, world: World
+) -> Loader:
     return Loader(
         dataset,
-        config.view,
+        objective.sampling(),
         config.order,
         config.loader,
         seed=config.train.seed,
@@ -157,8 +189,8 @@ def count_steps(config: RunConfig, *, steps_per_epoch: float) -> int:
 
 
 def _open_together(uri: str, *, world: World) -> Manifest:
-    """Open a dataset on rank 0 first: where it has to be scanned, it is scanned once and then found
-    by the others."""
+    """Open a dataset on rank 0 first: if it has to be scanned, it is scanned once, and the others
+    read what rank 0 wrote."""
     dataset = open_dataset(uri) if world.is_main else None
     world.barrier()
     return dataset or open_dataset(uri)

@@ -1,4 +1,4 @@
-"""Begin and finish saves."""
+"""Begin and finish saves, with what the loop has to know to go on."""
 
 from __future__ import annotations
 
@@ -14,28 +14,42 @@ SAVE_FAILURES_ALLOWED = 3
 not come back."""
 
 
-# ---------------------------------------------------------------------------------- saving, drawing
-def _save(run: Run, done: int, *, wait: bool) -> None:
-    """Begin a save, after the one before is done; `wait` for its end where the run ends here."""
+def begin_save(run: Run, done: int, *, wait: bool) -> None:
+    """Begin a save, after the one before is done. All ranks enter.
+
+    Args:
+        run: the run.
+        done: optimizer steps done.
+        wait: for the save's end, because the run ends here; its failure is then raised.
+    """
     if run.saver.pending is not None:
-        _finish_save(run)
+        finish_save(run)
+    # What the saving costs is told by itself, and is left out of the rates of the log.
     run.meter.pause()
     client = {
         "step": done,
         "images_seen": done * run.config.train.global_batch_size,
         "total_steps": run.total_steps,
         "loader": run.loader.state_dict(),
-        "data_report": _data_report(run),
+        "data_report": merge_data_reports(run),
     }
     run.saver.start(done, run.engine, client)
     if wait or run.config.checkpoint.mode == "sync":
-        _finish_save(run, failure="raise" if wait else "warn")
+        finish_save(run, failure="raise" if wait else "warn")
     run.meter.go_on()
 
 
-def _finish_save(run: Run, *, failure: Literal["warn", "raise"] = "warn") -> None:
-    """Take in a save's outcome; a failure is a warning until it repeats: the last good checkpoint
-    is still there."""
+def finish_save(run: Run, *, failure: Literal["warn", "raise"] = "warn") -> None:
+    """Take in a save's outcome; waits for it if it is still under way. All ranks enter.
+
+    Args:
+        run: the run.
+        failure: `warn` until a failure repeats, for the last good checkpoint is still there; or
+            `raise` at once.
+
+    Raises:
+        CheckpointWriteError: too many saves in a row failed, or the first one with `raise`.
+    """
     try:
         saved = run.saver.finish()
     except CheckpointWriteError as error:
@@ -55,7 +69,8 @@ def _finish_save(run: Run, *, failure: Literal["warn", "raise"] = "warn") -> Non
         )
 
 
-def _data_report(run: Run) -> dict[str, Any]:
+def merge_data_reports(run: Run) -> dict[str, Any]:
+    """Add up what was bad on all ranks and before the last resume. All ranks enter."""
     return collect_data_report(
         run.loader.report, run_dir=run.run_dir, world=run.world, earlier=run.earlier_data_report
     )

@@ -1,10 +1,18 @@
-"""What MAE needs of a batch, and the pictures it makes."""
+"""Masked autoencoders: what they need of a batch, the pictures they make, what they are compared
+with.
+
+Shapes: B images, C channels, H height, W width, N patches, P values of a patch.
+"""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
 
+import torch
+from torch import Tensor, nn
+
+from model.flops import train_flops
+from model.objectives.baselines import paint_mean, paint_nearby
 from model.objectives.mae import (
     MAEOutput,
     MaskedAutoencoder,
@@ -13,18 +21,78 @@ from model.objectives.mae import (
     reconstruction_target,
 )
 from model.patches import patchify
+from model.vit import VisionTransformer
 from pipeline.config import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.loader import Batch
-from pipeline.sampling.boxes import mask_noise
+from pipeline.sampling.draws import MaskNoise, Sampling, View
 from train.config import RunConfig
 from train.report.drawing import Completion
 
+MASK_NOISE = "mask_noise"
+"""Name of the noise among a batch's draws."""
 
-def _noise(config: RunConfig, batch: Batch, *, device: torch.device) -> torch.Tensor:
-    noise_BN = mask_noise(
-        config.train.seed, batch.epochs_B, batch.sample_ids_B, config.model.num_patches
-    )
-    return torch.from_numpy(noise_BN).to(device, non_blocking=True)
+
+@dataclass(frozen=True)
+class MaskedAutoencoding:
+    """The objective of He et al. 2022: predict the hidden patches of an image. See `Objective`.
+
+    Attributes:
+        config: settings of the run.
+    """
+
+    config: RunConfig
+
+    def sampling(self) -> Sampling:
+        """One view, and noise that orders its patches."""
+        noise = MaskNoise(self.config.model.num_patches)
+        return Sampling((View(self.config.view),), {MASK_NOISE: noise})
+
+    def build(self) -> nn.Module:
+        """Build encoder and decoder."""
+        return MaskedAutoencoder(self.config.model)
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Give images_BCHW and noise_BN."""
+        return batch.images_BCHW, batch.draws[MASK_NOISE]
+
+    def train_flops(self) -> int:
+        """Count the operations of a training step per image, decoder included."""
+        return train_flops(self.config.model)
+
+    def encoder(self, model: nn.Module) -> VisionTransformer:
+        """Give the model itself: it is an encoder with a decoder on top."""
+        return _as_mae(model)
+
+    def pictures(self, model: nn.Module, batch: Batch) -> Completion:
+        """Let the model complete masked images."""
+        return complete(_as_mae(model), *self.inputs(batch))
+
+    @torch.no_grad()
+    def held_out_losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Score a model and two baselines that do not learn, on the same masks and the same raw
+        (dataset-normalised) pixels.
+
+        Returns:
+            model_loss, mean_colour_loss, nearby_colours_loss.
+        """
+        autoencoder = _as_mae(model)
+        images_BCHW = batch.images_BCHW
+        output: MAEOutput = autoencoder(*self.inputs(batch))
+        losses = {"model_loss": raw_losses(autoencoder, images_BCHW, output)}
+
+        patches_BNP = patchify(images_BCHW, autoencoder.patch_size)
+        target_BNP = reconstruction_target(patches_BNP, norm_pix_loss=False)
+        baselines = (("mean_colour_loss", paint_mean), ("nearby_colours_loss", paint_nearby))
+        for name, paint in baselines:
+            painted_BNP = paint(images_BCHW, output.mask_BN, patch_size=autoencoder.patch_size)
+            error_BN = (painted_BNP - target_BNP).square().mean(dim=-1)
+            losses[name] = (error_BN * output.mask_BN).sum(dim=1) / output.mask_BN.sum(dim=1)
+        return losses
+
+
+def _as_mae(model: nn.Module) -> MaskedAutoencoder:
+    assert isinstance(model, MaskedAutoencoder), "an objective is given the models that it built"
+    return model
 
 
 def to_display(images_BCHW: Tensor) -> Tensor:
@@ -48,18 +116,17 @@ def complete(model: MaskedAutoencoder, images_BCHW: Tensor, noise_BN: Tensor) ->
         scaled back by the true patch's mean and deviation, which the model was not given: such
         pictures and losses flatter it.
     """
-    output = model(images_BCHW, noise_BN)
+    output: MAEOutput = model(images_BCHW, noise_BN)
     pictures = model.reconstruct(images_BCHW, output)
     losses_B = raw_losses(model, images_BCHW, output)
-    masked = to_display(pictures.masked_BCHW)
-    hidden_BCHW = torch.repeat_interleave(
-        torch.repeat_interleave(
-            output.mask_BN.view(len(images_BCHW), 1, *model.grid).cpu(), model.patch_size, dim=2
-        ),
-        model.patch_size,
-        dim=3,
-    ).bool()
-    masked = torch.where(hidden_BCHW, torch.tensor(0.5), masked)
+
+    # `masked_BCHW` is the dataset's mean colour in hidden patches, which looks like a picture of
+    # fog; a middle grey is told from the photograph at once.
+    mask_B1GG = output.mask_BN.view(len(images_BCHW), 1, *model.grid).cpu()
+    rows_B1HG = torch.repeat_interleave(mask_B1GG, model.patch_size, dim=2)
+    hidden_B1HW = torch.repeat_interleave(rows_B1HG, model.patch_size, dim=3).bool()
+    masked_BCHW = to_display(pictures.masked_BCHW)
+    masked_BCHW = torch.where(hidden_B1HW, torch.tensor(0.5), masked_BCHW)
     note = (
         "patches scaled back by the true patch's mean and deviation"
         if model.config.norm_pix_loss
@@ -67,7 +134,7 @@ def complete(model: MaskedAutoencoder, images_BCHW: Tensor, noise_BN: Tensor) ->
     )
     return Completion(
         original_BCHW=to_display(images_BCHW),
-        masked_BCHW=masked,
+        masked_BCHW=masked_BCHW,
         pasted_BCHW=to_display(pictures.pasted_BCHW),
         losses_B=losses_B.cpu(),
         loss=float(losses_B.mean()),
@@ -88,6 +155,8 @@ def raw_losses(model: MaskedAutoencoder, images_BCHW: Tensor, output: MAEOutput)
         losses_B: mean squared error over each image's masked patches, float32.
     """
     prediction_BNP = output.prediction_BNP
+    # Scaled back by the true patch's statistics; otherwise losses of models trained with and
+    # without norm_pix_loss would not compare.
     if model.config.norm_pix_loss:
         pictures = reconstruct(
             images_BCHW,

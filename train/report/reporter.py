@@ -162,11 +162,10 @@ class Reporter:
 
     def _show(self, step: int, line: Mapping[str, float | int | None]) -> None:
         loss, rate, wait = line.get("loss"), line.get("images_per_s"), line.get("data_wait_share")
-        text = (
-            f"loss {loss:.4f}  {rate:,.0f} images/s  data wait {100 * (wait or 0):.0f}%"
-            if loss is not None
-            else ""
-        )
+        # Without a loss every step since the last line was skipped.
+        text = f"loss {loss:.4f}" if loss is not None else "no step taken"
+        if rate is not None:
+            text += f"  {rate:,.0f} images/s  data wait {100 * (wait or 0):.0f}%"
         if line.get("mfu"):
             text += f"  MFU {100 * (line['mfu'] or 0):.1f}%"
         if self._progress is not None:

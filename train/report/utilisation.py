@@ -5,9 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from model.config import ModelConfig
-from model.flops import train_flops
-
 DENSE_TFLOPS: Mapping[str, float] = {
     "B200": 2250.0,
     "H200": 989.4,
@@ -42,26 +39,26 @@ def peak_tflops(device_name: str) -> float | None:
     return None
 
 
-def model_tflops(config: ModelConfig, *, images_per_s: float) -> float:
+def model_tflops(flops_per_image: int, *, images_per_s: float) -> float:
     """Turn images into arithmetic: what the model needs, without what checkpointing computes again.
 
     Args:
-        config: the model.
+        flops_per_image: operations of one training step per image.
         images_per_s: trained, forward and backward.
 
     Returns:
         10^12 operations a second.
     """
-    return train_flops(config) * images_per_s / 1e12
+    return flops_per_image * images_per_s / 1e12
 
 
 def utilisation(
-    config: ModelConfig, *, images_per_s: float, world_size: int, peak: float | None
+    flops_per_image: int, *, images_per_s: float, world_size: int, peak: float | None
 ) -> dict[str, float | None]:
     """Give what a line of metrics says of arithmetic.
 
     Args:
-        config: the model.
+        flops_per_image: operations of one training step per image.
         images_per_s: over all ranks.
         world_size: devices.
         peak: of one device, in 10^12 operations a second; None where it is not known.
@@ -69,5 +66,5 @@ def utilisation(
     Returns:
         tflops_per_device, and mfu from 0 to 1, None without a peak.
     """
-    per_device = model_tflops(config, images_per_s=images_per_s) / world_size
+    per_device = model_tflops(flops_per_image, images_per_s=images_per_s) / world_size
     return {"tflops_per_device": per_device, "mfu": per_device / peak if peak else None}
