@@ -171,12 +171,22 @@ def test_an_unknown_recipe_names_the_nearest():
         (("--config",), "--config needs the path"),
         (("--config", "/nowhere/run.toml"), "no such file"),
         (("--engine.offload-parameters", "cpu"), "needs engine.zero_stage 3"),
+        (("--engine.kind", "torch", "--engine.precision", "bf16"), "not engine.precision bf16"),
+        (("--engine.precision", "fp16", "--engine.zero-stage", "0"), "does not scale its loss"),
         (("--model.mask-ratio", "1"), "model.mask_ratio"),
         (("--train.steps", "many"), "train.steps = 'many' (from command line)"),
     ],
 )
 def test_what_cannot_work_is_refused_with_its_name(words, part):
     assert part in problems_of("demo", *DATA, *words)
+
+
+def test_what_a_device_cannot_do_is_an_error_of_a_run_and_a_note_of_a_dry_run():
+    here = {"CUDA_VISIBLE_DEVICES": ""}
+    assert "fp16 needs a GPU" in problems_of("demo", *DATA, "--engine.precision", "fp16", env=here)
+    done = command("demo", "--engine.precision", "fp16", "--dry-run", **here)
+    assert done.returncode == 0, done.stderr
+    assert "# not on this machine: engine.precision fp16 needs a GPU" in done.stdout
 
 
 def test_batch_and_ranks_must_fit():

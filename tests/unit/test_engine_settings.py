@@ -15,10 +15,12 @@ from torch import nn
 from pipeline.errors import ConfigError
 from train.config import RunConfig
 from train.engine.build import build_engine
-from train.engine.deepspeed_config import check_engine_settings, render_deepspeed_config
+from train.engine.deepspeed_config import render_deepspeed_config
 from train.engine.deepspeed_state import is_above_floor, keep_going_at_lowest_scale
 from train.engine.named_state import list_tensors
 from train.process.world import World
+from train.settings.devices import Device
+from train.settings.engine_rules import engine_problems, refuse_engine_settings
 
 
 def make_config(*, micro_batch_size: int = 4, grad_clip: float = 0.0, **engine: Any) -> RunConfig:
@@ -46,22 +48,38 @@ def test_what_cannot_work_is_refused_before_anything_starts(
     engine: dict[str, Any], world_size: int, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_engine_settings(
-            make_config(**engine), world=World(world_size=world_size, local_world_size=world_size)
+        refuse_engine_settings(
+            make_config(**engine), world_size=world_size, device=Device("cpu", has_bf16=True)
         )
 
 
 def test_all_problems_come_at_once() -> None:
     config = make_config(precision="fp16", zero_stage=0, offload_optimizer="cpu")
     with pytest.raises(ConfigError) as caught:
-        check_engine_settings(config, world=World())
+        refuse_engine_settings(config, world_size=1, device=Device("cpu", has_bf16=True))
     assert len(str(caught.value).splitlines()) == 4
 
 
 def test_fp16_at_stage_0_is_refused_on_a_gpu_too() -> None:
-    world = World(device=torch.device("cuda", 0))
-    with pytest.raises(ConfigError, match="does not scale its loss"):
-        check_engine_settings(make_config(precision="fp16", zero_stage=0), world=world)
+    engine = make_config(precision="fp16", zero_stage=0).engine
+    [problem] = engine_problems(engine, world_size=1, device=Device("cuda", has_bf16=True))
+    assert "does not scale its loss" in problem
+
+
+@pytest.mark.parametrize("precision", ["bf16", "autocast"])
+def test_bf16_is_refused_where_it_would_be_emulated(precision: str) -> None:
+    engine = make_config(precision=precision).engine
+    [problem] = engine_problems(engine, world_size=1, device=Device("cuda", has_bf16=False))
+    assert "use fp16 or fp32" in problem
+    for unknown in (None, Device("cuda"), Device("cuda", has_bf16=True)):
+        assert engine_problems(engine, world_size=1, device=unknown) == []
+
+
+def test_an_engine_that_is_built_asks_the_same_list() -> None:
+    with pytest.raises(ConfigError, match=r"engine.precision fp16 needs a GPU"):
+        build_engine(
+            make_config(precision="fp16"), model=nn.Linear(2, 2), resume=None, world=World()
+        )
 
 
 def test_rendered_configuration_of_the_default_run() -> None:

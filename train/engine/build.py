@@ -8,10 +8,11 @@ from torch import nn
 from train.config import RunConfig
 from train.engine.base import Engine
 from train.engine.deepspeed import DeepSpeedEngine
-from train.engine.deepspeed_config import check_engine_settings
 from train.engine.named_state import WEIGHT, StateSource, check_same_model, list_tensors
 from train.engine.plain import TorchEngine
 from train.process.world import World
+from train.settings.devices import BF16_CAPABILITY, Device
+from train.settings.engine_rules import refuse_engine_settings
 
 
 def build_engine(
@@ -35,7 +36,7 @@ def build_engine(
         ConfigError: settings that this engine or device cannot do.
         CheckpointError: `resume` is of another model.
     """
-    check_engine_settings(config, world=world)
+    refuse_engine_settings(config, world_size=world.world_size, device=_device_of(world))
     choose_checkpointing = getattr(model, "set_activation_checkpointing", None)
     if choose_checkpointing is not None:
         choose_checkpointing(
@@ -50,6 +51,14 @@ def build_engine(
     if resume is not None:
         engine.restore(resume)
     return engine
+
+
+def _device_of(world: World) -> Device:
+    if world.device.type == "cpu":
+        return Device("cpu", has_bf16=True)
+    # Not torch.cuda.is_bf16_supported: it counts emulation in fp32, many times slower.
+    capability = torch.cuda.get_device_capability(world.device)
+    return Device("cuda", has_bf16=capability[0] >= BF16_CAPABILITY)
 
 
 def _copy_weights(source: StateSource, model: nn.Module, *, world: World) -> None:

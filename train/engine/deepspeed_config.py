@@ -1,5 +1,4 @@
-"""DeepSpeed's configuration, rendered from the settings of a run, and the combinations no engine
-can do."""
+"""DeepSpeed's configuration, rendered from the settings of a run."""
 
 from __future__ import annotations
 
@@ -7,9 +6,7 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import ConfigError
 from train.config import RunConfig
-from train.process.world import World
 
 BUCKET_NUMEL = 50_000_000
 """Elements that are reduced or gathered at a time (100 MB in bf16): DeepSpeed's 5e8 takes a
@@ -69,51 +66,3 @@ def _render_zero(config: RunConfig) -> dict[str, Any]:
     if engine.offload_optimizer == "cpu":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return zero
-
-
-def check_engine_settings(config: RunConfig, *, world: World) -> None:
-    """Refuse combinations of engine settings before anything is started.
-
-    Args:
-        config: settings of the run.
-        world: the processes of the run.
-
-    Raises:
-        ConfigError: all that does not fit, at once.
-    """
-    engine = config.engine
-    problems = []
-    if engine.precision == "fp16" and world.device.type == "cpu":
-        problems.append(
-            "engine.precision fp16 needs a GPU, this process has none: use bf16, autocast or fp32"
-        )
-    if engine.kind == "torch":
-        if world.world_size > 1:
-            problems.append(
-                f"engine.kind torch runs one process, not {world.world_size}: use deepspeed"
-            )
-        if engine.precision in ("bf16", "fp16"):
-            problems.append(
-                "engine.kind torch runs fp32 and autocast, not engine.precision "
-                f"{engine.precision}: use deepspeed"
-            )
-    else:
-        if engine.precision == "fp16" and engine.zero_stage == 0:
-            problems.append(
-                "engine.precision fp16 does not scale its loss at engine.zero_stage 0: use 1"
-            )
-        if engine.offload_optimizer == "cpu" and engine.zero_stage == 0:
-            problems.append("engine.offload_optimizer cpu needs engine.zero_stage 1, 2 or 3, not 0")
-        if engine.offload_parameters == "cpu" and engine.zero_stage != 3:
-            problems.append(
-                f"engine.offload_parameters cpu needs engine.zero_stage 3, not {engine.zero_stage}"
-            )
-    try:
-        config.train.grad_accum_steps(world_size=world.world_size)
-    except ValueError as error:
-        problems.append(str(error))
-    if problems:
-        raise ConfigError(
-            "settings that cannot work together:\n"
-            + "\n".join(f"  {problem}" for problem in problems)
-        )

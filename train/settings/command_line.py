@@ -19,13 +19,14 @@ from train.config import RunConfig
 from train.process.place import world_size_of
 from train.recipes import RECIPES
 from train.settings.checks import Settings, build_config
+from train.settings.devices import find_device
 from train.settings.layers import (
-    _dashed,
-    _did_you_mean,
-    _read_toml,
+    dashed,
     default_values,
+    did_you_mean,
     flatten,
     merge,
+    read_toml,
     setting_types,
 )
 
@@ -39,7 +40,7 @@ class Command:
 
 
 class HelpRequested(Exception):  # noqa: N818 - not an error: the help was asked for
-    """Raised in place of a run where `--help` is on the command line; carries the text."""
+    """Raised in place of a run if `--help` is on the command line; carries the text."""
 
 
 def parse_run(argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> RunConfig:
@@ -47,14 +48,14 @@ def parse_run(argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> R
 
     Args:
         argv: `RECIPE [--config run.toml] [--section.field value ...]`, without the program's name.
-        env: environment to read `WORLD_SIZE` from; the process's own by default.
+        env: the launcher's environment; the process's own by default.
 
     Returns:
         The checked settings.
 
     Raises:
         ConfigError: naming every mistake of every source.
-        HelpRequested: where `--help` is given.
+        HelpRequested: `--help` was given.
     """
     return parse_command(argv, env=env).config
 
@@ -62,27 +63,21 @@ def parse_run(argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> R
 def parse_command(argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> Command:
     """Read a command line into settings and what to do with them; arguments and errors as
     `parse_run`."""
+    env = os.environ if env is None else env
     words = _split_words(argv)
     if words.wants_help:
         from train.settings.text import help_text
 
         raise HelpRequested(help_text(words.recipe if words.recipe in RECIPES else None))
+
+    # One list for the mistakes of all sources: a user should not have to start once per mistake.
     problems = list(words.problems)
-    layers = [("defaults", default_values())]
-    if words.recipe is None:
-        problems.append(f"no recipe given: name one of {', '.join(RECIPES)} first")
-    elif words.recipe not in RECIPES:
-        problems.append(
-            f"unknown recipe {words.recipe!r}{_did_you_mean(words.recipe, list(RECIPES))}"
-        )
-    else:
-        layers.append((f"recipe {words.recipe}", flatten(RECIPES[words.recipe])))
-    if words.toml_path is not None:
-        layers.append((words.toml_path, _read_toml(words.toml_path, problems)))
-    layers.append(("command line", _parse_values(words.settings, problems)))
+    layers = _layers(words, problems)
     merged, origins = merge(layers, problems)
     merged["recipe"] = words.recipe or "custom"
-    config = build_config(merged, origins, problems, world_size=world_size_of(env or os.environ))
+    # A dry run may be of a run for another machine: it notes what this one could not do.
+    device = find_device(env) if words.action == "run" else None
+    config = build_config(merged, origins, problems, world_size=world_size_of(env), device=device)
     if config.data.train == "" and words.action == "run":
         problems.append(
             "data.train is not set: give the URI of the training shards, --data.train FOLDER"
@@ -90,6 +85,22 @@ def parse_command(argv: Sequence[str], *, env: Mapping[str, str] | None = None) 
     if problems:
         raise ConfigError(_report(problems))
     return Command(config, words.action)
+
+
+def _layers(words: _Words, problems: list[str]) -> list[tuple[str, Settings]]:
+    """Give the sources of settings, the weakest first."""
+    layers = [("defaults", default_values())]
+    if words.recipe is None:
+        problems.append(f"no recipe given: name one of {', '.join(RECIPES)} first")
+    elif words.recipe not in RECIPES:
+        hint = did_you_mean(words.recipe, list(RECIPES))
+        problems.append(f"unknown recipe {words.recipe!r}{hint}")
+    else:
+        layers.append((f"recipe {words.recipe}", flatten(RECIPES[words.recipe])))
+    if words.toml_path is not None:
+        layers.append((words.toml_path, read_toml(words.toml_path, problems)))
+    layers.append(("command line", _parse_values(words.settings, problems)))
+    return layers
 
 
 # -------------------------------------------------------------------------------------------- words
@@ -106,78 +117,86 @@ class _Words:
 def _split_words(argv: Sequence[str]) -> _Words:
     """Sort the words of a command line into recipe, options and settings, without judging the
     settings."""
-    words, rest = _Words(), list(argv)
+    words = _Words()
+    rest = list(argv)
     while rest:
         word = rest.pop(0)
-        if not word.startswith("--") and word != "-h":
-            if words.recipe is None:
-                words.recipe = word
-            else:
-                words.problems.append(
-                    f"unexpected word {word!r}: settings are written --section.field value"
-                )
+        if not _is_option(word) and not word.startswith("--"):
+            _keep_word(words, word)
             continue
-        name, has_value, value = word.removeprefix("--").partition("=")
+        name, has_value, given = word.removeprefix("--").partition("=")
         name = name.replace("-", "_")
         if word == "-h" or name == "help":
             words.wants_help = True
         elif name == "dry_run":
             words.action = "dry-run"
         else:
-            if not has_value:
-                value = rest.pop(0) if rest and not _is_option(rest[0]) else None  # type: ignore[assignment]
+            value: str | None = given if has_value else None
+            if not has_value and rest and not _is_option(rest[0]):
+                value = rest.pop(0)
             _keep_option(words, name, value)
     return words
 
 
 def _is_option(word: str) -> bool:
+    # A letter after the dashes: `-1` and `--1` are values.
     return re.match(r"--[A-Za-z]", word) is not None or word == "-h"
 
 
-def _keep_option(words: _Words, name: str, value: str | None) -> None:
-    if name == "local_rank":  # added by the deepspeed launcher; the environment says the same
+def _keep_word(words: _Words, word: str) -> None:
+    if words.recipe is None:
+        words.recipe = word
         return
-    if name == "config":
-        if value is None:
-            words.problems.append("--config needs the path of a TOML file")
-        words.toml_path = value
-    else:
+    words.problems.append(f"unexpected word {word!r}: settings are written --section.field value")
+
+
+def _keep_option(words: _Words, name: str, value: str | None) -> None:
+    # The deepspeed launcher adds it; the environment says the same.
+    if name == "local_rank":
+        return
+    if name != "config":
         words.settings.append((name, value))
+        return
+    if value is None:
+        words.problems.append("--config needs the path of a TOML file")
+    words.toml_path = value
 
 
 def _parse_values(settings: Sequence[tuple[str, str | None]], problems: list[str]) -> Settings:
     """Turn the command line's words into values, as far as the settings' types say how."""
     types = setting_types()
     values: Settings = {}
-    for given, given_text in settings:
-        positive = given.replace(".no_", ".", 1)
-        if given not in types and types.get(positive) is bool and given_text is None:
+    for name, text in settings:
+        positive = name.replace(".no_", ".", 1)
+        if name not in types and types.get(positive) is bool and text is None:
             values[positive] = False
             continue
-        name, text = given, given_text
         annotation = types.get(name)
-        if text is None and annotation is bool:
-            text = "true"
-        if text is None and annotation is not None:
-            problems.append(f"--{_dashed(name)} needs a value ({_describe(annotation)})")
-            continue
-        values[name] = (
-            text if annotation is None or text is None else _parse_value(text, annotation)
-        )
+        if annotation is None:
+            # Unknown; `merge` says so, with its nearest relatives.
+            values[name] = text
+        elif text is not None:
+            values[name] = _parse_value(text, annotation)
+        elif annotation is bool:
+            values[name] = _parse_value("true", annotation)
+        else:
+            problems.append(f"--{dashed(name)} needs a value ({_describe(annotation)})")
     return values
 
 
 def _parse_value(text: str, annotation: Any) -> Any:
-    """Read one word as the type of its setting; left as it is where it does not read so (validation
-    then says why)."""
+    """Read one word as the type of its setting; a word that does not read so stays as it is, and
+    validation says why."""
     options = typing.get_args(annotation)
     if type(None) in options and text.lower() in ("none", "null", ""):
         return None
-    if typing.get_origin(annotation) is Literal:
+    origin = typing.get_origin(annotation)
+    if origin is Literal:
+        # By text: the options of a Literal may be numbers.
         return next((option for option in options if str(option) == text), text)
-    if typing.get_origin(annotation) in (tuple, list) or any(
-        typing.get_origin(o) is tuple for o in options
-    ):
+    holds_tuple = any(typing.get_origin(option) is tuple for option in options)
+    if origin in (tuple, list) or holds_tuple:
+        # 224x224, 224,224 and (224, 224) are one size.
         parts = [part for part in re.split(r"[,x]", text.strip("()[] ")) if part]
         return [_number(part) for part in parts] if len(parts) > 1 else _number(text)
     return text
@@ -191,18 +210,19 @@ def _number(text: str) -> Any:
 
 
 def _describe(annotation: Any) -> str:
+    """Write a type as a user reads it: `none | cpu`, `int or None`."""
     options = typing.get_args(annotation)
     if typing.get_origin(annotation) is Literal:
         return " | ".join(str(option) for option in options)
-    return " or ".join(_describe(option) for option in options) or getattr(
-        annotation, "__name__", str(annotation)
-    )
+    if options:
+        return " or ".join(_describe(option) for option in options)
+    return getattr(annotation, "__name__", str(annotation))
 
 
 def _report(problems: Sequence[str]) -> str:
+    # Two sections may find the same mistake.
     unique = list(dict.fromkeys(problems))
     if len(unique) == 1:
         return unique[0]
-    return f"{len(unique)} mistakes in the settings:\n" + "\n".join(
-        f"  - {problem}" for problem in unique
-    )
+    lines = [f"  - {problem}" for problem in unique]
+    return "\n".join([f"{len(unique)} mistakes in the settings:", *lines])

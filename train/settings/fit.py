@@ -7,8 +7,6 @@ DeepSpeed's buffers, and what CUDA and NCCL take themselves. Not counted: what a
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -16,6 +14,7 @@ from typing import Literal, get_args
 from model.config import CHANNELS, ModelConfig
 from model.flops import activation_bytes, parameter_counts, recompute_flops, train_flops
 from train.config import ActivationCheckpointing, RunConfig
+from train.settings.devices import list_gpus
 
 GIB = 2**30
 CONTEXT_BYTES = GIB
@@ -251,13 +250,4 @@ def device_bytes_of(config: RunConfig) -> int | None:
     without either."""
     if config.engine.device_memory_gib:
         return round(config.engine.device_memory_gib * GIB)
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return None
-    query = [program, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    sizes = [int(line) for line in done.stdout.split() if line.isdigit()]
-    return min(sizes) * 2**20 if done.returncode == 0 and sizes else None
+    return min((gpu.memory_bytes for gpu in list_gpus()), default=None)

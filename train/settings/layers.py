@@ -36,83 +36,111 @@ def setting_types() -> dict[str, Any]:
     """Give the annotation of every setting by dotted name."""
     types: dict[str, Any] = {}
     for section, field in RunConfig.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            hints = typing.get_type_hints(field.annotation)
-            types.update(
-                {f"{section}.{name}": hints[name] for name in field.annotation.model_fields}
-            )
+        kind = field.annotation
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+            continue
+        # The fields' own annotations are strings: the files postpone their evaluation.
+        hints = typing.get_type_hints(kind)
+        for name in kind.model_fields:
+            types[f"{section}.{name}"] = hints[name]
     return types
 
 
-def _read_toml(path: str, problems: list[str]) -> Settings:
+def read_toml(path: str, problems: list[str]) -> Settings:
+    """Read a TOML file's values by dotted name; empty if it cannot be read, and `problems` says
+    why."""
     try:
         with Path(path).open("rb") as file:
-            return {
-                name.replace("-", "_"): value for name, value in flatten(tomllib.load(file)).items()
-            }
+            values = flatten(tomllib.load(file))
     except FileNotFoundError:
         problems.append(f"--config {path}: no such file")
     except OSError as error:
         problems.append(f"--config {path}: cannot be read: {error.strerror}")
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         problems.append(f"--config {path}: not TOML: {error}")
+    else:
+        # Dashes as on the command line are understood here too.
+        return {name.replace("-", "_"): value for name, value in values.items()}
     return {}
 
 
 def default_values() -> Settings:
     """Give every default but the view's size, which follows the model's."""
     values = flatten(RunConfig().model_dump(exclude={"recipe"}))
-    return {
-        name: value for name, value in values.items() if name not in ("view.height", "view.width")
-    }
+    del values["view.height"]
+    del values["view.width"]
+    return values
 
 
 def merge(
     layers: Sequence[tuple[str, Settings]], problems: list[str]
 ) -> tuple[Settings, dict[str, str]]:
     """Lay the sources over each other, the later ones on top; report the names that no setting
-    has."""
+    has.
+
+    Args:
+        layers: name and values of each source, the weakest first.
+        problems: messages are appended here.
+
+    Returns:
+        The values, and the source of each that is not a default.
+    """
     known = setting_types()
     merged: Settings = {}
     origins: dict[str, str] = {}
     for origin, values in layers:
         for name, value in values.items():
-            if name not in known:
-                if name != "recipe":
-                    problems.append(
-                        f"unknown setting {_shown(name, origin)}{_did_you_mean(name, list(known))}"
-                    )
-                continue
-            merged[name] = value
-            if origin != "defaults":
-                origins[name] = origin
-        for pair in EITHER_OR:
-            given = [name for name in pair if values.get(name) is not None]
-            if len(given) == 1:
-                merged[pair[1 - pair.index(given[0])]] = None
+            if name in known:
+                merged[name] = value
+                if origin != "defaults":
+                    origins[name] = origin
+            # Written by `--dry-run` for the reader; the recipe is the command line's first word.
+            elif name != "recipe":
+                hint = did_you_mean(name, list(known))
+                problems.append(f"unknown setting {_shown(name, origin)}{hint}")
+        _unset_others(values, merged)
     return merged, origins
 
 
+def _unset_others(values: Settings, merged: Settings) -> None:
+    """Let a source that sets one of a pair unset the other, which a source below it has set."""
+    for first, second in EITHER_OR:
+        has_first = values.get(first) is not None
+        has_second = values.get(second) is not None
+        # Both given by one source stay: the section's own check says that it is a mistake.
+        if has_first and not has_second:
+            merged[second] = None
+        if has_second and not has_first:
+            merged[first] = None
+
+
 # --------------------------------------------------------------------------------------------- text
-def _did_you_mean(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
-    if not close:  # the right field in the wrong section, or without one
-        field = name.rpartition(".")[2]
-        close = [option for option in known if option.rpartition(".")[2] == field][:2]
-    if not close:
-        fields = {option.rpartition(".")[2]: option for option in known}
-        close = [
-            fields[match]
-            for match in difflib.get_close_matches(name.rpartition(".")[2], list(fields), n=1)
-        ]
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """Give the end of a message about a name that does not exist: the nearest ones that do."""
+    close = _close_names(name, known)
     if close:
         return f": did you mean {' or '.join(close)}?"
     return f": there are {', '.join(known)}" if len(known) < 10 else ": see --help"
 
 
+def _close_names(name: str, known: Sequence[str]) -> list[str]:
+    close = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
+    if close:
+        return close
+    # The right field in the wrong section, or without one.
+    field = name.rpartition(".")[2]
+    alike = [option for option in known if option.rpartition(".")[2] == field]
+    if alike:
+        return alike[:2]
+    fields = {option.rpartition(".")[2]: option for option in known}
+    return [fields[match] for match in difflib.get_close_matches(field, list(fields), n=1)]
+
+
 def _shown(name: str, origin: str) -> str:
-    return f"--{_dashed(name)}" if origin == "command line" else f"{name} in {origin}"
+    """Write a setting's name as its source spells it."""
+    return f"--{dashed(name)}" if origin == "command line" else f"{name} in {origin}"
 
 
-def _dashed(name: str) -> str:
+def dashed(name: str) -> str:
+    """Write a setting's name as the command line spells it."""
     return name.replace("_", "-")

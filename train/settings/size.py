@@ -9,6 +9,8 @@ from pipeline.dataset import open_dataset
 from pipeline.errors import MaelstromError
 from train.config import RunConfig
 from train.process.place import world_size_of
+from train.settings.devices import find_device
+from train.settings.engine_rules import device_problems
 from train.settings.fit import describe_fit, device_bytes_of
 
 
@@ -43,30 +45,33 @@ def describe_size(config: RunConfig) -> list[str]:
         "a step",
         f"checkpoints: {config.checkpoint_dir}, every {config.checkpoint.every_steps} steps",
     ]
-    return [
-        *lines,
-        *describe_fit(config, world_size=world_size, device_bytes=device_bytes_of(config)),
-    ]
+    fit = describe_fit(config, world_size=world_size, device_bytes=device_bytes_of(config))
+    device = find_device(os.environ)
+    # Notes, not mistakes: a dry run may be of a run for another machine.
+    notes = [] if device is None else device_problems(config.engine, device)
+    return [*lines, *fit, *(f"not on this machine: {note}" for note in notes)]
 
 
 def _steps_line(config: RunConfig) -> str:
     batch = config.train.global_batch_size
     steps = config.train.steps
+    epochs = config.train.epochs or 0.0
     if not config.data.train:
-        known = (
-            f"{steps:,}"
-            if steps is not None
-            else f"{config.train.epochs:g} epochs; give data.train to know the steps"
-        )
-        return f"steps: {known}"
+        if steps is not None:
+            return f"steps: {steps:,}"
+        return f"steps: {epochs:g} epochs; give data.train to know the steps"
     try:
         num_samples = open_dataset(config.data.train).info.num_samples
     except MaelstromError as error:
-        length = f"{config.train.epochs or 0:g} epochs or {steps} steps"
-        return f"steps: {length}; the data cannot be read yet: {error}"
-    per_epoch = num_samples / batch if config.order.remainder == "fill" else num_samples // batch
+        # The data may come later, or lie where only the run's machines can read it.
+        return f"steps: {epochs:g} epochs or {steps} steps; the data cannot be read yet: {error}"
+
+    per_epoch: float = num_samples / batch
+    if config.order.remainder != "fill":
+        per_epoch = num_samples // batch
     if steps is None:
-        steps = max(1, round((config.train.epochs or 0) * per_epoch))
+        steps = max(1, round(epochs * per_epoch))
+    # A dataset smaller than one batch has no whole step in an epoch.
     epochs = steps / max(per_epoch, 1e-9)
     length = f"{per_epoch:.1f} an epoch of {num_samples:,} images, {epochs:.1f} epochs"
     return f"steps: {steps:,} ({length})"

@@ -1,0 +1,106 @@
+"""What engines cannot do: the one list of rules, read before the start, by `--dry-run` and by the
+engine itself."""
+
+from __future__ import annotations
+
+from pipeline.errors import ConfigError
+from train.config import EngineSection, RunConfig
+from train.settings.devices import Device
+
+
+def engine_problems(
+    engine: EngineSection, *, world_size: int, device: Device | None = None
+) -> list[str]:
+    """List the settings of an engine that cannot work together, or not on a device.
+
+    Args:
+        engine: the settings.
+        world_size: ranks of this launch.
+        device: what the ranks compute on; None if it is not known yet.
+
+    Returns:
+        Messages that name the setting, its value and the remedy; empty if all is well.
+    """
+    problems = []
+    if engine.kind == "torch":
+        problems += _torch_problems(engine, world_size=world_size)
+    elif engine.precision == "fp16" and engine.zero_stage == 0:
+        problems.append(
+            "engine.precision fp16 does not scale its loss at engine.zero_stage 0: "
+            "use engine.zero_stage 1"
+        )
+    if engine.offload_optimizer == "cpu" and engine.zero_stage == 0:
+        problems.append("engine.offload_optimizer cpu needs engine.zero_stage 1, 2 or 3, not 0")
+    if engine.offload_parameters == "cpu" and engine.zero_stage != 3:
+        problems.append(
+            f"engine.offload_parameters cpu needs engine.zero_stage 3, not {engine.zero_stage}"
+        )
+    if device is not None:
+        problems += device_problems(engine, device)
+    return problems
+
+
+def _torch_problems(engine: EngineSection, *, world_size: int) -> list[str]:
+    problems = []
+    if world_size > 1:
+        problems.append(
+            f"engine.kind torch runs one process, not {world_size}: use engine.kind deepspeed"
+        )
+    if engine.precision in ("bf16", "fp16"):
+        problems.append(
+            "engine.kind torch runs fp32 and autocast, not engine.precision "
+            f"{engine.precision}: use engine.kind deepspeed"
+        )
+    return problems
+
+
+def device_problems(engine: EngineSection, device: Device) -> list[str]:
+    """List the settings that a device cannot do.
+
+    Args:
+        engine: the settings.
+        device: what the ranks compute on.
+    """
+    if engine.precision == "fp16" and device.kind == "cpu":
+        return [
+            "engine.precision fp16 needs a GPU, this process has none: use bf16, autocast or fp32"
+        ]
+    # Not `not device.has_bf16`: None is not known, and then the engine finds out.
+    if engine.precision in ("bf16", "autocast") and device.has_bf16 is False:
+        return [
+            f"engine.precision {engine.precision} computes in bf16, which this GPU cannot (compute "
+            "capability 8.0 can, e.g. A100): use fp16 or fp32"
+        ]
+    return []
+
+
+def batch_problems(config: RunConfig, *, world_size: int) -> list[str]:
+    """Say so if the ranks cannot share the global batch out evenly.
+
+    Args:
+        config: settings of the run.
+        world_size: ranks of this launch.
+    """
+    try:
+        config.train.grad_accum_steps(world_size=world_size)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def refuse_engine_settings(config: RunConfig, *, world_size: int, device: Device) -> None:
+    """Refuse what an engine cannot do: the guard of an engine that is built without a command line.
+
+    Args:
+        config: settings of the run.
+        world_size: ranks.
+        device: what this rank computes on.
+
+    Raises:
+        ConfigError: all that does not fit, at once.
+    """
+    problems = engine_problems(config.engine, world_size=world_size, device=device)
+    problems += batch_problems(config, world_size=world_size)
+    if problems:
+        lines = [f"  {problem}" for problem in problems]
+        raise ConfigError("\n".join(["settings that cannot work together:", *lines]))
