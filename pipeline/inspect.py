@@ -30,6 +30,7 @@ from pipeline.dataset import Manifest, open_dataset
 from pipeline.errors import ConfigError
 from pipeline.formats.table import FORMATS, NO_LABEL
 from pipeline.images.encode import to_rgb
+from pipeline.images.refused import RefusedError
 from pipeline.reading.reader import U8, ShardReader
 
 _MAX_SURVEYED_SHARDS = 256
@@ -131,7 +132,7 @@ def contact_sheet(dataset: Manifest, *, count: int) -> list[tuple[str, U8]]:
         caption = key if label == NO_LABEL else f"{key}\n{name}"
         try:
             if i in bad:
-                raise ValueError(bad[i])
+                raise RefusedError(bad[i])
             with Image.open(io.BytesIO(encoded[i])) as opened:
                 small = to_rgb(opened)
             small.thumbnail((128, 128))

@@ -27,10 +27,10 @@ from pipeline.console import Progress, run_command, say, say_json
 from pipeline.dataset import Manifest, open_dataset
 from pipeline.dataset.info import DATASET_FILE, PLAN_FILE
 from pipeline.dataset.scan import list_shards, scan
-from pipeline.dataset.writer import FinishedShard, write_dataset
+from pipeline.dataset.writer import write_dataset
 from pipeline.errors import ConfigError, DataError
 from pipeline.formats.index import index_shard
-from pipeline.formats.records import SUFFIXES, IndexedShard, suffix_of
+from pipeline.formats.records import SUFFIXES, ShardIndex, suffix_of
 from pipeline.formats.table import FORMATS, ShardTable
 from pipeline.images.decodable import undecodable
 
@@ -184,12 +184,12 @@ def _verify_bytes(manifest: Manifest, s: int, table: ShardTable) -> list[Problem
     except DataError as error:
         return [Problem(name, "", str(error))]
     problems = []
-    if index.sha256 != manifest.shard_sha256(s):
+    if index.file.sha256 != manifest.shard_sha256(s):
         problems.append(
             Problem(
                 name,
                 "",
-                f"sha256 is {index.sha256}, {DATASET_FILE} says {manifest.shard_sha256(s)}",
+                f"sha256 is {index.file.sha256}, {DATASET_FILE} says {manifest.shard_sha256(s)}",
             )
         )
     problems.extend(_different(name, table, index.table))
@@ -220,20 +220,20 @@ def _different(name: str, said: ShardTable, found: ShardTable) -> Iterator[Probl
             yield Problem(name, said.keys[row], what)
 
 
-def _undecodable(uri: str, name: str, index: IndexedShard) -> Iterator[Problem]:
+def _undecodable(uri: str, name: str, index: ShardIndex) -> Iterator[Problem]:
     table = index.table
     reasons = dict(index.bad)
     with storage.open_read(uri) as file:
         for row, key in enumerate(table.keys):
             if key in reasons:
-                yield Problem(name, key, reasons[key])
+                yield Problem(name, key, str(reasons[key]))
                 continue
             if FORMATS[table.formats[row]] == "raw":
                 # Bare pixels: their count was checked with the index; there is nothing to decode.
                 continue
             file.seek(int(table.offsets[row]))
-            if reason := undecodable(file.read(int(table.sizes[row]))):
-                yield Problem(name, key, reason)
+            if refused := undecodable(file.read(int(table.sizes[row]))):
+                yield Problem(name, key, str(refused))
 
 
 def _repeated_keys(manifest: Manifest) -> Iterator[Problem]:
@@ -254,18 +254,19 @@ def _repeated_keys(manifest: Manifest) -> Iterator[Problem]:
 
 def _verify_foreign(uri: str, *, full: bool) -> Verdict:
     verdict = Verdict()
-    for shard in scan(uri, list_shards(uri)[1]):
+    files = list_shards(uri)[1]
+    for file, shard in zip(files, scan(uri, files), strict=True):
         verdict.num_shards += 1
-        if shard.index is None:
-            verdict.problems.append(Problem(shard.name, "", shard.problem))
+        if isinstance(shard, DataError):
+            verdict.problems.append(Problem(file.name, "", str(shard)))
             continue
-        verdict.num_samples += len(shard.index.table)
-        for reason, count in shard.index.ignored.items():
+        verdict.num_samples += len(shard.table)
+        for reason, count in shard.ignored.items():
             verdict.ignored[reason] = verdict.ignored.get(reason, 0) + count
         found = (
-            list(_undecodable(storage.join(uri, shard.name), shard.name, shard.index))
+            list(_undecodable(storage.join(uri, file.name), file.name, shard))
             if full
-            else [Problem(shard.name, key, reason) for key, reason in shard.index.bad]
+            else [Problem(file.name, key, str(refused)) for key, refused in shard.bad]
         )
         verdict.problems.extend(found)
     return verdict
@@ -293,21 +294,16 @@ def write_manifest(uri: str) -> Verdict:
     verdict = Verdict()
     container, files = list_shards(uri)
 
-    def shards() -> Iterator[FinishedShard]:
+    def shards() -> Iterator[ShardIndex]:
         for shard in scan(uri, files):
-            if shard.index is None:
-                raise DataError(f"verify: {shard.problem}")
-            verdict.problems.extend(
-                Problem(shard.name, key, reason) for key, reason in shard.index.bad
-            )
-            if shard.index.dali_index:
-                index_uri = storage.join(
-                    uri, shard.name.removesuffix(SUFFIXES["webdataset"]) + ".idx"
-                )
-                storage.write_atomic(index_uri, shard.index.dali_index)
-            yield FinishedShard(
-                shard.name, shard.index.size_bytes, shard.index.sha256, shard.index.table
-            )
+            if isinstance(shard, DataError):
+                raise DataError(f"verify: {shard}")
+            name = shard.file.name
+            verdict.problems.extend(Problem(name, key, str(refused)) for key, refused in shard.bad)
+            if shard.dali_index:
+                stem = name.removesuffix(SUFFIXES["webdataset"])
+                storage.write_atomic(storage.join(uri, f"{stem}.idx"), shard.dali_index)
+            yield shard
 
     info = write_dataset(
         uri,

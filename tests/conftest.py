@@ -370,7 +370,7 @@ def make_dataset(crops: list[bytes], tmp_path: Path) -> Callable[..., str]:
     telling of the image.
     """
     from pipeline import storage
-    from pipeline.dataset.writer import FinishedShard, write_dataset
+    from pipeline.dataset.writer import write_dataset
     from pipeline.formats.webdataset_writer import WebDatasetWriter
     from pipeline.images.header import probe
 
@@ -389,10 +389,7 @@ def make_dataset(crops: list[bytes], tmp_path: Path) -> Callable[..., str]:
                     stored = (replace or {}).get(sample_id, image)
                     writer.add(f"{sample_id:06d}", stored, probe(image), label=sample_id % 15)
                     sample_id += 1
-                written = writer.close()
-            shards.append(
-                FinishedShard(written.name, written.size_bytes, written.sha256, written.table)
-            )
+                shards.append(writer.close())
         write_dataset(folder, shards=shards, name="crops", container="webdataset")
         return folder
 

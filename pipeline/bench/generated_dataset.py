@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.dataset.info import DATASET_FILE, DatasetInfo, ManifestFile, Shards, fingerprint_of
-from pipeline.dataset.writer import SHARDS_PER_FILE, FinishedShard, write_dataset
+from pipeline.dataset.writer import SHARDS_PER_FILE, write_dataset
+from pipeline.formats.records import ShardFile, ShardIndex
 from pipeline.formats.table import ShardTable, TableBuilder
 
 _IMAGE_BYTES = 110_000
@@ -31,6 +32,7 @@ def generate_manifest(folder: Path, *, num_shards: int, samples_per_shard: int) 
         samples_per_shard: Samples in each.
     """
     table = _table(samples_per_shard)
+    content_hash = table.content_hash()
     whole, rest = divmod(num_shards, SHARDS_PER_FILE)
     files: list[ManifestFile] = []
     info: DatasetInfo | None = None
@@ -40,7 +42,10 @@ def generate_manifest(folder: Path, *, num_shards: int, samples_per_shard: int) 
         part = folder / f"part-{count}"
         info = write_dataset(
             str(part),
-            shards=[FinishedShard(f"{s}", 1, "", table) for s in range(count)],
+            shards=[
+                ShardIndex(ShardFile(f"{s}", len(table), 1, "", content_hash), table)
+                for s in range(count)
+            ],
             name="generated",
             container="webdataset",
         )

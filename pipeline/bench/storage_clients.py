@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from pipeline.dataset.writer import FinishedShard, write_dataset
+from pipeline.dataset.writer import write_dataset
 from pipeline.errors import ConfigError, InfrastructureError
 from pipeline.formats.webdataset_writer import WebDatasetWriter
 from pipeline.images.header import Probe, probe
@@ -208,8 +208,7 @@ def write_bench_dataset(folder: Path, *, num_shards: int, shard_bytes: int) -> i
                 writer.add(f"{number:07d}", image, found, label=number % 1000)
                 written_bytes += len(image) + 1024
                 number += 1
-            done = writer.close()
-        shards.append(FinishedShard(done.name, done.size_bytes, done.sha256, done.table))
+            shards.append(writer.close())
     write_dataset(str(folder), shards=shards, name="bench", container="webdataset")
     return number
 

@@ -33,6 +33,7 @@ from pipeline.convert.shard import prepare
 from pipeline.convert.target import Share, check_places, find_finished, parse_share
 from pipeline.dataset import DatasetInfo
 from pipeline.errors import ConfigError
+from pipeline.images.refused import Refused
 from pipeline.sources.choose import open_source
 
 _TRIED_IMAGES = 48
@@ -136,10 +137,11 @@ def _dry_run(arguments: Arguments, settings: ConvertSettings) -> dict[str, Any]:
     stored_bytes = 0
     refused = 0
     for data in source.read_all(listing.wanted(plan.order[:_TRIED_IMAGES])):
-        probed, kept = (data, b"") if isinstance(data, str) else prepare(data, settings)
+        made = data if isinstance(data, Refused) else prepare(data, settings)
         tried += 1
-        refused += isinstance(probed, str)
-        stored_bytes += len(kept) + _OVERHEAD_BYTES
+        refused += isinstance(made, Refused)
+        num_bytes = 0 if isinstance(made, Refused) else len(made[1])
+        stored_bytes += num_bytes + _OVERHEAD_BYTES
     elapsed_s = time.perf_counter() - start_s
 
     num_images = len(plan.order)

@@ -18,9 +18,9 @@ from pipeline.convert.plan import Plan, tool_version
 from pipeline.convert.shard import Part, finished_shard
 from pipeline.convert.statistics import DatasetStatistics
 from pipeline.dataset import DatasetInfo
-from pipeline.dataset.writer import FinishedShard, write_dataset
+from pipeline.dataset.writer import write_dataset
 from pipeline.errors import DataError
-from pipeline.formats.records import suffix_of
+from pipeline.formats.records import ShardIndex
 from pipeline.sources.listing import Listing
 
 REJECTED_FILE = "rejected.parquet"
@@ -41,7 +41,7 @@ def commit(listing: Listing, dst: str, plan: Plan, parts: list[Part]) -> Dataset
         DataError: No image could be used, or a part has vanished.
     """
     reasons = Counter(reason for part in parts for _, reason in part.rejected)
-    kept = [part for part in parts if part.num_samples]
+    kept = [part for part in parts if part.file is not None]
     if not kept:
         seen = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
         raise DataError(
@@ -58,7 +58,7 @@ def commit(listing: Listing, dst: str, plan: Plan, parts: list[Part]) -> Dataset
 
     statistics = DatasetStatistics()
 
-    def shards() -> Iterator[FinishedShard]:
+    def shards() -> Iterator[ShardIndex]:
         for part in kept:
             shard = finished_shard(
                 dst, part.stem, identity=plan.identity(), container=plan.settings.format
@@ -85,7 +85,9 @@ def commit(listing: Listing, dst: str, plan: Plan, parts: list[Part]) -> Dataset
 
 def _write_rejected(dst: str, parts: Sequence[Part]) -> None:
     rows = [row for part in parts for row in part.rejected]
-    table = pa.table({"key": [name for name, _ in rows], "reason": [reason for _, reason in rows]})
+    table = pa.table(
+        {"key": [name for name, _ in rows], "reason": [str(reason) for _, reason in rows]}
+    )
     with tempfile.TemporaryDirectory(prefix="maelstrom-rejected-") as folder:
         path = Path(folder) / REJECTED_FILE
         pq.write_table(table, path)
@@ -95,11 +97,12 @@ def _write_rejected(dst: str, parts: Sequence[Part]) -> None:
 def _neighbour_files(plan: Plan, kept: Sequence[Part]) -> dict[str, Any]:
     """Return what the wids library (`*-wids.json`) and timm (`_info.json`) read beside the tars."""
     split = plan.settings.split
-    names = [part.stem + suffix_of(plan.settings.format) for part in kept]
-    counts = [part.num_samples for part in kept]
+    files = [part.file for part in kept if part.file is not None]
+    names = [file.name for file in files]
+    counts = [file.num_samples for file in files]
     shards = [
-        {"url": name, "nsamples": count, "filesize": part.size_bytes}
-        for name, count, part in zip(names, counts, kept, strict=True)
+        {"url": file.name, "nsamples": file.num_samples, "filesize": file.size_bytes}
+        for file in files
     ]
     info = {"name": split, "num_samples": sum(counts), "filenames": names, "shard_lengths": counts}
     return {

@@ -131,11 +131,13 @@ def _find_parts(dst: str, plan: Plan, shards: Iterable[int]) -> dict[int, Part]:
     for shard in shards:
         stem = plan.shard_stem(shard)
         if f"{PARTS_FOLDER}/{stem}.parquet" in sizes:
-            read = read_part(dst, stem, identity=identity)
-            if read is not None and read[0].size_bytes == sizes.get(
-                stem + suffix_of(plan.settings.format), 0
-            ):
-                found[shard] = read[0]
+            read = read_part(dst, stem, identity=identity, container=plan.settings.format)
+            if read is None:
+                continue
+            part = read[0]
+            size_bytes = 0 if part.file is None else part.file.size_bytes
+            if size_bytes == sizes.get(stem + suffix_of(plan.settings.format), 0):
+                found[shard] = part
     return found
 
 

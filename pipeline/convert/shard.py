@@ -22,15 +22,15 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.convert.settings import ConvertSettings
-from pipeline.dataset.writer import FinishedShard
 from pipeline.errors import DataError, MaelstromError
 from pipeline.formats.beton_writer import BetonWriter, storable
-from pipeline.formats.records import suffix_of
+from pipeline.formats.records import ShardFile, ShardIndex, suffix_of
 from pipeline.formats.table import ShardTable, TableBuilder
 from pipeline.formats.webdataset_writer import WebDatasetWriter
-from pipeline.images.encode import NEEDS_RESIZE, reencode, shrunk_size, to_pixels
+from pipeline.images.encode import reencode, shrunk_size, to_pixels
 from pipeline.images.header import Probe, screen
 from pipeline.images.pixel_sums import PixelSums
+from pipeline.images.refused import Reason, Refused
 from pipeline.sources.choose import open_source
 from pipeline.sources.listing import SourceKind, Wanted
 
@@ -79,23 +79,18 @@ class Part:
 
     Args:
         stem: The shard's name without extension.
-        num_samples: Samples in it; 0 where every image of its slice was refused, and there is no
-            shard file.
-        size_bytes: Size of the shard file.
-        sha256: Of the shard file.
+        file: The shard file; None if every image of its slice was refused, so that there is none.
         num_images: Images looked at.
         read_bytes: Bytes of those images.
-        rejected: (file name, reason) of those that were refused.
+        rejected: File name and reason of each that was refused.
         pixels: Sums over the stored images, where the settings ask for them.
     """
 
     stem: str
-    num_samples: int
-    size_bytes: int
-    sha256: str
+    file: ShardFile | None
     num_images: int
     read_bytes: int
-    rejected: list[tuple[str, str]]
+    rejected: list[tuple[str, Reason]]
     pixels: PixelSums | None = None
 
 
@@ -104,35 +99,48 @@ def part_uri(target: str, stem: str) -> str:
     return storage.join(target, PARTS_FOLDER, f"{stem}.parquet")
 
 
-def read_part(target: str, stem: str, *, identity: str) -> tuple[Part, ShardTable] | None:
-    """Return a finished part and its rows, or nothing where it belongs to another plan or cannot be
+def read_part(
+    target: str, stem: str, *, identity: str, container: str
+) -> tuple[Part, ShardTable] | None:
+    """Return a finished part and its rows, or None if it belongs to another plan or cannot be
     read."""
     try:
         data = storage.read_bytes(part_uri(target, stem))
-        table = pq.read_table(pa.BufferReader(data))
-        head = json.loads((table.schema.metadata or {})[_PART_KEY])
-    except (DataError, pa.ArrowException, OSError, KeyError, ValueError):
+        rows = pq.read_table(pa.BufferReader(data))
+        head = json.loads((rows.schema.metadata or {})[_PART_KEY])
+        if head["identity"] != identity:
+            return None
+        table = ShardTable.from_arrow(rows)
+        file = None
+        if head["num_samples"]:
+            # A part that version 0.1.0 wrote has no content hash.
+            content_hash = head.get("content_hash") or table.content_hash()
+            name = stem + suffix_of(container)
+            counts = head["num_samples"], head["size_bytes"]
+            file = ShardFile(name, *counts, head["sha256"], content_hash)
+        part = Part(
+            stem=head["stem"],
+            file=file,
+            num_images=head["num_images"],
+            read_bytes=head["read_bytes"],
+            rejected=[(name, Reason(reason)) for name, reason in head["rejected"]],
+            pixels=PixelSums(**head["pixels"]) if head.get("pixels") else None,
+        )
+    except (DataError, pa.ArrowException, OSError, KeyError, ValueError, TypeError):
         return None  # whatever is wrong with it, making the shard again puts it right
-    if head.pop("identity") != identity:
-        return None
-    head["rejected"] = [(name, reason) for name, reason in head["rejected"]]
-    head["pixels"] = PixelSums(**head["pixels"]) if head.get("pixels") else None
-    return Part(**head), ShardTable.from_arrow(table)
+    return part, table
 
 
-def finished_shard(
-    target: str, stem: str, *, identity: str, container: str
-) -> FinishedShard | None:
-    """Return a finished part as the dataset's shard; nothing where the shard is empty."""
-    found = read_part(target, stem, identity=identity)
+def finished_shard(target: str, stem: str, *, identity: str, container: str) -> ShardIndex | None:
+    """Return a finished part as the dataset's shard; None if it has no shard file."""
+    found = read_part(target, stem, identity=identity, container=container)
     if found is None:
         raise DataError(
             f"convert: {part_uri(target, stem)} has vanished or changed. Run the same command "
             "again."
         )
     part, table = found
-    name = stem + suffix_of(container)
-    return FinishedShard(name, part.size_bytes, part.sha256, table) if part.num_samples else None
+    return None if part.file is None else ShardIndex(part.file, table)
 
 
 def make_shard(task: ShardTask, stop: Event | None = None) -> Part:
@@ -147,7 +155,7 @@ def make_shard(task: ShardTask, stop: Event | None = None) -> Part:
         InfrastructureError: The source cannot be read, or the target not written.
         StoppedError: `stop` was set.
     """
-    rejected: list[tuple[str, str]] = []
+    rejected: list[tuple[str, Reason]] = []
     size_read = 0
     pixels = PixelSums() if task.settings.stats else None
     source = open_source(task.source, task.settings, kind=task.source_kind)
@@ -159,15 +167,16 @@ def make_shard(task: ShardTask, stop: Event | None = None) -> Part:
             name = task.wanted.names[place]
             if "://" in name:
                 name = storage.redact(name)
-            size_read += 0 if isinstance(data, str) else len(data)
-            found, stored = (data, b"") if isinstance(data, str) else prepare(data, task.settings)
-            if isinstance(found, str):
+            size_read += 0 if isinstance(data, Refused) else len(data)
+            made = data if isinstance(data, Refused) else prepare(data, task.settings)
+            if isinstance(made, Refused):
                 if task.settings.strict:
                     raise DataError(
-                        f"convert: {name}: {found}. Without --strict it would be left out."
+                        f"convert: {name}: {made}. Without --strict it would be left out."
                     )
-                rejected.append((name, found))
+                rejected.append((name, made.reason))
                 continue
+            found, stored = made
             label = task.labels[place]
             known = task.classes is not None and 0 <= label < len(task.classes)
             class_name = task.classes[label] if task.classes and known else None
@@ -181,24 +190,21 @@ def make_shard(task: ShardTask, stop: Event | None = None) -> Part:
                 storage.write_atomic(
                     storage.join(task.target, f"{task.stem}.idx"), written.dali_index
                 )
-            table, size_bytes, sha256 = written.table, written.size_bytes, written.sha256
+            file, table = written.file, written.table
         else:
-            table, size_bytes, sha256 = TableBuilder().build(), 0, ""
-    part = Part(
-        task.stem, len(table), size_bytes, sha256, len(task.wanted), size_read, rejected, pixels
-    )
+            file, table = None, TableBuilder().build()
+    part = Part(task.stem, file, len(task.wanted), size_read, rejected, pixels)
     _write_part(task, part, table)
     return part
 
 
-def prepare(data: bytes, settings: ConvertSettings) -> tuple[Probe | str, bytes]:
-    """Return (what the header says, bytes to store), or (reason, nothing)."""
+def prepare(data: bytes, settings: ConvertSettings) -> tuple[Probe, bytes] | Refused:
+    """Return what the header says and the bytes to store, or why the image is refused."""
     found = screen(data, settings.limits)
-    if isinstance(found, str):
-        return found, b""
+    if isinstance(found, Refused):
+        return found
     if settings.format == "ffcv" and _as_pixels(found, settings):
-        pixels = to_pixels(data, short_side=settings.resize, long_side=settings.max_resolution)
-        return (pixels, b"") if isinstance(pixels, str) else pixels
+        return to_pixels(data, short_side=settings.resize, long_side=settings.max_resolution)
     if settings.resizes:
         smaller = reencode(
             data,
@@ -207,13 +213,14 @@ def prepare(data: bytes, settings: ConvertSettings) -> tuple[Probe | str, bytes]
             long_side=settings.max_resolution,
             quality=settings.quality,
         )
-        if isinstance(smaller, str):
-            return smaller, b""
+        if isinstance(smaller, Refused):
+            return smaller
         found, data = screen(smaller, settings.limits), smaller
-        if isinstance(found, str):
-            return found, b""
+        if isinstance(found, Refused):
+            return found
+    # GIF, BMP and TIFF have no place in a WebDataset; a beton stores only RGB and grey JPEG.
     fits = storable(found) if settings.format == "ffcv" else found.format in _STORED_FORMATS
-    return (found, data) if fits else (NEEDS_RESIZE, b"")
+    return (found, data) if fits else Refused(Reason.NEEDS_RESIZE)
 
 
 def _as_pixels(found: Probe, settings: ConvertSettings) -> bool:
@@ -229,9 +236,10 @@ def _write_part(task: ShardTask, part: Part, table: ShardTable) -> None:
     head = {
         "identity": task.identity,
         "stem": part.stem,
-        "num_samples": part.num_samples,
-        "size_bytes": part.size_bytes,
-        "sha256": part.sha256,
+        "num_samples": part.file.num_samples if part.file else 0,
+        "size_bytes": part.file.size_bytes if part.file else 0,
+        "sha256": part.file.sha256 if part.file else "",
+        "content_hash": part.file.content_hash if part.file else "",
         "num_images": part.num_images,
         "read_bytes": part.read_bytes,
         "rejected": part.rejected,

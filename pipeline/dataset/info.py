@@ -10,29 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.errors import DataError
+from pipeline.formats.records import ShardFile
 
 DATASET_FILE = "dataset.json"
 FORMAT_VERSION = 1
 """Version of `dataset.json` and `manifest.parquet` that this program writes and reads."""
-
-
-@dataclass(frozen=True, slots=True)
-class ShardInfo:
-    """One shard file.
-
-    Args:
-        name: File name beside `dataset.json`.
-        num_samples: Samples in it.
-        size_bytes: Size of the file.
-        sha256: Of the file, in hex.
-        content_hash: Of the samples, whatever the container format (see `ShardTable.content_hash`).
-    """
-
-    name: str
-    num_samples: int
-    size_bytes: int
-    sha256: str
-    content_hash: str
 
 
 _COLUMNS: tuple[tuple[str, type], ...] = (
@@ -44,7 +26,7 @@ _COLUMNS: tuple[tuple[str, type], ...] = (
 )
 
 
-class Shards(Sequence[ShardInfo]):
+class Shards(Sequence[ShardFile]):
     """The dataset's shards in order, kept as columns: 100,000 of them load in a fraction of a
     second."""
 
@@ -52,7 +34,7 @@ class Shards(Sequence[ShardInfo]):
         self.columns = columns
 
     @classmethod
-    def of(cls, shards: Iterable[ShardInfo]) -> Shards:
+    def of(cls, shards: Iterable[ShardFile]) -> Shards:
         """Build the columns from single shards."""
         rows = list(shards)
         return cls({name: [getattr(row, name) for row in rows] for name, _ in _COLUMNS})
@@ -63,11 +45,11 @@ class Shards(Sequence[ShardInfo]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return ShardInfo(*(self.columns[name][index] for name, _ in _COLUMNS))
+        return ShardFile(*(self.columns[name][index] for name, _ in _COLUMNS))
 
-    def __iter__(self) -> Iterator[ShardInfo]:
+    def __iter__(self) -> Iterator[ShardFile]:
         for row in zip(*(self.columns[name] for name, _ in _COLUMNS), strict=True):
-            yield ShardInfo(*row)
+            yield ShardFile(*row)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Shards) and self.columns == other.columns

@@ -8,28 +8,17 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import storage
 from pipeline.console import Progress
 from pipeline.dataset.info import DATASET_FILE
-from pipeline.dataset.writer import FinishedShard
 from pipeline.errors import DataError
 from pipeline.formats.index import index_shard
-from pipeline.formats.records import SUFFIXES, IndexedShard
+from pipeline.formats.records import SUFFIXES, ShardIndex
 
 logger = logging.getLogger(__name__)
 _THREADS = 8
-
-
-@dataclass(frozen=True)
-class ScannedShard:
-    """One shard's index, or why it has none."""
-
-    name: str
-    index: IndexedShard | None
-    problem: str
 
 
 def list_shards(uri: str) -> tuple[str, list[storage.FileInfo]]:
@@ -62,15 +51,15 @@ def list_shards(uri: str) -> tuple[str, list[storage.FileInfo]]:
     return container, sorted(found, key=lambda file: file.name)
 
 
-def scan(uri: str, files: list[storage.FileInfo]) -> Iterator[ScannedShard]:
-    """Index shards in order, several at a time; a shard that cannot be indexed is reported, not
-    raised."""
+def scan(uri: str, files: list[storage.FileInfo]) -> Iterator[ShardIndex | DataError]:
+    """Index shards, several at a time, and yield in order what each holds, or why it cannot be
+    indexed."""
 
-    def one(file: storage.FileInfo) -> ScannedShard:
+    def one(file: storage.FileInfo) -> ShardIndex | DataError:
         try:
-            return ScannedShard(file.name, index_shard(file.uri), "")
+            return index_shard(file.uri)
         except DataError as error:
-            return ScannedShard(file.name, None, str(error))
+            return error
 
     workers = min(_THREADS, (os.cpu_count() or 1) if storage.is_local(uri) else _THREADS)
     label = f"Scanning {storage.name_of(uri)}"
@@ -86,7 +75,7 @@ def scan(uri: str, files: list[storage.FileInfo]) -> Iterator[ScannedShard]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def finished_shards(uri: str, files: list[storage.FileInfo]) -> Iterator[FinishedShard]:
+def finished_shards(uri: str, files: list[storage.FileInfo]) -> Iterator[ShardIndex]:
     """Index shards in order.
 
     Raises:
@@ -95,13 +84,11 @@ def finished_shards(uri: str, files: list[storage.FileInfo]) -> Iterator[Finishe
     ignored: Counter[str] = Counter()
     num_bad = 0
     for shard in scan(uri, files):
-        if shard.index is None:
-            raise DataError(f"dataset: {shard.problem}")
-        ignored.update(shard.index.ignored)
-        num_bad += len(shard.index.bad)
-        yield FinishedShard(
-            shard.name, shard.index.size_bytes, shard.index.sha256, shard.index.table
-        )
+        if isinstance(shard, DataError):
+            raise DataError(f"dataset: {shard}")
+        ignored.update(shard.ignored)
+        num_bad += len(shard.bad)
+        yield shard
     if ignored:
         logger.warning("%s: passed over: %s", storage.redact(uri), dict(ignored))
     if num_bad:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ from pipeline.dataset.info import (
     DATASET_FILE,
     DatasetInfo,
     ManifestFile,
-    ShardInfo,
     Shards,
     fingerprint_of,
 )
 from pipeline.errors import ConfigError, DataError, InfrastructureError
+from pipeline.formats.records import ShardFile, ShardIndex
 from pipeline.formats.table import SCHEMA, ShardTable
 
 SHARDS_PER_FILE = 256
@@ -29,20 +28,10 @@ of 1,024 took 2.7 s and 812 MB for 256 scattered samples, in files of 256 below 
 cores, local disk)."""
 
 
-@dataclass(frozen=True)
-class FinishedShard:
-    """A shard file that is in place, and its rows."""
-
-    name: str
-    size_bytes: int
-    sha256: str
-    table: ShardTable
-
-
 def write_dataset(
     uri: str,
     *,
-    shards: Iterable[FinishedShard],
+    shards: Iterable[ShardIndex],
     name: str,
     container: str,
     classes: list[str] | None = None,
@@ -70,34 +59,26 @@ def write_dataset(
         DataError: There is no shard.
         InfrastructureError: The folder cannot be written.
     """
-    infos: list[ShardInfo] = []
+    shard_files: list[ShardFile] = []
     files: list[ManifestFile] = []
     with _Parts(uri, shards_per_file) as parts:
         for shard in shards:
             parts.add(shard.table)
-            infos.append(
-                ShardInfo(
-                    shard.name,
-                    len(shard.table),
-                    shard.size_bytes,
-                    shard.sha256,
-                    shard.table.content_hash(),
-                )
-            )
-        if not infos:
+            shard_files.append(shard.file)
+        if not shard_files:
             raise DataError(f"dataset: {storage.redact(uri)}: there is no shard to describe.")
         files = parts.place()
     info = DatasetInfo(
         name=name,
         format=container,
-        num_samples=sum(shard.num_samples for shard in infos),
-        num_shards=len(infos),
+        num_samples=sum(shard.num_samples for shard in shard_files),
+        num_shards=len(shard_files),
         classes=classes,
         made_by=made_by or {},
         versions=versions or {},
         manifest=files,
-        shards=Shards.of(infos),
-        fingerprint=fingerprint_of(shard.content_hash for shard in infos),
+        shards=Shards.of(shard_files),
+        fingerprint=fingerprint_of(shard.content_hash for shard in shard_files),
     )
     storage.write_atomic(storage.join(uri, DATASET_FILE), info.to_json())
     return info

@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from pipeline.config import ViewConfig
 from pipeline.images.encode import to_rgb
+from pipeline.images.refused import Reason, Refused, RefusedError
 from pipeline.sampling.boxes import Boxes
 
 U8 = npt.NDArray[np.uint8]
@@ -38,7 +39,7 @@ class Decoded:
     """
 
     pixels_BHW3: torch.Tensor
-    bad: dict[int, str] = field(default_factory=dict)
+    bad: dict[int, Refused] = field(default_factory=dict)
 
 
 Pending = Callable[[], Decoded]
@@ -93,7 +94,7 @@ def decode_single(image: U8, boxes: Boxes, view: ViewConfig) -> U8:
         uint8 RGB of shape (H, W, 3).
 
     Raises:
-        ValueError: the image cannot be decoded, or the box does not lie inside it.
+        RefusedError: the image cannot be decoded, or the box does not lie inside it.
     """
     try:
         with warnings.catch_warnings():
@@ -105,15 +106,21 @@ def decode_single(image: U8, boxes: Boxes, view: ViewConfig) -> U8:
                 opened.load()
                 rgb = to_rgb(opened)
     except UnidentifiedImageError as error:
-        raise ValueError("is not an image") from error
+        raise RefusedError(Refused(Reason.NOT_AN_IMAGE)) from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot be decoded: {error}") from error
+        raise RefusedError(Refused(Reason.UNDECODABLE, str(error))) from error
     top, left = int(boxes.tops_B[0]), int(boxes.lefts_B[0])
     bottom, right = top + int(boxes.heights_B[0]), left + int(boxes.widths_B[0])
     if bottom > rgb.height or right > rgb.width:
-        raise ValueError(f"is {rgb.width} x {rgb.height} pixels, smaller than the manifest says")
+        raise too_small(rgb.width, rgb.height)
     pixels = resize_with_pillow(np.asarray(rgb.crop((left, top, right, bottom))), view)
     return np.ascontiguousarray(pixels[:, ::-1]) if boxes.flips_B[0] else pixels
+
+
+def too_small(width: int, height: int) -> RefusedError:
+    """Return the error about an image that its box does not lie inside."""
+    detail = f"{width} x {height} pixels, smaller than the manifest says"
+    return RefusedError(Refused(Reason.SIZE_DIFFERS, detail))
 
 
 def resize_with_pillow(cut_HW3: U8, view: ViewConfig) -> U8:

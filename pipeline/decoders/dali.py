@@ -24,7 +24,8 @@ from pipeline.config import ViewConfig
 from pipeline.decoders.base import U8, Decoded, Pending, decode_single
 from pipeline.decoders.jpeg import is_whole_jpeg
 from pipeline.errors import ConfigError
-from pipeline.images.header import probe
+from pipeline.images.header import Probe, probe
+from pipeline.images.refused import refused_by
 from pipeline.sampling.boxes import Boxes
 
 Stored = Literal["encoded", "raw"]
@@ -49,7 +50,7 @@ def _route(image: U8) -> Route:
     if image[:3].tobytes() == _JPEG_START:
         whole = is_whole_jpeg(image)
     else:
-        whole = not isinstance(probe(image.tobytes()), str)
+        whole = isinstance(probe(image.tobytes()), Probe)
     return "encoded" if whole else "pillow"
 
 
@@ -149,7 +150,7 @@ class DaliDecoder:
                     [images_B[i] for i in some], boxes.take(np.array(some)), stored
                 )
                 decoded.pixels_BHW3[torch.tensor(some, device=self.device)] = part.pixels_BHW3
-                decoded.bad.update({some[i]: reason for i, reason in part.bad.items()})
+                decoded.bad.update({some[i]: refused for i, refused in part.bad.items()})
         for i in places["pillow"]:
             self._with_pillow(images_B[i], boxes.take(slice(i, i + 1)), decoded, i)
         return decoded
@@ -181,7 +182,7 @@ class DaliDecoder:
         try:
             decoded.pixels_BHW3[i] = torch.from_numpy(decode_single(image, box, self._view).copy())
         except ValueError as error:
-            decoded.bad[i] = str(error)
+            decoded.bad[i] = refused_by(error)
 
     def _run_alone(self, images_B: Sequence[U8], boxes: Boxes, stored: Stored) -> torch.Tensor:
         """Run a batch on a pipeline that has nothing else in hand."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import simplejpeg
 
-from pipeline.decoders.base import U8
+from pipeline.decoders.base import U8, too_small
 from pipeline.decoders.tuning import is_installed
 
 _START, _END = b"\xff\xd8\xff", b"\xff\xd9"
@@ -63,7 +63,7 @@ def read_header(image: U8, *, bottom: int, right: int) -> tuple[int, int, str] |
     except ValueError:
         return None
     if bottom > height or right > width:
-        raise ValueError(f"is {width} x {height} pixels, smaller than the manifest says")
+        raise too_small(width, height)
     return height, width, colours
 
 

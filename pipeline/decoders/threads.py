@@ -13,7 +13,8 @@ from typing import Protocol
 import torch
 
 from pipeline.config import ViewConfig
-from pipeline.decoders.base import U8, Decoded, Pending, decode_single
+from pipeline.decoders.base import U8, Decoded, Pending, decode_single, too_small
+from pipeline.images.refused import Refused, refused_by
 from pipeline.sampling.boxes import Boxes
 
 _PIECES_PER_THREAD = 4
@@ -79,7 +80,7 @@ class ThreadedDecoder:
         ]
 
         def wait() -> Decoded:
-            bad: dict[int, str] = {}
+            bad: dict[int, Refused] = {}
             for piece in pieces:
                 bad.update(piece.result())
             return Decoded(pixels_BHW3, bad)
@@ -101,9 +102,9 @@ class ThreadedDecoder:
 
     def _decode_piece(
         self, piece: range, images_B: Sequence[U8], boxes: Boxes, out_BHW3: U8
-    ) -> dict[int, str]:
+    ) -> dict[int, Refused]:
         kernels: Kernels = self._local.kernels
-        bad: dict[int, str] = {}
+        bad: dict[int, Refused] = {}
         part = slice(piece.start, piece.stop)
         rows = zip(
             piece,
@@ -127,13 +128,11 @@ class ThreadedDecoder:
                     kernels.resize(cut_HW3, out_BHW3[i], flip=flip)
             except ValueError as error:
                 out_BHW3[i] = 0
-                bad[i] = str(error)
+                bad[i] = refused_by(error)
         return bad
 
 
 def _cut_raw(image_HW3: U8, top: int, left: int, height: int, width: int) -> U8:
     if top + height > image_HW3.shape[0] or left + width > image_HW3.shape[1]:
-        raise ValueError(
-            f"is {image_HW3.shape[1]} x {image_HW3.shape[0]} pixels, smaller than the manifest says"
-        )
+        raise too_small(image_HW3.shape[1], image_HW3.shape[0])
     return image_HW3[top : top + height, left : left + width]

@@ -19,9 +19,10 @@ import xxhash
 from pipeline import storage
 from pipeline.errors import DataError
 from pipeline.formats import beton
-from pipeline.formats.records import SUFFIXES, IndexedShard
+from pipeline.formats.records import SUFFIXES, ShardFile, ShardIndex
 from pipeline.formats.table import NO_LABEL, ShardTable, TableBuilder
-from pipeline.images.header import TRUNCATED, Probe, probe
+from pipeline.images.header import Probe, probe
+from pipeline.images.refused import Reason, Refused
 
 _CHUNK_BYTES = 2**20
 _MAX_SAMPLES = 2**32
@@ -161,7 +162,7 @@ def _sizes(places: npt.NDArray, allocations: npt.NDArray, name: str) -> npt.NDAr
     return allocations["size"][order][found].astype(np.int64)
 
 
-def index_shard(uri: str) -> IndexedShard:
+def index_shard(uri: str) -> ShardIndex:
     """Read a beton once, from end to end, and return its samples' places, sizes and hashes.
 
     Raises:
@@ -175,12 +176,12 @@ def index_shard(uri: str) -> IndexedShard:
             file, layout, name=name, stem=storage.name_of(uri).removesuffix(SUFFIXES["ffcv"])
         )
         pass_over.run()
-    return IndexedShard(
-        name=storage.name_of(uri),
-        size_bytes=size_bytes,
-        sha256=pass_over.digest.hexdigest(),
-        table=pass_over.table(),
-        dali_index=b"",
+    table = pass_over.table()
+    file_name = storage.name_of(uri)
+    sha256 = pass_over.digest.hexdigest()
+    return ShardIndex(
+        ShardFile.of(table, name=file_name, size_bytes=size_bytes, sha256=sha256),
+        table,
         ignored=layout.ignored,
         bad=pass_over.bad,
     )
@@ -196,9 +197,9 @@ class _Pass:
         self._name = name
         self._stem = stem
         self.digest = hashlib.sha256()
-        self.bad: list[tuple[str, str]] = []
+        self.bad: list[tuple[str, Refused]] = []
         count = len(layout.image)
-        self._found: list[Probe | str] = [""] * count
+        self._found: list[Probe | Refused] = [Refused(Reason.EMPTY)] * count
         self._hashes = [0] * count
         self._texts: dict[int, bytes] = {}
 
@@ -244,16 +245,17 @@ class _Pass:
         while size:
             size -= len(self._read(min(size, _CHUNK_BYTES)))
 
-    def _look(self, row: int, data: bytes) -> Probe | str:
+    def _look(self, row: int, data: bytes) -> Probe | Refused:
         entry = self._layout.image[row]
         width, height = int(entry["width"]), int(entry["height"])
         if entry["mode"] == beton.MODE_RAW:
-            return (
-                Probe("raw", width, height, "RGB") if len(data) == width * height * 3 else TRUNCATED
-            )
+            if len(data) != width * height * 3:
+                return Refused(Reason.TRUNCATED)
+            return Probe("raw", width, height, "RGB")
         found = probe(data)
         if isinstance(found, Probe) and (found.width, found.height) != (width, height):
-            return f"is {found.width} x {found.height} pixels, the beton says {width} x {height}"
+            detail = f"{found.width} x {found.height} pixels, the beton says {width} x {height}"
+            return Refused(Reason.SIZE_DIFFERS, detail)
         return found
 
     def table(self) -> ShardTable:
@@ -262,7 +264,7 @@ class _Pass:
         keys = self._keys()
         layout = self._layout
         for row, (key, found) in enumerate(zip(keys, self._found, strict=True)):
-            if isinstance(found, str):
+            if isinstance(found, Refused):
                 self.bad.append((key, found))
                 found = Probe("bad", 0, 0, "")
             label = int(layout.labels[row])

@@ -21,7 +21,7 @@ import xxhash
 from pipeline import storage
 from pipeline.errors import DataError
 from pipeline.formats import beton
-from pipeline.formats.records import SUFFIXES, WrittenShard
+from pipeline.formats.records import SUFFIXES, ShardFile, ShardIndex
 from pipeline.formats.table import NO_LABEL, TableBuilder
 from pipeline.images.header import Probe
 from pipeline.storage import local as local_files
@@ -156,7 +156,7 @@ class BetonWriter:
         self._images.append((found, len(image), label, xxhash.xxh3_64_intdigest(image)))
         self._metas.append(meta)
 
-    def close(self) -> WrittenShard:
+    def close(self) -> ShardIndex:
         """Lay the samples out and put the file in place.
 
         Raises:
@@ -193,7 +193,11 @@ class BetonWriter:
                 mode=found.mode,
                 xxh3=digest,
             )
-        return WrittenShard(storage.name_of(self._uri), size_bytes, sha256, rows.build(), b"")
+        table = rows.build()
+        name = storage.name_of(self._uri)
+        return ShardIndex(
+            ShardFile.of(table, name=name, size_bytes=size_bytes, sha256=sha256), table
+        )
 
     def _lay_out(self) -> tuple[bytes, list[tuple[int, int]], int]:
         """Return (all that stands before the pages, where each sample's image and meta go, where

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pipeline.formats import beton_index, webdataset_index
-from pipeline.formats.records import SUFFIXES, IndexedShard
+from pipeline.formats.records import SUFFIXES, ShardIndex
 
 
-def index_shard(uri: str) -> IndexedShard:
+def index_shard(uri: str) -> ShardIndex:
     """Read a shard once, from end to end, and return its samples' places, sizes and hashes.
 
     Raises:

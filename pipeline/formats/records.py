@@ -1,49 +1,62 @@
-"""Which containers there are: their file names, and how a shard of each is indexed."""
+"""Which containers there are, and what is known of one shard file of any of them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pipeline.errors import DataError
 from pipeline.formats.table import ShardTable
+from pipeline.images.refused import Refused
 
 SUFFIXES = {"webdataset": ".tar", "ffcv": ".beton"}
 """Ending of a shard's file name, by container."""
 
 
-@dataclass(frozen=True)
-class IndexedShard:
-    """What one pass over a shard file found.
+@dataclass(frozen=True, slots=True)
+class ShardFile:
+    """One shard file, as `dataset.json` lists it.
 
     Args:
-        name: File name.
+        name: File name beside `dataset.json`.
+        num_samples: Samples in it.
         size_bytes: Size of the file.
         sha256: Of the file, in hex.
-        table: One row a sample. An image whose header cannot be read has width 0 and format `bad`.
-        dali_index: The file's index for DALI's webdataset reader; empty where a name holds blanks,
-            which that format cannot express, and for betons.
-        ignored: What was passed over, counted by reason.
-        bad: (key, reason) of images whose header cannot be read.
+        content_hash: Of the samples, whatever the container format (see `ShardTable.content_hash`).
     """
 
     name: str
+    num_samples: int
     size_bytes: int
     sha256: str
-    table: ShardTable
-    dali_index: bytes
-    ignored: dict[str, int]
-    bad: list[tuple[str, str]]
+    content_hash: str
+
+    @classmethod
+    def of(cls, table: ShardTable, *, name: str, size_bytes: int, sha256: str) -> ShardFile:
+        """Describe the file that holds the samples of a table."""
+        return cls(name, len(table), size_bytes, sha256, table.content_hash())
 
 
 @dataclass(frozen=True)
-class WrittenShard:
-    """A shard file that has just been put in place."""
+class ShardIndex:
+    """A shard file and where its samples lie in it.
 
-    name: str
-    size_bytes: int
-    sha256: str
+    A writer returns the same as a later pass over the file that it wrote.
+
+    Args:
+        file: The file.
+        table: One row per sample. An image whose header cannot be read has width 0 and format
+            `bad`.
+        dali_index: The file's index for DALI's webdataset reader; empty for betons, and for a tar
+            with blanks in a name, which that format cannot express.
+        ignored: What was skipped, counted by reason.
+        bad: Key and reason of each image whose header cannot be read.
+    """
+
+    file: ShardFile
     table: ShardTable
-    dali_index: bytes
+    dali_index: bytes = b""
+    ignored: dict[str, int] = field(default_factory=dict)
+    bad: list[tuple[str, Refused]] = field(default_factory=list)
 
 
 def suffix_of(container: str) -> str:

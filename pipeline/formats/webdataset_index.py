@@ -13,7 +13,7 @@ import xxhash
 
 from pipeline import storage
 from pipeline.errors import DataError
-from pipeline.formats.records import IndexedShard
+from pipeline.formats.records import ShardFile, ShardIndex
 from pipeline.formats.table import NO_LABEL, ShardTable, TableBuilder
 from pipeline.formats.tar import TarMember, TarScanner
 from pipeline.formats.webdataset import (
@@ -23,7 +23,8 @@ from pipeline.formats.webdataset import (
     make_dali_index,
     split_key,
 )
-from pipeline.images.header import TOO_MANY_BYTES, Probe, probe
+from pipeline.images.header import Probe, probe
+from pipeline.images.refused import Reason, Refused
 
 _MAX_IMAGE_BYTES = 2**30
 _MAX_TEXT_BYTES = 2**20
@@ -36,7 +37,7 @@ class _Sample:
     key: str
     header_offset: int
     components: list[tuple[str, int, int, str]] = field(default_factory=list)
-    images: dict[str, tuple[TarMember, int, Probe | str]] = field(default_factory=dict)
+    images: dict[str, tuple[TarMember, int, Probe | Refused]] = field(default_factory=dict)
     texts: dict[str, bytes] = field(default_factory=dict)
 
 
@@ -53,7 +54,7 @@ class _HashingStream:
         return data
 
 
-def index_shard(uri: str) -> IndexedShard:
+def index_shard(uri: str) -> ShardIndex:
     """Read a tar once, from end to end, and return its samples' places, sizes and hashes.
 
     Raises:
@@ -70,11 +71,11 @@ def index_shard(uri: str) -> IndexedShard:
             f"{storage.redact(uri)}: no sample with an image ({', '.join(IMAGE_EXTENSIONS)}) in "
             f"{indexer.scanner.num_members} members; passed over: {dict(indexer.ignored)}."
         )
-    return IndexedShard(
-        name=name,
-        size_bytes=stream.size_bytes,
-        sha256=stream.digest.hexdigest(),
-        table=table,
+    return ShardIndex(
+        ShardFile.of(
+            table, name=name, size_bytes=stream.size_bytes, sha256=stream.digest.hexdigest()
+        ),
+        table,
         dali_index=make_dali_index(indexer.components),
         ignored=dict(indexer.ignored),
         bad=indexer.bad,
@@ -88,7 +89,7 @@ class _Indexer:
         self.scanner = scanner
         self.components: list[list[tuple[str, int, int, str]]] = []
         self.ignored: Counter[str] = Counter()
-        self.bad: list[tuple[str, str]] = []
+        self.bad: list[tuple[str, Refused]] = []
         self._rows = TableBuilder()
         self._seen: set[str] = set()
 
@@ -128,7 +129,8 @@ class _Indexer:
                 digest = xxhash.xxh3_64()
                 for part in self.scanner.read_chunks():
                     digest.update(part)
-                sample.images[extension] = member, digest.intdigest(), TOO_MANY_BYTES
+                refused = Refused(Reason.TOO_MANY_BYTES)
+                sample.images[extension] = member, digest.intdigest(), refused
             else:
                 data = self.scanner.read()
                 sample.images[extension] = member, xxhash.xxh3_64_intdigest(data), probe(data)
@@ -150,7 +152,7 @@ class _Indexer:
         if len(sample.images) > 1:
             self.ignored["further images of a key"] += len(sample.images) - 1
         member, digest, found = sample.images[chosen]
-        if isinstance(found, str):
+        if isinstance(found, Refused):
             self.bad.append((sample.key, found))
             found = Probe("bad", 0, 0, "")
         self._rows.add(

@@ -14,7 +14,7 @@ import xxhash
 
 from pipeline import storage
 from pipeline.errors import DataError
-from pipeline.formats.records import WrittenShard
+from pipeline.formats.records import ShardFile, ShardIndex
 from pipeline.formats.table import NO_LABEL, TableBuilder
 from pipeline.formats.tar import end_mark, make_header
 from pipeline.formats.webdataset import _META, SUFFIX, make_dali_index, split_key
@@ -161,7 +161,7 @@ class WebDatasetWriter:
         self._digest.update(data)
         self._at += len(data)
 
-    def close(self) -> WrittenShard:
+    def close(self) -> ShardIndex:
         """End the archive and put it in place.
 
         Raises:
@@ -178,10 +178,11 @@ class WebDatasetWriter:
                 storage.put_file(self._tmp, self._uri)
         except OSError as error:
             raise explain("write", self._uri, error) from error
-        return WrittenShard(
+        table = self._rows.build()
+        file = ShardFile.of(
+            table,
             name=storage.name_of(self._uri),
             size_bytes=self._at,
             sha256=self._digest.hexdigest(),
-            table=self._rows.build(),
-            dali_index=make_dali_index(self._components),
         )
+        return ShardIndex(file, table, make_dali_index(self._components))

@@ -9,20 +9,20 @@ import warnings
 import simplejpeg
 from PIL import Image
 
-from pipeline.images.header import ScreenLimits, screen
+from pipeline.images.header import Probe, ScreenLimits, screen
+from pipeline.images.refused import Reason, Refused
 
 _LIMITS = ScreenLimits()
-_CANNOT_DECODE = "cannot be decoded"
 
 
-def undecodable(data: bytes) -> str:
-    """Return why an image cannot be decoded, or an empty string where it can.
+def undecodable(data: bytes) -> Refused | None:
+    """Return why an image cannot be decoded, or None if it can.
 
     Args:
         data: The encoded image.
     """
     found = screen(data, _LIMITS)
-    if isinstance(found, str):
+    if isinstance(found, Refused):
         return found
     if found.format == "jpeg" and found.mode in ("RGB", "L"):
         try:
@@ -30,11 +30,8 @@ def undecodable(data: bytes) -> str:
         except ValueError:
             pass  # libjpeg's word alone is too strict in places; Pillow decides
         else:
-            return (
-                ""
-                if pixels_HWC.shape[:2] == (found.height, found.width)
-                else "the header's size is not the image's"
-            )
+            height, width = pixels_HWC.shape[:2]
+            return _compare_size(found, width, height)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # sizes that the screen has let through
@@ -42,5 +39,12 @@ def undecodable(data: bytes) -> str:
                 image.load()
                 size = image.size
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
-        return _CANNOT_DECODE
-    return "" if size == (found.width, found.height) else "the header's size is not the image's"
+        return Refused(Reason.UNDECODABLE)
+    return _compare_size(found, *size)
+
+
+def _compare_size(found: Probe, width: int, height: int) -> Refused | None:
+    if (width, height) == (found.width, found.height):
+        return None
+    detail = f"{width} x {height} pixels, the header says {found.width} x {found.height}"
+    return Refused(Reason.SIZE_DIFFERS, detail)

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
 from pipeline.images.header import Probe
+from pipeline.images.refused import Reason, Refused
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -27,16 +28,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 DECODER_ERRORS = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 """Pillow has no one exception for a broken file; these are what its decoders raise."""
-CANNOT_DECODE = "cannot be decoded"
-NEEDS_RESIZE = "format needs --resize"
-"""GIF, BMP and TIFF have no place in a WebDataset as they are; in a beton, nothing but RGB and grey
-JPEG has."""
 _PROFILE_SEARCH_BYTES = 65_536
 
 
 def reencode(
     data: bytes, found: Probe, *, short_side: int | None, long_side: int | None = None, quality: int
-) -> bytes | str:
+) -> bytes | Refused:
     """Return a JPEG whose sides are at most `short_side` and `long_side`, or the reason why there
     is none.
 
@@ -60,12 +57,12 @@ def reencode(
         )
         return buffer.getvalue()
     except DECODER_ERRORS:
-        return CANNOT_DECODE
+        return Refused(Reason.UNDECODABLE)
 
 
 def to_pixels(
     data: bytes, *, short_side: int | None, long_side: int | None
-) -> tuple[Probe, bytes] | str:
+) -> tuple[Probe, bytes] | Refused:
     """Return an image as bare RGB pixels, shrunk and made plain as `reencode` does, or the reason
     why there is none.
 
@@ -75,7 +72,7 @@ def to_pixels(
     try:
         image = _shrunk(data, short_side, long_side).convert("RGB")
     except DECODER_ERRORS:
-        return CANNOT_DECODE
+        return Refused(Reason.UNDECODABLE)
     return Probe("raw", image.width, image.height, "RGB"), image.tobytes()
 
 

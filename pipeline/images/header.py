@@ -11,15 +11,10 @@ from typing import NamedTuple
 from pydantic import Field
 
 from pipeline.config import LoaderConfig, Settings
+from pipeline.images.refused import Reason, Refused
 
-NOT_AN_IMAGE = "not an image"
-EMPTY = "empty"
-TRUNCATED = "truncated"
-TOO_MANY_PIXELS = "too many pixels"
-TOO_MANY_BYTES = "too many bytes"
-ASPECT = "aspect"
-REASONS = (NOT_AN_IMAGE, EMPTY, TRUNCATED, TOO_MANY_PIXELS, TOO_MANY_BYTES, ASPECT)
-"""Why an image is not decoded."""
+_NOT_AN_IMAGE = Refused(Reason.NOT_AN_IMAGE)
+_TRUNCATED = Refused(Reason.TRUNCATED)
 _LOADER_DEFAULTS = LoaderConfig()
 _TAIL_BYTES = 4096
 _JPEG_SOF = frozenset(
@@ -74,47 +69,47 @@ class Probe(NamedTuple):
     animated: bool = False
 
 
-def screen(data: bytes, limits: ScreenLimits = DEFAULT_LIMITS) -> Probe | str:
-    """Return what an image's header says, or the reason (one of `REASONS`) not to decode it.
+def screen(data: bytes, limits: ScreenLimits = DEFAULT_LIMITS) -> Probe | Refused:
+    """Return what an image's header says, or the reason not to decode it.
 
     Args:
         data: The whole encoded image.
         limits: What is too large.
     """
     if len(data) > limits.max_bytes:
-        return TOO_MANY_BYTES
+        return Refused(Reason.TOO_MANY_BYTES)
     found = probe(data)
-    if isinstance(found, str):
+    if isinstance(found, Refused):
         return found
     return refuse_size(found.width, found.height, limits) or found
 
 
-def refuse_size(width: int, height: int, limits: ScreenLimits = DEFAULT_LIMITS) -> str:
-    """Return the reason not to decode an image of this size, or an empty string."""
+def refuse_size(width: int, height: int, limits: ScreenLimits = DEFAULT_LIMITS) -> Refused | None:
+    """Return the reason not to decode an image of this size, or None."""
     if width * height > limits.max_pixels:
-        return TOO_MANY_PIXELS
+        return Refused(Reason.TOO_MANY_PIXELS)
     if max(width, height) > limits.max_aspect * min(width, height):
-        return ASPECT
-    return ""
+        return Refused(Reason.ASPECT)
+    return None
 
 
-def probe(data: bytes) -> Probe | str:
+def probe(data: bytes) -> Probe | Refused:
     """Return what an image's header says, or why it is no whole image; limits are not applied.
 
     The format is told by the content, never by the name.
     """
     if not data:
-        return EMPTY
+        return Refused(Reason.EMPTY)
     try:
         found = _probe(data)
     except (struct.error, IndexError):
-        return TRUNCATED
+        return _TRUNCATED
     if isinstance(found, Probe) and (found.width < 1 or found.height < 1):
-        return NOT_AN_IMAGE
+        return _NOT_AN_IMAGE
     return found
 
 
-def _probe(data: bytes) -> Probe | str:
+def _probe(data: bytes) -> Probe | Refused:
     if data[:3] == b"\xff\xd8\xff":
         return _jpeg(data)
     if data[:8] == b"\x89PNG\r\n\x1a\n":
@@ -135,16 +130,16 @@ def _probe(data: bytes) -> Probe | str:
         return _bmp(data)
     whole_magics = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"GIF87a", b"II*\0", b"MM\0*")
     if any(len(data) < len(magic) and magic.startswith(data) for magic in whole_magics):
-        return TRUNCATED
-    return NOT_AN_IMAGE
+        return _TRUNCATED
+    return _NOT_AN_IMAGE
 
 
-def _jpeg(data: bytes) -> Probe | str:
+def _jpeg(data: bytes) -> Probe | Refused:
     at, orientation, adobe = 2, 1, -1
     frame: tuple[int, int, int, int] | None = None
     while True:
         if data[at] != 0xFF:
-            return TRUNCATED if frame is None and at >= len(data) else NOT_AN_IMAGE
+            return _TRUNCATED if frame is None and at >= len(data) else _NOT_AN_IMAGE
         while data[at] == 0xFF:  # fill bytes may precede a marker
             at += 1
         marker = data[at]
@@ -152,10 +147,10 @@ def _jpeg(data: bytes) -> Probe | str:
         if marker == 0x01 or 0xD0 <= marker <= 0xD7:
             continue
         if marker == 0xD9:
-            return NOT_AN_IMAGE  # the image ends before a scan
+            return _NOT_AN_IMAGE  # the image ends before a scan
         length = (data[at] << 8) | data[at + 1]
         if length < 2:
-            return NOT_AN_IMAGE
+            return _NOT_AN_IMAGE
         if marker == 0xDA:
             break
         if marker in _JPEG_SOF:
@@ -167,13 +162,13 @@ def _jpeg(data: bytes) -> Probe | str:
             adobe = data[at + 13]
         at += length
     if frame is None:
-        return NOT_AN_IMAGE
+        return _NOT_AN_IMAGE
     if not (data.endswith(b"\xff\xd9") or data.rfind(b"\xff\xd9", at) >= 0):
-        return TRUNCATED
+        return _TRUNCATED
     marker, width, height, channels = frame
     mode = {1: "L", 3: "RGB", 4: "YCCK" if adobe == 2 else "CMYK"}.get(channels, "")
     if not mode:
-        return NOT_AN_IMAGE
+        return _NOT_AN_IMAGE
     return Probe("jpeg", width, height, mode, orientation, marker in _JPEG_PROGRESSIVE)
 
 
@@ -194,32 +189,32 @@ def _exif_orientation(tiff: bytes) -> int:
     return 1
 
 
-def _png(data: bytes) -> Probe | str:
+def _png(data: bytes) -> Probe | Refused:
     if len(data) < 33:
-        return TRUNCATED
+        return _TRUNCATED
     if data[12:16] != b"IHDR":
-        return NOT_AN_IMAGE
+        return _NOT_AN_IMAGE
     width, height, depth, colour = struct.unpack_from(">IIBB", data, 16)
     mode = _PNG_MODES_16.get(colour, "") if depth == 16 else _PNG_MODES.get(colour, "")
     if not mode:
-        return NOT_AN_IMAGE
+        return _NOT_AN_IMAGE
     if data[-8:-4] != b"IEND" and data.rfind(b"IEND\xaeB`\x82") < 0:
-        return TRUNCATED
+        return _TRUNCATED
     return Probe("png", width, height, mode, animated=data.find(b"acTL", 33, _TAIL_BYTES) >= 0)
 
 
-def _webp(data: bytes) -> Probe | str:
+def _webp(data: bytes) -> Probe | Refused:
     if struct.unpack_from("<I", data, 4)[0] + 8 > len(data):
-        return TRUNCATED
+        return _TRUNCATED
     chunk = data[12:16]
     if chunk == b"VP8 ":
         if data[23:26] != b"\x9d\x01\x2a":
-            return NOT_AN_IMAGE
+            return _NOT_AN_IMAGE
         width, height = struct.unpack_from("<HH", data, 26)
         return Probe("webp", width & 0x3FFF, height & 0x3FFF, "RGB")
     if chunk == b"VP8L":
         if data[20] != 0x2F:
-            return NOT_AN_IMAGE
+            return _NOT_AN_IMAGE
         (bits,) = struct.unpack_from("<I", data, 21)
         return Probe(
             "webp",
@@ -232,17 +227,17 @@ def _webp(data: bytes) -> Probe | str:
         width = int.from_bytes(data[24:27], "little") + 1
         height = int.from_bytes(data[27:30], "little") + 1
         if len(data) < 30:
-            return TRUNCATED
+            return _TRUNCATED
         return Probe(
             "webp", width, height, "RGBA" if flags & 0x10 else "RGB", animated=bool(flags & 0x02)
         )
-    return NOT_AN_IMAGE
+    return _NOT_AN_IMAGE
 
 
-def _gif(data: bytes) -> Probe | str:
+def _gif(data: bytes) -> Probe | Refused:
     width, height = struct.unpack_from("<HH", data, 6)
     if data.rstrip(b"\0")[-1:] != b"\x3b":
-        return TRUNCATED
+        return _TRUNCATED
     at = 13 + _gif_table_bytes(data[10])
     frames = 0
     while frames < 2 and data[at] in (0x21, 0x2C):  # an extension, an image
@@ -254,14 +249,14 @@ def _gif(data: bytes) -> Probe | str:
         while data[at]:  # sub-blocks, each led by its length
             at += 1 + data[at]
         at += 1
-    return Probe("gif", width, height, "P", animated=frames > 1) if frames else NOT_AN_IMAGE
+    return Probe("gif", width, height, "P", animated=frames > 1) if frames else _NOT_AN_IMAGE
 
 
 def _gif_table_bytes(flags: int) -> int:
     return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
 
-def _bmp(data: bytes) -> Probe | str:
+def _bmp(data: bytes) -> Probe | Refused:
     (header,) = struct.unpack_from("<I", data, 14)
     if header == 12:
         width, height, _, bits = struct.unpack_from("<HHHH", data, 18)
@@ -271,12 +266,12 @@ def _bmp(data: bytes) -> Probe | str:
     height = abs(height)  # a negative height means top-down
     (start,) = struct.unpack_from("<I", data, 10)
     if compression in (0, 3) and start + (width * bits + 31) // 32 * 4 * height > len(data):
-        return TRUNCATED
+        return _TRUNCATED
     mode = "RGBA" if bits == 32 else "RGB" if bits > 8 else "P"
     return Probe("bmp", width, height, mode)
 
 
-def _tiff(data: bytes) -> Probe | str:
+def _tiff(data: bytes) -> Probe | Refused:
     order = "<" if data[:2] == b"II" else ">"
     (start,) = struct.unpack_from(order + "I", data, 4)
     (count,) = struct.unpack_from(order + "H", data, start)
@@ -288,7 +283,7 @@ def _tiff(data: bytes) -> Probe | str:
         if value_bytes > 4 and struct.unpack_from(order + "I", data, at + 8)[0] + value_bytes > len(
             data
         ):
-            return TRUNCATED  # a profile or other value that is stored behind the pixels
+            return _TRUNCATED  # a profile or other value that is stored behind the pixels
         if kind in _TIFF_TYPES and 1 <= number <= _TIFF_VALUES:
             layout = f"{order}{number}{_TIFF_TYPES[kind]}"
             place = (
@@ -298,14 +293,14 @@ def _tiff(data: bytes) -> Probe | str:
             )
             tags[tag] = struct.unpack_from(layout, data, place)
     if 256 not in tags or 257 not in tags:
-        return NOT_AN_IMAGE
+        return _NOT_AN_IMAGE
     for starts, lengths in ((273, 279), (324, 325)):  # strips, tiles
         ends = [
             first + length
             for first, length in zip(tags.get(starts, ()), tags.get(lengths, ()), strict=False)
         ]
         if ends and max(ends) > len(data):
-            return TRUNCATED
+            return _TRUNCATED
     samples, bits, photometric = (tags.get(tag, (1,))[0] for tag in (277, 258, 262))
     if photometric == 5:
         mode = "CMYK"

@@ -12,6 +12,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.config import LoaderConfig
 from pipeline.errors import DataError
+from pipeline.images.refused import Refused
 
 _WINDOW = 10_000
 _KEPT = 100
@@ -61,41 +62,43 @@ class DataReport:
                 self._num_seen += count
                 self._in_a_row = 0
 
-    def bad(self, reason: str, shard: str, key: str) -> None:
+    def bad(self, refused: Refused, shard: str, key: str) -> None:
         """Record one sample that was replaced.
 
         Raises:
             DataError: One of the two limits is passed.
         """
-        self.record([reason], [shard], [key])
+        self.record([refused], [shard], [key])
 
-    def record(self, reasons: Sequence[str], shards: Sequence[str], keys: Sequence[str]) -> None:
-        """Record samples in order; an empty reason means good.
+    def record(
+        self, refused: Sequence[Refused | None], shards: Sequence[str], keys: Sequence[str]
+    ) -> None:
+        """Record samples in order; None means that a sample is good.
 
         Raises:
             DataError: One of the two limits is passed; every sample given has been counted.
         """
         problem = ""
         with self._lock:
-            for reason, shard, key in zip(reasons, shards, keys, strict=True):
+            for why, shard, key in zip(refused, shards, keys, strict=True):
                 self._num_seen += 1
-                if not reason:
+                if why is None:
                     self._in_a_row = 0
                     continue
-                self._count(reason, shard, key)
+                self._count(why, shard, key)
                 problem = problem or self._passed_limit()
         if problem:
             raise DataError(problem)
 
-    def _count(self, reason: str, shard: str, key: str) -> None:
+    def _count(self, refused: Refused, shard: str, key: str) -> None:
         self._in_a_row += 1
         self._recent.append(self._num_seen)
         while self._recent[0] <= self._num_seen - _WINDOW:
             self._recent.popleft()
-        self._reasons[reason] += 1
+        self._reasons[str(refused.reason)] += 1
         self._shards[shard] += 1
         if len(self._first) < _KEPT:
-            self._first.append({"shard": shard, "key": key, "reason": reason})
+            self._first.append({"shard": shard, "key": key, "reason": str(refused)})
 
     def _passed_limit(self) -> str:
         if self._in_a_row >= self._max_in_a_row:

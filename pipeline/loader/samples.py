@@ -20,6 +20,7 @@ from pipeline.decoders.base import Decoded, Decoder
 from pipeline.errors import DataError
 from pipeline.formats.table import FORMATS
 from pipeline.images.header import probe
+from pipeline.images.refused import Reason, Refused
 from pipeline.loader.data_report import DataReport
 from pipeline.reading.reader import U8, ShardReader
 from pipeline.sampling.boxes import Boxes
@@ -67,7 +68,7 @@ class Encoded:
     labels_B: I64
     images: list[U8]
     boxes: tuple[Boxes, ...]
-    bad: dict[int, str] = field(default_factory=dict)
+    bad: dict[int, Refused] = field(default_factory=dict)
     draws: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
 
 
@@ -152,7 +153,7 @@ class SampleSource:
         keys = dict(zip(bad, self._dataset.keys(encoded.sample_ids_B[list(bad)]), strict=True))
         count = range(len(encoded.images))
         report.record(
-            [bad.get(i, "") for i in count],
+            [bad.get(i) for i in count],
             [self._dataset.shard_name(int(shards_B[i])) for i in count],
             [keys.get(i, "") for i in count],
         )
@@ -175,20 +176,19 @@ class SampleSource:
         )
         return Encoded(sample_ids_B, epochs_B, rows.labels_B.astype(np.int64), images, boxes, bad)
 
-    def _screen(self, rows: Rows) -> dict[int, str]:
+    def _screen(self, rows: Rows) -> dict[int, Refused]:
         """Refuse by what the manifest says, before a byte is read or decoded."""
         pixels_B = rows.widths_B.astype(np.int64) * rows.heights_B
-        bad = {int(i): "is not an image" for i in np.flatnonzero(pixels_B <= 0)}
-        bad |= {
-            int(i): "too many pixels" for i in np.flatnonzero(pixels_B > self._settings.max_pixels)
-        }
-        bad |= {
-            int(i): "too many bytes"
-            for i in np.flatnonzero(rows.sizes_B > self._settings.max_bytes)
-        }
+        bad: dict[int, Refused] = {}
+        for reason, is_bad_B in (
+            (Reason.NOT_AN_IMAGE, pixels_B <= 0),
+            (Reason.TOO_MANY_PIXELS, pixels_B > self._settings.max_pixels),
+            (Reason.TOO_MANY_BYTES, rows.sizes_B > self._settings.max_bytes),
+        ):
+            bad |= {i: Refused(reason) for i in np.flatnonzero(is_bad_B).tolist()}
         return bad
 
-    def _screen_headers(self, images: list[U8], rows: Rows) -> dict[int, str]:
+    def _screen_headers(self, images: list[U8], rows: Rows) -> dict[int, Refused]:
         """Refuse what is not of the size that the manifest says, before it is decoded: 2
         microseconds a JPEG.
 
@@ -201,7 +201,10 @@ class SampleSource:
         ):
             declared = _declared_size(image) if image.ndim == 1 else None
             if declared is not None and declared != (width, height):
-                bad[i] = "is not of the size that the manifest says"
+                detail = (
+                    f"{declared[0]} x {declared[1]} pixels, the manifest says {width} x {height}"
+                )
+                bad[i] = Refused(Reason.SIZE_DIFFERS, detail)
         return bad
 
     def _substitute(
@@ -236,9 +239,9 @@ def _decode_views(encoded: Encoded, decoders: Sequence[Decoder]) -> list[Decoded
     return [decoder.decode(encoded.images, boxes) for decoder, boxes in views]
 
 
-def _bad_in_any(decoded: Sequence[Decoded]) -> dict[int, str]:
+def _bad_in_any(decoded: Sequence[Decoded]) -> dict[int, Refused]:
     """Collect what is bad in any view; of several reasons the first view's is told."""
-    bad: dict[int, str] = {}
+    bad: dict[int, Refused] = {}
     for view in reversed(decoded):
         bad |= view.bad
     return bad
@@ -253,5 +256,5 @@ def _declared_size(image: U8) -> tuple[int, int] | None:
         except ValueError:
             return None
         return int(width), int(height)
-    found = probe(image.tobytes()) if len(image) else ""
-    return None if isinstance(found, str) else (found.width, found.height)
+    found = probe(image.tobytes())
+    return None if isinstance(found, Refused) else (found.width, found.height)

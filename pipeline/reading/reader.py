@@ -23,6 +23,7 @@ import xxhash
 from pipeline import storage
 from pipeline.dataset.manifest import Manifest, Rows
 from pipeline.errors import DataError
+from pipeline.images.refused import Reason, Refused
 from pipeline.reading.cache import CacheCounters, ShardCache, default_cache_dir
 
 U8 = npt.NDArray[np.uint8]
@@ -86,7 +87,9 @@ class ShardReader:
             for shard in [shard for shard in self._maps if shard not in keep]:
                 del self._maps[shard]
 
-    def read(self, rows: Rows, *, skip: Collection[int] = ()) -> tuple[list[U8], dict[int, str]]:
+    def read(
+        self, rows: Rows, *, skip: Collection[int] = ()
+    ) -> tuple[list[U8], dict[int, Refused]]:
         """Read the encoded images of some samples.
 
         Args:
@@ -120,7 +123,7 @@ class ShardReader:
             self._cache.begin()  # not before: the first batch has the store to itself
         # What came by range was not covered by a shard's hash, so it is always checked.
         bad = {
-            i: "hash mismatch"
+            i: Refused(Reason.HASH_DIFFERS)
             for i, image in enumerate(done)
             if i not in skip
             and (self._verify or isinstance(images[i], Future))

@@ -18,6 +18,7 @@ from pipeline.formats.table import FORMATS, NO_LABEL
 from pipeline.formats.tar import TarScanner
 from pipeline.formats.webdataset import split_key
 from pipeline.images.encode import as_png
+from pipeline.images.refused import Refused
 from pipeline.sources.listing import Listing, SourceSettings, Wanted, read_each
 from pipeline.sources.names import sample_keys
 
@@ -81,7 +82,7 @@ class DatasetSource:
             fingerprint=manifest.info.fingerprint,
         )
 
-    def read_all(self, wanted: Wanted) -> Iterator[bytes | str]:
+    def read_all(self, wanted: Wanted) -> Iterator[bytes | Refused]:
         """Yield the images' files."""
         return read_each(self.uri, lambda i: self._read(wanted.names[i]), len(wanted))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.errors import ConfigError, DataError
+from pipeline.images.refused import Refused
 from pipeline.sources.listing import (
     Listing,
     ListingBuilder,
@@ -33,7 +34,7 @@ class FolderSource:
         self.uri = uri
         self._settings = settings or SourceSettings()
 
-    def read_all(self, wanted: Wanted) -> Iterator[bytes | str]:
+    def read_all(self, wanted: Wanted) -> Iterator[bytes | Refused]:
         """Yield the files' bytes."""
         read = storage.reader_below(self.uri)
         return read_each(self.uri, lambda i: read(wanted.names[i]), len(wanted))

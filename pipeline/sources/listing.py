@@ -20,6 +20,7 @@ from pydantic import ConfigDict
 from pipeline import storage
 from pipeline.config import Settings
 from pipeline.console import say
+from pipeline.images.refused import Refused
 from pipeline.sources.labels import LabelMode, labels_of_names
 from pipeline.sources.names import pick, why_skipped
 
@@ -143,14 +144,16 @@ class Source(Protocol):
     def listing(self) -> Listing:
         """Return what there is."""
 
-    def read_all(self, wanted: Wanted) -> Iterator[bytes | str]:
+    def read_all(self, wanted: Wanted) -> Iterator[bytes | Refused]:
         """Yield the images' bytes in the order asked for, or the reason why one is not there."""
 
     def about(self, name: str, *, class_name: str | None) -> dict[str, Any] | None:
         """Return what is stored as JSON beside one image."""
 
 
-def read_each(uri: str, read: Callable[[int], bytes | str], count: int) -> Iterator[bytes | str]:
+def read_each(
+    uri: str, read: Callable[[int], bytes | Refused], count: int
+) -> Iterator[bytes | Refused]:
     """Yield `read(0)`, `read(1)` and so on; several are under way at a time where each is a request
     to a server."""
     if storage.is_local(uri):

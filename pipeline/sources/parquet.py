@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 from pipeline import storage
 from pipeline.console import Progress
 from pipeline.errors import ConfigError, DataError
+from pipeline.images.refused import Refused
 from pipeline.sources.columns import (
     LABEL_COLUMNS,
     choose_column,
@@ -183,12 +184,12 @@ class ParquetSource:
             rows_per_group=rows_per_group,
         )
 
-    def read_all(self, wanted: Wanted) -> Iterator[bytes | str]:
+    def read_all(self, wanted: Wanted) -> Iterator[bytes | Refused]:
         """Yield the images; a shard's are held at once, for its order is not that of the row
         groups."""
         locations = wanted.locations
         assert locations is not None, "the listing has a location per image"
-        found: list[bytes | str] = [b""] * len(wanted)
+        found: list[bytes | Refused] = [b""] * len(wanted)
         # In the order of the files: each row group is read once, from front to back.
         for file, group in np.unique(locations[["file", "group"]]).tolist():
             in_group = (locations["file"] == file) & (locations["group"] == group)
@@ -199,7 +200,7 @@ class ParquetSource:
         yield from found
 
     def _read_group(
-        self, uri: str, group: int, position_of: dict[int, int], found: list[bytes | str]
+        self, uri: str, group: int, position_of: dict[int, int], found: list[bytes | Refused]
     ) -> None:
         """Read some rows of a row group, each into its position of `found`."""
         with open_parquet(uri) as parquet:

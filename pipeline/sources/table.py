@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.errors import ConfigError, DataError
 from pipeline.formats.table import NO_LABEL
+from pipeline.images.refused import Reason, Refused
 from pipeline.sources.columns import LABEL_COLUMNS, choose_column, find_files
 from pipeline.sources.labels import labels_of_column
 from pipeline.sources.listing import (
@@ -41,7 +42,6 @@ URI_COLUMNS = (
     "image_url",
 )
 SIZE_COLUMNS = ("size_bytes", "size", "bytes")
-GONE = "cannot be read: not found"
 _UNKNOWN_SIZE_BYTES = 110_000
 """What an image is taken to have where the list does not say: the mean of ImageNet's train set."""
 
@@ -61,15 +61,15 @@ class ListSource:
         self.uri = uri
         self._settings = settings or SourceSettings()
 
-    def read_all(self, wanted: Wanted) -> Iterator[bytes | str]:
+    def read_all(self, wanted: Wanted) -> Iterator[bytes | Refused]:
         """Yield the files' bytes."""
 
-        def read(i: int) -> bytes | str:
+        def read(i: int) -> bytes | Refused:
             try:
                 return storage.read_bytes(self._whole(wanted.names[i]))
             except DataError as error:
                 if isinstance(error.__cause__, FileNotFoundError):
-                    return GONE
+                    return Refused(Reason.NOT_FOUND)
                 raise
 
         all_local = all(storage.is_local(self._whole(name)) for name in wanted.names)

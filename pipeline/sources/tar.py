@@ -19,6 +19,7 @@ from pipeline import storage
 from pipeline.console import Progress
 from pipeline.errors import DataError
 from pipeline.formats.tar import TarMember, TarScanner
+from pipeline.images.refused import Refused
 from pipeline.sources.listing import (
     QUIET_S,
     Listing,
@@ -67,7 +68,7 @@ class TarSource:
         self.uri = uri
         self._settings = settings or SourceSettings()
 
-    def read_all(self, wanted: Wanted) -> Iterator[bytes | str]:
+    def read_all(self, wanted: Wanted) -> Iterator[bytes | Refused]:
         """Yield the members' bytes."""
         locations = wanted.locations
         assert locations is not None, "the listing has a location per image"

@@ -125,7 +125,7 @@ def test_one_flipped_bit_in_one_image_makes_another_dataset(make_dataset, crops,
     other = bytearray(crops[30])
     other[-10] ^= 1
     folder = Path(make_dataset(uri=str(tmp_path / "other")))
-    from pipeline.dataset.writer import FinishedShard, write_dataset
+    from pipeline.dataset.writer import write_dataset
     from pipeline.images.header import probe
 
     shards = []
@@ -135,10 +135,7 @@ def test_one_flipped_bit_in_one_image_makes_another_dataset(make_dataset, crops,
             for i in range(first, first + int(before.shard_sizes[s])):
                 image = bytes(other) if i == 30 else crops[i]
                 writer.add(f"{i:06d}", image, probe(image), label=i % 15)
-            written = writer.close()
-        shards.append(
-            FinishedShard(written.name, written.size_bytes, written.sha256, written.table)
-        )
+            shards.append(writer.close())
     write_dataset(str(folder), shards=shards, name="crops", container="webdataset")
     after = open_dataset(str(folder))
     with make_loader(before) as loader:

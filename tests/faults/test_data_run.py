@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.images.refused import Reason, Refused
 from pipeline.loader.data_report import DataReport, merge_reports
 from train.demo.launching import deepspeed_command, environment, run_training
 from train.process.outcome import read_status
@@ -59,16 +60,16 @@ def test_reports_are_added_up_and_no_rank_hides_another():
         DataReport(max_bad_share=1.0),
     )
     for number in range(150):
-        first.bad("too many pixels", "a.tar", f"{number}")
+        first.bad(Refused(Reason.TOO_MANY_PIXELS), "a.tar", f"{number}")
         first.good()
     second.good(10)
-    second.bad("is not an image", "b.tar", "x")
+    second.bad(Refused(Reason.NOT_AN_IMAGE), "b.tar", "x")
     merged = merge_reports([first.to_json(), second.to_json()])
     assert (merged["num_seen"], merged["num_bad"]) == (311, 151)
-    assert merged["reasons"] == {"too many pixels": 150, "is not an image": 1}
+    assert merged["reasons"] == {"too many pixels": 150, "not an image": 1}
     assert merged["shards"] == {"a.tar": 150, "b.tar": 1}
     assert len(merged["first"]) == 100
-    assert {"shard": "b.tar", "key": "x", "reason": "is not an image"} in merged["first"]
+    assert {"shard": "b.tar", "key": "x", "reason": "not an image"} in merged["first"]
     assert merge_reports([merged]) == merged
 
 
@@ -97,7 +98,7 @@ def test_too_much_that_is_bad_ends_the_run_and_leaves_the_report(make_dataset, t
     done = alone(*words(data, tmp_path / "run", train__steps="8", loader__max_bad_share="0.0005"))
     assert done.returncode == 3, done.stderr
     assert "bad samples among the last 10,000" in done.stderr
-    assert "is not an image" in done.stderr
+    assert "not an image" in done.stderr
     report = json.loads((tmp_path / "run" / "data_report-rank-0.json").read_text())
     assert report["num_bad"] > 5
     assert read_status(tmp_path / "run")["exit_code"] == 3

@@ -16,6 +16,7 @@ import pytest
 from pipeline import storage
 from pipeline.dataset import open_dataset
 from pipeline.errors import DataError, InfrastructureError
+from pipeline.images.refused import Reason, Refused
 from pipeline.reading.cache import ShardCache
 from pipeline.reading.reader import ShardReader
 from pipeline.storage.retry import BUDGET_VARIABLE
@@ -111,7 +112,7 @@ def test_a_bit_that_is_always_flipped_ends_as_a_bad_sample(
     reader.prepare([1])
     _, bad = reader.read(remote.lookup(np.arange(10, 16)))
     reader._cache.wait()
-    assert bad == {3: "hash mismatch", 4: "hash mismatch", 5: "hash mismatch"}
+    assert bad == dict.fromkeys((3, 4, 5), Refused(Reason.HASH_DIFFERS))
     assert reader._cache.staged(1) is None
     assert reader.counters.failed_shards == 1
     reader.close()

@@ -13,6 +13,7 @@ from pipeline import storage
 from pipeline.config import LoaderConfig, OrderConfig, ViewConfig
 from pipeline.dataset import open_dataset
 from pipeline.errors import DataError, InfrastructureError
+from pipeline.images.refused import Reason, Refused
 from pipeline.loader import Loader
 from pipeline.reading.cache import ShardCache
 from pipeline.reading.reader import ShardReader
@@ -120,7 +121,7 @@ def test_a_shard_that_changed_in_the_store_is_never_served(remote, tmp_path):
     reader = ShardReader(remote, cache_dir=tmp_path)
     _, bad = reader.read(remote.lookup(np.array([14, 15, 16])))
     reader.close()
-    assert bad == {1: "hash mismatch"}
+    assert bad == {1: Refused(Reason.HASH_DIFFERS)}
 
 
 def test_the_budget_holds_and_the_shard_unused_for_longest_goes(remote, tmp_path):

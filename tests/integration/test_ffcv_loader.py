@@ -14,7 +14,7 @@ from pipeline.config import LoaderConfig, OrderConfig, ViewConfig
 from pipeline.convert.conversion import convert
 from pipeline.convert.settings import ConvertSettings
 from pipeline.dataset import Manifest, open_dataset
-from pipeline.dataset.writer import FinishedShard, write_dataset
+from pipeline.dataset.writer import write_dataset
 from pipeline.formats.beton_writer import BetonWriter
 from pipeline.formats.table import FORMATS
 from pipeline.images.header import probe
@@ -111,8 +111,7 @@ def test_a_damaged_image_in_a_beton_is_replaced_and_named(crops, tmp_path):
         for number, image in enumerate(crops[:16]):
             stored = image if number != 5 else image[: len(image) // 2]
             writer.add(f"{number:06d}", stored, probe(image), label=number)
-        written = writer.close()
-    shard = FinishedShard(written.name, written.size_bytes, written.sha256, written.table)
+        shard = writer.close()
     write_dataset(str(tmp_path / "d"), shards=[shard], name="d", container="ffcv")
     dataset = open_dataset(str(tmp_path / "d"))
     batch = read_samples(dataset, np.array([5]), VIEW, LoaderConfig(decoder="turbo"), device=CPU)

@@ -23,8 +23,9 @@ from pipeline.convert.plan import make_plan
 from pipeline.convert.settings import OPTION_NAMES, ConvertSettings
 from pipeline.dataset import open_dataset
 from pipeline.errors import ConfigError, DataError
-from pipeline.images.encode import CANNOT_DECODE, reencode
+from pipeline.images.encode import reencode
 from pipeline.images.header import Probe, probe
+from pipeline.images.refused import Reason, Refused
 from pipeline.sources.folder import FolderSource
 from pipeline.sources.listing import Listing, SourceSettings
 from pipeline.sources.names import sample_keys
@@ -395,7 +396,7 @@ def test_what_cannot_be_decoded_has_a_reason(photo: Image.Image) -> None:
     data[60:-20] = bytes(len(data) - 80)
     found = probe(bytes(data))
     assert isinstance(found, Probe)
-    assert reencode(bytes(data), found, short_side=32, quality=90) == CANNOT_DECODE
+    assert reencode(bytes(data), found, short_side=32, quality=90) == Refused(Reason.UNDECODABLE)
 
 
 def test_resized_datasets_have_small_images_of_every_format(

@@ -23,7 +23,6 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.sources.choose import open_source
 from pipeline.sources.ground_truth import read_ground_truth
 from pipeline.sources.listing import SourceSettings
-from pipeline.sources.table import GONE
 from pipeline.verify import verify
 
 WNIDS = ("n01440764", "n02119789", "n02100735")
@@ -329,7 +328,7 @@ def test_a_list_keeps_names_and_labels(folder: Path, tmp_path: Path, kind: str) 
         key.rsplit("/", 1)[1]: name for key, name in labels_by_key(tmp_path / "dst").items()
     } == {path.stem: path.parent.name for path in paths}
     rows = pq.read_table(tmp_path / "dst" / "rejected.parquet").to_pylist()
-    assert rows == [{"key": "folder/gone.jpg", "reason": GONE}]
+    assert rows == [{"key": "folder/gone.jpg", "reason": "not found"}]
 
 
 def test_a_list_keeps_numbers_and_hides_secrets(folder: Path, tmp_path: Path) -> None:

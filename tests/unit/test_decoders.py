@@ -128,7 +128,7 @@ def test_bad_images_are_named_and_the_rest_of_the_batch_is_kept(crops, make_deco
     images[12] = encode_small()
     decoded = decoder.decode(as_arrays(images), boxes)
     assert sorted(decoded.bad) == [2, 5, 9, 12]
-    assert "smaller than the manifest says" in decoded.bad[12]
+    assert "smaller than the manifest says" in decoded.bad[12].detail
     kept = [i for i in range(16) if i not in decoded.bad]
     assert torch.equal(decoded.pixels_BHW3[kept], good[kept])
     again = decoder.decode(as_arrays(crops[:16]), boxes)
@@ -193,7 +193,7 @@ def test_a_raw_image_smaller_than_its_box_is_named(crops, make_decoder):
     boxes = boxes_for(crops[:2], view)
     decoded = make_decoder(view).decode([as_raw(crops[0]), np.zeros((4, 5, 3), np.uint8)], boxes)
     assert list(decoded.bad) == [1]
-    assert "is 5 x 4 pixels, smaller than the manifest says" in decoded.bad[1]
+    assert decoded.bad[1].detail == "5 x 4 pixels, smaller than the manifest says"
 
 
 def test_flips_mirror_whole_images(crops):

@@ -23,6 +23,7 @@ from pipeline.formats.beton_writer import BetonWriter
 from pipeline.formats.records import suffix_of
 from pipeline.formats.table import FORMATS
 from pipeline.images.header import Probe, probe
+from pipeline.images.refused import Reason
 from pipeline.verify import verify, write_manifest
 
 FEW = {"samples_per_shard": 5}
@@ -324,7 +325,8 @@ def test_a_beton_that_lies_about_an_image_has_a_bad_sample(
     data[start + 1] ^= 1  # the second sample's width
     path.write_bytes(data)
     found = index_shard(str(path))
-    assert [(key, "the beton says" in reason) for key, reason in found.bad] == [("001", True)]
+    assert [(key, refused.reason) for key, refused in found.bad] == [("001", Reason.SIZE_DIFFERS)]
+    assert "the beton says" in found.bad[0][1].detail
     assert [FORMATS[code] for code in found.table.formats] == ["jpeg", "bad", "jpeg"]
 
 

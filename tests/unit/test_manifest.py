@@ -16,8 +16,9 @@ from pipeline.dataset import DatasetInfo, Manifest, manifest, open_dataset
 from pipeline.dataset import writer as dataset_writer
 from pipeline.dataset.info import DATASET_FILE, fingerprint_of, parse_dataset_info
 from pipeline.dataset.manifest import diff
-from pipeline.dataset.writer import FinishedShard, write_dataset
+from pipeline.dataset.writer import write_dataset
 from pipeline.errors import DataError
+from pipeline.formats.records import ShardFile, ShardIndex
 from pipeline.formats.table import FORMATS, MODES, ShardTable, TableBuilder
 
 
@@ -42,11 +43,18 @@ def make_table(seed: int, rows: int) -> ShardTable:
     return builder.build()
 
 
+def make_shard(
+    table: ShardTable, number: int, *, size_bytes: int = 1, sha256: str = ""
+) -> ShardIndex:
+    name = f"train-{number:06d}.tar"
+    return ShardIndex(ShardFile.of(table, name=name, size_bytes=size_bytes, sha256=sha256), table)
+
+
 def write(uri: str, counts: list[int], **options: int) -> tuple[DatasetInfo, list[ShardTable]]:
     tables = [make_table(seed, rows) for seed, rows in enumerate(counts)]
     shards = [
-        FinishedShard(
-            f"train-{s:06d}.tar", int(table.offsets[-1] + table.sizes[-1]), f"{s:064x}", table
+        make_shard(
+            table, s, size_bytes=int(table.offsets[-1] + table.sizes[-1]), sha256=f"{s:064x}"
         )
         for s, table in enumerate(tables)
     ]
@@ -200,8 +208,8 @@ def test_the_content_hash_is_pinned() -> None:
 def test_diff_names_the_shards() -> None:
     first, _ = write("memory://manifest-diff/a", [3, 4, 5])
     tables = [make_table(0, 3), make_table(9, 4)]
-    shards = [FinishedShard(f"train-{s:06d}.tar", 1, "", table) for s, table in enumerate(tables)]
-    shards.append(FinishedShard("train-000007.tar", 1, "", make_table(7, 1)))
+    shards = [make_shard(table, s) for s, table in enumerate(tables)]
+    shards.append(make_shard(make_table(7, 1), 7))
     second = write_dataset("memory://manifest-diff/b", shards=shards, name="x", container="ffcv")
     assert diff(first, second) == ["train-000001.tar", "train-000002.tar", "train-000007.tar"]
     assert diff(first, first) == []

@@ -15,20 +15,21 @@ from PIL import Image
 from pipeline.config import LoaderConfig
 from pipeline.errors import DataError
 from pipeline.images.header import (
-    ASPECT,
     DEFAULT_LIMITS,
-    EMPTY,
-    NOT_AN_IMAGE,
-    REASONS,
-    TOO_MANY_BYTES,
-    TOO_MANY_PIXELS,
-    TRUNCATED,
     Probe,
     ScreenLimits,
     probe,
     screen,
 )
+from pipeline.images.refused import Reason, Refused
 from pipeline.loader.data_report import DataReport
+
+EMPTY = Refused(Reason.EMPTY)
+NOT_AN_IMAGE = Refused(Reason.NOT_AN_IMAGE)
+TRUNCATED = Refused(Reason.TRUNCATED)
+TOO_MANY_PIXELS = Refused(Reason.TOO_MANY_PIXELS)
+TOO_MANY_BYTES = Refused(Reason.TOO_MANY_BYTES)
+ASPECT = Refused(Reason.ASPECT)
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +200,7 @@ def test_what_is_no_image_is_said_to_be_none(data: bytes) -> None:
 )
 def test_no_bytes_break_the_probe(data: bytes, magic: bytes) -> None:
     found = probe(magic + data)
-    assert isinstance(found, Probe) or found in REASONS
+    assert isinstance(found, Probe | Refused)
 
 
 @given(data=st.data())
@@ -209,7 +210,7 @@ def test_no_damage_breaks_the_probe(crop: Image.Image, data: st.DataObject) -> N
     for _ in range(data.draw(st.integers(1, 4))):
         whole[data.draw(st.integers(0, min(400, len(whole) - 1)))] = data.draw(st.integers(0, 255))
     found = probe(bytes(whole))
-    assert isinstance(found, Probe) or found in REASONS
+    assert isinstance(found, Probe | Refused)
 
 
 # --------------------------------------------------------------------------------------- the report
@@ -218,14 +219,14 @@ def test_no_damage_breaks_the_probe(crop: Image.Image, data: st.DataObject) -> N
 def test_the_report_counts_and_names() -> None:
     report = DataReport()
     report.good(3)
-    report.bad(TRUNCATED, "a.tar", "x")
-    report.record(["", EMPTY, ""], ["a.tar", "b.tar", "b.tar"], ["p", "y", "z"])
+    report.bad(Refused(Reason.UNDECODABLE, "byte 7"), "a.tar", "x")
+    report.record([None, EMPTY, None], ["a.tar", "b.tar", "b.tar"], ["p", "y", "z"])
     found = report.to_json()
     assert (found["num_seen"], found["num_bad"]) == (7, 2)
-    assert found["reasons"] == {TRUNCATED: 1, EMPTY: 1}
+    assert found["reasons"] == {"cannot be decoded": 1, "empty": 1}
     assert found["first"] == [
-        {"shard": "a.tar", "key": "x", "reason": TRUNCATED},
-        {"shard": "b.tar", "key": "y", "reason": EMPTY},
+        {"shard": "a.tar", "key": "x", "reason": "cannot be decoded: byte 7"},
+        {"shard": "b.tar", "key": "y", "reason": "empty"},
     ]
 
 

@@ -15,6 +15,7 @@ from pipeline.dataset import open_dataset
 from pipeline.errors import ConfigError, DataError
 from pipeline.formats.webdataset_index import index_shard
 from pipeline.images.decodable import undecodable
+from pipeline.images.refused import Reason, Refused
 from pipeline.verify import main, verify, write_manifest
 
 
@@ -173,10 +174,10 @@ def test_pixels_that_cannot_be_decoded_are_found(made: Path) -> None:
     table = index_shard(str(path)).table
     start, size = int(table.offsets[0]), int(table.sizes[0])
     whole = path.read_bytes()[start : start + size]
-    assert undecodable(whole) == ""
-    assert undecodable(whole[:-2]) == "truncated"
+    assert undecodable(whole) is None
+    assert undecodable(whole[:-2]) == Refused(Reason.TRUNCATED)
     at = whole.index(
         b"\xff\xdb"
     )  # libjpeg has Huffman tables to fall back on, but no quantisation table
     broken = whole[:at] + b"\xff\xfe" + whole[at + 2 :]
-    assert undecodable(broken) == "cannot be decoded"
+    assert undecodable(broken) == Refused(Reason.UNDECODABLE)

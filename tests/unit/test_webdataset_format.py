@@ -17,13 +17,14 @@ from PIL import Image
 
 from pipeline import storage
 from pipeline.errors import DataError
-from pipeline.formats.records import WrittenShard
+from pipeline.formats.records import ShardIndex
 from pipeline.formats.table import FORMATS
 from pipeline.formats.tar import TarScanner, make_header
 from pipeline.formats.webdataset import split_key
 from pipeline.formats.webdataset_index import index_shard
 from pipeline.formats.webdataset_writer import WebDatasetWriter
 from pipeline.images.header import Probe, probe
+from pipeline.images.refused import Reason, Refused
 
 BLOCK = 512
 
@@ -51,7 +52,7 @@ def crops(photo_paths: dict[str, Path]) -> dict[str, bytes]:
     return found
 
 
-def write(uri: str, images: dict[str, bytes]) -> WrittenShard:
+def write(uri: str, images: dict[str, bytes]) -> ShardIndex:
     with WebDatasetWriter(uri) as writer:
         for label, (key, data) in enumerate(images.items()):
             found = probe(data)
@@ -84,10 +85,10 @@ def test_what_is_written_is_what_is_read(tmp_path: Path, crops: dict[str, bytes]
     written = write(str(path), images)
     read = index_shard(str(path))
     blob = path.read_bytes()
-    assert read.sha256 == written.sha256 == hashlib.sha256(blob).hexdigest()
-    assert read.size_bytes == written.size_bytes == len(blob)
+    assert read.file == written.file
+    assert written.file.sha256 == hashlib.sha256(blob).hexdigest()
+    assert written.file.size_bytes == len(blob)
     assert read.table.keys == written.table.keys == list(images)
-    assert read.table.content_hash() == written.table.content_hash()
     assert read.dali_index == written.dali_index
     assert not read.ignored
     for row, (key, data) in enumerate(images.items()):
@@ -104,7 +105,7 @@ def test_what_is_written_is_what_is_read(tmp_path: Path, crops: dict[str, bytes]
 def test_the_bytes_depend_on_the_content_alone(tmp_path: Path, crops: dict[str, bytes]) -> None:
     first = write(str(tmp_path / "a.tar"), crops)
     second = write("memory://webdataset-format/b.tar", crops)
-    assert first.sha256 == second.sha256
+    assert first.file.sha256 == second.file.sha256
     assert (
         storage.read_bytes("memory://webdataset-format/b.tar") == (tmp_path / "a.tar").read_bytes()
     )
@@ -227,7 +228,7 @@ def test_a_flipped_bit_in_an_image_changes_the_hashes(
     blob[int(written.table.offsets[1]) + 200] ^= 1
     found = index_bytes(tmp_path, bytes(blob))
     assert (found.table.hashes != written.table.hashes).nonzero()[0].tolist() == [1]  # type: ignore[attr-defined]
-    assert found.sha256 != written.sha256  # type: ignore[attr-defined]
+    assert found.file.sha256 != written.file.sha256  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("tail", [b"junk", b"\0" * 10_240 + b"x"])
@@ -304,7 +305,7 @@ def test_foreign_members_are_passed_over_and_counted(
     found = index_bytes(tmp_path, make_tar(members))
     assert found.table.keys == ["a", "b"]  # type: ignore[attr-defined]
     assert found.table.labels.tolist() == [-1, 7]  # type: ignore[attr-defined]
-    assert found.bad == [("b", "not an image")]  # type: ignore[attr-defined]
+    assert found.bad == [("b", Refused(Reason.NOT_AN_IMAGE))]  # type: ignore[attr-defined]
     assert found.table.widths.tolist()[1] == 0  # type: ignore[attr-defined]
     expected = {"no key": 2, "extension .seg.png": 1, "further images of a key": 1}
     assert found.ignored == expected  # type: ignore[attr-defined]
