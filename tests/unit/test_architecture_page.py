@@ -60,9 +60,9 @@ def test_the_floors_name_every_part_of_a_package(package: str) -> None:
 
 def test_the_types_on_the_arrows_exist() -> None:
     drawing = PAGE.split("## The data path")[1].split("```")[1]
-    types = {"Listing", "ShardTable", "Manifest", "Order", "Share", "SampleSource", "ShardReader"}
+    types = {"Listing", "ShardTable", "Manifest", "Order", "RankBatch", "SampleSource"}
     types |= {"Encoded", "Decoder", "Decoded", "DeviceCopier", "Batch", "Engine", "ExportedState"}
-    types |= {"CheckpointStore"}
+    types |= {"CheckpointStore", "ShardReader", "Sampling", "Objective"}
     source = "\n".join(
         path.read_text()
         for package in ("pipeline", "train")

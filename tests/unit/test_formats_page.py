@@ -120,13 +120,13 @@ def test_ranks_take_positions_by_their_number(page: dict[str, Any]) -> None:
         )
         cursor = Cursor()
         for number in range(8):
-            share = order.share(cursor)
+            batch_of_rank = order.rank_batch(cursor)
             stream = [n for n in range(number * batch, (number + 1) * batch) if n % ranks == rank]
             expected = [
                 page["sample_at"](n % sum(sizes), sizes, 4, 2, 3, n // sum(sizes)) for n in stream
             ]
-            assert share.sample_ids_B.tolist() == expected
-            cursor = share.end
+            assert batch_of_rank.sample_ids_B.tolist() == expected
+            cursor = batch_of_rank.end
 
 
 @settings(max_examples=60)
