@@ -9,11 +9,9 @@ import importlib.util
 import io
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.request
 import uuid
@@ -24,6 +22,9 @@ from types import MappingProxyType
 import psutil
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.launch import SERVER, find_free_port
+from tests.limits import EXIT_S, TEST_S, wait_until
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -45,8 +46,16 @@ PHOTO_FILES = (
 """Photographs shipped in the wheels of scikit-image and scikit-learn, by name: the folders also
 hold text and logos."""
 
-SERVER_START_LIMIT_S = 60.0
-CHILD_EXIT_LIMIT_S = 10.0
+CHILD_EXIT_LIMIT_S = EXIT_S
+
+# Compiling the sources of torch and DeepSpeed takes five seconds of CPU time, and the tests start
+# hundreds of processes that import them. If this machine does not keep bytecode beside the sources
+# (the packages are installed without it), keep it in the environment's own folder.
+if sys.dont_write_bytecode:
+    sys.dont_write_bytecode = False
+    sys.pycache_prefix = str(Path(sys.prefix) / "pycache")
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -57,7 +66,10 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine cannot run; torch is imported only where a GPU test was collected."""
+    """Give every test its limit, and skip what this machine cannot run; torch is imported only if a
+    GPU test was collected."""
+    for item in items:
+        item.add_marker(pytest.mark.timeout(TEST_S))
     if any("gpu" in item.keywords for item in items):
         import torch
 
@@ -180,13 +192,6 @@ class S3Server:
 _session_pids: set[int] = set()
 
 
-def find_free_port() -> int:
-    """Find a TCP port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
     """Run moto's S3 on a free loopback port, with AWS_* set for this process and its children, and
@@ -250,20 +255,23 @@ def s3_bucket(s3_server: S3Server) -> Iterator[str]:
 def _wait_until_answers(
     url: str, *, server: subprocess.Popen[bytes], log: io.BufferedRandom
 ) -> None:
-    deadline_s = time.monotonic() + SERVER_START_LIMIT_S
-    while time.monotonic() < deadline_s and server.poll() is None:
+    def answers() -> bool:
         try:
-            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=5):
-                return
+            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url):
+                return True
         except urllib.error.HTTPError:
-            return
+            return True
         except OSError:
-            time.sleep(0.05)
-    log.seek(0)
-    pytest.fail(
-        f"moto_server did not answer on {url} (rc "
-        f"{server.poll()}):\n{log.read().decode(errors='replace')}"
-    )
+            return False
+
+    try:
+        wait_until(
+            answers, what=f"an answer on {url}", still_possible=lambda: server.poll() is None
+        )
+    except AssertionError as error:
+        log.seek(0)
+        said = log.read().decode(errors="replace")
+        pytest.fail(f"moto_server (rc {server.poll()}): {error}\n{said}")
 
 
 # ---------------------------------------------------------------------------------------- processes
@@ -321,7 +329,7 @@ def _may_stay(child: psutil.Process) -> bool:
     # Python keeps one resource tracker and one fork server for the life of the process.
     command = _command_line(child)
     return (
-        child.pid in _session_pids
+        child.pid in {*_session_pids, SERVER.pid}
         or "resource_tracker" in command
         or "multiprocessing.forkserver" in command
     )

@@ -21,7 +21,7 @@ from train.checkpoint.store import PHASES
 from train.engine.named_state import KINDS
 from train.process.outcome import read_status
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = pytest.mark.slow
 
 STEPS, SAVE_EVERY = 200, 10
 SETTINGS = {

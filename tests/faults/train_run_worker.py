@@ -3,10 +3,14 @@
 Usage: train_run_worker.py [--local_rank=N] PLAN.json, with the settings of `train.pretrain` under
     "words" and any of
 
-    "scale": [{"rank": R or null, "first": A, "last": B, "factor": F}]  images of micro-batches A to
-    B are multiplied "flip": {"rank": R, "after": N}                       one bit of one weight
-    flips after micro-batch N "kill": {"rank": R, "step": S} or {"rank": R, "phase": P, "save": N}
-    SIGKILL after step S, or in the N-th save
+    "scale": [{"rank": R or null, "first": A, "last": B, "factor": F}]
+        images of micro-batches A to B are multiplied
+    "flip": {"rank": R, "after": N}
+        one bit of one weight flips after micro-batch N
+    "kill": {"rank": R, "step": S} or {"rank": R, "phase": P, "save": N}
+        SIGKILL after step S, or in the N-th save
+    "hang": {"rank": R, "step": S}
+        SIGSTOP after step S
 
 Micro-batches and saves are counted from 0 and from 1 within this start of the program.
 """
@@ -17,6 +21,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +43,18 @@ RANK = rank_of(os.environ)
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_step(step: int, act: Callable[[], None]) -> None:
+    """Do something once a step is done."""
+
+    class Watched(Outcome):
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value)
+            if name == "step" and value == step:
+                act()
+
+    train.pretrain.Outcome = Watched  # type: ignore[misc]
 
 
 def is_mine(fault: dict[str, Any]) -> bool:
@@ -71,18 +88,14 @@ def install(plan: dict[str, Any]) -> None:
     train.loop.opening.build_engine = lambda *args, **words: spoil(
         build_engine(*args, **words), plan
     )
+    hang = plan.get("hang")
+    if hang is not None and is_mine(hang):
+        at_step(hang["step"], lambda: os.kill(os.getpid(), signal.SIGSTOP))
     kill = plan.get("kill")
     if kill is None or not is_mine(kill):
         return
     if "step" in kill:
-
-        class Deadly(Outcome):
-            def __setattr__(self, name: str, value: Any) -> None:
-                super().__setattr__(name, value)
-                if name == "step" and value == kill["step"]:
-                    die()
-
-        train.pretrain.Outcome = Deadly  # type: ignore[misc]
+        at_step(kill["step"], die)
         return
     saves = 0
 

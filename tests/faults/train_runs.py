@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +10,13 @@ from typing import Any, Literal
 
 import torch
 
+from tests.launch import environment, find_free_port, run
+from tests.limits import HANG_S
 from train.checkpoint.store import CheckpointStore
 from train.process.world import World
 from train.report.metrics_file import read_metrics
 
 WORKER = Path(__file__).with_name("train_run_worker.py")
-LIMIT_S = 240
 
 TINY = {
     "model.image-size": "32",
@@ -41,39 +40,16 @@ TINY = {
 }
 
 
-def command_of(
-    folder: Path,
-    plan: dict[str, Any],
-    *,
-    data: str,
-    ranks: int = 2,
-    settings: dict[str, str],
-    launcher: Literal["torchrun", "deepspeed"] = "torchrun",
+def words_of(
+    folder: Path, plan: dict[str, Any], *, data: str, settings: dict[str, str]
 ) -> list[str]:
-    """Give the command that runs the worker; the run's folder is `folder / "run"`."""
+    """Write the plan; give the worker and its words. The run's folder is `folder / "run"`."""
     folder.mkdir(parents=True, exist_ok=True)
     given = {**TINY, "data.train": data, "run.dir": str(folder / "run"), **settings}
     words = ["demo", *(word for name, value in given.items() for word in (f"--{name}", value))]
     listed = folder / "plan.json"
     listed.write_text(json.dumps({**plan, "words": words}))
-    worker = [str(WORKER), str(listed)]
-    if launcher == "deepspeed":
-        program = str(Path(sys.executable).with_name("deepspeed"))
-        return [
-            program,
-            f"--num_accelerators={ranks}",
-            f"--master_port={find_free_port()}",
-            *worker,
-        ]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return [sys.executable, *(torchrun if ranks > 1 else []), *worker]
-
-
-def environment() -> dict[str, str]:
-    """Give the environment of a run without what a launcher left in this process's."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    env = {name: value for name, value in os.environ.items() if name not in names}
-    return env | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}
+    return [str(WORKER), str(listed)]
 
 
 def start(
@@ -83,20 +59,22 @@ def start(
     data: str,
     ranks: int = 2,
     settings: dict[str, str],
-    launcher: Literal["torchrun", "deepspeed"] = "torchrun",
+    launcher: Literal["none", "deepspeed"] = "none",
 ) -> subprocess.CompletedProcess[str]:
     """Run the worker to its end, whatever that is."""
-    command = command_of(folder, plan, data=data, ranks=ranks, settings=settings, launcher=launcher)
+    worker = words_of(folder, plan, data=data, settings=settings)
+    if launcher == "none":
+        return run(worker, ranks=ranks)
+    program = str(Path(sys.executable).with_name("deepspeed"))
+    options = [f"--num_accelerators={ranks}", f"--master_port={find_free_port()}"]
     return subprocess.run(
-        command, env=environment(), capture_output=True, text=True, timeout=LIMIT_S, check=False
+        [program, *options, *worker],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=HANG_S,
+        check=False,
     )
-
-
-def find_free_port() -> int:
-    """Give a TCP port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def final_state(run_dir: Path, *, step: int) -> dict[str, torch.Tensor]:

@@ -296,9 +296,9 @@ def inner_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder and output."""
     folder = tmp_path_factory.mktemp("inner")
     conftest = (REPOSITORY / "tests/conftest.py").read_text()
-    assert "CHILD_EXIT_LIMIT_S = 10.0" in conftest
+    assert "CHILD_EXIT_LIMIT_S = EXIT_S" in conftest
     (folder / "conftest.py").write_text(
-        conftest.replace("CHILD_EXIT_LIMIT_S = 10.0", "CHILD_EXIT_LIMIT_S = 0.2")
+        conftest.replace("CHILD_EXIT_LIMIT_S = EXIT_S", "CHILD_EXIT_LIMIT_S = 0.2")
     )
     (folder / "test_marker.py").write_text("import pytest\n@pytest.mark.gpus\ndef test_a(): pass\n")
     text = """

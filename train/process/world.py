@@ -23,6 +23,11 @@ from train.process.place import RankPlace, find_place, shows_one_gpu_each, write
 
 T = TypeVar("T")
 
+GROUP_PATIENCE = 2.0
+"""How much longer than `engine.timeout_s` a collective waits for a rank. A collective that gives up
+ends the run with an error that names no culprit; the watchdog ends it with the stacks, and it looks
+no more often than every quarter of `engine.timeout_s`."""
+
 
 @dataclass
 class World:
@@ -125,7 +130,8 @@ def init_world(config: RunConfig) -> World:
     torchrun), because DeepSpeed looks for mpi4py otherwise.
 
     Args:
-        config: settings of the run; `engine.timeout_s` bounds every wait for another rank.
+        config: settings of the run; `engine.timeout_s` bounds every wait for another rank: inside
+            the loop by the watchdog, outside it by the groups, which wait longer.
 
     Returns:
         The world, with its process groups up.
@@ -141,7 +147,7 @@ def init_world(config: RunConfig) -> World:
     if device.type == "cpu":
         # DeepSpeed would look for other accelerators, and warn.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    timeout = timedelta(seconds=config.engine.timeout_s)
+    timeout = timedelta(seconds=GROUP_PATIENCE * config.engine.timeout_s)
     if place.world_size == 1:
         # A store in this process's memory: no port, no network, nothing another process could take.
         store = torch._C._distributed_c10d.HashStore()
