@@ -110,14 +110,15 @@ class EngineSection(Settings):
     """How a step is executed. Changes the results by rounding only."""
 
     kind: Literal["deepspeed", "torch"] = "deepspeed"
-    """`deepspeed`: any number of ranks. `torch`: one process in plain torch, the reference that the
-    tests compare with."""
+    """`deepspeed`: any number of ranks. `torch`: one process in plain torch, in `fp32` or
+    `autocast`; the reference that the tests compare with."""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """DeepSpeed ZeRO stage, i.e. what is sharded over the ranks. 0: nothing is sharded. 1: the
-    optimizer state. 2: gradients too. 3: weights too."""
+    """DeepSpeed ZeRO stage, i.e. what is sharded over the ranks. 0: no part. 1: the optimizer
+    state. 2: gradients too. 3: weights too."""
     precision: Literal["bf16", "fp16", "fp32", "autocast"] = "bf16"
-    """`bf16`/`fp16`: low-precision weights with fp32 masters. `autocast`: fp32 weights, bf16 matrix
-    products."""
+    """`bf16`, `fp16`: 16-bit weights with an fp32 copy that is optimised. `autocast`: fp32 weights,
+    bf16 matrix products. `fp16` needs a GPU and `zero_stage` 1, 2 or 3; `bf16` and `autocast` need
+    a CPU or a GPU of compute capability 8.0 or higher."""
     activation_checkpointing: ActivationCheckpointing = "none"
     """Which encoder blocks recompute their activations in the backward pass, to save memory.
     `selective`: every second block. `full`: every block."""

@@ -22,6 +22,7 @@ from model.config import count_visible
 from model.masking import mask_patches
 from pipeline.config import OrderConfig, ViewConfig
 from pipeline.dataset import open_dataset
+from pipeline.images.refused import Reason
 from pipeline.sampling.boxes import draw_boxes
 from pipeline.sampling.order import Cursor, EpochOrder, Order
 from pipeline.sampling.philox import MAX_STREAM, Purpose, permutation, random_words, unit_float32
@@ -177,6 +178,12 @@ def test_masks_are_drawn(page: dict[str, Any], ratio: float) -> None:
     ours = mask_patches(torch.from_numpy(unit_float32(words)), num_visible)
     found = page["visible_patches"](num_patches, num_visible, seed, epoch, sample_id)
     assert found == ours.ids_keep_BV[0].tolist()
+
+
+def test_every_reason_is_listed() -> None:
+    table = PAGE.read_text().split("### Reasons")[1].split("\n#")[0]
+    listed = re.findall(r"`([^`]+)`", " ".join(re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)))
+    assert sorted(listed) == sorted(Reason)
 
 
 class Small(nn.Module):
