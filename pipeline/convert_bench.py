@@ -32,7 +32,7 @@ from PIL import Image
 
 from pipeline.bench.photos import make_crops
 from pipeline.console import run_command, say, say_json
-from pipeline.convert.crew import cores
+from pipeline.convert.workers import cores
 from pipeline.errors import ConfigError
 from pipeline.images.encode import shrunk_size
 

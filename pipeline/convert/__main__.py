@@ -25,12 +25,12 @@ from pydantic_core import ErrorDetails
 from pipeline import storage
 from pipeline.console import run_command, say, say_json
 from pipeline.convert.commit import REJECTED_FILE, STATS_FILE
-from pipeline.convert.conversion import convert_share
-from pipeline.convert.crew import Crew, Engine, cores
+from pipeline.convert.conversion import convert_job
 from pipeline.convert.plan import make_plan
 from pipeline.convert.settings import OPTION_NAMES, ConvertSettings
 from pipeline.convert.shard import prepare
-from pipeline.convert.target import Share, check_places, find_finished, parse_share
+from pipeline.convert.target import Job, check_target, find_finished, parse_job
+from pipeline.convert.workers import Engine, Workers, cores
 from pipeline.dataset import DatasetInfo
 from pipeline.errors import ConfigError
 from pipeline.images.refused import Refused
@@ -125,7 +125,7 @@ def _mistake(details: ErrorDetails) -> str:
 
 def _dry_run(arguments: Arguments, settings: ConvertSettings) -> dict[str, Any]:
     """Plan the conversion and prepare some of its images, without writing."""
-    check_places(arguments.src, arguments.dst)
+    check_target(arguments.src, arguments.dst)
     source = open_source(arguments.src, settings)
     listing = source.listing()
     plan = make_plan(listing, settings)
@@ -207,7 +207,7 @@ def _run(arguments: Arguments) -> int:
         )
     if arguments.ray_address is not None and arguments.engine != "ray":
         raise ConfigError("convert: --ray-address needs --engine ray.")
-    share = parse_share(arguments.shards) if arguments.shards is not None else Share()
+    job = Job() if arguments.shards is None else parse_job(arguments.shards)
 
     if arguments.dry_run:
         planned = _dry_run(arguments, settings)
@@ -217,8 +217,8 @@ def _run(arguments: Arguments) -> int:
             _say_planned(planned)
         return 0
 
-    crew = Crew(arguments.engine, arguments.workers, arguments.ray_address)
-    info = convert_share(arguments.src, arguments.dst, settings, share=share, crew=crew)
+    workers = Workers(arguments.engine, arguments.workers, arguments.ray_address)
+    info = convert_job(arguments.src, arguments.dst, settings, job=job, workers=workers)
     if info is not None:
         _say_made(arguments, settings, info)
     elif arguments.json:  # other jobs of the array still have shards to make

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import numpy as np
+
 from pipeline import storage
 from pipeline.console import Progress, say
 from pipeline.convert.commit import commit
-from pipeline.convert.crew import Crew, cores
 from pipeline.convert.plan import Plan, make_plan
-from pipeline.convert.processes import _in_processes, warm_up
-from pipeline.convert.ray_tasks import _in_ray
+from pipeline.convert.processes import make_in_processes, warm_up
+from pipeline.convert.ray_tasks import make_in_ray
 from pipeline.convert.settings import ConvertSettings
 from pipeline.convert.shard import PARTS_FOLDER, Part, ShardTask, make_shard, read_part
 from pipeline.convert.target import (
-    Share,
-    check_places,
+    Job,
+    check_target,
     claim,
     clean_up,
     find_finished,
     list_target,
     lock_target,
 )
+from pipeline.convert.workers import Workers, cores
 from pipeline.dataset.info import PLAN_FILE, DatasetInfo
 from pipeline.errors import ConfigError, DataError, MaelstromError
 from pipeline.formats.records import suffix_of
@@ -32,12 +34,7 @@ from pipeline.storage.uri import absolute
 
 
 def convert(
-    src: str,
-    dst: str,
-    settings: ConvertSettings | None = None,
-    *,
-    workers: int = 0,
-    crew: Crew | None = None,
+    src: str, dst: str, settings: ConvertSettings | None = None, *, workers: int = 0
 ) -> DatasetInfo:
     """Make a dataset of a collection of images, or finish one that was begun.
 
@@ -45,18 +42,17 @@ def convert(
         src: What `open_source` knows; a path or a URI.
         dst: Folder of the shards; new, empty, or this conversion's own.
         settings: What to make.
-        workers: Processes; 0 means the cores this process may use.
-        crew: Who works, where it is not so many processes of this machine.
+        workers: Processes; 0 means one per core that this process may use.
 
     Returns:
         What `dataset.json` says.
 
     Raises:
         ConfigError: The settings cannot work, or `dst` holds something else.
-        DataError: No usable image.
-        InfrastructureError: Reading or writing failed; the same call goes on later.
+        DataError: No image can be used.
+        InfrastructureError: Reading or writing failed; the same call continues later.
     """
-    info = convert_share(src, dst, settings, crew=crew or Crew(workers=workers))
+    info = convert_job(src, dst, settings, workers=Workers(count=workers))
     if info is None:
         raise DataError(
             f"convert: shards have vanished from {storage.redact(dst)}. Run the same command again."
@@ -64,61 +60,66 @@ def convert(
     return info
 
 
-def convert_share(
+def convert_job(
     src: str,
     dst: str,
     settings: ConvertSettings | None = None,
     *,
-    share: Share | None = None,
-    crew: Crew | None = None,
+    job: Job | None = None,
+    workers: Workers | None = None,
 ) -> DatasetInfo | None:
-    """Make one share of a dataset's shards; whoever finds all of them made commits the dataset.
+    """Make one job's shards of a dataset; the job that finds all shards made commits the dataset.
 
-    Committing is idempotent: where two find that at the same time, both write the same bytes.
+    Committing is idempotent: if two jobs find that at the same time, both write the same bytes.
 
     Args:
         src: As for `convert`.
-        dst: As for `convert`; one folder that all invocations see.
-        settings: What to make; the same in all of them.
-        share: Which shards; nothing means all.
-        crew: Who works.
+        dst: As for `convert`; one folder that all jobs see.
+        settings: What to make; the same in all jobs.
+        job: Which shards; None means all.
+        workers: Who makes them; None means a process per core.
 
     Returns:
-        What `dataset.json` says, or nothing where other invocations have shards to make.
+        What `dataset.json` says, or None if other jobs still have shards to make.
 
     Raises:
         As `convert` does.
     """
-    settings, share, crew = settings or ConvertSettings(), share or Share(), crew or Crew()
-    check_places(src, dst)
+    settings = settings or ConvertSettings()
+    job = job or Job()
+    workers = workers or Workers()
+    check_target(src, dst)
     # A worker may have another working folder, as those of a Ray cluster do.
-    src, dst = absolute(src), absolute(dst)
-    warm_up(crew)
+    src = absolute(src)
+    dst = absolute(dst)
+    warm_up(workers)
     listing = open_source(src, settings).listing()
     plan = make_plan(listing, settings)
+
     done = find_finished(dst, plan)
     if done is not None:
         say(
             f"convert: {dst} is finished already: {done.num_samples:,} images in "
             f"{done.num_shards:,} shards"
         )
-        if storage.exists(
-            storage.join(dst, PLAN_FILE)
-        ):  # killed between the commit and cleaning up
+        # A run that was killed between the commit and cleaning up leaves its plan.
+        if storage.exists(storage.join(dst, PLAN_FILE)):
             clean_up(dst)
         return done
-    with lock_target(dst, share):
+
+    with lock_target(dst, job):
         try:
-            claim(dst, plan, share)
-            parts = _make_parts(listing, dst, plan, share, crew)
+            claim(dst, plan, job)
+            parts = _make_parts(listing, dst, plan, job, workers)
             if parts is None:
                 return None
             info = commit(listing, dst, plan, parts)
         except MaelstromError:
-            done = None if share.is_whole else find_finished(dst, plan)
+            # Another job may have committed and cleaned up while this one still looked.
+            done = None if job.is_alone else find_finished(dst, plan)
             if done is None:
                 raise
-            return done  # another share's invocation has committed, and cleaned up under our feet
+            return done
         clean_up(dst)
     return info
 
@@ -142,18 +143,47 @@ def _find_parts(dst: str, plan: Plan, shards: Iterable[int]) -> dict[int, Part]:
 
 
 def _make_parts(
-    listing: Listing, dst: str, plan: Plan, share: Share, crew: Crew
+    listing: Listing, dst: str, plan: Plan, job: Job, workers: Workers
 ) -> list[Part] | None:
-    """Make every shard of the share that is not there yet; return all parts in order, or nothing
-    where some lack."""
-    identity = plan.identity()
-    mine = [shard for shard in range(plan.num_shards) if shard in share]
+    """Make every shard of the job that is not there yet.
+
+    Returns:
+        The parts of all shards in order, or None if some of other jobs are missing.
+    """
+    mine = [shard for shard in range(plan.num_shards) if shard in job]
     parts = _find_parts(dst, plan, mine)
     missing = [shard for shard in mine if shard not in parts]
+    images_per_shard = np.diff(plan.bounds)
+    total = int(images_per_shard[mine].sum())
+    with Progress(f"Converting to {storage.name_of(dst)}", total=total) as progress:
+        for part in parts.values():
+            progress.skip(part.num_images)
+        task = _task_maker(listing, dst, plan)
+        for shard, part in make_shards(missing, task, workers, target=dst):
+            parts[shard] = part
+            progress.advance(part.num_images, size_bytes=part.read_bytes)
+
+    # After this job's own shards: the other jobs had that long to make theirs.
+    others = [shard for shard in range(plan.num_shards) if shard not in job]
+    parts |= _find_parts(dst, plan, others)
+    num_missing = plan.num_shards - len(parts)
+    if num_missing:
+        say(
+            f"convert: this job's {len(mine):,} shards are made; {num_missing:,} of other jobs are "
+            "not. The job that finishes last writes dataset.json; any of the commands does if you "
+            "run it again."
+        )
+        return None
+    return [parts[shard] for shard in range(plan.num_shards)]
+
+
+def _task_maker(listing: Listing, dst: str, plan: Plan) -> Callable[[int], ShardTask]:
+    """Return what tells of a shard what it is made of."""
+    identity = plan.identity()
     keys = sample_keys(listing.names) if listing.keys is None else listing.keys
 
     def task(shard: int) -> ShardTask:
-        places = plan.order[plan.bounds[shard] : plan.bounds[shard + 1]]
+        rows = plan.order[plan.bounds[shard] : plan.bounds[shard + 1]]
         return ShardTask(
             source=listing.uri,
             source_kind=listing.kind,
@@ -161,56 +191,43 @@ def _make_parts(
             stem=plan.shard_stem(shard),
             identity=identity,
             settings=plan.settings,
-            wanted=listing.wanted(places),
-            keys=pick(keys, places),
-            labels=listing.labels[places].tolist(),
+            wanted=listing.wanted(rows),
+            keys=pick(keys, rows),
+            labels=listing.labels[rows].tolist(),
             classes=listing.classes,
         )
 
-    total = sum(int(plan.bounds[shard + 1] - plan.bounds[shard]) for shard in mine)
-    with Progress(f"Converting to {storage.name_of(dst)}", total=total) as progress:
-        for part in parts.values():
-            progress.skip(part.num_images)
-        for shard, part in make_shards(missing, task, crew, target=dst):
-            parts[shard] = part
-            progress.advance(part.num_images, size_bytes=part.read_bytes)
-    parts |= _find_parts(
-        dst, plan, (shard for shard in range(plan.num_shards) if shard not in share)
-    )
-    if len(parts) < plan.num_shards:
-        say(
-            f"convert: {len(mine):,} shards are made; {plan.num_shards - len(parts):,} of other "
-            "--shards are not. "
-            "Whichever is last writes dataset.json; so does any of these commands when it is run "
-            "again."
-        )
-        return None
-    return [parts[shard] for shard in range(plan.num_shards)]
+    return task
 
 
 def make_shards(
-    shards: Sequence[int], task: Callable[[int], ShardTask], crew: Crew, *, target: str
+    shards: Sequence[int], task: Callable[[int], ShardTask], workers: Workers, *, target: str
 ) -> Iterator[tuple[int, Part]]:
     """Make shards and yield their parts as they are finished.
 
     Args:
         shards: Their numbers.
-        task: Tells what a shard is made of; called as work is handed out.
-        crew: Who works.
-        target: Where the shards go.
+        task: Tells what a shard is made of; called when its work is handed out.
+        workers: Who makes them.
+        target: Folder that the shards are written to.
 
     Raises:
+        ConfigError: The workers cannot write there.
         InfrastructureError: A worker was killed, or kept failing.
     """
     if not shards:
         return iter(())
-    if crew.engine == "ray":
-        if target.startswith("memory:"):
+    is_in_memory = target.startswith("memory:")
+    if workers.engine == "ray":
+        if is_in_memory:
             raise ConfigError(
-                "convert: memory:// is of one process; Ray's workers cannot write there."
+                "convert: memory:// belongs to one process, so Ray's workers cannot write there. "
+                "Give a folder or object storage."
             )
-        return _in_ray(shards, task, crew)
-    workers = min(crew.workers or cores(), len(shards))
-    if workers == 1 or target.startswith("memory:"):
+        return make_in_ray(shards, task, workers)
+
+    count = min(workers.count or cores(), len(shards))
+    # A pool costs a second to start, and its processes would not see this one's memory://.
+    if count == 1 or is_in_memory:
         return ((shard, make_shard(task(shard))) for shard in shards)
-    return _in_processes(shards, task, workers)
+    return make_in_processes(shards, task, count)

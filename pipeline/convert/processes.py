@@ -10,57 +10,78 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver
 from typing import Any
 
-from pipeline.convert.crew import Crew, cores
 from pipeline.convert.shard import Part, ShardTask, make_shard_in_worker, start_worker
+from pipeline.convert.workers import Workers, cores
 from pipeline.errors import InfrastructureError
+
+_TASKS_PER_WORKER = 2
+"""Tasks handed out at a time: one that runs and one that is ready. More would hold more of the
+listing in memory, and would be lost when the user stops."""
 
 
 def _context() -> Any:
-    """Return the way to start processes: not by fork, for the caller may run threads, which do not
-    survive one."""
+    """Return the way to start processes."""
+    # Not by fork: the caller may run threads, and a lock that one of them holds stays locked for
+    # ever in the child.
     methods = multiprocessing.get_all_start_methods()
     return multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
 
 
-def warm_up(crew: Crew) -> None:
-    """Begin to import, in a process beside this one, what workers need: they are forked off it and
-    start at once."""
+def warm_up(workers: Workers) -> None:
+    """Begin to import what workers need, in a process beside this one.
+
+    Workers are forked off that process and start at once; meanwhile this one lists the source.
+    """
     context = _context()
-    if (
-        crew.engine == "local"
-        and (crew.workers or cores()) > 1
-        and context.get_start_method() == "forkserver"
-    ):
+    count = workers.count or cores()
+    uses_server = context.get_start_method() == "forkserver"
+    if workers.engine == "local" and count > 1 and uses_server:
         context.set_forkserver_preload(["pipeline.convert.shard"])
         forkserver.ensure_running()
 
 
-def _in_processes(
-    shards: Sequence[int], task: Callable[[int], ShardTask], workers: int
+def make_in_processes(
+    shards: Sequence[int], task: Callable[[int], ShardTask], count: int
 ) -> Iterator[tuple[int, Part]]:
-    """Work in a pool of processes. A failure stops the rest at the next image."""
+    """Make shards in a pool of processes; a failure stops the others at their next image.
+
+    Args:
+        shards: Numbers of the shards.
+        task: Tells what a shard is made of; called when its work is handed out.
+        count: Processes.
+
+    Raises:
+        InfrastructureError: A process was killed.
+    """
     context = _context()
     stop = context.Event()
-    waiting: dict[Future[Part], int] = {}
+    running: dict[Future[Part], int] = {}
     left = iter(shards)
+    setup = (stop, dict(os.environ))
     with ProcessPoolExecutor(
-        workers, mp_context=context, initializer=start_worker, initargs=(stop, dict(os.environ))
+        count, mp_context=context, initializer=start_worker, initargs=setup
     ) as pool:
         try:
             while True:
-                while len(waiting) < 2 * workers and (shard := next(left, None)) is not None:
-                    waiting[pool.submit(make_shard_in_worker, task(shard))] = shard
-                if not waiting:
+                # Tasks are made late, one by one: all at once would copy the whole listing.
+                while len(running) < _TASKS_PER_WORKER * count:
+                    shard = next(left, None)
+                    if shard is None:
+                        break
+                    running[pool.submit(make_shard_in_worker, task(shard))] = shard
+
+                if not running:
                     return
-                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                    yield waiting.pop(future), future.result()
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(future), future.result()
         except BrokenProcessPool as error:
             raise InfrastructureError(
-                "convert: a worker process was killed, most likely for want of memory. Run the "
-                "same command again with "
-                f"fewer --workers (now {workers}); finished shards are kept."
+                "convert: a worker process was killed, most likely because memory ran out. Run "
+                f"the same command again with fewer --workers (now {count}); finished shards are "
+                "kept."
             ) from error
         finally:
+            # Leaving the pool waits for its processes: without this, until their shards are done.
             stop.set()
-            for future in waiting:
+            for future in running:
                 future.cancel()

@@ -1,5 +1,4 @@
-"""The folder a conversion writes to: whose it is, whether it is finished, and leaving nothing
-behind."""
+"""The folder a conversion writes to: whose it is, whether it is finished, and leaving no litter."""
 
 from __future__ import annotations
 
@@ -22,13 +21,13 @@ from pipeline.storage.local import TMP_MARK
 from pipeline.storage.retry import explain
 
 _LOCK_FILE = "_lock"
-_SHARE_LOCK = re.compile(r"_lock-\d+-of-\d+")
-_WAIT_FOR_SIBLINGS_S = 5.0
+_JOB_LOCK = re.compile(r"_lock-\d+-of-\d+")
+_WAIT_FOR_OTHER_JOBS_S = 5.0
 
 
 @dataclass(frozen=True)
-class Share:
-    """Which shards one of several invocations makes: every `count`-th, from `index` on."""
+class Job:
+    """One job of an array: makes every `count`-th shard, from `index` on. By default all shards."""
 
     index: int = 0
     count: int = 1
@@ -37,48 +36,48 @@ class Share:
         return isinstance(shard, int) and shard % self.count == self.index
 
     @property
-    def is_whole(self) -> bool:
-        """Return whether these are all shards."""
+    def is_alone(self) -> bool:
+        """Return whether this job makes all shards."""
         return self.count == 1
 
     @property
     def lock_file(self) -> str:
-        """Return the name of the lock that this share's invocation holds."""
-        return _LOCK_FILE if self.is_whole else f"{_LOCK_FILE}-{self.index}-of-{self.count}"
+        """Return the name of the lock that this job holds."""
+        return _LOCK_FILE if self.is_alone else f"{_LOCK_FILE}-{self.index}-of-{self.count}"
 
 
-def parse_share(text: str) -> Share:
+def parse_job(text: str) -> Job:
     """Read `I/N`, with I from 0 to N - 1.
 
     Raises:
-        ConfigError: It is something else.
+        ConfigError: The text is something else.
     """
-    found = re.fullmatch(r"(\d+)/(\d+)", text.strip())
-    if not found or not int(found[1]) < int(found[2]):
+    numbers = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+    if not numbers or not int(numbers[1]) < int(numbers[2]):
         raise ConfigError(
-            f"convert: --shards {text!r}: write I/N with I from 0 to N - 1, such as 0/16; in a "
-            "Slurm array of 0-15 "
-            "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT."
+            f"convert: --shards {text!r}: expected I/N with I from 0 to N - 1, for example 0/16. "
+            "In a Slurm array of 0-15 write $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT."
         )
-    return Share(int(found[1]), int(found[2]))
+    return Job(int(numbers[1]), int(numbers[2]))
 
 
-def check_places(src: str, dst: str) -> None:
+def check_target(src: str, dst: str) -> None:
     """Refuse a target that is a file or lies in the source.
 
     Raises:
-        ConfigError: It is.
+        ConfigError: It is one of these.
     """
-    if not (storage.is_local(src) and storage.is_local(dst)):
-        inside = storage.join(dst, "").startswith(storage.join(src, "") + "/") or src.rstrip(
-            "/"
-        ) == dst.rstrip("/")
-    else:
-        source, target = storage.local_path(src).resolve(), storage.local_path(dst).resolve()
-        inside = target == source or source in target.parents
+    if storage.is_local(src) and storage.is_local(dst):
+        # Resolved: a link or `..` must not hide that one lies in the other.
+        source = storage.local_path(src).resolve()
+        target = storage.local_path(dst).resolve()
         if target.exists() and not target.is_dir():
             raise ConfigError(f"convert: {dst} is a file. Give a folder for the shards.")
-    if inside:
+        is_inside = target == source or source in target.parents
+    else:
+        is_same = src.rstrip("/") == dst.rstrip("/")
+        is_inside = is_same or storage.join(dst, "").startswith(storage.join(src, "") + "/")
+    if is_inside:
         raise ConfigError(
             f"convert: {storage.redact(dst)} lies in the source {storage.redact(src)}. Choose "
             "another folder."
@@ -86,10 +85,10 @@ def check_places(src: str, dst: str) -> None:
 
 
 def find_finished(dst: str, plan: Plan) -> DatasetInfo | None:
-    """Return the dataset where this conversion has been finished before.
+    """Return the dataset if this conversion was finished before; None if there is none yet.
 
     Raises:
-        ConfigError: Another dataset is there.
+        ConfigError: The folder holds another dataset.
     """
     uri = storage.join(dst, DATASET_FILE)
     if not storage.exists(uri):
@@ -97,7 +96,7 @@ def find_finished(dst: str, plan: Plan) -> DatasetInfo | None:
     info = parse_dataset_info(storage.read_bytes(uri), where=f"dataset: {storage.redact(uri)}")
     if info.made_by.get("plan") != plan.describe():
         raise ConfigError(
-            f"convert: {storage.redact(dst)} already holds a finished dataset made otherwise "
+            f"convert: {storage.redact(dst)} already holds a finished dataset with other settings "
             f"({_differences(info.made_by.get('plan'), plan)}). Choose another folder, or remove "
             "that one."
         )
@@ -105,79 +104,93 @@ def find_finished(dst: str, plan: Plan) -> DatasetInfo | None:
 
 
 def _differences(other: Any, plan: Plan) -> str:
-    """Return what another plan says differently, for an error message."""
+    """Return in what another plan differs, for an error message."""
     mine = plan.describe()
     if not isinstance(other, dict):
-        return "by another tool"
+        return "made by another tool"
     flat_mine = {**mine.pop("settings"), **mine}
     flat_other = {**(other.get("settings") or {}), **other}
-    changed = [key for key, value in flat_mine.items() if flat_other.get(key) != value]
-    found = [f"{key} was {flat_other.get(key)!r}, is {flat_mine[key]!r}" for key in changed]
-    return "; ".join(found[:5]) or "in its layout"
+    changed = [name for name, value in flat_mine.items() if flat_other.get(name) != value]
+    differences = [
+        f"{name} was {flat_other.get(name)!r}, is {flat_mine[name]!r}" for name in changed
+    ]
+    return "; ".join(differences[:5]) or "another layout"
 
 
 @contextmanager
-def lock_target(dst: str, share: Share) -> Iterator[None]:
+def lock_target(dst: str, job: Job) -> Iterator[None]:
     """Lock a local target: two conversions of the same shards would undo each other's work.
 
-    Shares hold a lock each; one that makes everything waits for none of them, and they not for it.
+    Each job of an array holds a lock of its own. A job that makes all shards and the jobs of an
+    array exclude each other.
+
+    Raises:
+        ConfigError: Another conversion holds the lock.
+        InfrastructureError: The lock cannot be written.
     """
+    # Object storage has no locks; there, writing is idempotent and the same bytes win.
     if not storage.is_local(dst):
         yield
         return
     storage.make_folder(dst)
     folder = storage.local_path(dst)
-    taken = f"convert: another conversion is writing to {dst}. Wait for it, or stop it."
     with ExitStack() as held:
         try:
-            held.enter_context(FileLock(folder / share.lock_file, blocking=False))
-            if share.is_whole:
-                others = [path for path in folder.iterdir() if _SHARE_LOCK.fullmatch(path.name)]
+            held.enter_context(FileLock(folder / job.lock_file, blocking=False))
+            if job.is_alone:
+                others = [path for path in folder.iterdir() if _JOB_LOCK.fullmatch(path.name)]
+                timeout_s = 0.0
             else:
+                # Other jobs look at the same lock at the same moment, and hold it only that long.
                 others = [folder / _LOCK_FILE]
+                timeout_s = _WAIT_FOR_OTHER_JOBS_S
             for path in others:
-                # Siblings look in the same moment, and hold it no longer than that.
-                with FileLock(path, timeout=0 if share.is_whole else _WAIT_FOR_SIBLINGS_S):
+                with FileLock(path, timeout=timeout_s):
                     pass
         except Timeout:
-            raise ConfigError(taken) from None
+            raise ConfigError(
+                f"convert: another conversion is writing to {dst}. Wait until it is done, or stop "
+                "it."
+            ) from None
         except OSError as error:
-            raise explain("write", str(folder / share.lock_file), error) from error
+            raise explain("write", str(folder / job.lock_file), error) from error
         yield
 
 
-def claim(dst: str, plan: Plan, share: Share) -> None:
+def claim(dst: str, plan: Plan, job: Job) -> None:
     """Mark the target as this conversion's; refuse one that is somebody else's.
 
     Raises:
         ConfigError: The folder holds other files, or a conversion with other settings.
     """
     uri = storage.join(dst, PLAN_FILE)
+    # The plan goes first and decides: of two that start at once, one finds the other's plan.
     if storage.put_if_absent(uri, plan.to_json()):
         foreign = [file.name for file in list_target(dst) if not _is_own(file.name)]
         if foreign:
             storage.delete(uri)
             _remove_locks(dst)
             raise ConfigError(
-                f"convert: {storage.redact(dst)} is not empty and holds no conversion (there is "
-                f"{foreign[0]!r}). "
-                "Choose a new or empty folder; nothing was changed."
+                f"convert: {storage.redact(dst)} is not empty and holds no conversion (it holds "
+                f"{foreign[0]!r}). Choose a new or empty folder. No file there was changed."
             )
         return
+
     text = storage.read_bytes(uri)
     if text == plan.to_json():
-        if share.is_whole:
-            say(f"convert: going on with the conversion in {dst}")
-        _remove_unfinished(dst, share)
+        if job.is_alone:
+            say(f"convert: continuing the conversion in {dst}")
+        _remove_unfinished(dst, job)
         return
+
     try:
         other = json.loads(text)
     except ValueError:
         other = None
     raise ConfigError(
-        f"convert: {storage.redact(dst)} holds an unfinished conversion made otherwise "
-        f"({_differences(other, plan)}). "
-        "Run it with its own settings and source, choose another folder, or remove that one."
+        f"convert: {storage.redact(dst)} holds an unfinished conversion with other settings "
+        f"({_differences(other, plan)}). Run it with its own settings and source, choose another "
+        "folder, or remove that one."
     )
 
 
@@ -187,33 +200,40 @@ def list_target(dst: str) -> Iterator[storage.FileInfo]:
 
 
 def _is_own(name: str) -> bool:
-    return name in (PLAN_FILE, _LOCK_FILE) or bool(_SHARE_LOCK.fullmatch(name)) or TMP_MARK in name
+    is_lock = name == _LOCK_FILE or _JOB_LOCK.fullmatch(name) is not None
+    return is_lock or name == PLAN_FILE or TMP_MARK in name
 
 
-def _remove_unfinished(dst: str, share: Share) -> None:
-    """Remove the temporary files of a run that was killed: those of shards that no other run can be
-    writing."""
+def _remove_unfinished(dst: str, job: Job) -> None:
+    """Remove the temporary files that a killed run left behind.
+
+    Only those of this job's shards: another job may be writing the others right now.
+    """
     if not storage.is_local(dst):
         return
     for file in list(list_target(dst)):
+        if TMP_MARK not in file.name:
+            continue
         shard = re.search(rf"-(\d+)\.\w+{re.escape(TMP_MARK)}", file.name)
-        if TMP_MARK in file.name and (share.is_whole or (shard and int(shard[1]) in share)):
+        is_mine = job.is_alone or (shard is not None and int(shard[1]) in job)
+        if is_mine:
             storage.delete(file.uri)
 
 
 def _remove_locks(dst: str) -> None:
-    if storage.is_local(dst):
-        for file in list(storage.list_files(dst)):
-            if file.name == _LOCK_FILE or _SHARE_LOCK.fullmatch(file.name):
-                storage.delete(file.uri)
+    if not storage.is_local(dst):
+        return
+    for file in list(storage.list_files(dst)):
+        if file.name == _LOCK_FILE or _JOB_LOCK.fullmatch(file.name):
+            storage.delete(file.uri)
 
 
 def clean_up(dst: str) -> None:
-    """Remove what only an unfinished conversion needs; the marker goes last. Two may do this at the
-    same time."""
+    """Remove what only an unfinished conversion needs. Two may do this at the same time."""
     for file in list(list_target(dst)):
         if file.name.startswith(f"{PARTS_FOLDER}/") or TMP_MARK in file.name:
             storage.delete(file.uri)
+    # The plan goes last: while it is there, a run that finds the dataset cleans up again.
     storage.delete(storage.join(dst, PLAN_FILE))
     if storage.is_local(dst):
         with suppress(OSError):

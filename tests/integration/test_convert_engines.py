@@ -1,4 +1,4 @@
-"""The same bytes from one process, a pool, Ray, and shares of several invocations; killed and run
+"""The same bytes from one process, a pool, Ray, and the jobs of an array; killed and run
 again."""
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.convert.conversion import convert, convert_share
+from pipeline.convert.conversion import convert, convert_job
 from pipeline.convert.ray_tasks import overdue
 from pipeline.convert.settings import ConvertSettings
-from pipeline.convert.target import Share, parse_share
+from pipeline.convert.target import Job, parse_job
 from pipeline.dataset import DatasetInfo, open_dataset
 from pipeline.errors import ConfigError
 
@@ -55,28 +55,28 @@ def undisturbed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return hashes(target)
 
 
-# ------------------------------------------------------------------------------------------- shares
+# --------------------------------------------------------------------------------------------- jobs
 
 
-def test_the_last_share_commits(source: Path, tmp_path: Path, undisturbed: dict[str, str]) -> None:
+def test_the_last_job_commits(source: Path, tmp_path: Path, undisturbed: dict[str, str]) -> None:
     dst = str(tmp_path / "dst")
-    shares = [Share(2, 3), Share(0, 3), Share(1, 3)]
-    found = [convert_share(str(source), dst, SETTINGS, share=share) for share in shares]
+    jobs = [Job(2, 3), Job(0, 3), Job(1, 3)]
+    found = [convert_job(str(source), dst, SETTINGS, job=job) for job in jobs]
     assert found[:2] == [None, None]
     assert isinstance(found[2], DatasetInfo)
     assert hashes(tmp_path / "dst") == undisturbed
-    assert convert_share(str(source), dst, SETTINGS, share=Share(0, 3)) == found[2]
+    assert convert_job(str(source), dst, SETTINGS, job=Job(0, 3)) == found[2]
 
 
 def test_readers_wait_for_the_commit(source: Path, tmp_path: Path) -> None:
     from pipeline.errors import DataError
 
-    convert_share(str(source), str(tmp_path / "dst"), SETTINGS, share=Share(0, 2))
+    convert_job(str(source), str(tmp_path / "dst"), SETTINGS, job=Job(0, 2))
     with pytest.raises(DataError, match=r"unfinished|not finished"):
         open_dataset(str(tmp_path / "dst"))
 
 
-def test_shares_that_run_together_commit_one_dataset(
+def test_jobs_that_run_together_commit_one_dataset(
     source: Path, tmp_path: Path, undisturbed: dict[str, str]
 ) -> None:
     for attempt in range(5):
@@ -86,7 +86,7 @@ def test_shares_that_run_together_commit_one_dataset(
 
         def run(number: int, dst: Path = dst, found: list = found, failed: list = failed) -> None:
             try:
-                found.append(convert_share(str(source), str(dst), SETTINGS, share=Share(number, 4)))
+                found.append(convert_job(str(source), str(dst), SETTINGS, job=Job(number, 4)))
             except BaseException as error:  # noqa: BLE001 - reported below
                 failed.append(error)
 
@@ -100,24 +100,24 @@ def test_shares_that_run_together_commit_one_dataset(
         assert hashes(dst) == undisturbed
 
 
-def test_any_share_commits_what_nobody_did(
+def test_any_job_commits_what_nobody_did(
     source: Path, tmp_path: Path, undisturbed: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     dst = str(tmp_path / "dst")
-    convert_share(str(source), dst, SETTINGS, share=Share(0, 2))
+    convert_job(str(source), dst, SETTINGS, job=Job(0, 2))
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.convert.commit.write_dataset", stop)
         with pytest.raises(KeyboardInterrupt):
-            convert_share(str(source), dst, SETTINGS, share=Share(1, 2))
+            convert_job(str(source), dst, SETTINGS, job=Job(1, 2))
     (tmp_path / "dst" / ".train-000002.tar.tmp-1-abcdef").write_bytes(b"half a shard")
-    assert convert_share(str(source), dst, SETTINGS, share=Share(0, 2)) is not None
+    assert convert_job(str(source), dst, SETTINGS, job=Job(0, 2)) is not None
     assert hashes(tmp_path / "dst") == undisturbed
 
 
-def test_one_that_makes_everything_and_shares_keep_apart(source: Path, tmp_path: Path) -> None:
+def test_one_that_makes_everything_and_jobs_keep_apart(source: Path, tmp_path: Path) -> None:
     from filelock import FileLock
 
     dst = tmp_path / "dst"
@@ -126,14 +126,14 @@ def test_one_that_makes_everything_and_shares_keep_apart(source: Path, tmp_path:
         with pytest.raises(ConfigError, match="another conversion"):
             convert(str(source), str(dst), SETTINGS, workers=1)
         with pytest.raises(ConfigError, match="another conversion"):
-            convert_share(str(source), str(dst), SETTINGS, share=Share(1, 2))
-        assert convert_share(str(source), str(dst), SETTINGS, share=Share(0, 2)) is None
+            convert_job(str(source), str(dst), SETTINGS, job=Job(1, 2))
+        assert convert_job(str(source), str(dst), SETTINGS, job=Job(0, 2)) is None
 
 
 @pytest.mark.parametrize("text", ["", "1", "3/3", "-1/3", "1/0", "a/b"])
-def test_what_is_no_share_is_said_to_be_none(text: str) -> None:
-    with pytest.raises(ConfigError, match="write I/N"):
-        parse_share(text)
+def test_what_is_not_a_job_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="expected I/N"):
+        parse_job(text)
 
 
 # ---------------------------------------------------------------------------------------------- Ray
@@ -141,11 +141,11 @@ def test_what_is_no_share_is_said_to_be_none(text: str) -> None:
 
 def test_only_stragglers_get_a_second_copy() -> None:
     running = [(7, 0.0), (8, 80.0), (9, 10.0), (9, 50.0)]
-    assert overdue(running, [5.0, 6.0, 7.0], now_s=100.0, places=8) == [7]
-    assert overdue(running, [5.0, 6.0, 7.0], now_s=29.0, places=8) == []
-    assert overdue(running, [60.0], now_s=100.0, places=8) == []
-    assert overdue(running, [5.0], now_s=100.0, places=4) == []
-    assert overdue(running, [], now_s=1e9, places=8) == []
+    assert overdue(running, [5.0, 6.0, 7.0], now_s=100.0, slots=8) == [7]
+    assert overdue(running, [5.0, 6.0, 7.0], now_s=29.0, slots=8) == []
+    assert overdue(running, [60.0], now_s=100.0, slots=8) == []
+    assert overdue(running, [5.0], now_s=100.0, slots=4) == []
+    assert overdue(running, [], now_s=1e9, slots=8) == []
 
 
 def start(source: Path, target: Path) -> subprocess.Popen[str]:

@@ -453,7 +453,7 @@ def test_an_interrupted_conversion_goes_on(
     kept = {path: path.stat().st_mtime_ns for path in dst.glob("*.tar")}
     (dst / ".train-000009.tar.tmp-1-abcdef").write_bytes(b"half a shard")
     with pytest.raises(
-        ConfigError, match=r"unfinished conversion made otherwise.*shuffle_seed was 0, is 1"
+        ConfigError, match=r"unfinished conversion with other settings.*shuffle_seed was 0, is 1"
     ):
         convert(str(source), str(dst), FEW.model_copy(update={"shuffle_seed": 1}), workers=1)
     convert(str(source), str(dst), FEW, workers=1)
