@@ -6,6 +6,7 @@ the program about real files and about thousands of random choices.
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -30,8 +31,11 @@ from train.checkpoint.store import CheckpointStore
 from train.config import RunConfig
 from train.engine.build import build_engine
 from train.process.world import World
+from train.report.meter import Window
+from train.report.utilisation import utilisation
 
-PAGE = Path(__file__).resolve().parents[2] / "docs/formats.md"
+REPOSITORY = Path(__file__).resolve().parents[2]
+PAGE = REPOSITORY / "docs/formats.md"
 SEEDS = st.integers(0, 2**63 - 1)
 EPOCHS = st.integers(0, 2**32 - 1)
 
@@ -178,6 +182,28 @@ def test_masks_are_drawn(page: dict[str, Any], ratio: float) -> None:
     ours = mask_patches(torch.from_numpy(unit_float32(words)), num_visible)
     found = page["visible_patches"](num_patches, num_visible, seed, epoch, sample_id)
     assert found == ours.ids_keep_BV[0].tolist()
+
+
+def test_every_key_of_metrics_is_explained() -> None:
+    reporting = REPOSITORY / "train/loop/reporting.py"
+    (log_line,) = (
+        node
+        for node in ast.walk(ast.parse(reporting.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name == "log_line"
+    )
+    written = {
+        key.value
+        for node in ast.walk(log_line)
+        if isinstance(node, ast.Dict)
+        for key in node.keys
+        if isinstance(key, ast.Constant)
+    }
+    written |= Window(steps=1, images=1, elapsed_s=1.0, wait_s=0.0).rates().keys()
+    written |= utilisation(1, images_per_s=1.0, world_size=1, peak=1.0).keys()
+    assert len(written) > 15
+    table = PAGE.read_text().split("### `metrics.jsonl`")[1].split("\n#")[0]
+    names = " ".join(re.findall(r"^\| (`.*?) \|", table, re.MULTILINE))
+    assert set(re.findall(r"`([^`]+)`", names)) == written
 
 
 def test_every_reason_is_listed() -> None:
