@@ -13,15 +13,329 @@ if __name__ == "__main__":
 
     start_command("pipeline.storage_bench")
 
-import sys
-from collections.abc import Sequence
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-from pipeline.bench.storage import Arguments, measure
-from pipeline.console import run_command, say_json
+import numpy as np
+
+from pipeline import storage
+from pipeline.bench.command import BenchArguments, Outcome, report, run_bench
+from pipeline.bench.generated_dataset import generate_manifest
+from pipeline.bench.storage_clients import (
+    Job,
+    loopback_store,
+    plain_clients,
+    read_objects,
+    read_ranges,
+    write_bench_dataset,
+)
+from pipeline.bench.turns import Spread, Turns
+from pipeline.config import OrderConfig
+from pipeline.console import say
+from pipeline.dataset import Manifest, open_dataset
 from pipeline.errors import ConfigError
+from pipeline.reading.cache import PART_BYTES, ShardCache
+from pipeline.reading.reader import ShardReader
+from pipeline.sampling.order import Cursor, Order
+
+_IMAGENET = (1000, 1281)
+"""Shards, and samples per shard, of ImageNet-1k's training set: 1.28 million images."""
+_RESUME_AT = ((0, 0.0), (0, 0.37), (3, 0.999), (9, 0.5))
+"""Epochs, and shares of them, at which a run is resumed: all over ten epochs."""
+_RANGES = ", ranges"
+_OUR_READS = "our reads"
+_OUR_STAGING = "our staging (store to verified files)"
+_PLAIN_WRITES = "plain writes of as much, synced"
+_LOCAL = "local shards"
+_CACHE = "cache, second epoch"
+_OUR_BATCH = "our first batch (dataset opened, order, index, samples)"
+_RESUME = "resume (1.28 M samples, 1,000 shards): open, order, index of a batch"
 
 
-def _run(arguments: Arguments) -> int:
+@dataclass(frozen=True)
+class Arguments(BenchArguments):
+    """Measure reads from object storage, against plain clients in the same run."""
+
+    uri: str = ""
+    """Dataset in S3 to read. Empty: make one and serve it on loopback."""
+    num_shards: int = 64
+    """Shards of the dataset that is made."""
+    shard_mb: float = 20.0
+    """Megabytes of each of its shards."""
+    streams: int = 8
+    """Concurrent reads of whole shards."""
+    batch_size: int = 256
+    """Samples of the first batch."""
+    batch_streams: int = 32
+    """Concurrent reads of a batch by the plain clients."""
+    runs: int = 5
+    """Rounds, after one to warm up."""
+
+
+class _Throughput:
+    """Whole shards: our reads, and staging with hash and disk, next to the plain clients."""
+
+    def __init__(self, dataset: Manifest, arguments: Arguments) -> None:
+        self._dataset = dataset
+        self._streams = arguments.streams
+        self._num_shards = dataset.info.num_shards
+        bucket, prefix = _bucket_and_prefix(dataset.uri)
+        self.keys = [f"{prefix}{dataset.shard_name(s)}" for s in range(self._num_shards)]
+        self.num_bytes = sum(dataset.shard_bytes(s) for s in range(self._num_shards))
+        self.clients = plain_clients(bucket)
+
+    def take(self, turns: Turns) -> None:
+        """Read all shards once in every way."""
+        ways: dict[str, Callable[[], Any]] = {_OUR_READS: self._ours}
+        for name, client in self.clients.items():
+            ways[_whole(name)] = partial(read_objects, client, self.keys, streams=self._streams)
+        turns.take_timed(ways)
+        # Apart from the reads: what these two leave to be written would slow a read behind them.
+        with tempfile.TemporaryDirectory(prefix="maelstrom-bench-") as folder:
+            stage = partial(self._stage, Path(folder) / "cache")
+            write = partial(self._write, Path(folder))
+            turns.take_timed({_OUR_STAGING: stage, _PLAIN_WRITES: write})
+
+    def _ours(self) -> int:
+        jobs = []
+        for s in range(self._num_shards):
+            uri = self._dataset.shard_uri(s)
+            size = self._dataset.shard_bytes(s)
+            jobs += [
+                (uri, start, min(PART_BYTES, size - start)) for start in range(0, size, PART_BYTES)
+            ]
+        with ThreadPoolExecutor(self._streams) as pool:
+            return sum(pool.map(lambda job: len(storage.read_view(*job)), jobs))
+
+    def _write(self, folder: Path) -> None:
+        def write(s: int) -> None:
+            with (folder / str(s)).open("wb") as file:
+                file.write(bytes(self._dataset.shard_bytes(s)))
+                file.flush()
+                os.fdatasync(file.fileno())
+
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(write, range(self._num_shards)))
+
+    def _stage(self, folder: Path) -> None:
+        cache = ShardCache(self._dataset, folder=folder, max_bytes=2 * self.num_bytes)
+        cache.need(range(self._num_shards))
+        cache.begin()
+        cache.wait()
+        cache.close()
+        assert cache.counters.staged_shards == self._num_shards
+
+
+class _FirstBatch:
+    """The samples of a first batch, by their ranges: our reader with a cold cache next to the
+    plain clients."""
+
+    def __init__(self, dataset: Manifest, arguments: Arguments, throughput: _Throughput) -> None:
+        self._uri = dataset.uri
+        self._arguments = arguments
+        self._throughput = throughput
+        rows = dataset.lookup(_first_share(dataset, arguments.batch_size))
+        columns = (rows.shards_B.tolist(), rows.offsets_B.tolist(), rows.sizes_B.tolist())
+        self._jobs: list[Job] = [
+            (throughput.keys[shard], offset, size)
+            for shard, offset, size in zip(*columns, strict=True)
+        ]
+
+    def take(self, turns: Turns) -> None:
+        """Read the batch once in every way."""
+        streams = self._arguments.batch_streams
+        ways: dict[str, Callable[[], Any]] = {}
+        for name, client in self._throughput.clients.items():
+            ways[_ranges(name)] = partial(read_ranges, client, self._jobs, streams=streams)
+        opened: list[ShardReader] = []
+        # A new folder each time: the cache must be cold.
+        with tempfile.TemporaryDirectory(prefix="maelstrom-bench-") as folder:
+            turns.take_timed(ways | {_OUR_BATCH: lambda: opened.append(self._ours(folder))})
+            # Closing waits for shards that are being staged, and is no part of a first batch.
+            opened[0].close()
+
+    def _ours(self, folder: str) -> ShardReader:
+        dataset = open_dataset(self._uri)
+        reader = ShardReader(
+            dataset, cache_dir=Path(folder), cache_bytes=2 * self._throughput.num_bytes
+        )
+        ids_B = _first_share(dataset, self._arguments.batch_size)
+        reader.prepare(dataset.locate(ids_B)[0].tolist())
+        images, bad = reader.read(dataset.lookup(ids_B))
+        assert len(images) == self._arguments.batch_size
+        assert not bad
+        return reader
+
+
+class _SecondEpoch:
+    """Every sample in the order of an epoch: from the cache, and from the same shards on local
+    disk."""
+
+    def __init__(
+        self, dataset: Manifest, local: Manifest, folder: Path, arguments: Arguments
+    ) -> None:
+        self._readers = {
+            _LOCAL: ShardReader(local),
+            _CACHE: ShardReader(dataset, cache_dir=folder, cache_bytes=2**40),
+        }
+        self._dataset = dataset
+        self._batch = arguments.batch_size
+        for reader in self._readers.values():
+            reader.prepare(range(dataset.info.num_shards))
+        # The first read begins the staging, which is over before anything is measured.
+        cached = self._readers[_CACHE]
+        cached.read(dataset.lookup(np.arange(1)))
+        cache = cached._cache
+        assert cache is not None
+        cache.wait()
+
+    def take(self, turns: Turns) -> None:
+        """Read an epoch from both, twice."""
+        epochs = {name: partial(self._epoch, reader) for name, reader in self._readers.items()}
+        for _ in range(2):
+            turns.take_timed(epochs)
+        assert self._readers[_CACHE].counters.read_through <= 1
+
+    def _epoch(self, reader: ShardReader) -> int:
+        order = Order(
+            self._dataset.shard_sizes, config=OrderConfig(), seed=1, global_batch_size=self._batch
+        )
+        total = 0
+        cursor = Cursor()
+        while cursor.epoch == 0:
+            share = order.rank_batch(cursor)
+            images, _ = reader.read(self._dataset.lookup(share.sample_ids_B))
+            # Copied, so that every page of a mapped shard is touched.
+            total += sum(len(image.tobytes()) for image in images)
+            cursor = share.end
+        return total
+
+    def close(self) -> None:
+        """Let go of both."""
+        for reader in self._readers.values():
+            reader.close()
+
+
+def _resume(folder: Path, epoch: int, share_of_epoch: float) -> None:
+    """Find the samples of a batch somewhere in a dataset of ImageNet's size, from a cold start."""
+    dataset = open_dataset(str(folder))
+    order = Order(
+        dataset.shard_sizes,
+        config=OrderConfig(),
+        seed=0,
+        global_batch_size=4096,
+        world_size=8,
+    )
+    position = int(order.num_samples * share_of_epoch)
+    dataset.lookup(order.rank_batch(Cursor(epoch, position)).sample_ids_B)
+
+
+def _first_share(dataset: Manifest, count: int) -> Any:
+    order = Order(dataset.shard_sizes, config=OrderConfig(), seed=0, global_batch_size=count)
+    return order.rank_batch(Cursor()).sample_ids_B
+
+
+def _bucket_and_prefix(uri: str) -> tuple[str, str]:
+    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    return bucket, f"{prefix.rstrip('/')}/" if prefix else ""
+
+
+@contextmanager
+def _data(arguments: Arguments) -> Iterator[tuple[str, Path]]:
+    """Give the dataset's URI and the same shards on local disk."""
+    with ExitStack() as stack:
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="maelstrom-bench-")))
+        local = root / "buckets" / "bench" / "data"
+        if arguments.uri:
+            local.mkdir(parents=True)
+            for file in storage.list_files(arguments.uri):
+                (local / file.name).write_bytes(storage.read_view(file.uri))
+            yield arguments.uri, local
+            return
+        say(f"storage_bench: making {arguments.num_shards} shards of {arguments.shard_mb:g} MB")
+        write_bench_dataset(
+            local, num_shards=arguments.num_shards, shard_bytes=int(arguments.shard_mb * 1e6)
+        )
+        stack.enter_context(loopback_store(root / "buckets"))
+        yield "s3://bench/data", local
+
+
+def measure(arguments: Arguments) -> Outcome:
+    """Measure everything; give seconds, rates and the ratios that matter."""
+    turns = Turns("storage_bench", rounds=arguments.runs, warm_up_rounds=1)
+    with (
+        _data(arguments) as (uri, local),
+        tempfile.TemporaryDirectory(prefix="maelstrom-bench-") as folder,
+    ):
+        dataset = open_dataset(uri)
+        throughput = _Throughput(dataset, arguments)
+        first_batch = _FirstBatch(dataset, arguments, throughput)
+        cache = Path(folder) / "cache"
+        second_epoch = _SecondEpoch(dataset, open_dataset(str(local)), cache, arguments)
+        imagenet = Path(folder) / "imagenet"
+        num_shards, samples_per_shard = _IMAGENET
+        generate_manifest(imagenet, num_shards=num_shards, samples_per_shard=samples_per_shard)
+        for _ in turns.rounds():
+            first_batch.take(turns)
+            throughput.take(turns)
+            second_epoch.take(turns)
+            for epoch, share_of_epoch in _RESUME_AT:
+                turns.take_timed({_RESUME: partial(_resume, imagenet, epoch, share_of_epoch)})
+        second_epoch.close()
+
+    rows = []
+    for name in turns.subjects:
+        time = turns.spread(name, "wall_s")
+        # Of a batch and of a resume the time matters: their bytes are few.
+        is_whole = name not in (_OUR_BATCH, _RESUME) and not name.endswith(_RANGES)
+        rate = throughput.num_bytes / time.median / 1e6 if is_whole else None
+        rows.append({"what": name, "median_s": time, "mb_per_s": rate})
+    facts = {"settings": asdict(arguments), "num_bytes": throughput.num_bytes}
+    return report(rows, ratios=_ratios(turns, list(throughput.clients)), facts=facts)
+
+
+def _ratios(turns: Turns, clients: Sequence[str]) -> dict[str, Spread]:
+    """Return the ratios that matter, round by round."""
+    fastest_whole = _fastest(turns, [_whole(name) for name in clients])
+    fastest_ranges = _fastest(turns, [_ranges(name) for name in clients])
+    ratios = {
+        "throughput of our reads / fastest plain client": turns.ratio(
+            fastest_whole, _OUR_READS, "wall_s"
+        ),
+        "throughput of the cache in epoch 2 / local shards": turns.ratio(_LOCAL, _CACHE, "wall_s"),
+        "time of our first batch / fastest plain client's ranges": turns.ratio(
+            _OUR_BATCH, fastest_ranges, "wall_s"
+        ),
+    }
+    for name in clients:
+        ratio = turns.ratio(_OUR_BATCH, _ranges(name), "wall_s")
+        ratios[f"time of our first batch / {name}'s ranges"] = ratio
+    slowest_s = turns.spread(_RESUME, "wall_s").high
+    ratios["slowest resume in seconds"] = Spread.of([slowest_s])
+    return ratios
+
+
+def _fastest(turns: Turns, names: Sequence[str]) -> str:
+    return min(names, key=lambda name: turns.spread(name, "wall_s").median)
+
+
+def _whole(client: str) -> str:
+    return f"{client}, whole objects"
+
+
+def _ranges(client: str) -> str:
+    return f"{client}{_RANGES}"
+
+
+def _run(arguments: Arguments) -> Outcome:
+    # boto3, s3fs and obstore have S3 in common, and nothing else.
     if arguments.uri and not arguments.uri.startswith("s3://"):
         raise ConfigError(
             f"storage_bench: --uri {arguments.uri!r}: the plain clients read s3:// only"
@@ -30,31 +344,9 @@ def _run(arguments: Arguments) -> int:
         raise ConfigError(
             "storage_bench: --runs, --num-shards, --streams and --batch-size are at least 1"
         )
-    result = measure(arguments)
-    if arguments.json:
-        say_json(result)
-        return 0
-    write = sys.stdout.write
-    write(f"{result['num_bytes'] / 1e6:,.0f} MB in shards, {arguments.runs} runs\n\n")
-    write("| what | median s | min | max | MB/s |\n|---|---|---|---|---|\n")
-    for row in result["rows"]:
-        rate = f"{row['mb_per_s']:,.0f}" if row["mb_per_s"] else ""
-        write(
-            f"| {row['what']} | {row['median_s']:.3f} | {row['min_s']:.3f} | {row['max_s']:.3f} | "
-            f"{rate} |\n"
-        )
-    write("\n| ratio | |\n|---|---|\n")
-    for name, value in result["ratios"].items():
-        write(f"| {name} | {value:.2f} |\n")
-    return 0
+    return measure(arguments)
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    return run_command(
-        _run,
-        Arguments,
-        args,
-        module="pipeline.storage_bench",
-        interrupted="storage_bench: stopped.",
-    )
+    return run_bench(Arguments, _run, module="pipeline.storage_bench", args=args)

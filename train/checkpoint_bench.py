@@ -1,11 +1,9 @@
 """How long training waits for a checkpoint: `python -m train.checkpoint_bench [--model vit_b_16]
 [--uri s3://...]`.
 
-One process saves a real model's whole state (weights and both moments, 12 bytes a parameter) while
-it trains on random pixels, with `checkpoint.mode` sync and async in turn, beside a copy of the same
+One process saves a real model's whole state (weights and both moments, 12 bytes per parameter)
+while it trains on random pixels, with `checkpoint.mode` sync and async, next to a copy of the same
 bytes from memory to memory.
-
-Shapes: B images, C channels, H height, W width, N patches.
 """
 
 from __future__ import annotations
@@ -18,35 +16,37 @@ if __name__ == "__main__":
 
 import math
 import os
-import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 
-from model.config import SIZES, ModelConfig
+from model.config import SIZES
 from pipeline import storage
-from pipeline.console import run_command, say_json
+from pipeline.bench.command import BenchArguments, Outcome, report, run_bench
+from pipeline.bench.rows import Row
+from pipeline.bench.turns import Spread, Turns, divide_pairs, time_call
+from pipeline.console import say
+from pipeline.errors import ConfigError
+from train.bench.random_run import RandomRun, random_config
 from train.checkpoint.files import find_steps
 from train.checkpoint.saver import Saver
 from train.checkpoint.store import CheckpointStore
-from train.config import RunConfig
 from train.engine.base import Engine
-from train.engine.build import build_engine
-from train.objectives.base import Objective, random_batch
-from train.objectives.choose import choose_objective
 from train.process.world import World
 
 Mode = Literal["sync", "async"]
+_SAVE = "save"
+_COPY = "copy"
+_STEP = "step"
 
 
 @dataclass(frozen=True)
-class Arguments:
-    """What is measured."""
+class Arguments(BenchArguments):
+    """Measure saves of every model to every folder."""
 
     model: tuple[str, ...] = ("demo", "vit_b_16")
     """Model sizes: names such as demo, vit_b_16, vit_h_14."""
@@ -54,107 +54,68 @@ class Arguments:
     """Folders that checkpoints are written to, and removed from; a temporary folder if none is
     given."""
     saves: int = 5
-    """Saves of each kind; the first is not counted, because it takes the memory that later ones use
+    """Saves of each kind, after one that is not counted: it takes the memory that later ones use
     again."""
     images: int = 2
     """Images of a training step."""
-    json: bool = False
-    """Write the result to stdout as JSON in place of a table."""
 
 
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """Saves of one model to one place in one mode; medians, with the smallest and largest stall.
-
-    Args:
-        model, place, mode: what was saved, where to, how.
-        state_mb: size of the state, in 10^6 bytes.
-        stall_s: seconds that training waited for a save.
-        stall_min_s, stall_max_s: its range.
-        write_s: seconds from the copy's end to the commit.
-        copy_s: seconds for a copy of the same bytes from memory to memory, measured before each
-            save.
-        stall_over_copy: median over the saves of the wait through the copy just before.
-        step_s, step_while_writing_s: seconds of a training step without and during a write; None
-            where no step fell into one.
-    """
-
-    model: str
-    place: str
-    mode: Mode
-    state_mb: float
-    stall_s: float
-    stall_min_s: float
-    stall_max_s: float
-    write_s: float
-    copy_s: float
-    stall_over_copy: float
-    step_s: float
-    step_while_writing_s: float | None
-
-
-def measure(name: str, uri: str, mode: Mode, *, saves: int, images: int) -> Measurement:
-    """Train and save in turn.
+def measure(name: str, uri: str, mode: Mode, *, saves: int, images: int) -> Row:
+    """Train and save in turns.
 
     Args:
         name: model size.
         uri: folder of checkpoints; those made here are removed.
         mode: sync or async.
         saves: saves that count.
-        images: images of a step.
+        images: images per step.
+
+    Returns:
+        stall_s: how long training waited for a save; write_s: from the copy's end to the commit;
+        copy_s: a copy of the same bytes from memory to memory, measured before each save;
+        stall_over_copy: one divided by the other, save by save; step_s and step_while_writing_s: a
+        training step without and during a write, None if no step fell into one.
     """
-    config, world = _config(SIZES[name], images=images), World(device=_device())
-    torch.manual_seed(0)
-    objective = choose_objective(config)
-    engine = build_engine(config, model=objective.build(), resume=None, world=world)
-    step = _stepper(engine, objective, images=images)
-    step()
+    world = World(device=_device())
+    engine: dict[str, object] = {"kind": "torch", "precision": "fp32"}
+    run = RandomRun(random_config(SIZES[name], images=images, engine=engine), world)
+    run.step()
     saver = Saver(CheckpointStore(uri, keep_last=1), world=world, mode=mode)
-    copy = _copier(engine)
-    stalls, writes, copies, quiet, busy = [], [], [], [], []
-    for number in range(1, saves + 2):
-        # A step before either, so that both find the caches as training leaves them.
-        step()
-        copies.append(_seconds(copy))
-        quiet.append(_seconds(step))
-        begun = time.perf_counter()
-        saver.start(number, engine, {})
-        stalls.append(time.perf_counter() - begun)
+    copy = _copier(run.engine)
+    turns = Turns(f"checkpoint_bench: {name}, {mode}", rounds=saves, warm_up_rounds=1)
+    # In the order of training, not in changing turns: a save is preceded by steps, and so is the
+    # copy, so that both find the caches as training leaves them.
+    for number in turns.rounds():
+        run.step()
+        turns.record(_COPY, time_call(copy))
+        turns.record(_STEP, time_call(run.step))
+        start_s = time.perf_counter()
+        saver.start(number + 1, run.engine, {})
+        turns.record(_SAVE, {"stall_s": time.perf_counter() - start_s})
         while not saver.is_ready():
-            seconds = _seconds(step)
+            figures = time_call(run.step)
+            # The write may have ended during the step, which then is of neither kind.
             if not saver.is_ready():
-                busy.append(seconds)
+                turns.record(_STEP, {"while_writing_s": figures["wall_s"]})
         saved = saver.finish()
         assert saved is not None
-        writes.append(saved.write_s)
+        turns.record(_SAVE, {"write_s": saved.write_s})
     _remove(uri)
-    return Measurement(
-        model=name,
-        place=uri.partition("://")[0] if "://" in uri else "local disk",
-        mode=mode,
-        state_mb=_state_bytes(engine) / 1e6,
-        stall_s=statistics.median(stalls[1:]),
-        stall_min_s=min(stalls[1:]),
-        stall_max_s=max(stalls[1:]),
-        write_s=statistics.median(writes[1:]),
-        copy_s=statistics.median(copies[1:]),
-        stall_over_copy=statistics.median(
-            stall / alone for stall, alone in zip(stalls[1:], copies[1:], strict=True)
-        ),
-        step_s=statistics.median(quiet[1:]),
-        step_while_writing_s=statistics.median(busy) if busy else None,
-    )
-
-
-def _config(model: ModelConfig, *, images: int) -> RunConfig:
-    return RunConfig.model_validate(
-        {
-            "model": model.model_dump(),
-            "view": {"height": model.image_height, "width": model.image_width},
-            "train": {"steps": 1, "global_batch_size": images, "micro_batch_size": images},
-            "engine": {"kind": "torch", "precision": "fp32"},
-        }
-    )
+    stalls_s = turns.values(_SAVE, "stall_s")
+    copies_s = turns.values(_COPY, "wall_s")
+    busy_s = turns.values(_STEP, "while_writing_s")
+    return {
+        "model": name,
+        "state_mb": _state_bytes(run.engine) / 1e6,
+        "store": uri.partition("://")[0] if "://" in uri else "local disk",
+        "mode": mode,
+        "stall_s": Spread.of(stalls_s),
+        "copy_s": Spread.of(copies_s),
+        "stall_over_copy": divide_pairs(stalls_s, copies_s),
+        "write_s": turns.spread(_SAVE, "write_s"),
+        "step_s": turns.spread(_STEP, "wall_s"),
+        "step_while_writing_s": Spread.of(busy_s) if busy_s else None,
+    }
 
 
 def _device() -> torch.device:
@@ -162,33 +123,16 @@ def _device() -> torch.device:
 
 
 def _state_bytes(engine: Engine) -> int:
+    # fp32, whatever precision the engine computes in: checkpoints hold nothing else.
     return sum(4 * len(tensor.kinds) * math.prod(tensor.shape) for tensor in engine.table)
-
-
-def _stepper(engine: Engine, objective: Objective, *, images: int) -> Callable[[], None]:
-    inputs = objective.inputs(random_batch(objective, images=images, device=engine.device))
-
-    def step() -> None:
-        engine.forward_backward(*inputs)
-        engine.step(1e-4)
-        if engine.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    return step
-
-
-def _seconds(action: Callable[[], None]) -> float:
-    begun = time.perf_counter()
-    action()
-    return time.perf_counter() - begun
 
 
 def _copier(engine: Engine) -> Callable[[], None]:
     """Give the copy that no save can do without: as many bytes, in one piece, into memory that is
     there already."""
-    values = _state_bytes(engine) // 4
-    source = torch.ones(values, device=engine.device)
-    target = torch.ones(values, pin_memory=engine.device.type == "cuda")
+    count = _state_bytes(engine) // 4
+    source = torch.ones(count, device=engine.device)
+    target = torch.ones(count, pin_memory=engine.device.type == "cuda")
 
     def copy() -> None:
         target.copy_(source)
@@ -202,58 +146,32 @@ def _remove(uri: str) -> None:
             storage.delete(storage.join(uri, f"step-{step:06d}", name))
 
 
-def render(measurements: Sequence[Measurement]) -> str:
-    """Lay measurements out as a Markdown table."""
-    lines = [
-        "| model | state | to | mode | training waits (range) | copy alone | waits / copy | "
-        "writing | step "
-        "| step while writing |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for one in measurements:
-        busy = (
-            "" if one.step_while_writing_s is None else f"{1e3 * one.step_while_writing_s:,.0f} ms"
-        )
-        lines.append(
-            f"| {one.model} | {one.state_mb:,.0f} MB | {one.place} | {one.mode} | "
-            f"**{1e3 * one.stall_s:,.0f} ms** "
-            f"({1e3 * one.stall_min_s:,.0f}-{1e3 * one.stall_max_s:,.0f}) | "
-            f"{1e3 * one.copy_s:,.0f} ms "
-            f"| {one.stall_over_copy:.2f} "
-            f"| {1e3 * one.write_s:,.0f} ms | {1e3 * one.step_s:,.0f} ms | {busy} |"
-        )
-    return "\n".join(lines)
+def _run(arguments: Arguments) -> Outcome:
+    unknown = sorted(set(arguments.model) - set(SIZES))
+    if unknown:
+        raise ConfigError(f"checkpoint_bench: --model {unknown[0]}: choose from {', '.join(SIZES)}")
+    if min(arguments.saves, arguments.images) < 1:
+        raise ConfigError("checkpoint_bench: --saves and --images are at least 1")
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="maelstrom-bench-", dir=os.curdir) as folder:
+        for name in arguments.model:
+            for uri in arguments.uri or (folder,):
+                target = storage.join(uri, f"checkpoint-bench-{name}")
+                for mode in get_args(Mode):
+                    say(f"checkpoint_bench: {name}, {mode}, to {target}")
+                    row = measure(
+                        name, target, mode, saves=arguments.saves, images=arguments.images
+                    )
+                    rows.append(row)
+    return report(rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    return run_command(
-        _run,
+    return run_bench(
         Arguments,
-        argv,
+        _run,
         module="train.checkpoint_bench",
-        interrupted=(
-            "checkpoint_bench: stopped. Its checkpoints may be left where they were written."
-        ),
+        args=argv,
+        stopped="Checkpoints of the benchmark may be left where they were written.",
     )
-
-
-def _run(arguments: Arguments) -> int:
-    with tempfile.TemporaryDirectory(prefix="maelstrom-bench-", dir=os.curdir) as folder:
-        results = [
-            measure(
-                name,
-                storage.join(uri, f"checkpoint-bench-{name}"),
-                mode,
-                saves=arguments.saves,
-                images=arguments.images,
-            )
-            for name in arguments.model
-            for uri in arguments.uri or (folder,)
-            for mode in get_args(Mode)
-        ]
-    if arguments.json:
-        say_json({"measurements": [asdict(one) for one in results]})
-    else:
-        sys.stdout.write(f"{render(results)}\n")
-    return 0

@@ -1,4 +1,4 @@
-"""Loader-only throughput: `python -m pipeline.bench URI`; beside other loaders: `python -m
+"""Loader-only throughput: `python -m pipeline.bench URI`; next to other loaders: `python -m
 pipeline.bench --peers`."""
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Any, Literal
 
-import psutil
 import torch
 import tyro
 
+from pipeline.bench.command import BenchArguments, Outcome, run_bench
+from pipeline.bench.probes import cpu_s, machine, rss_bytes
 from pipeline.bench.subjects import GPU_SUBJECTS, SUBJECTS, Setup
+from pipeline.bench.turns import Figures, Turns
 from pipeline.config import LoaderConfig, OrderConfig, ViewConfig
-from pipeline.console import run_command, say, say_json
+from pipeline.console import say
 from pipeline.dataset import open_dataset
 from pipeline.decoders.tuning import Tuning, candidates, describe, write_tuning
 from pipeline.errors import ConfigError
@@ -32,13 +34,15 @@ from pipeline.loader import Loader
 from pipeline.storage import redact
 
 _WARM_UP_BATCHES = 4
+_SECONDS_OF_TURN = 2.0
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(BenchArguments):
     """Measure how fast a dataset is read and decoded, without a model.
 
     Order, boxes and flips are those of a training run. CPU time counts all threads of this process.
+    With --json: images_per_s, cpu_ms_per_image, stages.
     """
 
     uri: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URI")] = ""
@@ -48,39 +52,39 @@ class Arguments:
     interpolation: Literal["bicubic", "bilinear", "area"] = "bicubic"
     """Resize filter, as in the view's settings."""
     output: Literal["uint8", "normalised"] = "uint8"
-    """uint8: pixels as they leave the host of a GPU. normalised: float32, also where the CPU must
+    """uint8: pixels as they leave the host of a GPU. normalised: float32, even if the CPU must
     compute it."""
     size: int = 224
     """Height and width of the images in pixels."""
     batch_size: int = 64
-    """Images of a batch."""
+    """Images per batch."""
     num_threads: int = 0
     """Decoding threads. 0: as many as there are cores."""
     dali_depth: int = 0
     """Batches in DALI's hands at once, as loader.dali_depth."""
     hw_decoder_load: float = 0.0
     """Share of the JPEGs for a GPU's JPEG engine, as loader.hw_decoder_load."""
-    seconds: float = 10.0
-    """Length of the measurement; with --peers and --tune, of each of its repeats (2 where not
-    given)."""
+    seconds: float | None = None
+    """Length of the measurement (default 10); with --peers and --tune, of each turn (default 2)."""
     device: str = ""
-    """Where batches are wanted. Empty: cuda where there is one, cpu otherwise."""
+    """Device that batches go to. Empty: cuda if there is one, otherwise cpu."""
     tune: bool = False
     """Try decoders, threads and, on a GPU, DALI's settings, and write the fastest as a tuning
     file."""
     tuning_file: Path = Path("runs/tuned.toml")
-    """--tune: where to; what loader.tuning_file reads."""
+    """--tune: the file to write; loader.tuning_file reads it."""
     peers: bool = False
     """Compare with other loaders on photographs that are made for it: torch, webdataset, DALI,
     FFCV, SPDL."""
     repeats: int = 5
     """--peers, --tune: rounds."""
     folder: Path = Path("runs/bench")
-    """--peers: where the photographs and datasets are made and kept (0.6 GB)."""
+    """--peers: folder in which the photographs and datasets are made and kept (0.6 GB)."""
     report: Path | None = None
-    """--peers: Markdown file whose measured part is written anew, with a chart beside it."""
-    json: bool = False
-    """Write the result to stdout as JSON: images_per_s, cpu_ms_per_image, stages."""
+    """--peers: Markdown file whose measured part is written anew, with a chart next to it."""
+
+
+# ------------------------------------------------------------------------------ one loader
 
 
 def measure(arguments: Arguments) -> dict[str, Any]:
@@ -88,7 +92,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
 
     Returns:
         images_per_s (wall), cpu_ms_per_image, first_batch_s (from the opened dataset to the first
-        batch), rss_mib at the end and after one epoch (0 where the time was too short), and
+        batch), rss_mib at the end and after one epoch (0 if the time was too short), and
         `stages`: items, busy_s, wait_s and bytes of each stage.
 
     Raises:
@@ -96,13 +100,58 @@ def measure(arguments: Arguments) -> dict[str, Any]:
         DataError: The dataset cannot be read.
     """
     device = _device(arguments)
+    seconds = 10.0 if arguments.seconds is None else arguments.seconds
     dataset = open_dataset(arguments.uri)
+    num_samples = dataset.info.num_samples
     start_s = time.perf_counter()
-    with Loader(
+    with _open_loader(arguments, dataset, device=device) as loader:
+        batches = iter(loader)
+        next(batches)
+        first_batch_s = time.perf_counter() - start_s
+
+        # What the loader decoded ahead while nobody asked would count as free.
+        for _ in range(_WARM_UP_BATCHES):
+            next(batches)
+
+        before = loader.stats.snapshot()
+        images = 0
+        rss_epoch_bytes = 0
+        start_cpu_s = cpu_s()
+        start_s = time.perf_counter()
+        while time.perf_counter() - start_s < seconds:
+            images += next(batches).images_BCHW.shape[0]
+            if not rss_epoch_bytes and images >= num_samples:
+                rss_epoch_bytes = rss_bytes()
+
+        # Copies to a GPU are only queued when their batch is handed over.
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        wall_s = time.perf_counter() - start_s
+        used_cpu_s = cpu_s() - start_cpu_s
+        after = loader.stats.snapshot()
+        num_bad = loader.report.num_bad
+    stages = {}
+    for stage, counters in after.items():
+        stages[stage] = {name: value - before[stage][name] for name, value in counters.items()}
+    return {
+        "images_per_s": images / wall_s,
+        "cpu_ms_per_image": 1e3 * used_cpu_s / images,
+        "first_batch_s": first_batch_s,
+        "rss_mib": rss_bytes() / 2**20,
+        "rss_after_one_epoch_mib": rss_epoch_bytes / 2**20,
+        "epochs": images / num_samples,
+        "num_images": images,
+        "num_bad": num_bad,
+        "device": str(device),
+        "stages": stages,
+    }
+
+
+def _open_loader(arguments: Arguments, dataset: Any, *, device: torch.device) -> Loader:
+    side = arguments.size
+    return Loader(
         dataset,
-        ViewConfig(
-            height=arguments.size, width=arguments.size, interpolation=arguments.interpolation
-        ),
+        ViewConfig(height=side, width=side, interpolation=arguments.interpolation),
         OrderConfig(),
         LoaderConfig(
             decoder=arguments.decoder,
@@ -115,160 +164,108 @@ def measure(arguments: Arguments) -> dict[str, Any]:
         micro_batch_size=arguments.batch_size,
         device=device,
         dtype=torch.uint8 if arguments.output == "uint8" else torch.float32,
-    ) as loader:
-        batches = iter(loader)
-        next(batches)
-        first_batch_s = time.perf_counter() - start_s
-        for _ in range(_WARM_UP_BATCHES):
-            next(batches)
-        before = loader.stats.snapshot()
-        cpu_s, start_s, images = time.process_time(), time.perf_counter(), 0
-        rss_epoch_bytes = 0
-        while time.perf_counter() - start_s < arguments.seconds:
-            images += next(batches).images_BCHW.shape[0]
-            if not rss_epoch_bytes and images >= dataset.info.num_samples:
-                rss_epoch_bytes = psutil.Process().memory_info().rss
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        wall_s, cpu_s = time.perf_counter() - start_s, time.process_time() - cpu_s
-        after = loader.stats.snapshot()
-        num_bad = loader.report.num_bad
-    stages = {
-        stage: {name: value - before[stage][name] for name, value in counters.items()}
-        for stage, counters in after.items()
-    }
-    return {
-        "images_per_s": images / wall_s,
-        "cpu_ms_per_image": 1e3 * cpu_s / images,
-        "first_batch_s": first_batch_s,
-        "rss_mib": psutil.Process().memory_info().rss / 2**20,
-        "rss_after_one_epoch_mib": rss_epoch_bytes / 2**20,
-        "epochs": images / dataset.info.num_samples,
-        "num_images": images,
-        "num_bad": num_bad,
-        "device": str(device),
-        "stages": stages,
-    }
+    )
 
 
 def _device(arguments: Arguments) -> torch.device:
     return torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _seconds_of_repeat(arguments: Arguments) -> float:
-    return arguments.seconds if arguments.seconds != Arguments.seconds else 2.0
-
-
-def _run_tune(arguments: Arguments) -> int:
-    device = _device(arguments)
-    ways = candidates(device=device, interpolation=arguments.interpolation)
-    rates: dict[Tuning, list[float]] = {way: [] for way in ways}
-    for repeat in range(arguments.repeats):
-        for way in ways:
-            once = replace(arguments, **way.model_dump(), seconds=_seconds_of_repeat(arguments))
-            rates[way].append(measure(once)["images_per_s"])
-        say(f"bench: round {repeat + 1} of {arguments.repeats}")
-    ranked = sorted(ways, key=lambda way: median(rates[way]), reverse=True)
+def _measure_one(arguments: Arguments) -> Outcome:
+    measured = measure(arguments)
     lines = [
-        f"{median(rates[way]):>9,.0f} images/s ({min(rates[way]):,.0f}-{max(rates[way]):,.0f})  "
-        f"{describe(way)}"
-        for way in ranked
+        f"bench: {measured['images_per_s']:,.0f} images/s, "
+        f"{measured['cpu_ms_per_image']:.3f} CPU-ms per image, first batch after "
+        f"{measured['first_batch_s']:.2f} s, {measured['rss_mib']:,.0f} MiB after "
+        f"{measured['epochs']:.1f} epochs"
     ]
-    how = (
-        f"Written by python -m pipeline.bench --tune on {redact(arguments.uri)}: {arguments.size} "
-        "pixels, "
-        f"{arguments.interpolation}, batches of {arguments.batch_size}.\nFastest of {len(ways)}, "
-        f"{arguments.repeats} rounds each, median (lowest-highest):\n"
-    )
-    write_tuning(arguments.tuning_file, ranked[0], device=device, comment=how + "\n".join(lines))
-    if arguments.json:
-        say_json(
-            {
-                "best": ranked[0].model_dump(),
-                "images_per_s": [{**way.model_dump(), "rates": rates[way]} for way in ranked],
-            }
-        )
-    else:
-        say(
-            "\n".join(lines)
-            + f"\nbench: wrote {arguments.tuning_file}; use it with --loader.tuning-file"
-        )
-    return 0
-
-
-def _say_measured(found: dict[str, Any]) -> None:
-    say(
-        f"bench: {found['images_per_s']:,.0f} images/s, {found['cpu_ms_per_image']:.3f} CPU-ms an "
-        "image, first batch "
-        f"after {found['first_batch_s']:.2f} s, {found['rss_mib']:,.0f} MiB after "
-        f"{found['epochs']:.1f} epochs"
-    )
-    for stage, counters in found["stages"].items():
-        say(
+    for stage, counters in measured["stages"].items():
+        lines.append(
             f"  {stage:<7} busy {counters['busy_s']:7.2f} s, waited {counters['wait_s']:7.2f} s, "
             f"{counters['items']:,.0f} images, {counters['bytes'] / 1e6:,.1f} MB"
         )
+    return Outcome(measured, "\n".join(lines))
 
 
-def _run_peers(arguments: Arguments) -> int:
-    # matplotlib and the peers are imported where they are used.
-    from pipeline.bench.peers import machine, measure_peers
+# ------------------------------------------------------------------------------------ tune
+
+
+def _tune(arguments: Arguments) -> Outcome:
+    device = _device(arguments)
+    ways = {
+        describe(way): way
+        for way in candidates(device=device, interpolation=arguments.interpolation)
+    }
+
+    def measure_way(way: Tuning) -> Figures:
+        seconds = arguments.seconds or _SECONDS_OF_TURN
+        once = measure(replace(arguments, **way.model_dump(), seconds=seconds))
+        return {"images_per_s": once["images_per_s"]}
+
+    turns = Turns("bench", rounds=arguments.repeats)
+    for _ in turns.rounds():
+        turns.take({name: partial(measure_way, way) for name, way in ways.items()})
+
+    rates = {name: turns.spread(name, "images_per_s") for name in ways}
+    ranked = sorted(ways, key=lambda name: rates[name].median, reverse=True)
+    lines = [f"{rates[name].text(',.0f')} images/s  {name}" for name in ranked]
+    how = (
+        f"Written by python -m pipeline.bench --tune on {redact(arguments.uri)}: "
+        f"{arguments.size} pixels, {arguments.interpolation}, batches of {arguments.batch_size}.\n"
+        f"Fastest of {len(ways)}, {arguments.repeats} rounds, median (lowest-highest):\n"
+    )
+    best = ways[ranked[0]]
+    write_tuning(arguments.tuning_file, best, device=device, comment=how + "\n".join(lines))
+    lines.append(f"bench: wrote {arguments.tuning_file}; use it with --loader.tuning-file")
+    tried = [
+        {**ways[name].model_dump(), "rates": turns.values(name, "images_per_s")} for name in ranked
+    ]
+    return Outcome({"best": best.model_dump(), "images_per_s": tried}, "\n".join(lines))
+
+
+# ----------------------------------------------------------------------------------- peers
+
+
+def _compare_with_peers(arguments: Arguments) -> Outcome:
+    # Only here: matplotlib takes a second to import, and the photographs need an extra.
+    from pipeline.bench.peers import measure_peers
     from pipeline.bench.photos import make_sources
     from pipeline.bench.report import as_table, write_report
 
     folder = arguments.folder.resolve()
+    say(f"bench: making photographs and datasets in {folder}, unless they are there")
     make_sources(folder)
     num_threads = arguments.num_threads or len(os.sched_getaffinity(0))
     device = _device(arguments).type
     about = {**machine(), "num_threads": num_threads, "batch_size": arguments.batch_size}
-    found = measure_peers(
+    rows = measure_peers(
         Setup(folder, num_threads, arguments.batch_size, device),
         repeats=arguments.repeats,
-        seconds=_seconds_of_repeat(arguments),
+        seconds=arguments.seconds or _SECONDS_OF_TURN,
         subjects=GPU_SUBJECTS if device == "cuda" else SUBJECTS,
     )
-    result = {"machine": about, "subjects": [subject.to_json() for subject in found]}
+    result = {"machine": about, "subjects": [row.to_json() for row in rows]}
     (folder / "peers.json").write_text(json.dumps(result, indent=1) + "\n")
     if arguments.report is not None:
-        write_report(arguments.report, found, about)
-    if arguments.json:
-        say_json(result)
-    else:
-        say(as_table(found))
-    return 0
+        write_report(arguments.report, rows, about)
+    return Outcome(result, as_table(rows))
 
 
-def _run(arguments: Arguments) -> int:
+def _run(arguments: Arguments) -> Outcome:
     if bool(arguments.uri) == arguments.peers or (arguments.peers and arguments.tune):
         raise ConfigError("bench: give either a dataset's URI, with or without --tune, or --peers.")
-    if (
-        arguments.seconds <= 0
-        or arguments.batch_size < 1
-        or arguments.repeats < 1
-        or arguments.num_threads < 0
-    ):
+    counts = (arguments.batch_size, arguments.repeats)
+    seconds_fit = arguments.seconds is None or arguments.seconds > 0
+    if not seconds_fit or min(counts) < 1 or arguments.num_threads < 0:
         raise ConfigError(
-            "bench: --seconds must be above 0, --batch-size and --repeats 1 or more, --num-threads "
-            "0 up."
+            "bench: --seconds must be above 0, --batch-size and --repeats at least 1, "
+            "--num-threads at least 0."
         )
     if arguments.peers:
-        return _run_peers(arguments)
-    if arguments.tune:
-        return _run_tune(arguments)
-    found = measure(arguments)
-    if arguments.json:
-        say_json(found)
-    else:
-        _say_measured(found)
-    return 0
+        return _compare_with_peers(arguments)
+    return _tune(arguments) if arguments.tune else _measure_one(arguments)
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    return run_command(
-        _run,
-        Arguments,
-        args,
-        module="pipeline.bench",
-        interrupted="bench: stopped.",
-    )
+    return run_bench(Arguments, _run, module="pipeline.bench", args=args)

@@ -59,16 +59,21 @@ def make_sources(
     images = folder / "images"
     done = folder / f"images-{num_images}.done"
     if not done.exists():
-        for number, data in enumerate(make_crops(num_images)):
-            path = images / f"{number % 10}" / f"{number:05d}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
+        write_crops(images, num_images)
         done.touch()
     made = {"images": images}
     for name in variants:
         made[name] = folder / name
         convert(str(images), str(made[name]), VARIANTS[name])
     return made
+
+
+def write_crops(folder: Path, count: int) -> None:
+    """Write the crops as files of a class folder, ten classes in turn."""
+    for number, data in enumerate(make_crops(count)):
+        path = folder / f"{number % 10}" / f"{number:05d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
 
 
 def make_crops(count: int) -> Iterator[bytes]:

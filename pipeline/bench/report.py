@@ -1,18 +1,18 @@
-"""What the loader benchmark found, as a table, as ratios against the bars it is held to, and as a
-chart."""
+"""Figures of the loader benchmark: a table, ratios against the bars it is held to, and a chart."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any, Literal
 
-from pipeline.bench.peers import Measured
+from pipeline.bench.peers import PeerRow
+from pipeline.bench.rows import markdown_table
+from pipeline.bench.turns import Spread, divide_pairs
 
 _START, _END = "<!-- measured: begin -->", "<!-- measured: end -->"
-Row = tuple[str, str, str]
+Key = tuple[str, str, str]
 """A subject: name, dataset, filter."""
 
 
@@ -24,44 +24,41 @@ class Bar:
         what: In words.
         subject: What is held to it.
         other: What it is compared with.
-        limit: Largest ratio of CPU time an image; smallest of images/s.
+        limit: Largest ratio of CPU time per image; smallest of images/s.
         figure: Which of the two.
     """
 
     what: str
-    subject: Row
-    other: Row
+    subject: Key
+    other: Key
     limit: float
     figure: Literal["CPU time", "images/s"] = "CPU time"
 
 
-_OURS, _KERNELS, _PIL, _DALI = (
-    "maelstrom turbo",
-    "maelstrom ffcv",
-    "torch DataLoader + PIL",
-    "DALI's own pipeline",
-)
-_PEER = (_PIL, "images", "bicubic")
+_TURBO = "maelstrom turbo"
+_KERNELS = "maelstrom ffcv"
+_DALI = "DALI's own pipeline"
+_PILLOW = ("torch DataLoader + PIL", "images", "bicubic")
 
 
 def _against_ffcv(dataset: str, cpu_limit: float, wall_limit: float) -> Iterator[Bar]:
     other = ("FFCV Loader", dataset, "area")
-    for name in (_OURS, _KERNELS):
+    for name in (_TURBO, _KERNELS):
         what = f"{name.removeprefix('maelstrom ')} / FFCV Loader"
         yield Bar(what, (name, dataset, "area"), other, cpu_limit)
         yield Bar(what, (name, dataset, "area"), other, wall_limit, "images/s")
 
 
 BARS = (
-    Bar("turbo / torch + PIL", (_OURS, "originals", "bicubic"), _PEER, 0.40),
+    Bar("turbo / torch + PIL", (_TURBO, "originals", "bicubic"), _PILLOW, 0.40),
     Bar(
         "turbo / bare loop",
-        (_OURS, "originals", "bicubic"),
+        (_TURBO, "originals", "bicubic"),
         ("bare loop", "originals", "bicubic"),
         1.10,
     ),
     Bar(
-        "turbo / bare loop", (_OURS, "originals", "area"), ("bare loop", "originals", "area"), 1.10
+        "turbo / bare loop", (_TURBO, "originals", "area"), ("bare loop", "originals", "area"), 1.10
     ),
     Bar(
         "our order in DALI / DALI's",
@@ -73,12 +70,12 @@ BARS = (
     *_against_ffcv("beton-256", 0.75, 1.4),
     *_against_ffcv("beton-256-raw", 0.60, 1.8),
     *(
-        Bar("256 px / torch + PIL on originals", row, _PEER, 0.10)
+        Bar("256 px / torch + PIL on originals", row, _PILLOW, 0.10)
         for row in (
-            (_OURS, "tar-256", "bicubic"),
-            (_OURS, "beton-256", "bicubic"),
-            (_OURS, "beton-256", "area"),
-            (_OURS, "beton-256-raw", "bicubic"),
+            (_TURBO, "tar-256", "bicubic"),
+            (_TURBO, "beton-256", "bicubic"),
+            (_TURBO, "beton-256", "area"),
+            (_TURBO, "beton-256-raw", "bicubic"),
         )
     ),
 )
@@ -88,108 +85,106 @@ GPU_BARS_PER_S = {"originals": 5_000, "tar-320": 8_500}
 models."""
 
 
-def as_table(found: Sequence[Measured]) -> str:
-    """Return the measurements as a Markdown table: CPU-ms and images/s as median
-    (lowest-highest)."""
-    lines = [
-        "| loader | data | filter | CPU-ms an image | images/s | first batch, s | memory, MiB |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for subject in found:
-        head = f"| {subject.name} | {subject.dataset} | {subject.resize_filter} | "
-        if subject.problem or not subject.cpu_ms_per_image:
-            lines.append(f"{head}{subject.problem or 'not measured'} | | | |")
-            continue
-        lines.append(
-            f"{head}{_spread(subject.cpu_ms_per_image, '.3f')} | "
-            f"{_spread(subject.images_per_s, ',.0f')} | "
-            f"{subject.first_batch_s:.1f} | {subject.rss_mib:,.0f} |"
+def as_table(rows: Sequence[PeerRow]) -> str:
+    """Return the figures as a Markdown table: CPU-ms and images/s as median (lowest-highest)."""
+    header = (
+        *("loader", "data", "filter", "CPU-ms per image"),
+        *("images/s", "first batch, s", "memory, MiB"),
+    )
+    return markdown_table(header, [_cells(row) for row in rows])
+
+
+def _cells(row: PeerRow) -> tuple[str, ...]:
+    if row.problem or not row.cpu_ms_per_image:
+        figures = (row.problem or "not measured", "", "", "")
+    else:
+        figures = (
+            Spread.of(row.cpu_ms_per_image).text(".3f"),
+            Spread.of(row.images_per_s).text(",.0f"),
+            f"{row.first_batch_s:.1f}",
+            f"{row.rss_mib:,.0f}",
         )
-    return "\n".join(lines)
+    return (row.name, row.dataset, row.resize_filter, *figures)
 
 
-def bars_table(found: Sequence[Measured]) -> str:
-    """Return the ratios against their bars: the median over rounds of the ratio within each
-    round."""
-    by_name = {(subject.name, subject.dataset, subject.resize_filter): subject for subject in found}
-    lines = ["| ratio | of | data, filter | measured | bar | |", "|---|---|---|---|---|---|"]
+def bars_table(rows: Sequence[PeerRow]) -> str:
+    """Return the ratios against their bars: the median over rounds of the ratio in each round."""
+    by_key = {(row.name, row.dataset, row.resize_filter): row for row in rows}
+    table = []
     for bar in BARS:
-        ours, other = by_name.get(bar.subject), by_name.get(bar.other)
-        if ours is None or other is None or not (ours.cpu_ms_per_image and other.cpu_ms_per_image):
-            continue
-        by_cpu = bar.figure == "CPU time"
-        mine, theirs = (
-            (row.cpu_ms_per_image if by_cpu else row.images_per_s) for row in (ours, other)
-        )
-        ratios = [a / b for a, b in zip(mine, theirs, strict=False)]
-        met = median(ratios) <= bar.limit if by_cpu else median(ratios) >= bar.limit
-        lines.append(
-            f"| {bar.what} | {bar.figure} | {bar.subject[1]}, {bar.subject[2]} | "
-            f"{_spread(ratios, '.2f')} | "
-            f"{'<=' if by_cpu else '>='} {bar.limit:.2f} | {'met' if met else 'not met'} |"
-        )
+        ours = by_key.get(bar.subject)
+        other = by_key.get(bar.other)
+        # Either is missing when its package is not installed: no ratio, no verdict.
+        if ours is not None and other is not None and ours.images_per_s and other.images_per_s:
+            table.append(_bar_cells(bar, ours, other))
     for dataset, limit in GPU_BARS_PER_S.items():
-        rates = [
-            row.images_per_s for row in found if row.dataset == dataset and "engine" in row.name
-        ]
-        if best := max((rate for rate in rates if rate), key=median, default=None):
-            verdict = "met" if median(best) >= limit else "not met"
-            lines.append(
-                f"| DALI mixed | images/s | {dataset} | {_spread(best, ',.0f')} | >= {limit:,} | "
-                f"{verdict} |"
-            )
-    return "\n".join(lines)
+        mixed = [row for row in rows if row.dataset == dataset and "engine" in row.name]
+        rates = [Spread.of(row.images_per_s) for row in mixed if row.images_per_s]
+        if not rates:
+            continue
+        # The best share of the JPEG engine counts: `--tune` finds it on every machine.
+        best = max(rates, key=lambda rate: rate.median)
+        verdict = "met" if best.median >= limit else "not met"
+        rate = best.text(",.0f")
+        table.append(("DALI mixed", "images/s", dataset, rate, f">= {limit:,}", verdict))
+    return markdown_table(("ratio", "of", "data, filter", "measured", "bar", ""), table)
 
 
-def write_report(path: Path, found: Sequence[Measured], about: dict[str, Any]) -> None:
-    """Replace the measured part of a Markdown file, and draw the chart beside it."""
+def _bar_cells(bar: Bar, ours: PeerRow, other: PeerRow) -> tuple[str, ...]:
+    if bar.figure == "CPU time":
+        ratio = divide_pairs(ours.cpu_ms_per_image, other.cpu_ms_per_image)
+        is_met = ratio.median <= bar.limit
+        sign = "<="
+    else:
+        ratio = divide_pairs(ours.images_per_s, other.images_per_s)
+        is_met = ratio.median >= bar.limit
+        sign = ">="
+    _, dataset, resize_filter = bar.subject
+    verdict = "met" if is_met else "not met"
+    limit = f"{sign} {bar.limit:.2f}"
+    return (bar.what, bar.figure, f"{dataset}, {resize_filter}", ratio.text(), limit, verdict)
+
+
+def write_report(path: Path, rows: Sequence[PeerRow], about: dict[str, Any]) -> None:
+    """Replace the measured part of a Markdown file, and draw the chart next to it."""
     text = path.read_text() if path.exists() else f"# Loaders\n\n{_START}\n{_END}\n"
     head, _, rest = text.partition(_START)
     _, _, tail = rest.partition(_END)
     chart = path.with_suffix(".png")
-    draw(chart, found)
+    draw(chart, rows)
     facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in about.items())
-    measured = (
-        f"{_START}\n\nMachine: {facts}.\n{len(found[0].cpu_ms_per_image)} interleaved rounds; "
-        "median (lowest-highest)."
-        f"\n\n{as_table(found)}\n\n{bars_table(found)}\n\n![CPU time an "
-        f"image]({chart.name})\n\n{_END}"
+    num_rounds = len(rows[0].cpu_ms_per_image)
+    blocks = (
+        _START,
+        f"Machine: {facts}.\n{num_rounds} interleaved rounds; median (lowest-highest).",
+        as_table(rows),
+        bars_table(rows),
+        f"![CPU time per image]({chart.name})",
+        _END,
     )
-    path.write_text(head + measured + tail)
+    path.write_text(head + "\n\n".join(blocks) + tail)
 
 
-def draw(path: Path, found: Sequence[Measured]) -> None:
-    """Draw CPU time an image, with the lowest and highest of the rounds."""
+def draw(path: Path, rows: Sequence[PeerRow]) -> None:
+    """Draw CPU time per image, with the lowest and highest of the rounds."""
     from matplotlib.figure import Figure
 
-    shown = [subject for subject in found if subject.cpu_ms_per_image][::-1]
+    # A bar chart fills from below: the table's first row goes on top.
+    shown = [row for row in rows if row.cpu_ms_per_image][::-1]
+    times = [Spread.of(row.cpu_ms_per_image) for row in shown]
+    names = [f"{row.name}: {row.dataset}, {row.resize_filter}" for row in shown]
+    is_ours = [row.name.startswith("maelstrom") for row in shown]
+    colours = ["tab:orange" if ours else "tab:grey" for ours in is_ours]
+    below = [time.median - time.low for time in times]
+    above = [time.high - time.median for time in times]
+    middles = [time.median for time in times]
+
     figure = Figure(figsize=(9, 0.32 * len(shown) + 1), layout="constrained")
     axes = figure.subplots()
-    middles = [median(subject.cpu_ms_per_image) for subject in shown]
-    spreads = [
-        [
-            middle - min(subject.cpu_ms_per_image)
-            for middle, subject in zip(middles, shown, strict=True)
-        ],
-        [
-            max(subject.cpu_ms_per_image) - middle
-            for middle, subject in zip(middles, shown, strict=True)
-        ],
-    ]
-    colours = [
-        "tab:orange" if subject.name.startswith("maelstrom") else "tab:grey" for subject in shown
-    ]
-    names = [f"{subject.name}: {subject.dataset}, {subject.resize_filter}" for subject in shown]
-    axes.barh(names, middles, xerr=spreads, color=colours, height=0.7)
-    for place, (middle, subject) in enumerate(zip(middles, shown, strict=True)):
-        axes.annotate(
-            f"  {middle:.2f}", (max(subject.cpu_ms_per_image), place), va="center", fontsize=8
-        )
-    axes.set_xlabel("CPU-ms an image (all threads and workers), lower is better")
+    axes.barh(names, middles, xerr=[below, above], color=colours, height=0.7)
+    for height, time in enumerate(times):
+        axes.annotate(f"  {time.median:.2f}", (time.high, height), va="center", fontsize=8)
+    axes.set_xlabel("CPU-ms per image (all threads and workers), lower is better")
     axes.tick_params(axis="y", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
-
-
-def _spread(values: Sequence[float], form: str) -> str:
-    return f"{median(values):{form}} ({min(values):{form}}-{max(values):{form}})"

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from pipeline.bench.__main__ import main
-from pipeline.bench.peers import Measured, machine, measure_peers
+from pipeline.bench.peers import PeerRow, measure_peers
 from pipeline.bench.photos import VARIANTS, make_sources
+from pipeline.bench.probes import machine
 from pipeline.bench.report import BARS, as_table, bars_table, write_report
 from pipeline.bench.subjects import SUBJECTS, Setup
 from pipeline.decoders.tuning import read_tuning
@@ -35,7 +36,7 @@ def test_a_dataset_is_measured(make_dataset, capsys, decoder, interpolation, out
         found["stages"]["copy"]["items"] == found["num_images"]
     )  # what was taken, and nothing of the warm-up
     assert main([make_dataset(), *words, *shape]) == 0
-    assert "CPU-ms an image" in capsys.readouterr().err
+    assert "CPU-ms per image" in capsys.readouterr().out
 
 
 def test_mistakes_are_refused(make_dataset, capsys):
@@ -84,7 +85,7 @@ def test_every_bar_compares_what_is_measured():
 def test_the_report_is_written_anew_between_its_marks(tmp_path: Path):
     def made(subject, scale):
         times = [scale * value for value in (1.0, 1.2, 1.1)]
-        return Measured(
+        return PeerRow(
             subject.name,
             subject.dataset,
             subject.resize_filter,

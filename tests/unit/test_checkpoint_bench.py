@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from model.config import SIZES, ModelConfig
-from train.checkpoint_bench import measure, render
+from train.checkpoint_bench import main, measure
 
 TINY = ModelConfig(
     image_size=16,
@@ -26,9 +26,15 @@ def test_a_measurement_is_of_real_saves_and_removes_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode
 ):
     monkeypatch.setattr("train.checkpoint_bench.SIZES", {**SIZES, "tiny": TINY})
-    one = measure("tiny", str(tmp_path), mode, saves=2, images=2)
-    assert one.stall_min_s <= one.stall_s <= one.stall_max_s
-    assert min(one.stall_s, one.write_s, one.copy_s, one.step_s) > 0
-    assert one.state_mb > 0.1
+    row = measure("tiny", str(tmp_path), mode, saves=2, images=2)
+    assert row["stall_s"].low <= row["stall_s"].median <= row["stall_s"].high
+    assert min(row[name].low for name in ("stall_s", "write_s", "copy_s", "step_s")) > 0
+    assert row["state_mb"] > 0.1
+    assert row["store"] == "local disk"
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert f"| tiny | {one.state_mb:,.0f} MB | local disk | {mode} |" in render([one])
+
+
+def test_what_cannot_be_measured_is_said(capsys):
+    assert main(["--model", "vit_x"]) == 2
+    assert "--model vit_x: choose from vit_" in capsys.readouterr().err
+    assert main(["--saves", "0"]) == 2

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from model.config import SIZES, ModelConfig
-from train.bench.step_peer import compare, render_comparisons
+from train.bench.step_peer import compare
 from train.step_bench import main
 
 TINY = ModelConfig(
@@ -41,19 +41,26 @@ def test_each_combination_is_a_row_and_so_is_what_cannot_run(capsys):
         )
         == 0
     )
-    done, refused = json.loads(capsys.readouterr().out)["measurements"]
-    assert done["case"]["precision"] == "bf16"
-    assert done["problem"] is None
+    done, refused = json.loads(capsys.readouterr().out)["rows"]
+    assert done["precision"] == "bf16"
+    assert "problem" not in done
     assert min(done[name] for name in ("step_s", "optimizer_s", "tflops", "memory_gib")) > 0
-    assert refused["case"]["precision"] == "fp16"
+    assert done["step_min_s"] <= done["step_s"] <= done["step_max_s"]
+    assert refused["precision"] == "fp16"
     assert refused["problem"]
-    assert refused["step_s"] == 0
+    assert "step_s" not in refused
+
+
+def test_what_cannot_be_measured_is_said(capsys):
+    assert main(["--model", "vit_x"]) == 2
+    assert "--model vit_x: choose from vit_" in capsys.readouterr().err
+    assert main(["--steps", "0"]) == 2
 
 
 def test_a_peer_computes_the_same(monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("transformers")
     monkeypatch.setattr("train.bench.step_peer.SIZES", {**SIZES, "tiny": TINY})
-    found = compare("tiny", images=2, precision="fp32", compiled=False, repeats=2, threads=0)
-    assert found.loss_difference < 1e-5
-    assert found.ratio_range[0] <= found.ratio <= found.ratio_range[1]
-    assert "| tiny | 2 | fp32 | off |" in render_comparisons([found])
+    row = compare("tiny", images=2, precision="fp32", compiled=False, repeats=2, threads=0)
+    assert row["loss_difference"] < 1e-5
+    assert row["ratio"].low <= row["ratio"].median <= row["ratio"].high
+    assert row["compiled"] is False

@@ -1,0 +1,110 @@
+"""What the command lines of all benchmarks share: `--json`, tables, Ctrl-C, exit codes.
+
+Loads no torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipeline.bench.against import Checkouts
+from pipeline.bench.probes import machine
+from pipeline.bench.rows import Row, rows_table, to_json
+from pipeline.bench.turns import Spread
+from pipeline.console import run_command, say_json
+
+
+@dataclass(frozen=True)
+class BenchArguments:
+    """Options that every benchmark has."""
+
+    json: bool = False
+    """Write the result to stdout as JSON instead of tables."""
+    against: Path | None = None
+    """Another checkout of this repository, for example of the commit before: run its command and
+    this one in turns, and compare every figure."""
+    against_rounds: int = 5
+    """--against: rounds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a benchmark has to say.
+
+    Args:
+        data: for `--json`; the machine is added unless it is there.
+        text: for a person.
+    """
+
+    data: dict[str, Any]
+    text: str
+
+
+def report(
+    rows: Sequence[Row],
+    *,
+    ratios: Mapping[str, Spread] | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> Outcome:
+    """Make the tables and the JSON of a benchmark out of the same rows.
+
+    Args:
+        rows: what was measured, with the same columns in each.
+        ratios: what follows from them, by name.
+        facts: what holds for all rows.
+    """
+    about = dict(facts or {})
+    data = {**about, "rows": [to_json(row) for row in rows]}
+    blocks = [rows_table(rows)]
+    if ratios:
+        data["ratios"] = {name: ratio.median for name, ratio in ratios.items()}
+        blocks.append(rows_table([{"ratio": name, "": ratio} for name, ratio in ratios.items()]))
+    # Nested facts, such as all settings, are for programs.
+    plain = [f"{name} {value}" for name, value in about.items() if not isinstance(value, dict)]
+    if plain:
+        blocks.append(f"{', '.join(plain)}.")
+    return Outcome(data, "\n\n".join(blocks))
+
+
+A = TypeVar("A", bound=BenchArguments)
+
+
+def run_bench(
+    kind: type[A],
+    measure: Callable[[A], Outcome],
+    *,
+    module: str,
+    args: Sequence[str] | None,
+    stopped: str = "",
+) -> int:
+    """Run the command line of a benchmark and return its exit code.
+
+    Args:
+        kind: its arguments.
+        measure: measures what they say.
+        module: the command, such as "pipeline.bench".
+        args: words of the command line; None for the process's own.
+        stopped: what to tell after Ctrl-C besides that it stopped.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+
+    def body(arguments: A) -> int:
+        if arguments.against is None:
+            outcome = measure(arguments)
+        else:
+            checkouts = Checkouts(arguments.against, module, words)
+            rows = checkouts.compare(rounds=arguments.against_rounds)
+            outcome = report(rows, facts=checkouts.facts(rows))
+        if arguments.json:
+            say_json({"machine": machine(), **outcome.data})
+        else:
+            sys.stdout.write(f"{outcome.text}\n")
+        return 0
+
+    name = module.rpartition(".")[2]
+    interrupted = f"{name}: stopped, no figures. {stopped or 'Run it again.'}"
+    return run_command(body, kind, args, module=module, interrupted=interrupted)

@@ -1,0 +1,60 @@
+"""Rows of figures, as tables for a person and as JSON for a program: one source, the same names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from pipeline.bench.turns import Spread
+
+Row = Mapping[str, Any]
+"""Figures and what they are of, by column; units are suffixes of the columns' names."""
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Lay rows of cells out as a Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    for cells in rows:
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def rows_table(rows: Sequence[Row]) -> str:
+    """Lay rows out as a Markdown table, a spread as `median (lowest-highest)`."""
+    # A row that has a problem may lack the figures of the others.
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    cells = []
+    for row in rows:
+        cells.append([_cell(row.get(column)) for column in columns])
+    return markdown_table(columns, cells)
+
+
+def to_json(row: Row) -> dict[str, Any]:
+    """Write spreads out as three keys: `step_s` becomes step_s, step_min_s and step_max_s."""
+    plain: dict[str, Any] = {}
+    for column, value in row.items():
+        if not isinstance(value, Spread):
+            plain[column] = value
+            continue
+        stem, _, unit = column.rpartition("_")
+        # `median_s` names the middle already.
+        stem = "" if stem == "median" else f"{stem}_"
+        plain[column] = value.median
+        plain[f"{stem}min_{unit}"] = value.low
+        plain[f"{stem}max_{unit}"] = value.high
+    return plain
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, Spread):
+        return f"{_number(value.median)} ({_number(value.low)}-{_number(value.high)})"
+    return _number(value) if isinstance(value, float) else str(value)
+
+
+def _number(value: float) -> str:
+    """Write about four digits, and never an exponent for what is large."""
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if abs(value) >= 100 else f"{value:.4g}"
