@@ -17,6 +17,8 @@ from pipeline import console
 from pipeline.errors import DataError, InfrastructureError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+GUARDS = ("return run_command(", "return guard(", "return run_bench(")
+"""`run_bench` goes through `run_command`: tests/unit/test_bench_harness.py."""
 LOADS_TORCH = {"pipeline.bench", "train.step_bench", "train.checkpoint_bench"}
 """Commands that measure torch: their --help may load it."""
 NO_JSON = {"train.pretrain"}
@@ -98,7 +100,7 @@ def test_a_door_guards_its_imports_first_and_then_its_body(door: str) -> None:
     assert "start_command(" in ast.unparse(first[2])
     main = next(node for node in rest if isinstance(node, ast.FunctionDef) and node.name == "main")
     returned = ast.unparse(main.body[-1])
-    assert returned.startswith(("return run_command(", "return guard(")), returned
+    assert returned.startswith(GUARDS), returned
 
 
 def check_help(door: str, folder: Path) -> None:
