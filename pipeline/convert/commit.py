@@ -40,21 +40,21 @@ def commit(listing: Listing, dst: str, plan: Plan, parts: list[Part]) -> Dataset
     Raises:
         DataError: No image could be used, or a part has vanished.
     """
-    reasons = Counter(reason for part in parts for _, reason in part.rejected)
     kept = [part for part in parts if part.file is not None]
+    reasons = Counter(reason for part in parts for _, reason in part.rejected)
     if not kept:
-        seen = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
+        counts = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
         raise DataError(
             f"convert: none of the {len(plan.order)} images in {storage.redact(listing.uri)} can "
-            f"be used: {seen}. "
-            f"Check the source; {storage.redact(dst)} holds no dataset."
+            f"be used: {counts}. Check the source; {storage.redact(dst)} holds no dataset."
         )
+
+    # Everything that lies beside the manifest comes before it: `dataset.json` is the commit.
     if reasons:
         _write_rejected(dst, parts)
-    for name, content in (
-        _neighbour_files(plan, kept).items() if plan.settings.format == "webdataset" else ()
-    ):
-        _write_json(storage.join(dst, name), content)
+    if plan.settings.format == "webdataset":
+        for name, content in _neighbour_files(plan, kept).items():
+            _write_json(storage.join(dst, name), content)
 
     statistics = DatasetStatistics()
 
@@ -66,11 +66,11 @@ def commit(listing: Listing, dst: str, plan: Plan, parts: list[Part]) -> Dataset
             if shard is not None:
                 statistics.add(shard.table)
                 yield shard
+        # The last table has passed through by now, and the manifest is not committed yet.
         if plan.settings.stats:
-            found = statistics.describe(
-                (part.pixels for part in kept if part.pixels), classes=listing.classes
-            )
-            _write_json(storage.join(dst, STATS_FILE), found)
+            sums = [part.pixels for part in kept if part.pixels]
+            described = statistics.describe(sums, classes=listing.classes)
+            _write_json(storage.join(dst, STATS_FILE), described)
 
     return write_dataset(
         dst,
@@ -85,9 +85,9 @@ def commit(listing: Listing, dst: str, plan: Plan, parts: list[Part]) -> Dataset
 
 def _write_rejected(dst: str, parts: Sequence[Part]) -> None:
     rows = [row for part in parts for row in part.rejected]
-    table = pa.table(
-        {"key": [name for name, _ in rows], "reason": [str(reason) for _, reason in rows]}
-    )
+    names = [name for name, _ in rows]
+    reasons = [str(reason) for _, reason in rows]
+    table = pa.table({"key": names, "reason": reasons})
     with tempfile.TemporaryDirectory(prefix="maelstrom-rejected-") as folder:
         path = Path(folder) / REJECTED_FILE
         pq.write_table(table, path)
@@ -95,7 +95,8 @@ def _write_rejected(dst: str, parts: Sequence[Part]) -> None:
 
 
 def _neighbour_files(plan: Plan, kept: Sequence[Part]) -> dict[str, Any]:
-    """Return what the wids library (`*-wids.json`) and timm (`_info.json`) read beside the tars."""
+    """Return what the wids library (`*-wids.json`) and timm (`_info.json`) read next to
+    the tars."""
     split = plan.settings.split
     files = [part.file for part in kept if part.file is not None]
     names = [file.name for file in files]
@@ -117,4 +118,5 @@ def _neighbour_files(plan: Plan, kept: Sequence[Part]) -> dict[str, Any]:
 
 
 def _write_json(uri: str, content: dict[str, Any]) -> None:
-    storage.write_atomic(uri, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    storage.write_atomic(uri, text.encode() + b"\n")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import forkserver
+from multiprocessing import connection, forkserver
+from multiprocessing.synchronize import Event
 from typing import Any
 
-from pipeline.convert.shard import Part, ShardTask, make_shard_in_worker, start_worker
+from pipeline.convert.shard import Part, ShardTask, make_shard
 from pipeline.convert.workers import Workers, cores
 from pipeline.errors import InfrastructureError
 
@@ -21,8 +24,8 @@ listing in memory, and would be lost when the user stops."""
 
 def _context() -> Any:
     """Return the way to start processes."""
-    # Not by fork: the caller may run threads, and a lock that one of them holds stays locked for
-    # ever in the child.
+    # Not by fork: the caller may run threads, and a lock that one of them holds would stay locked
+    # in the child forever.
     methods = multiprocessing.get_all_start_methods()
     return multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
 
@@ -36,7 +39,7 @@ def warm_up(workers: Workers) -> None:
     count = workers.count or cores()
     uses_server = context.get_start_method() == "forkserver"
     if workers.engine == "local" and count > 1 and uses_server:
-        context.set_forkserver_preload(["pipeline.convert.shard"])
+        context.set_forkserver_preload(["pipeline.convert.processes"])
         forkserver.ensure_running()
 
 
@@ -85,3 +88,40 @@ def make_in_processes(
             stop.set()
             for future in running:
                 future.cancel()
+
+
+class Worker:
+    """State of one worker process, set up when it starts."""
+
+    stop: Event | None = None
+
+
+def start_worker(stop: Event, environment: dict[str, str]) -> None:
+    """Set up a worker process.
+
+    Args:
+        stop: When set, workers give up.
+        environment: The parent's. The process that workers are forked off keeps the one it was
+            started with, and credentials may have changed since.
+    """
+    Worker.stop = stop
+    os.environ.clear()
+    os.environ.update(environment)
+    # A terminal sends Ctrl-C to every process of the group; the parent then tells the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(
+            target=_end_with, args=(parent.sentinel,), name="parent-watch", daemon=True
+        ).start()
+
+
+def _end_with(sentinel: int) -> None:
+    connection.wait([sentinel])
+    # A killed parent cannot stop its workers: without this they would wait for work forever.
+    os._exit(1)
+
+
+def make_shard_in_worker(task: ShardTask) -> Part:
+    """Make one shard in a worker process that `start_worker` has set up."""
+    return make_shard(task, Worker.stop)

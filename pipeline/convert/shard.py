@@ -1,20 +1,15 @@
 """One shard of a conversion: a pure function of a slice of the source, run in a process of its own.
 
 A finished shard leaves its file, for a tar its DALI index, and its part, a small Parquet file with
-the shard's rows. The part is written last: where it is, and carries this plan's identity, the shard
-is done.
+the shard's rows. The part is written last: a shard is done when its part exists and carries this
+plan's identity.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import multiprocessing
-import os
-import signal
-import threading
 from dataclasses import asdict, dataclass
-from multiprocessing import connection
 from multiprocessing.synchronize import Event
 
 import pyarrow as pa
@@ -32,10 +27,12 @@ from pipeline.images.header import Probe, screen
 from pipeline.images.pixel_sums import PixelSums
 from pipeline.images.refused import Reason, Refused
 from pipeline.sources.choose import open_source
-from pipeline.sources.listing import SourceKind, Wanted
+from pipeline.sources.listing import Source, SourceKind, Wanted
 
 PARTS_FOLDER = "_parts"
+"""Folder in the target for what is known of finished shards until the dataset is committed."""
 _STORED_FORMATS = ("jpeg", "png", "webp")
+"""Formats that every reader of a WebDataset decodes."""
 _PART_KEY = b"maelstrom"
 
 
@@ -83,7 +80,7 @@ class Part:
         num_images: Images looked at.
         read_bytes: Bytes of those images.
         rejected: File name and reason of each that was refused.
-        pixels: Sums over the stored images, where the settings ask for them.
+        pixels: Sums over the stored images; None if the settings do not ask for them.
     """
 
     stem: str
@@ -95,7 +92,7 @@ class Part:
 
 
 def part_uri(target: str, stem: str) -> str:
-    """Return where a shard's part is kept until the dataset is whole."""
+    """Return the URI of a shard's part."""
     return storage.join(target, PARTS_FOLDER, f"{stem}.parquet")
 
 
@@ -116,8 +113,9 @@ def read_part(
             # A part that version 0.1.0 wrote has no content hash.
             content_hash = head.get("content_hash") or table.content_hash()
             name = stem + suffix_of(container)
-            counts = head["num_samples"], head["size_bytes"]
-            file = ShardFile(name, *counts, head["sha256"], content_hash)
+            file = ShardFile(
+                name, head["num_samples"], head["size_bytes"], head["sha256"], content_hash
+            )
         part = Part(
             stem=head["stem"],
             file=file,
@@ -127,19 +125,20 @@ def read_part(
             pixels=PixelSums(**head["pixels"]) if head.get("pixels") else None,
         )
     except (DataError, pa.ArrowException, OSError, KeyError, ValueError, TypeError):
-        return None  # whatever is wrong with it, making the shard again puts it right
+        # Whatever is wrong with it, making the shard again puts it right.
+        return None
     return part, table
 
 
 def finished_shard(target: str, stem: str, *, identity: str, container: str) -> ShardIndex | None:
     """Return a finished part as the dataset's shard; None if it has no shard file."""
-    found = read_part(target, stem, identity=identity, container=container)
-    if found is None:
+    finished = read_part(target, stem, identity=identity, container=container)
+    if finished is None:
         raise DataError(
             f"convert: {part_uri(target, stem)} has vanished or changed. Run the same command "
             "again."
         )
-    part, table = found
+    part, table = finished
     return None if part.file is None else ShardIndex(part.file, table)
 
 
@@ -155,91 +154,146 @@ def make_shard(task: ShardTask, stop: Event | None = None) -> Part:
         InfrastructureError: The source cannot be read, or the target not written.
         StoppedError: `stop` was set.
     """
-    rejected: list[tuple[str, Reason]] = []
-    size_read = 0
-    pixels = PixelSums() if task.settings.stats else None
     source = open_source(task.source, task.settings, kind=task.source_kind)
     uri = storage.join(task.target, task.stem + suffix_of(task.settings.format))
     with BetonWriter(uri) if task.settings.format == "ffcv" else WebDatasetWriter(uri) as writer:
-        for place, data in enumerate(source.read_all(task.wanted)):
+        filling = _Filling(task, source, writer)
+        for row, data in enumerate(source.read_all(task.wanted)):
             if stop is not None and stop.is_set():
                 raise StoppedError("stopped")
-            name = task.wanted.names[place]
-            if "://" in name:
-                name = storage.redact(name)
-            size_read += 0 if isinstance(data, Refused) else len(data)
-            made = data if isinstance(data, Refused) else prepare(data, task.settings)
-            if isinstance(made, Refused):
-                if task.settings.strict:
-                    raise DataError(
-                        f"convert: {name}: {made}. Without --strict it would be left out."
-                    )
-                rejected.append((name, made.reason))
-                continue
-            found, stored = made
-            label = task.labels[place]
-            known = task.classes is not None and 0 <= label < len(task.classes)
-            class_name = task.classes[label] if task.classes and known else None
-            about = source.about(task.wanted.names[place], class_name=class_name)
-            if pixels is not None:
-                pixels.add(stored, found)
-            writer.add(task.keys[place], stored, found, label=label, metadata=about)
+            filling.add(row, data)
+
+        # A writer that is not closed leaves no file: a shard of refused images is no shard.
+        file = None
+        table = TableBuilder().build()
         if len(writer):
             written = writer.close()
+            file = written.file
+            table = written.table
             if written.dali_index:
-                storage.write_atomic(
-                    storage.join(task.target, f"{task.stem}.idx"), written.dali_index
-                )
-            file, table = written.file, written.table
-        else:
-            file, table = None, TableBuilder().build()
-    part = Part(task.stem, file, len(task.wanted), size_read, rejected, pixels)
+                index_uri = storage.join(task.target, f"{task.stem}.idx")
+                storage.write_atomic(index_uri, written.dali_index)
+
+    part = Part(
+        stem=task.stem,
+        file=file,
+        num_images=len(task.wanted),
+        read_bytes=filling.read_bytes,
+        rejected=filling.rejected,
+        pixels=filling.pixels,
+    )
+    # Last: a run that finds the part takes the shard as it is.
     _write_part(task, part, table)
     return part
 
 
+class _Filling:
+    """Puts images into a shard's writer, and counts what it is given.
+
+    Args:
+        task: What the shard is made of.
+        source: Where the images come from.
+        writer: Of the shard file.
+    """
+
+    def __init__(
+        self, task: ShardTask, source: Source, writer: BetonWriter | WebDatasetWriter
+    ) -> None:
+        self.read_bytes = 0
+        self.rejected: list[tuple[str, Reason]] = []
+        self.pixels = PixelSums() if task.settings.stats else None
+        self._task = task
+        self._source = source
+        self._writer = writer
+
+    def add(self, row: int, data: bytes | Refused) -> None:
+        """Store one image, or note why it is refused.
+
+        Raises:
+            DataError: It is refused and the settings say strict.
+        """
+        task = self._task
+        if not isinstance(data, Refused):
+            self.read_bytes += len(data)
+        stored = data if isinstance(data, Refused) else prepare(data, task.settings)
+        if isinstance(stored, Refused):
+            self._reject(task.wanted.names[row], stored)
+            return
+
+        header, encoded = stored
+        if self.pixels is not None:
+            self.pixels.add(encoded, header)
+        label = task.labels[row]
+        about = self._source.about(task.wanted.names[row], class_name=self._class_name(label))
+        self._writer.add(task.keys[row], encoded, header, label=label, metadata=about)
+
+    def _reject(self, name: str, refused: Refused) -> None:
+        # The name may be a URI with a signature, and rejected.parquet is published with the shards.
+        shown = storage.redact(name) if "://" in name else name
+        if self._task.settings.strict:
+            raise DataError(f"convert: {shown}: {refused}. Without --strict it would be left out.")
+        self.rejected.append((shown, refused.reason))
+
+    def _class_name(self, label: int) -> str | None:
+        classes = self._task.classes
+        # Labels of a table may lie outside the names that it gives them.
+        if classes is None or not 0 <= label < len(classes):
+            return None
+        return classes[label]
+
+
 def prepare(data: bytes, settings: ConvertSettings) -> tuple[Probe, bytes] | Refused:
     """Return what the header says and the bytes to store, or why the image is refused."""
-    found = screen(data, settings.limits)
-    if isinstance(found, Refused):
-        return found
-    if settings.format == "ffcv" and _as_pixels(found, settings):
+    header = screen(data, settings.limits)
+    if isinstance(header, Refused):
+        return header
+    if settings.format == "ffcv" and _as_pixels(header, settings):
         return to_pixels(data, short_side=settings.resize, long_side=settings.max_resolution)
+
     if settings.resizes:
         smaller = reencode(
             data,
-            found,
+            header,
             short_side=settings.resize,
             long_side=settings.max_resolution,
             quality=settings.quality,
         )
         if isinstance(smaller, Refused):
             return smaller
-        found, data = screen(smaller, settings.limits), smaller
-        if isinstance(found, Refused):
-            return found
-    # GIF, BMP and TIFF have no place in a WebDataset; a beton stores only RGB and grey JPEG.
-    fits = storable(found) if settings.format == "ffcv" else found.format in _STORED_FORMATS
-    return (found, data) if fits else Refused(Reason.NEEDS_RESIZE)
+        # The manifest must describe what is stored, not what came in.
+        data = smaller
+        header = screen(data, settings.limits)
+        if isinstance(header, Refused):
+            return header
+
+    # A WebDataset cannot hold GIF, BMP and TIFF; a beton stores only RGB and grey JPEG.
+    if settings.format == "ffcv":
+        fits = storable(header)
+    else:
+        fits = header.format in _STORED_FORMATS
+    return (header, data) if fits else Refused(Reason.NEEDS_RESIZE)
 
 
-def _as_pixels(found: Probe, settings: ConvertSettings) -> bool:
+def _as_pixels(header: Probe, settings: ConvertSettings) -> bool:
+    """Return whether a beton stores this image as pixels."""
     if settings.write_mode != "smart":
         return settings.write_mode == "raw"
     width, height = shrunk_size(
-        found.width, found.height, short_side=settings.resize, long_side=settings.max_resolution
+        header.width, header.height, short_side=settings.resize, long_side=settings.max_resolution
     )
     return width * height * 3 <= settings.smart_threshold_bytes
 
 
 def _write_part(task: ShardTask, part: Part, table: ShardTable) -> None:
+    # Named one by one: `read_part` of every later version must understand this.
+    file = part.file
     head = {
         "identity": task.identity,
         "stem": part.stem,
-        "num_samples": part.file.num_samples if part.file else 0,
-        "size_bytes": part.file.size_bytes if part.file else 0,
-        "sha256": part.file.sha256 if part.file else "",
-        "content_hash": part.file.content_hash if part.file else "",
+        "num_samples": file.num_samples if file else 0,
+        "size_bytes": file.size_bytes if file else 0,
+        "sha256": file.sha256 if file else "",
+        "content_hash": file.content_hash if file else "",
         "num_images": part.num_images,
         "read_bytes": part.read_bytes,
         "rejected": part.rejected,
@@ -249,40 +303,3 @@ def _write_part(task: ShardTask, part: Part, table: ShardTable) -> None:
     buffer = io.BytesIO()
     pq.write_table(rows, buffer, compression="zstd", write_statistics=False)
     storage.write_atomic(part_uri(task.target, task.stem), buffer.getvalue())
-
-
-class Worker:
-    """State of one worker process, set up when it starts."""
-
-    stop: Event | None = None
-
-
-def start_worker(stop: Event, environment: dict[str, str]) -> None:
-    """Set up a worker process: Ctrl-C is the parent's business, and the parent's death ends the
-    worker.
-
-    Args:
-        stop: When set, workers give up.
-        environment: The parent's. The process that workers are forked off keeps the one it was
-            started with, and credentials may have changed since.
-    """
-    Worker.stop = stop
-    os.environ.clear()
-    os.environ.update(environment)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(
-            target=_end_with, args=(parent.sentinel,), name="parent-watch", daemon=True
-        ).start()
-
-
-def _end_with(sentinel: int) -> None:
-    connection.wait([sentinel])
-    # A killed parent cannot stop its workers: without this they would wait for work for ever.
-    os._exit(1)
-
-
-def make_shard_in_worker(task: ShardTask) -> Part:
-    """Make one shard in a worker process that `start_worker` has set up."""
-    return make_shard(task, Worker.stop)
