@@ -219,7 +219,7 @@ class Progress:
     Args:
         label: What is being done.
         total: Units in all.
-        unit: What is counted, in the plural.
+        unit: What is counted, in the plural; bytes are shown as MB.
         after_s: Seconds without a word: what is done within them is not shown at all.
     """
 
@@ -228,7 +228,7 @@ class Progress:
     ) -> None:
         self._label = label
         self._total = total
-        self._unit = unit
+        self._unit, self._scale = (unit, 1) if unit != "bytes" else ("MB", 1_000_000)
         self._after_s = after_s
         self._done = 0
         self._bytes = 0
@@ -262,7 +262,12 @@ class Progress:
         if self._bar is None and sys.stderr.isatty() and self._elapsed_s() >= self._after_s:
             self._show_bar()
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, speed=self._speed())
+            self._bar.update(
+                self._task,
+                completed=self._done,
+                done=f"{self._shown(self._done)}/{self._shown(self._total)}",
+                speed=self._speed(),
+            )
         elif time.monotonic() - self._said_s > _LINE_EVERY_S:
             self._say()
 
@@ -278,20 +283,20 @@ class Progress:
         self._bar = bars.Progress(
             bars.TextColumn("{task.description}"),
             bars.BarColumn(),
-            bars.MofNCompleteColumn(),
+            bars.TextColumn("{task.fields[done]}"),
             bars.TextColumn("{task.fields[speed]}"),
             bars.TimeRemainingColumn(),
             console=Console(stderr=True),
         )
         self._bar.start()
-        self._task = self._bar.add_task(self._label, total=self._total, speed="")
+        self._task = self._bar.add_task(self._label, total=self._total, done="", speed="")
 
     def _elapsed_s(self) -> float:
         return time.monotonic() - self._start_s
 
     def _speed(self) -> str:
         elapsed_s = max(self._elapsed_s(), 1e-6)
-        rate = (self._done - self._skipped) / elapsed_s
+        rate = (self._done - self._skipped) / self._scale / elapsed_s
         text = f"{rate:,.0f} {self._unit}/s"
         if not self._bytes:
             return text
@@ -306,6 +311,9 @@ class Progress:
             left_s = elapsed_s / done_now * (self._total - self._done)
             ending = f"{left_s:,.0f} s left"
         say(
-            f"{self._label}: {self._done:,} of {self._total:,} {self._unit}, "
+            f"{self._label}: {self._shown(self._done)} of {self._shown(self._total)} {self._unit}, "
             f"{self._speed()}, {ending}"
         )
+
+    def _shown(self, count: int) -> str:
+        return f"{count // self._scale:,}"

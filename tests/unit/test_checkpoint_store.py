@@ -182,13 +182,13 @@ def test_all_damaged_is_an_error_and_not_a_fresh_start(saved: Path) -> None:
 
 
 def test_a_newer_layout_is_named_not_skipped(saved: Path) -> None:
-    from train.checkpoint.files import _hash_json
+    from train.checkpoint.files import hash_json
 
     path = saved / "step-000004" / MANIFEST_FILE
     content = json.loads(path.read_text())
     del content["xxh3"]
     content["format"] = 99
-    path.write_text(json.dumps({**content, "xxh3": _hash_json(content)}))
+    path.write_text(json.dumps({**content, "xxh3": hash_json(content)}))
     with pytest.raises(CheckpointError, match="layout version 99"):
         make_store(saved).latest(WORLD)
 
@@ -388,3 +388,16 @@ def test_loading_weights_from_nothing_says_what_to_give(tmp_path: Path) -> None:
 )
 def test_step_names(name: str, step: int | None) -> None:
     assert step_of(name) == step
+
+
+def test_reading_a_large_checkpoint_shows_how_far_it_is(saved: Path, monkeypatch, capsys) -> None:
+    """With no patience at all, every reading is a long one."""
+    for module in ("state", "verified"):
+        monkeypatch.setattr(f"train.checkpoint.{module}.SHOW_AFTER_S", 0.0)
+    load_weights(str(saved))
+    text = capsys.readouterr().err
+    assert text.startswith("reading step-")
+    assert "MB/s" in text
+    store = CheckpointStore(str(saved), keep_last=2)
+    assert store.latest(World()) is not None
+    assert capsys.readouterr().err.startswith("checking step-")

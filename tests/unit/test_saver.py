@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from train.checkpoint.files import find_steps
-from train.checkpoint.host_buffers import HostBuffers, safetensors_header
 from train.checkpoint.saver import Saver
 from train.checkpoint.state import load_weights
+from train.checkpoint.state_buffers import StateBuffers, safetensors_header
 from train.checkpoint.store import CheckpointStore, CheckpointWriteError
 from train.config import RunConfig
 from train.engine.base import Engine
@@ -189,7 +189,7 @@ def test_waiting_beats_the_watchdog(tmp_path: Path):
 def test_buffers_hold_the_file_as_safetensors_reads_it():
     model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 1))
     table = list_tensors(model, parts=2)
-    buffers = [HostBuffers(table, part=part, device=torch.device("cpu")) for part in range(2)]
+    buffers = [StateBuffers(table, part=part, device=torch.device("cpu")) for part in range(2)]
     values = {}
     for tensor in table:
         for kind in tensor.kinds:
@@ -223,4 +223,4 @@ def test_a_header_is_aligned_and_carries_what_it_was_given():
 
 def test_a_part_without_tensors_has_no_files():
     table = list_tensors(nn.Linear(2, 2, bias=False), parts=3)
-    assert HostBuffers(table, part=2, device=torch.device("cpu")).files() == {}
+    assert StateBuffers(table, part=2, device=torch.device("cpu")).files() == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,14 +13,17 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pipeline import storage
+from pipeline.console import Progress
 from pipeline.errors import DataError
 from train.checkpoint.files import (
     CHECKPOINTS_FOLDER,
     MANIFEST_FILE,
+    SHOW_AFTER_S,
     STATE_FILE,
     DamagedCheckpointError,
     FileEntry,
-    find_steps,
+    OnRead,
+    committed_steps,
     hash_bytes,
     parse_table,
     part_name,
@@ -28,6 +32,9 @@ from train.checkpoint.files import (
 )
 from train.engine.named_state import KINDS, WEIGHT, NamedTensor
 from train.errors import CheckpointError
+
+_PIECE_BYTES = 2**26
+"""Bytes of one read of a weights file: progress can be seen, and a retry repeats little."""
 
 
 class CheckpointState:
@@ -48,10 +55,11 @@ class CheckpointState:
         self.table: list[NamedTensor] = parse_table(document["tensors"])
         self._parts = {tensor.name: tensor.part for tensor in self.table}
         self._files: dict[tuple[str, int], Any] = {}
-        parts = document["parts"]
         for kind in KINDS:
-            for part in sorted({tensor.part for tensor in self.table if kind in tensor.kinds}):
-                path = folder / part_name(kind, part, parts)
+            # A part may hold frozen tensors only, and then has no file of moments.
+            parts = {tensor.part for tensor in self.table if kind in tensor.kinds}
+            for part in sorted(parts):
+                path = folder / part_name(kind, part, document["parts"])
                 self._files[kind, part] = safe_open(path, framework="pt", device="cpu")
 
     def tensor(self, name: str, kind: str) -> Tensor:
@@ -61,7 +69,8 @@ class CheckpointState:
             name: dotted name in the model.
             kind: weight, exp_avg or exp_avg_sq.
         """
-        value: Tensor = self._files[kind, self._parts[name]].get_tensor(name)
+        file = self._files[kind, self._parts[name]]
+        value: Tensor = file.get_tensor(name)
         return value
 
 
@@ -77,9 +86,9 @@ def resolve_step(uri: str) -> list[str]:
     if storage.exists(storage.join(uri, MANIFEST_FILE)):
         return [uri]
     for root in (uri, storage.join(uri, CHECKPOINTS_FOLDER)):
-        committed = [step for step, names in find_steps(root).items() if MANIFEST_FILE in names]
-        if committed:
-            return [storage.join(root, step_name(step)) for step in reversed(committed)]
+        steps = committed_steps(root)
+        if steps:
+            return [storage.join(root, step_name(step)) for step in reversed(steps)]
     raise CheckpointError(
         f"{storage.redact(uri)}: no finished checkpoint here. Give the folder of a run, its "
         "checkpoints, or one step."
@@ -113,27 +122,52 @@ def load_weights(uri: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _load_weights(folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
     state: dict[str, Any] = {}
-    for entry in read_manifest(folder):
-        if entry.name == STATE_FILE:
-            state = json.loads(_read_entry(folder, entry))
-        elif entry.name.startswith(f"{WEIGHT}-"):
-            tensors |= safetensors.torch.load(_read_entry(folder, entry))
+    entries = [entry for entry in read_manifest(folder) if _is_wanted(entry)]
+    total_bytes = sum(entry.size_bytes for entry in entries)
+    label = f"reading {storage.name_of(folder)}"
+    with Progress(label, total=total_bytes, unit="bytes", after_s=SHOW_AFTER_S) as progress:
+        for entry in entries:
+            data = _read_entry(folder, entry, on_read=progress.advance)
+            if entry.name == STATE_FILE:
+                state = json.loads(data)
+            else:
+                tensors |= safetensors.torch.load(data)
+
+    # A manifest can be whole and name no file of weights: it was written by another program.
     missing = [row["name"] for row in state.get("tensors", []) if row["name"] not in tensors]
     if missing or not state:
         raise DamagedCheckpointError(
             f"{storage.redact(folder)}: no weights of {', '.join(missing[:5])}."
         )
+    # In the order of the model, not of the files.
     return {row["name"]: tensors[row["name"]] for row in state["tensors"]}, state
 
 
-def _read_entry(folder: str, entry: FileEntry) -> bytes:
+def _is_wanted(entry: FileEntry) -> bool:
+    """Leave out the optimizer's moments: two thirds of a checkpoint."""
+    return entry.name == STATE_FILE or entry.name.startswith(f"{WEIGHT}-")
+
+
+def _read_entry(folder: str, entry: FileEntry, *, on_read: OnRead) -> bytes:
     uri = storage.join(folder, entry.name)
+    shown = storage.redact(uri)
+    # BytesIO hands its memory over at the end; joined pieces would take it twice.
+    content = io.BytesIO()
     try:
-        data = storage.read_bytes(uri)
+        size_bytes = storage.size_of(uri)
+        if size_bytes != entry.size_bytes:
+            raise DamagedCheckpointError(
+                f"{shown}: {size_bytes} bytes, {entry.size_bytes} were written."
+            )
+        for start in range(0, size_bytes, _PIECE_BYTES):
+            length = min(_PIECE_BYTES, size_bytes - start)
+            content.write(storage.read_view(uri, start, length))
+            on_read(length)
     except DataError as error:
         raise DamagedCheckpointError(str(error)) from error
+    data = content.getvalue()
     if hash_bytes(data) != entry.xxh3:
         raise DamagedCheckpointError(
-            f"{storage.redact(uri)}: hash differs from the manifest's; the file is damaged."
+            f"{shown}: hash differs from the manifest's; the file is damaged."
         )
     return data

@@ -10,36 +10,32 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import shutil
-import socket
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from pipeline import storage
 from pipeline.errors import InfrastructureError, MaelstromError
+from train.checkpoint.agreement import agreed
 from train.checkpoint.files import (
     FORMAT,
     MANIFEST_FILE,
     STATE_FILE,
-    DamagedCheckpointError,
     FileEntry,
-    check_entry,
+    committed_steps,
     find_steps,
     is_own_file,
     part_name,
-    read_manifest,
     render_manifest,
     render_table,
     step_name,
     write_file,
 )
-from train.checkpoint.host_buffers import HostBuffers
 from train.checkpoint.state import CheckpointState
+from train.checkpoint.state_buffers import StateBuffers
+from train.checkpoint.verified import open_verified
 from train.config import RunConfig
 from train.engine.named_state import ExportedState, NamedTensor, Place
 from train.errors import CheckpointError
@@ -105,7 +101,7 @@ class CheckpointStore:
         self.keep_every = keep_every
         self._on_phase = on_phase or (lambda phase: None)
         self._current: int | None = None
-        self._buffers: HostBuffers | None = None
+        self._buffers: StateBuffers | None = None
 
     def save(
         self, step: int, engine: StateExporter, client: Mapping[str, Any], *, world: World
@@ -124,8 +120,8 @@ class CheckpointStore:
             URI of the step's folder.
 
         Raises:
-            CheckpointWriteError: on every rank alike, where any could not write; nothing earlier
-                was touched.
+            CheckpointWriteError: on every rank alike, if any could not write; earlier ones were not
+                touched.
         """
         if not self.has(step):
             self.write(self.capture(step, engine, client, world=world), world=world)
@@ -154,7 +150,8 @@ class CheckpointStore:
             world: the processes of the run.
         """
         if self._buffers is None:
-            self._buffers = HostBuffers(engine.table, part=world.rank, device=engine.device)
+            # Once, at the first save: pinned memory takes longer to get than to fill.
+            self._buffers = StateBuffers(engine.table, part=world.rank, device=engine.device)
         exported = engine.export_state(self._buffers.place)
         self._on_phase("captured")
         document = {
@@ -180,8 +177,8 @@ class CheckpointStore:
             world: the processes of the run; in a thread, one from `World.for_a_thread`.
 
         Raises:
-            CheckpointWriteError: on every rank alike, where any could not write; nothing earlier
-                was touched.
+            CheckpointWriteError: on every rank alike, if any could not write; earlier ones were not
+                touched.
         """
         self._write(captured, world=world)
         self._current = captured.step
@@ -192,7 +189,7 @@ class CheckpointStore:
     def latest(self, world: World, *, before: int | None = None) -> CheckpointState | None:
         """Find the newest checkpoint that every rank can read and whose every byte is as written.
 
-        Damaged ones are passed over with a warning that names the file. The ranks share the
+        Damaged ones are skipped with a warning that names the file. The ranks share the
         reading.
 
         Args:
@@ -200,37 +197,25 @@ class CheckpointStore:
             before: only look at steps below this one.
 
         Returns:
-            The state, or None where nothing was ever committed.
+            The state, or None if no step was ever committed.
 
         Raises:
             CheckpointError: there are checkpoints and none of them is sound; starting afresh would
                 hide that.
         """
-        candidates: list[int] = []
-        with _agreed(
-            world,
-            f"{storage.redact(self.uri)}: cannot list checkpoints",
-            raises=InfrastructureError,
-        ):
-            if world.is_main:
-                found = find_steps(self.uri)
-                candidates = [step for step, names in found.items() if MANIFEST_FILE in names]
-        candidates = [
-            step for step in world.broadcast(candidates) if before is None or step < before
-        ]
+        candidates = self._committed_together(world)
+        if before is not None:
+            candidates = [step for step in candidates if step < before]
         damage: list[str] = []
         for step in reversed(candidates):
-            state, problems = self._open(step, world=world)
+            state, problems = open_verified(self.uri_of(step), world=world)
             if state is not None:
                 self._current = step
                 return state
             damage += problems
             if world.is_main:
-                log.warning(
-                    "checkpoint of step %d is damaged and passed over: %s",
-                    step,
-                    "; ".join(problems),
-                )
+                text = "; ".join(problems)
+                log.warning("checkpoint of step %d is damaged and skipped: %s", step, text)
         if candidates:
             raise CheckpointError(
                 f"{storage.redact(self.uri)}: none of {len(candidates)} checkpoints is sound: "
@@ -239,32 +224,38 @@ class CheckpointStore:
             )
         return None
 
+    def _committed_together(self, world: World) -> list[int]:
+        """Let rank 0 list the finished steps: ranks that listed alone might see different ones."""
+        steps: list[int] = []
+        failure = f"{storage.redact(self.uri)}: cannot list checkpoints"
+        with agreed(world, failure, raises=InfrastructureError):
+            if world.is_main:
+                steps = committed_steps(self.uri)
+        return world.broadcast(steps)
+
     # -------------------------------------------------------------------------------------- writing
 
     def _write(self, captured: Captured, *, world: World) -> None:
-        step, folder = captured.step, self.uri_of(captured.step)
+        folder = self.uri_of(captured.step)
         failure = f"{storage.redact(folder)}: the checkpoint was not saved"
-        with _agreed(world, failure, raises=CheckpointWriteError):
+        # What an earlier start has left of this step, before anybody writes into the folder.
+        with agreed(world, failure, raises=CheckpointWriteError):
             if world.is_main:
-                self._clear(step, find_steps(self.uri).get(step, set()))
+                names = find_steps(self.uri).get(captured.step, set())
+                self._clear(captured.step, names)
+
         entries: list[FileEntry] = []
         try:
-            with _agreed(world, failure, raises=CheckpointWriteError):
-                for kind, content in captured.files.items():
-                    entries.append(
-                        write_file(folder, part_name(kind, world.rank, world.world_size), content)
-                    )
-                if world.is_main:
-                    entries.append(
-                        write_file(
-                            folder, STATE_FILE, json.dumps(captured.document, indent=1).encode()
-                        )
-                    )
+            with agreed(world, failure, raises=CheckpointWriteError):
+                # Appended one by one: after a failure these are removed again.
+                for name, content in self._share(captured, world=world):
+                    entries.append(write_file(folder, name, content))
             self._on_phase("written")
+
             everything = [entry for part in world.gather(entries) for entry in part]
-            with _agreed(world, failure, raises=CheckpointWriteError):
+            with agreed(world, failure, raises=CheckpointWriteError):
                 if world.is_main:
-                    self._commit(step, everything)
+                    self._commit(captured.step, everything)
         except CheckpointWriteError:
             for entry in entries:
                 with contextlib.suppress(MaelstromError):
@@ -272,9 +263,20 @@ class CheckpointStore:
             raise
         self._on_phase("committed")
 
+    def _share(
+        self, captured: Captured, *, world: World
+    ) -> Iterator[tuple[str, bytes | memoryview]]:
+        """Give names and contents of the files that this rank writes."""
+        for kind, content in captured.files.items():
+            yield part_name(kind, world.rank, world.world_size), content
+        if world.is_main:
+            text = json.dumps(captured.document, indent=1)
+            yield STATE_FILE, text.encode()
+
     def _commit(self, step: int, entries: list[FileEntry]) -> None:
-        folder = storage.join(self.uri, step_name(step))
+        folder = self.uri_of(step)
         sizes = {file.name: file.size_bytes for file in storage.list_files(folder)}
+        # Rank 0 looks at everybody's files: a folder on a node's own disk shows here.
         for entry in entries:
             if sizes.get(entry.name) != entry.size_bytes:
                 raise CheckpointError(
@@ -284,9 +286,8 @@ class CheckpointStore:
                     "checkpoint.dir."
                 )
         self._on_phase("checked")
-        if not storage.put_if_absent(
-            storage.join(folder, MANIFEST_FILE), render_manifest(step, entries)
-        ):
+        manifest = storage.join(folder, MANIFEST_FILE)
+        if not storage.put_if_absent(manifest, render_manifest(step, entries)):
             raise CheckpointError(
                 "another program has committed this step. Two runs share this checkpoint.dir."
             )
@@ -294,16 +295,19 @@ class CheckpointStore:
     def _clear(self, step: int, names: set[str]) -> None:
         """Remove this program's files of a step, the commit first: a half-removed checkpoint must
         not look whole."""
-        folder = storage.join(self.uri, step_name(step))
-        for name in sorted(filter(is_own_file, names), key=lambda name: name != MANIFEST_FILE):
+        folder = self.uri_of(step)
+        own = [name for name in names if is_own_file(name)]
+        for name in sorted(own, key=lambda name: name != MANIFEST_FILE):
             storage.delete(storage.join(folder, name))
         if storage.is_local(folder):
-            with contextlib.suppress(OSError):  # somebody else's file keeps the folder
+            # Fails if somebody else's file is in it, and then the folder stays.
+            with contextlib.suppress(OSError):
                 storage.local_path(folder).rmdir()
 
     def _prune(self, newest: int) -> None:
         """Remove checkpoints that are not to be kept, after `newest` was verified and committed."""
         try:
+            # Newer steps are of a run that went back; it will write them again.
             steps = {step: names for step, names in find_steps(self.uri).items() if step <= newest}
             committed = [step for step, names in steps.items() if MANIFEST_FILE in names]
             kept = set(committed[-self.keep_last :])
@@ -314,94 +318,3 @@ class CheckpointStore:
                     self._clear(step, names)
         except MaelstromError as error:
             log.warning("old checkpoints could not be removed, they stay: %s", error)
-
-    # -------------------------------------------------------------------------------------- reading
-
-    def _open(self, step: int, *, world: World) -> tuple[CheckpointState | None, list[str]]:
-        """Verify one checkpoint together and open it; return what is wrong with it otherwise."""
-        uri = storage.join(self.uri, step_name(step))
-        staged = None if storage.is_local(uri) else _make_stage(world)
-        problems: list[str] = []
-        entries: list[FileEntry] = []
-        try:
-            entries = read_manifest(uri)
-            problems = _verify_share(uri, entries, staged=staged, world=world)
-        except DamagedCheckpointError as error:
-            problems = [str(error)]
-        except MaelstromError as error:
-            # Not damage: storage that fails, or a newer layout. All ranks end alike, not one alone.
-            problems = [_FATAL + str(error)]
-        everywhere = list(
-            dict.fromkeys(problem for part in world.gather(problems) for problem in part)
-        )
-        fatal = [
-            problem.removeprefix(_FATAL) for problem in everywhere if problem.startswith(_FATAL)
-        ]
-        folder = staged or storage.local_path(uri)
-        try:
-            if fatal:
-                raise CheckpointError("; ".join(fatal))
-            if everywhere:
-                return None, everywhere
-            document = json.loads((folder / STATE_FILE).read_bytes())
-            return CheckpointState(uri=uri, folder=folder, document=document), []
-        finally:
-            if staged is not None:
-                # Every rank has mapped its files by now; unlinked ones live until they are
-                # unmapped.
-                world.barrier()
-                shutil.rmtree(staged, ignore_errors=True)
-
-
-_FATAL = "fatal: "
-
-
-def _verify_share(
-    uri: str, entries: list[FileEntry], *, staged: Path | None, world: World
-) -> list[str]:
-    """Check this rank's share of the files, and that all of them can be seen from here.
-
-    A remote checkpoint is fetched once a node while it is checked; a local one is read where it is.
-    """
-    first, stride = (
-        (world.rank, world.world_size)
-        if staged is None
-        else (world.local_rank, world.local_world_size)
-    )
-    problems = []
-    for number, entry in enumerate(entries):
-        if number % stride == first:
-            if staged is not None:
-                _fetch(storage.join(uri, entry.name), staged / entry.name)
-            problem = check_entry(str(staged or uri), entry)
-            if problem:
-                problems.append(problem)
-        elif staged is None and not storage.exists(storage.join(uri, entry.name)):
-            problems.append(f"{storage.join(uri, entry.name)}: not seen by rank {world.rank}")
-    return problems
-
-
-def _fetch(uri: str, path: Path) -> None:
-    with storage.open_read(uri) as source, path.open("wb") as target:
-        shutil.copyfileobj(source, target, 2**23)
-
-
-def _make_stage(world: World) -> Path:
-    """Make one temporary folder a node and tell all its ranks."""
-    host = socket.gethostname()
-    own = tempfile.mkdtemp(prefix="maelstrom-checkpoint-") if world.local_rank == 0 else None
-    folders = {name: folder for name, folder in world.gather((host, own)) if folder is not None}
-    return Path(folders[host])
-
-
-@contextlib.contextmanager
-def _agreed(world: World, what: str, *, raises: type[MaelstromError]) -> Iterator[None]:
-    """Run a block on every rank; where it fails on any, raise the same error on all."""
-    problem = None
-    try:
-        yield
-    except (MaelstromError, OSError) as error:
-        problem = f"rank {world.rank}: {error}"
-    problems = [text for text in world.gather(problem) if text]
-    if problems:
-        raise raises(f"{what}. {'; '.join(dict.fromkeys(problems))}")

@@ -38,14 +38,20 @@ def safetensors_header(
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for name, shape in tensors:
-        start, end = end, end + _VALUE_BYTES * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+        start = end
+        end += _VALUE_BYTES * math.prod(shape)
+        header[name] = {
+            "dtype": "F32",
+            "shape": list(shape),
+            "data_offsets": [start, end],  # from the end of the header
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
+    # Readers map the file: fp32 values must begin at a multiple of their size.
     text += b" " * (-len(text) % _HEADER_ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
 
 
-class HostBuffers:
+class StateBuffers:
     """Host memory for this rank's share of one checkpoint.
 
     Args:
@@ -69,15 +75,18 @@ class HostBuffers:
     ) -> None:
         header = safetensors_header(tensors, {"kind": kind})
         num_values = sum(math.prod(shape) for _, shape in tensors)
-        content = torch.empty(
-            len(header) + _VALUE_BYTES * num_values, dtype=torch.uint8, pin_memory=pinned
-        )
+        size_bytes = len(header) + _VALUE_BYTES * num_values
+        content = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=pinned)
+        # frombuffer wants memory that may be written to, which bytes are not.
         content[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
         self._bytes[kind] = content
+
+        # The same order as in the header: a tensor's place is its offset there.
         start = len(header)
         for name, shape in tensors:
             end = start + _VALUE_BYTES * math.prod(shape)
-            self._places[name, kind] = content[start:end].view(torch.float32).view(shape)
+            values = content[start:end].view(torch.float32)
+            self._places[name, kind] = values.view(shape)
             start = end
 
     def place(self, name: str, kind: str, tensor: Tensor) -> Tensor:
@@ -94,7 +103,8 @@ class HostBuffers:
         return self._places[name, kind].copy_(tensor.detach(), non_blocking=True)
 
     def files(self) -> dict[str, memoryview]:
-        """Give the bytes of each kind's file; kinds of which this rank has nothing are left out."""
+        """Give the bytes of each kind's file; a kind of which this rank has no tensor is left
+        out."""
         return {kind: content.numpy().data for kind, content in self._bytes.items()}
 
     @property
