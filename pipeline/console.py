@@ -74,7 +74,7 @@ class _EndAtOnce:
     """What Ctrl-C does while a command starts: one line, and the process ends.
 
     Not KeyboardInterrupt: raised inside the import of a C extension it comes out as an ImportError,
-    or is printed as a traceback and lost. While modules are imported nothing has been made that
+    or is printed as a traceback and lost. While modules are imported no file has been made that
     would have to be put away.
     """
 

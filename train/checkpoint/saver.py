@@ -73,8 +73,8 @@ class Saver:
         return self._pending
 
     def start(self, step: int, engine: StateExporter, client: Mapping[str, Any]) -> None:
-        """Begin to save the state after `step` optimizer steps; nothing happens where that is saved
-        already.
+        """Begin to save the state after `step` optimizer steps; a step that is saved
+        already is not saved again.
 
         Args:
             step: optimizer steps done.
@@ -109,10 +109,10 @@ class Saver:
         self._write_s = time.perf_counter() - begun
 
     def is_ready(self) -> bool:
-        """Tell whether `finish` would return at once, on every rank; False where nothing is being
-        saved.
+        """Tell whether `finish` would return at once, on every rank; False if no save is under
+        way.
 
-        Costs one small agreement while a save is under way, and nothing otherwise.
+        Costs one small agreement while a save is under way, and otherwise no time.
         """
         if self._pending is None:
             return False
@@ -123,7 +123,7 @@ class Saver:
         """Wait for the save that is under way and give its outcome.
 
         Returns:
-            What was saved; None where nothing was under way.
+            What was saved; None if no save was under way.
 
         Raises:
             CheckpointWriteError: on every rank alike, it could not be written; earlier checkpoints

@@ -108,7 +108,7 @@ def load_weights(uri: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         (`client`), `tensors`.
 
     Raises:
-        CheckpointError: nothing finished is there, or all of it is damaged.
+        CheckpointError: no finished checkpoint is there, or all are damaged.
     """
     problems = []
     for folder in resolve_step(uri):

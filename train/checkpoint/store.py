@@ -108,7 +108,7 @@ class CheckpointStore:
     ) -> str:
         """Save the state after `step` optimizer steps. All ranks call it together.
 
-        Saving again what was just saved or loaded does nothing.
+        A step that was just saved or loaded is not saved again.
 
         Args:
             step: optimizer steps done.

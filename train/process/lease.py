@@ -16,6 +16,7 @@ from types import TracebackType
 import psutil
 from filelock import FileLock
 
+from pipeline import storage
 from pipeline.errors import ConfigError, MaelstromError
 from train.process.world import World
 
@@ -113,9 +114,7 @@ class RunLease:
                 self._token,
                 " ".join(sys.argv)[:200],
             )
-            temporary = self._path.with_name(f".{LEASE_FILE}.{self._token}")
-            temporary.write_text(json.dumps(asdict(mine)))
-            temporary.replace(self._path)
+            storage.write_atomic(str(self._path), json.dumps(asdict(mine)).encode())
 
     def _beat(self) -> None:
         while not self._closing.wait(BEAT_S):
@@ -149,11 +148,13 @@ def _is_alive(holder: Holder, path: Path) -> bool:
             return same and process.status() != psutil.STATUS_ZOMBIE
         except psutil.Error:
             return False
-    if holder.host.partition("#")[0] == socket.gethostname() and _boot_of(holder.host) not in (
+    here = socket.gethostname()
+    if holder.host.partition("#")[0] == here and _boot_of(holder.host) not in (
         "",
         _boot_of(_host()),
     ):
-        return False  # this machine, before its last start
+        # This machine, before its last start: no process outlives that.
+        return False
     # Clocks of two machines differ; the file server's own clock is compared with itself.
     probe = path.with_name(f".{LEASE_FILE}.{uuid.uuid4().hex}")
     probe.touch()

@@ -51,7 +51,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
-    """Read a run's status.json; empty where there is none yet."""
+    """Read a run's status.json; empty if there is none yet."""
     try:
         status: dict[str, Any] = json.loads((run_dir / STATUS_FILE).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
@@ -85,7 +85,7 @@ class Outcome:
         Args:
             state: running, done, failed or preempted.
             exit_code: what the command ends with; None while it runs.
-            reason: one line for people; empty where there is nothing to say.
+            reason: one line for people; empty if there is no more to say.
             more: further keys.
         """
         updated = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

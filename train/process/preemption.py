@@ -96,7 +96,7 @@ class Preemption:
 
     @property
     def reason(self) -> str:
-        """Why this rank wants to stop; empty where another one does, or none."""
+        """Why this rank wants to stop; empty if another one does, or none."""
         return self._reason
 
     def requested(self) -> bool:
@@ -163,7 +163,7 @@ class Preemption:
 
 
 def _noted(number: int, frame: FrameType | None) -> None:
-    """Do nothing here: what the interpreter writes to the wake-up pipe is enough."""
+    """Leave it to the watching thread: the interpreter has written to the wake-up pipe."""
 
 
 def _is_gone(process: psutil.Process) -> bool:

@@ -17,7 +17,7 @@ from pipeline.errors import InfrastructureError
 class Watchdog:
     """A context manager around the loop, which calls `beat` once a step.
 
-    Where one rank hangs, all others wait for it inside a collective, in which no Python code runs;
+    If one rank hangs, all others wait for it inside a collective, in which no Python code runs;
     so a thread looks.
 
     Args:

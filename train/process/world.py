@@ -126,7 +126,7 @@ class World:
 def init_world(config: RunConfig) -> World:
     """Join the run's processes.
 
-    Fills in the launcher's variables where they are absent (a plain `python -m`, or srun without
+    Fills in the launcher's variables if they are absent (a plain `python -m`, or srun without
     torchrun), because DeepSpeed looks for mpi4py otherwise.
 
     Args:
@@ -149,7 +149,7 @@ def init_world(config: RunConfig) -> World:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     timeout = timedelta(seconds=GROUP_PATIENCE * config.engine.timeout_s)
     if place.world_size == 1:
-        # A store in this process's memory: no port, no network, nothing another process could take.
+        # A store in this process's memory: no port and no network that another process could take.
         store = torch._C._distributed_c10d.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         control = None

@@ -30,13 +30,13 @@ def keep_description(checkpoint_dir: str, info: DatasetInfo) -> None:
 
 
 def kept_description(checkpoint_dir: str, fingerprint: str) -> DatasetInfo | None:
-    """Return the dataset that a run was trained on, or None where no readable copy was kept."""
+    """Return the dataset that a run was trained on, or None if no readable copy was kept."""
     uri = _description_uri(checkpoint_dir, fingerprint)
+    where = f"checkpoint: {storage.redact(uri)}"
     try:
-        return parse_dataset_info(
-            storage.read_bytes(uri), where=f"checkpoint: {storage.redact(uri)}"
-        )
-    except DataError:  # it only makes a message better
+        return parse_dataset_info(storage.read_bytes(uri), where=where)
+    except DataError:
+        # It only makes a message better: without it a resume names no shards.
         return None
 
 
@@ -54,7 +54,10 @@ def collect_data_report(
     Returns:
         The merged report, for the next checkpoint.
     """
-    merged = merge_reports([*([earlier] if earlier else []), *world.gather(report.to_json())])
+    reports = world.gather(report.to_json())
+    if earlier:
+        reports.insert(0, earlier)
+    merged = merge_reports(reports)
     if world.is_main and merged["num_bad"]:
         text = json.dumps(merged, indent=1, ensure_ascii=False) + "\n"
         storage.write_atomic(str(run_dir / DATA_REPORT_FILE), text.encode())
@@ -62,7 +65,7 @@ def collect_data_report(
 
 
 def leave_data_report(report: DataReport, *, run_dir: Path, rank: int) -> None:
-    """Write this rank's report alone, where a run ends early and the ranks do not meet any more."""
+    """Write this rank's report alone, when a run ends early and the ranks do not meet any more."""
     if report.num_bad:
         report.write(str(run_dir / f"data_report-rank-{rank}.json"))
 

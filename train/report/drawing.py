@@ -6,6 +6,7 @@ Shapes: B images, C channels, H height, W width, N patches.
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
+
+from pipeline import storage
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,22 +54,21 @@ def draw_reconstruction(path: Path, completion: Completion, *, title: str) -> No
         title: one line above.
     """
     count = len(completion.losses_B)
-    blocks = (
-        2 if count > 4 else 1
-    )  # two sets of three columns side by side, so that the picture is not a tower
+    # Two sets of three columns side by side, so that the picture is not a tower.
+    blocks = 2 if count > 4 else 1
     rows = math.ceil(count / blocks)
-    figure = _figure(3 * blocks * INCHES_PER_PANEL, rows * (INCHES_PER_PANEL + 0.25) + 0.9)
+    width = 3 * blocks * INCHES_PER_PANEL
+    height = rows * (INCHES_PER_PANEL + 0.25) + 0.9
+    figure = _figure(width, height)
     axes = figure.subplots(rows, 3 * blocks, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
+    panels = (completion.original_BCHW, completion.masked_BCHW, completion.pasted_BCHW)
     for number in range(count):
-        row, block = number % rows, number // rows
-        panels = (completion.original_BCHW, completion.masked_BCHW, completion.pasted_BCHW)
-        labels = (
-            "original",
-            "what the model sees",
-            f"completed, loss {completion.losses_B[number]:.3f}",
-        )
+        row = number % rows
+        block = number // rows
+        loss = float(completion.losses_B[number])
+        labels = ("original", "what the model sees", f"completed, loss {loss:.3f}")
         for column, (panel, label) in enumerate(zip(panels, labels, strict=True)):
             axis = axes[row, 3 * block + column]
             axis.imshow(panel[number].permute(1, 2, 0).numpy(), interpolation="nearest")
@@ -85,26 +87,32 @@ def draw_loss(
         lines: lines of metrics.jsonl.
         references: named losses to draw as level lines, such as a baseline's.
     """
+    # Lines without a loss are of steps that were all skipped.
     drawn = [line for line in lines if line.get("loss") is not None]
     steps = [line["step"] for line in drawn]
+    losses = [line["loss"] for line in drawn]
     figure = _figure(8, 5)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-    top.plot(
-        steps,
-        [line["loss"] for line in drawn],
-        marker="." if len(drawn) < 40 else "",
-        label="training loss",
-    )
+
+    # Points of their own only as long as they can be told apart.
+    marker = "." if len(drawn) < 40 else ""
+    top.plot(steps, losses, marker=marker, label="training loss")
     for number, (name, value) in enumerate((references or {}).items()):
         top.axhline(
-            value, linestyle="--", linewidth=1, color=f"C{number + 1}", label=f"{name} {value:.3f}"
+            value,
+            linestyle="--",
+            linewidth=1,
+            color=f"C{number + 1}",
+            label=f"{name} {value:.3f}",
         )
-    if drawn and max(line["loss"] for line in drawn) > 5 * min(line["loss"] for line in drawn) > 0:
+    if losses and max(losses) > 5 * min(losses) > 0:
         top.set_yscale("log")
     top.set_ylabel("loss")
     top.grid(alpha=0.3)
     top.legend()
-    bottom.plot(steps, [line["lr"] for line in drawn], color="C7")
+
+    rates = [line["lr"] for line in drawn]
+    bottom.plot(steps, rates, color="C7")
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("step")
     bottom.grid(alpha=0.3)
@@ -129,7 +137,7 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=DOTS_PER_INCH)
-    temporary.replace(path)
+    # Drawn in memory first: a viewer that has the file open never sees half a picture.
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=DOTS_PER_INCH)
+    storage.write_atomic(str(path), content.getvalue())

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipeline import storage
+
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 LOSS_PICTURE = "loss.png"
@@ -25,29 +27,36 @@ def truncate_after(path: Path, step: int) -> int:
     """
     if not path.exists():
         return 0
-    kept, dropped = [], 0
+    kept = []
+    dropped = 0
     for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            keep = int(json.loads(line)["step"]) <= step
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError):
-            keep = False
-        if keep:
-            kept.append(line)
+        line_step = _step_of(line)
+        # A line that cannot be read is one that a killed run was writing.
+        if line_step is not None and line_step <= step:
+            kept.append(f"{line}\n")
         else:
             dropped += 1
     if dropped:
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        temporary.replace(path)
+        # Whole or not at all: these lines are the only record of the run.
+        storage.write_atomic(str(path), "".join(kept).encode())
     return dropped
+
+
+def _step_of(line: str) -> int | None:
+    try:
+        return int(json.loads(line)["step"])
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Read the lines of a run's metrics.jsonl, oldest first; a half-written last line is left
     out."""
     path = run_dir / METRICS_FILE
+    if not path.exists():
+        return []
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             lines.append(json.loads(line))
         except json.JSONDecodeError:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 # ----------------------------------------------------------------------------------------- reporter
 class Reporter:
-    """Writes a run's lines and draws its progress, on rank 0; on other ranks every method does
-    nothing.
+    """Writes a run's lines and draws its progress, on rank 0; on other ranks no method has an
+    effect.
 
     Args:
         run_dir: local folder of the run.
@@ -145,7 +145,7 @@ class Reporter:
         """
         if self._file is None:
             return
-        # A NaN is no JSON: a reader in another language would stop at it.
+        # NaN is not valid JSON: a reader in another language would stop at it.
         clean = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()
         }

@@ -2,7 +2,7 @@
 MLflow.
 
 None of them may cost a run anything but the display: each lives in a thread of its own behind a
-queue that drops what does not fit, is told of once where it fails, and is left alone from then on.
+queue that drops what does not fit, is reported once if it fails, and is left alone from then on.
 Imports none of them at the top.
 """
 
@@ -63,7 +63,7 @@ class Background:
 
     Args:
         tracker: not yet open.
-        warn: told once, in words for people, where the tracker fails; called from the thread.
+        warn: told once, in words for people, if the tracker fails; called from the thread.
         closing_limit_s: longest wait of `close`, in seconds.
     """
 
@@ -202,7 +202,7 @@ class MlflowTracker(Tracker):
         if "://" not in uri:
             os.environ.setdefault(
                 "MLFLOW_ALLOW_FILE_STORE", "true"
-            )  # a folder is a store only where this is said
+            )  # a folder is a store only if this is said
             uri = Path(uri).absolute().as_uri()
         from mlflow.exceptions import MlflowException
         from mlflow.tracking import MlflowClient
@@ -254,7 +254,7 @@ def start_trackers(
     Args:
         config: settings of the run.
         run_dir: its local folder.
-        warn: told where one fails.
+        warn: told if one fails.
     """
     chosen: list[Tracker] = []
     if config.log.wandb == "on":

@@ -26,7 +26,7 @@ Source: data sheets (figures with sparsity halved)."""
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """Look a device up; None where it is not in the table.
+    """Look a device up; None if it is not in the table.
 
     Args:
         device_name: as CUDA reports it.
@@ -61,7 +61,7 @@ def utilisation(
         flops_per_image: operations of one training step per image.
         images_per_s: over all ranks.
         world_size: devices.
-        peak: of one device, in 10^12 operations a second; None where it is not known.
+        peak: of one device, in 10^12 operations a second; None if it is not known.
 
     Returns:
         tflops_per_device, and mfu from 0 to 1, None without a peak.

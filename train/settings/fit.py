@@ -39,7 +39,7 @@ class MemoryEstimate:
     Args:
         weights: what the forward pass computes with.
         gradients: with their sums over micro-batches.
-        optimizer: fp32 masters, where there are any, and both moments.
+        optimizer: fp32 masters, if there are any, and both moments.
         activations: of one micro-batch, with its images.
         workspace: DeepSpeed's buckets, CUDA, NCCL.
     """
@@ -183,7 +183,7 @@ def recommend(choices: Iterable[Choice], *, device_bytes: int) -> Choice | None:
         device_bytes: memory of one device.
 
     Returns:
-        The choice; None where none fits.
+        The choice; None if none fits.
     """
     fitting = [choice for choice in choices if choice.memory.total <= USABLE_SHARE * device_bytes]
     return min(fitting, key=lambda choice: (choice.cost, choice.memory.total), default=None)
@@ -195,7 +195,7 @@ def describe_fit(config: RunConfig, *, world_size: int, device_bytes: int | None
     Args:
         config: settings of the run.
         world_size: ranks.
-        device_bytes: memory of one device; None where it is not known.
+        device_bytes: memory of one device; None if it is not known.
 
     Returns:
         Lines; the settings' own combination, a table, and a recommendation.
