@@ -35,7 +35,7 @@ class MAEOutput(NamedTuple):
     """1 for a removed patch, 0 for a kept one; float32."""
 
 
-class Pictures(NamedTuple):
+class Reconstruction(NamedTuple):
     """A prediction made visible, in the colour space of the input."""
 
     masked_BCHW: Tensor
@@ -185,7 +185,7 @@ class MaskedAutoencoder(VisionTransformer):
             name: value for name, value in self.state_dict().items() if not is_decoder_name(name)
         }
 
-    def reconstruct(self, images_BCHW: Tensor, output: MAEOutput) -> Pictures:
+    def reconstruct(self, images_BCHW: Tensor, output: MAEOutput) -> Reconstruction:
         """Turn a prediction into pictures; see `reconstruct`.
 
         Args:
@@ -272,7 +272,7 @@ def reconstruct(
     *,
     patch_size: int,
     norm_pix_loss: bool,
-) -> Pictures:
+) -> Reconstruction:
     """Turn a prediction into pictures.
 
     A model trained with norm_pix_loss predicts contrast, not colour: each patch is scaled back with
@@ -296,7 +296,7 @@ def reconstruct(
         mean_BN1, std_BN1 = patch_statistics(patches_BNP)
         predicted_BNP = predicted_BNP * std_BN1 + mean_BN1
     removed_BN1 = mask_BN.unsqueeze(-1).to(torch.bool)
-    return Pictures(
+    return Reconstruction(
         masked_BCHW=unpatchify(patches_BNP.masked_fill(removed_BN1, 0), patch_size, grid),
         predicted_BCHW=unpatchify(predicted_BNP, patch_size, grid),
         pasted_BCHW=unpatchify(

@@ -20,11 +20,11 @@ does."""
 
 @dataclass(frozen=True)
 class Boxes:
-    """Where to cut each image, in pixels of the stored image, and whether to mirror the result.
+    """How to cut each image, in pixels of the stored image, and whether to mirror the result.
 
     Attributes:
         tops_B, lefts_B, heights_B, widths_B: int32, a box that lies inside its image.
-        flips_B: bool, True where the output is mirrored left to right.
+        flips_B: bool, True if the output is mirrored left to right.
     """
 
     tops_B: npt.NDArray[np.int32]
@@ -71,7 +71,7 @@ def draw_boxes(
         view_number: names the view's random words; views with one number share box and flip.
 
     Returns:
-        One box and flip an image.
+        One box and flip per image.
 
     Source: the distribution is that of torchvision's RandomResizedCrop, which MAE pre-training uses
     (He et al. 2022, appendix A.1).
@@ -80,6 +80,9 @@ def draw_boxes(
     image_heights_B = np.asarray(heights_B, dtype=np.int64)
     if view.crop == "center":
         return _largest_centred(image_widths_B, image_heights_B, aspect=view.width / view.height)
+
+    # All tries are drawn at once, one block of four words for each: which one is taken depends on
+    # the image's size, but the words of a sample do not.
     words_BT4 = random_words(
         seed=seed,
         purpose=Purpose.CROP,
@@ -89,23 +92,31 @@ def draw_boxes(
         view=view_number,
     ).reshape(-1, _TRIES, 4)
     units_BT4 = unit_float64(words_BT4)
+
+    # Area and aspect decide the size, in float64: float32 would round some sizes otherwise.
     areas_BT = view.min_area + (view.max_area - view.min_area) * units_BT4[:, :, 0]
     areas_BT *= (image_widths_B * image_heights_B)[:, None]
-    log_low, log_high = np.log(view.min_aspect), np.log(view.max_aspect)
+    log_low = np.log(view.min_aspect)
+    log_high = np.log(view.max_aspect)
     aspects_BT = np.exp(log_low + (log_high - log_low) * units_BT4[:, :, 1])
     widths_BT = np.rint(np.sqrt(areas_BT * aspects_BT)).astype(np.int64)
     heights_BT = np.rint(np.sqrt(areas_BT / aspects_BT)).astype(np.int64)
+
+    # The first try that fits; argmax gives 0 if none does, which is put right below.
     fits_BT = (widths_BT > 0) & (heights_BT > 0)
-    fits_BT &= (widths_BT <= image_widths_B[:, None]) & (heights_BT <= image_heights_B[:, None])
+    fits_BT &= widths_BT <= image_widths_B[:, None]
+    fits_BT &= heights_BT <= image_heights_B[:, None]
     first_B = np.argmax(fits_BT, axis=1)
     rows_B = np.arange(len(first_B))
-    box_widths_B, box_heights_B = widths_BT[rows_B, first_B], heights_BT[rows_B, first_B]
-    place_B2 = words_BT4[rows_B, first_B, 2:].astype(np.uint64)
-    tops_B = _below(place_B2[:, 0], image_heights_B - box_heights_B + 1)
-    lefts_B = _below(place_B2[:, 1], image_widths_B - box_widths_B + 1)
+    box_widths_B = widths_BT[rows_B, first_B]
+    box_heights_B = heights_BT[rows_B, first_B]
 
-    fallback = _largest_within(image_widths_B, image_heights_B, view.min_aspect, view.max_aspect)
-    none_B = ~fits_BT.any(axis=1)
+    # The other two words of the same try decide the corner.
+    corner_words_B2 = words_BT4[rows_B, first_B, 2:].astype(np.uint64)
+    tops_B = _below(corner_words_B2[:, 0], image_heights_B - box_heights_B + 1)
+    lefts_B = _below(corner_words_B2[:, 1], image_widths_B - box_widths_B + 1)
+
+    # Flips have a purpose of their own, so that a change of the crop leaves them as they are.
     flip_words_B = random_words(
         seed=seed,
         purpose=Purpose.FLIP,
@@ -114,11 +125,14 @@ def draw_boxes(
         num_blocks=1,
         view=view_number,
     )[:, 0]
+
+    fallback = _largest_within(image_widths_B, image_heights_B, view.min_aspect, view.max_aspect)
+    none_fits_B = ~fits_BT.any(axis=1)
     return Boxes(
-        tops_B=np.where(none_B, fallback.tops_B, tops_B).astype(np.int32),
-        lefts_B=np.where(none_B, fallback.lefts_B, lefts_B).astype(np.int32),
-        heights_B=np.where(none_B, fallback.heights_B, box_heights_B).astype(np.int32),
-        widths_B=np.where(none_B, fallback.widths_B, box_widths_B).astype(np.int32),
+        tops_B=np.where(none_fits_B, fallback.tops_B, tops_B).astype(np.int32),
+        lefts_B=np.where(none_fits_B, fallback.lefts_B, lefts_B).astype(np.int32),
+        heights_B=np.where(none_fits_B, fallback.heights_B, box_heights_B).astype(np.int32),
+        widths_B=np.where(none_fits_B, fallback.widths_B, box_widths_B).astype(np.int32),
         flips_B=unit_float64(flip_words_B) < view.flip_probability,
     )
 
@@ -126,7 +140,10 @@ def draw_boxes(
 def _below(words_B: npt.NDArray[np.uint64], limits_B: I64) -> I64:
     """Map 32-bit words to integers in [0, limit) by multiplication; the bias is below limit /
     2^32."""
-    return ((words_B * np.maximum(limits_B, 1).astype(np.uint64)) >> np.uint64(32)).astype(np.int64)
+    # A try that does not fit has a limit below 1; it is not used, but must not wrap around either.
+    limits_above_0_B = np.maximum(limits_B, 1).astype(np.uint64)
+    products_B = words_B * limits_above_0_B
+    return (products_B >> np.uint64(32)).astype(np.int64)
 
 
 def _largest_within(widths_B: I64, heights_B: I64, min_aspect: float, max_aspect: float) -> Boxes:
@@ -137,11 +154,17 @@ def _largest_within(widths_B: I64, heights_B: I64, min_aspect: float, max_aspect
 
 def _largest_centred(widths_B: I64, heights_B: I64, *, aspect: npt.ArrayLike) -> Boxes:
     """Centre the largest box of the given width / height in each image."""
-    box_widths_B = np.clip(np.rint(heights_B * np.asarray(aspect)), 1, widths_B).astype(np.int32)
-    box_heights_B = np.clip(np.rint(widths_B / np.asarray(aspect)), 1, heights_B).astype(np.int32)
+    # Each side is what the other allows; one of the two is clipped to the image.
+    aspects = np.asarray(aspect)
+    wanted_widths_B = np.rint(heights_B * aspects)
+    wanted_heights_B = np.rint(widths_B / aspects)
+    box_widths_B = np.clip(wanted_widths_B, 1, widths_B).astype(np.int32)
+    box_heights_B = np.clip(wanted_heights_B, 1, heights_B).astype(np.int32)
+    tops_B = (heights_B - box_heights_B) // 2
+    lefts_B = (widths_B - box_widths_B) // 2
     return Boxes(
-        tops_B=((heights_B - box_heights_B) // 2).astype(np.int32),
-        lefts_B=((widths_B - box_widths_B) // 2).astype(np.int32),
+        tops_B=tops_B.astype(np.int32),
+        lefts_B=lefts_B.astype(np.int32),
         heights_B=box_heights_B,
         widths_B=box_widths_B,
         flips_B=np.zeros(len(widths_B), dtype=bool),

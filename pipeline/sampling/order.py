@@ -3,7 +3,7 @@
 Each epoch the shards are permuted and laid end to end; that line of samples is cut into `lanes`
 equal pieces; inside a lane, runs of `window` shards are permuted sample by sample. Position p of an
 epoch is sample p // lanes of lane p % lanes. A rank takes the positions that are congruent to it
-modulo the world size: where the world size divides the lanes it reads only its own lanes, and what
+modulo the world size: if the world size divides the lanes it reads only its own lanes, and what
 a global batch holds never depends on the number of ranks.
 
 Everything is addressable: the sample at any position costs one window, not a walk from the start.
@@ -68,9 +68,8 @@ class EpochOrder:
         self._line_shards_S = permutation(
             len(shard_sizes_S), seed=seed, purpose=Purpose.SHARDS, epoch=epoch
         )
-        self._line_starts = np.concatenate(
-            [[0], np.cumsum(shard_sizes_S[self._line_shards_S])]
-        ).astype(np.int64)
+        line_sizes_S = shard_sizes_S[self._line_shards_S]
+        self._line_starts = np.concatenate([[0], np.cumsum(line_sizes_S)]).astype(np.int64)
         self._shard_starts = np.concatenate([[0], np.cumsum(shard_sizes_S)]).astype(np.int64)
         self.num_samples = int(self._line_starts[-1])
         # One permuted run a lane is in use at a time; the second is the one a batch reaches into.
@@ -94,16 +93,16 @@ class EpochOrder:
         edges = np.flatnonzero(np.diff(starts_B[by_run], prepend=-1, append=-1))
         for begin, finish in pairwise(edges.tolist()):
             members = by_run[begin:finish]
-            start, end = int(starts_B[members[0]]), int(ends_B[members[0]])
-            permuted_B[members] = (
-                start + self._run_permutation(start, end - start)[line_B[members] - start]
-            )
+            start = int(starts_B[members[0]])
+            end = int(ends_B[members[0]])
+            permutation_R = self._run_permutation(start, end - start)
+            permuted_B[members] = start + permutation_R[line_B[members] - start]
+
+        # From the place on the line back to the dataset's own numbering of samples.
         on_line_B = np.searchsorted(self._line_starts, permuted_B, side="right") - 1
-        return (
-            self._shard_starts[self._line_shards_S[on_line_B]]
-            + permuted_B
-            - self._line_starts[on_line_B]
-        )
+        inside_shard_B = permuted_B - self._line_starts[on_line_B]
+        shards_B = self._line_shards_S[on_line_B]
+        return self._shard_starts[shards_B] + inside_shard_B
 
     def shards_ahead(self, positions_B: I64) -> I64:
         """List the shards of the runs that hold the given positions, in the order in which the runs
@@ -122,21 +121,28 @@ class EpochOrder:
         if not pieces:
             return np.zeros(0, dtype=np.int64)
         shards = np.concatenate(pieces)
+        # Each shard once, in the order in which it is first met.
         _, firsts = np.unique(shards, return_index=True)
         return shards[np.sort(firsts)]
 
     def _runs_of(self, positions_B: I64) -> tuple[I64, I64, I64]:
-        """Place positions on the line: start and end of the run each falls in, and its own place
-        before permuting."""
+        """Find the run of each position: its start and end on the line, and the position's own
+        index on the line before permuting."""
+        # The first `extra` lanes are one sample longer than the others.
         lanes_B = positions_B % self._lanes
         base, extra = divmod(self.num_samples, self._lanes)
         lane_starts_B = lanes_B * base + np.minimum(lanes_B, extra)
         lane_ends_B = lane_starts_B + base + (lanes_B < extra)
         line_B = lane_starts_B + positions_B // self._lanes
+
+        # A run is `window` shards, counted from the shard that the lane begins in.
         shard_B = np.searchsorted(self._line_starts, line_B, side="right") - 1
         first_B = np.searchsorted(self._line_starts, lane_starts_B, side="right") - 1
-        run_first_B = first_B + (shard_B - first_B) // self._window * self._window
+        windows_before_B = (shard_B - first_B) // self._window
+        run_first_B = first_B + windows_before_B * self._window
         run_last_B = np.minimum(run_first_B + self._window, len(self._line_starts) - 1)
+
+        # Lanes cut through shards, so the first and the last run of a lane end where the lane does.
         starts_B = np.maximum(lane_starts_B, self._line_starts[run_first_B])
         ends_B = np.minimum(lane_ends_B, self._line_starts[run_last_B])
         return starts_B, ends_B, line_B
@@ -144,6 +150,7 @@ class EpochOrder:
     def _run_permutation(self, start: int, count: int) -> I64:
         run = self._runs.get(start)
         if run is None:
+            # Named by its start on the line: two runs of an epoch never start at one sample.
             run = permutation(
                 count, seed=self._seed, purpose=Purpose.WINDOW, epoch=self._epoch, stream=start
             )
@@ -167,7 +174,7 @@ class Order:
         world_size: ranks that share a global batch; must divide it.
 
     Raises:
-        ConfigError: where the sizes cannot work together.
+        ConfigError: the sizes do not fit together.
     """
 
     def __init__(
@@ -192,21 +199,20 @@ class Order:
         if global_batch_size % world_size:
             raise ConfigError(
                 f"train.global_batch_size {global_batch_size} does not divide over {world_size} "
-                "ranks: "
-                f"use a multiple of {world_size}"
+                f"ranks: use a multiple of {world_size}"
             )
         if self.num_samples == 0:
             raise ConfigError("the dataset holds no samples")
         if config.remainder == "drop" and self.num_samples < global_batch_size:
             raise ConfigError(
                 f"the dataset holds {self.num_samples} samples, fewer than one global batch of "
-                f"{global_batch_size}, "
-                "and order.remainder is 'drop': use 'fill' or a smaller train.global_batch_size"
+                f"{global_batch_size}, and order.remainder is 'drop': use 'fill' or a smaller "
+                "train.global_batch_size"
             )
 
     @property
     def steps_per_epoch(self) -> float:
-        """Global batches an epoch: whole with `drop`, a fraction with `fill`."""
+        """Global batches per epoch: whole with `drop`, a fraction with `fill`."""
         steps = self.num_samples / self.global_batch_size
         return float(int(steps)) if self._config.remainder == "drop" else steps
 
@@ -215,18 +221,19 @@ class Order:
         start = self._settle(cursor)
         offsets = np.arange(self.global_batch_size, dtype=np.int64) + start.position
         if self._config.remainder == "drop":
-            mine = offsets[offsets % self._world_size == self._rank]
-            epochs_B, positions_B = np.full_like(mine, start.epoch), mine
+            positions_B = offsets[offsets % self._world_size == self._rank]
+            epochs_B = np.full_like(positions_B, start.epoch)
         else:
             # Counted from the run's first sample, so that a batch that spans two epochs is shared
             # out evenly too.
             absolute = offsets + start.epoch * self.num_samples
-            mine = absolute[absolute % self._world_size == self._rank]
-            epochs_B, positions_B = np.divmod(mine, self.num_samples)
+            mine_B = absolute[absolute % self._world_size == self._rank]
+            epochs_B, positions_B = np.divmod(mine_B, self.num_samples)
         sample_ids_B = np.empty_like(positions_B)
         for epoch in np.unique(epochs_B):
             of_epoch = epochs_B == epoch
             sample_ids_B[of_epoch] = self.epoch(int(epoch)).sample_ids(positions_B[of_epoch])
+        # Settled, so that `end` of one batch is exactly `start` of the next, also in a checkpoint.
         end = self._settle(self.advance(start, batches=1))
         return RankBatch(epochs_B, positions_B, sample_ids_B, start, end)
 

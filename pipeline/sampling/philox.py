@@ -60,16 +60,20 @@ def philox4x32(counters_4n: tuple[U64, U64, U64, U64], key: int) -> tuple[U64, U
         Four arrays of 32-bit words held as uint64, of the broadcast shape.
     """
     c0, c1, c2, c3 = counters_4n
-    k0, k1 = key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF
+    k0 = key & 0xFFFFFFFF
+    k1 = (key >> 32) & 0xFFFFFFFF
     for _ in range(_ROUNDS):
-        product0, product1 = c0 * _M0, c2 * _M1
-        c0, c1, c2, c3 = (
-            (product1 >> _SHIFT) ^ c1 ^ np.uint64(k0),
-            product1 & _LOW,
-            (product0 >> _SHIFT) ^ c3 ^ np.uint64(k1),
-            product0 & _LOW,
-        )
-        k0, k1 = (k0 + _W0) & 0xFFFFFFFF, (k1 + _W1) & 0xFFFFFFFF
+        # Words of 32 bits are held in 64, so that a product keeps its high half.
+        product0 = c0 * _M0
+        product1 = c2 * _M1
+        # The even words are read above, so they may be replaced one after the other here.
+        c0 = (product1 >> _SHIFT) ^ c1 ^ np.uint64(k0)
+        c1 = product1 & _LOW
+        c2 = (product0 >> _SHIFT) ^ c3 ^ np.uint64(k1)
+        c3 = product0 & _LOW
+        # Python's integers do not wrap by themselves.
+        k0 = (k0 + _W0) & 0xFFFFFFFF
+        k1 = (k1 + _W1) & 0xFFFFFFFF
     return c0, c1, c2, c3
 
 
@@ -97,8 +101,12 @@ def random_words(
     Returns:
         uint32 array of shape (n, 4 * num_blocks).
     """
+    # Through int64: a negative number becomes a huge unsigned one, and is refused below.
     streams = np.atleast_1d(np.asarray(streams_n, dtype=np.int64)).astype(np.uint64)
-    epochs = np.broadcast_to(np.asarray(epochs_n, dtype=np.int64), streams.shape).astype(np.uint64)
+    signed_epochs = np.asarray(epochs_n, dtype=np.int64)
+    epochs = np.broadcast_to(signed_epochs, streams.shape).astype(np.uint64)
+    # Beyond these limits fields of the counter would run into each other, and draws that mean
+    # different things would share words.
     if streams.size and int(streams.max()) >= MAX_STREAM:
         raise ValueError(f"stream {int(streams.max())} is outside [0, 2^48)")
     if epochs.size and int(epochs.max()) >= MAX_EPOCH:
@@ -108,10 +116,12 @@ def random_words(
     # The counter's third word: 16 high bits of the stream, 8 of the purpose, 8 of the view. View 0
     # leaves the word as it was before there were views, so that older runs go on unchanged.
     kind = np.uint64((view << 24) | (int(purpose) << 16))
-    blocks_1k = np.arange(first_block, first_block + num_blocks, dtype=np.uint64)[None, :]
+    blocks = np.arange(first_block, first_block + num_blocks, dtype=np.uint64)
+    blocks_1k = blocks[None, :]
     low_n1 = (streams & _LOW)[:, None]
     high_n1 = ((streams >> _SHIFT) | kind)[:, None]
-    words = philox4x32((blocks_1k, low_n1, high_n1, epochs[:, None]), seed)
+    epochs_n1 = epochs[:, None]
+    words = philox4x32((blocks_1k, low_n1, high_n1, epochs_n1), seed)
     out_nk4 = np.empty((streams.size, num_blocks, 4), dtype=np.uint32)
     for word in range(4):
         out_nk4[:, :, word] = words[word]
@@ -139,11 +149,16 @@ def permutation(count: int, *, seed: int, purpose: Purpose, epoch: int, stream: 
     """
     if count <= 1:
         return np.zeros(max(count, 0), dtype=np.int64)
-    words = random_words(
-        seed=seed, purpose=purpose, epochs_n=epoch, streams_n=stream, num_blocks=(count + 1) // 2
-    ).ravel()
-    keys = words.view(np.uint64)[:count]
-    index_mask = np.uint64((1 << (count - 1).bit_length()) - 1)
+    # Two words make a key, so a block of four holds two.
+    num_blocks = (count + 1) // 2
+    words_1k = random_words(
+        seed=seed, purpose=purpose, epochs_n=epoch, streams_n=stream, num_blocks=num_blocks
+    )
+    keys = words_1k.ravel().view(np.uint64)[:count]
+
+    # In place from here: for the runs of a large dataset these are the largest arrays of the order.
+    index_bits = (count - 1).bit_length()
+    index_mask = np.uint64((1 << index_bits) - 1)
     keys &= ~index_mask
     keys |= np.arange(count, dtype=np.uint64)
     keys.sort()

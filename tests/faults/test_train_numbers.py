@@ -28,6 +28,21 @@ SETTINGS = {
 }
 
 
+def test_a_line_over_skipped_steps_only_has_no_loss(
+    make_dataset: Callable[..., str], tmp_path: Path
+):
+    """Steps 2 and 3 meet a NaN; each has a line of its own, without a mean over no steps."""
+    plan = {"scale": [{"rank": None, "first": 3, "last": 4, "factor": NAN}]}
+    settings = {"train.steps": "6", "engine.kind": "torch"}
+    done = start(tmp_path, plan, data=make_dataset(), ranks=1, settings=settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines if line["loss"] is None] == [2, 3]
+    assert [line["skipped_steps"] for line in lines] == [0, 1, 2, 2, 2, 2]
+    assert done.stdout.count("no step taken") == 2
+    assert "nan" not in done.stdout
+
+
 def test_steps_that_are_not_finite_on_one_rank_are_skipped_gone_back_from_and_passed_over(
     make_dataset: Callable[..., str], tmp_path: Path
 ):

@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.errors import DataError, InfrastructureError
 from train.errors import Preempted
+from train.loop.reporting import MeanLoss
 from train.process.outcome import Outcome, read_status, write_json
 from train.report.meter import Meter, Window, format_duration, summary_table, throughput_summary
 from train.report.metrics_file import METRICS_FILE, read_metrics, truncate_after
@@ -214,3 +216,22 @@ def test_a_folder_that_cannot_be_written_does_not_hide_the_error(tmp_path: Path,
     assert "the real reason" in capsys.readouterr().err
     with pytest.raises(InfrastructureError, match="cannot be written"):
         write_json(tmp_path / "file" / "x.json", {})
+
+
+def test_a_line_without_a_taken_step_has_no_loss_and_says_so(tmp_path: Path):
+    """0 / 0 would be NaN, which trackers draw and a mean over the ranks spreads."""
+    mean = MeanLoss(torch.device("cpu"))
+    assert mean.read() is None
+    mean.add([torch.tensor(1.0), torch.tensor(2.0)])
+    mean.add([torch.tensor(3.0), torch.tensor(6.0)])
+    assert mean.read() == 3.0
+    assert mean.read() is None
+    mean.add([torch.tensor(5.0)])
+    mean.clear()
+    assert mean.read() is None
+
+    out = io.StringIO()
+    with reporter(tmp_path, out=out) as run:
+        run.log({**line(1), "loss": None})
+    assert read_metrics(tmp_path)[0]["loss"] is None
+    assert "no step taken  10 images/s" in out.getvalue()

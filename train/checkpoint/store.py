@@ -37,7 +37,7 @@ from train.checkpoint.state import CheckpointState
 from train.checkpoint.state_buffers import StateBuffers
 from train.checkpoint.verified import open_verified
 from train.config import RunConfig
-from train.engine.named_state import ExportedState, NamedTensor, Place
+from train.engine.named_state import ExportedState, HostCopy, NamedTensor
 from train.errors import CheckpointError
 from train.process.world import World
 
@@ -58,7 +58,7 @@ class StateExporter(Protocol):
     table: list[NamedTensor]
     device: torch.device
 
-    def export_state(self, place: Place) -> ExportedState:
+    def export_state(self, copy: HostCopy) -> ExportedState:
         """Copy this rank's share of the state to host memory; all ranks call it."""
 
 

@@ -1,7 +1,4 @@
-"""What every engine is, and the one in plain torch that the others are tested against.
-
-Shapes: B images, C channels, H height, W width, N patches.
-"""
+"""What every engine is, whatever model it trains."""
 
 from __future__ import annotations
 
@@ -17,8 +14,8 @@ from train.config import RunConfig
 from train.engine.named_state import (
     WEIGHT,
     ExportedState,
+    HostCopy,
     NamedState,
-    Place,
     StateSource,
     check_same_model,
     list_tensors,
@@ -32,7 +29,9 @@ def copy_to_host(name: str, kind: str, tensor: Tensor) -> Tensor:
     copied = tensor.detach().to(device="cpu", dtype=torch.float32)
     # On the CPU `to` gives the live tensor back, and the next step would change what is being
     # written.
-    return (copied.clone() if copied.data_ptr() == tensor.data_ptr() else copied).contiguous()
+    if copied.data_ptr() == tensor.data_ptr():
+        copied = copied.clone()
+    return copied.contiguous()
 
 
 class Engine(ABC):
@@ -50,13 +49,12 @@ class Engine(ABC):
         self.world = world
         self.grad_accum_steps = config.train.grad_accum_steps(world_size=world.world_size)
         self.table = list_tensors(model, parts=world.world_size)
-        trained = {tensor.name for tensor in self.table if tensor.trained}
+        trained = {row.name for row in self.table if row.trained}
         # Frozen tensors never change, but the engine rounds its own to the precision of the run.
-        self._fixed = {
-            n: t.detach().float().cpu().clone()
-            for n, t in model.state_dict().items()
-            if n not in trained
-        }
+        self._fixed: dict[str, Tensor] = {}
+        for name, tensor in model.state_dict().items():
+            if name not in trained:
+                self._fixed[name] = tensor.detach().float().cpu().clone()
         self._micro_batches = 0
         self._state: NamedState
 
@@ -83,8 +81,8 @@ class Engine(ABC):
 
     @property
     def searches_loss_scale(self) -> bool:
-        """Whether a skipped step is no fault, but the loss scaler on its way down to a scale that
-        fits."""
+        """Whether a skipped step may be the loss scaler on its way down to a scale that fits, and
+        not a fault."""
         return False
 
     @abstractmethod
@@ -102,7 +100,7 @@ class Engine(ABC):
     @abstractmethod
     def step(self, lr: float) -> None:
         """Clip and take one optimizer step after `grad_accum_steps` micro-batches. All ranks skip
-        it together where a gradient is not finite on any.
+        it together if a gradient is not finite on any.
 
         Args:
             lr: learning rate of every parameter group.
@@ -110,7 +108,7 @@ class Engine(ABC):
 
     @abstractmethod
     def grad_norm(self) -> float | None:
-        """Return the global gradient norm of the last step, before clipping; `inf` where the step
+        """Return the global gradient norm of the last step, before clipping; `inf` if the step
         was skipped, None before the first."""
 
     @abstractmethod
@@ -118,11 +116,12 @@ class Engine(ABC):
         """Give the model for forward passes without gradients. All ranks enter and leave together;
         between, each may run as many passes as it likes."""
 
-    def export_state(self, place: Place = copy_to_host) -> ExportedState:
+    def export_state(self, copy: HostCopy = copy_to_host) -> ExportedState:
         """Copy this rank's share of the training state to host memory. All ranks call it together.
 
         Args:
-            place: where to; must copy, because training goes on while the copies are written.
+            copy: called for each tensor; must copy, because training goes on while the copies are
+                written.
 
         Returns:
             Whole fp32 tensors by name and kind, for the names that fall to this rank, and the
@@ -131,25 +130,20 @@ class Engine(ABC):
         self._state.prepare()
         scalars = {"adam_step": self._state.adam_step(), "loss_scaler": self._loss_scaler()}
         exported = ExportedState(scalars=scalars, table=self.table)
-        for tensor in self.table:
-            mine = tensor.part == self.world.rank
-            if not tensor.trained:
-                if mine:
-                    exported.tensors[tensor.name] = {
-                        WEIGHT: place(tensor.name, WEIGHT, self._fixed[tensor.name])
-                    }
-                continue
-            whole = self._state.read(
-                tensor.name
-            )  # a collective: every rank takes part in every name
-            if mine:
-                exported.tensors[tensor.name] = {
-                    kind: place(tensor.name, kind, value) for kind, value in whole.items()
-                }
+        for row in self.table:
+            if row.trained:
+                # A collective: every rank takes part in every name, also in those of others.
+                whole = self._state.read(row.name)
+            else:
+                whole = {WEIGHT: self._fixed[row.name]}
+            if row.part == self.world.rank:
+                copies = {kind: copy(row.name, kind, value) for kind, value in whole.items()}
+                exported.tensors[row.name] = copies
+
+        # Copies to pinned memory have only been queued, and the next step would overwrite their
+        # sources.
         if self.device.type == "cuda":
-            torch.cuda.current_stream(
-                self.device
-            ).synchronize()  # copies to pinned memory have only been queued
+            torch.cuda.current_stream(self.device).synchronize()
         return exported
 
     def restore(self, source: StateSource) -> None:
@@ -164,18 +158,21 @@ class Engine(ABC):
         """
         check_same_model(source.table, self.table, where=getattr(source, "uri", "checkpoint"))
         self._state.prepare()
-        for tensor in self.table:
-            if tensor.trained:
-                for kind in tensor.kinds:
-                    self._state.write(tensor.name, kind, source.tensor(tensor.name, kind))
-        self._state.finish_write(int(source.engine.get("adam_step", 0)))
-        self._restore_loss_scaler(dict(source.engine.get("loss_scaler", {})))
+        for row in self.table:
+            if not row.trained:
+                continue
+            for kind in row.kinds:
+                self._state.write(row.name, kind, source.tensor(row.name, kind))
+        adam_step = int(source.engine.get("adam_step", 0))
+        self._state.finish_write(adam_step)
+        loss_scaler = dict(source.engine.get("loss_scaler", {}))
+        self._restore_loss_scaler(loss_scaler)
 
     def _loss_scaler(self) -> dict[str, Any]:
         return {}
 
     def _restore_loss_scaler(self, state: dict[str, Any]) -> None:
-        del state  # nothing scales the loss unless an engine says so
+        del state  # the loss is scaled only by engines that say so
 
     def _check_micro_batches(self) -> None:
         if self._micro_batches != self.grad_accum_steps:
@@ -187,11 +184,10 @@ class Engine(ABC):
 
 
 def poisoned_if_not_finite(loss: Tensor) -> Tensor:
-    """Give the loss itself, with gradients that are not finite where it is not.
+    """Give the loss itself, with gradients that are not finite if it is not.
 
-    A squared error may overflow while its gradient does not: the step would be taken. Nothing is
-    read back from the device, and where the loss is finite the gradients are multiplied by exactly
-    1.
+    A squared error may overflow while its gradient does not: the step would be taken. No value is
+    read back from the device, and a finite loss multiplies the gradients by exactly 1.
     """
     return loss * (loss.detach() * 0 + 1)
 
@@ -209,7 +205,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def autocast(config: RunConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Compute in bf16 where the run does so by autocast."""
+    """Compute in bf16 if the run does so by autocast."""
     if config.engine.precision != "autocast":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)

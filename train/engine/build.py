@@ -26,7 +26,7 @@ def build_engine(
     Args:
         config: settings of the run.
         model: the model with its first weights, equal on all ranks, on any device.
-        resume: where to go on; None starts afresh.
+        resume: state to go on from; None starts afresh.
         world: the processes of the run.
 
     Returns:
@@ -37,12 +37,14 @@ def build_engine(
         CheckpointError: `resume` is of another model.
     """
     refuse_engine_settings(config, world_size=world.world_size, device=_device_of(world))
+    # Not every model has blocks to recompute, e.g. the small ones of tests.
     choose_checkpointing = getattr(model, "set_activation_checkpointing", None)
     if choose_checkpointing is not None:
         choose_checkpointing(
             encoder=config.engine.activation_checkpointing,
             decoder=config.engine.decoder_activation_checkpointing,
         )
+    # Frozen tensors are taken over here alone: `restore` below writes what is trained.
     if resume is not None:
         _copy_weights(resume, model, world=world)
     model.to(world.device)

@@ -1,8 +1,6 @@
-"""What executes a training step: DeepSpeed, or plain torch as the reference it is tested against.
+"""The engine on DeepSpeed.
 
-The only importer of deepspeed, and only inside functions: importing this file stays cheap.
-
-Shapes: B images, C channels, H height, W width, N patches.
+deepspeed is imported only inside functions: importing this file stays cheap.
 """
 
 from __future__ import annotations
@@ -51,15 +49,13 @@ class DeepSpeedEngine(Engine):
         self._twin = _empty_copy(model) if stage == 3 else None
         optimizer = build_optimizer(model, config.optim, device=_optimizer_device(config, world))
         rendered = render_deepspeed_config(config, world_size=world.world_size)
-        with contextlib.redirect_stdout(
-            io.StringIO()
-        ):  # it prints lines about memory, which --json must not hold
-            self._engine, *_ = deepspeed.initialize(
-                model=model, optimizer=optimizer, config=rendered
-            )
+        # It prints lines about memory, which the output of --json must not hold.
+        with contextlib.redirect_stdout(io.StringIO()):
+            initialized = deepspeed.initialize(model=model, optimizer=optimizer, config=rendered)
+        self._engine = initialized[0]
         self._module = model
-        # Without a wrapper around the optimizer nothing in DeepSpeed looks for gradients that are
-        # not finite.
+        # Without a wrapper around the optimizer DeepSpeed does not look for gradients that are not
+        # finite.
         self._checks_itself = isinstance(self._engine.optimizer, torch.optim.Optimizer)
         self._skipped_by_us = 0
         self._own_norm: float | None = None
@@ -100,8 +96,10 @@ class DeepSpeedEngine(Engine):
         loss: Tensor = self._engine(*inputs).loss
         self._engine.backward(poisoned_if_not_finite(loss))
         self._micro_batches += 1
+        # Before the last micro-batch this only moves DeepSpeed's count of them on; on the last one
+        # it would take the step, which is for `step` to do.
         if self._micro_batches < self.grad_accum_steps:
-            self._engine.step()  # only moves DeepSpeed's count of micro-batches on
+            self._engine.step()
         return loss.detach()
 
     def step(self, lr: float) -> None:
@@ -113,16 +111,14 @@ class DeepSpeedEngine(Engine):
         self._engine.step()
 
     def _check_gradients(self) -> None:
-        trained = [
-            parameter for parameter in self._module.parameters() if parameter.grad is not None
-        ]
-        norm = nn.utils.get_total_norm(
-            [parameter.grad for parameter in trained if parameter.grad is not None]
-        )
+        trained = list(self._module.parameters())
+        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
         self._own_norm = float(norm) if torch.isfinite(norm) else float("inf")
         if self._own_norm == float("inf"):
             self._skipped_by_us += 1
-            for parameter in trained:  # AdamW passes over parameters without a gradient
+            # AdamW passes over parameters without a gradient: DeepSpeed's step changes no weight.
+            for parameter in trained:
                 parameter.grad = None
 
     def grad_norm(self) -> float | None:
@@ -168,12 +164,12 @@ def _empty_copy(model: nn.Module) -> nn.Module:
     """Copy a model's structure without its weights."""
     # Tensors are replaced while copying, so that no second set of weights is ever held.
     tensors = [*model.parameters(), *model.buffers()]
-    memo: dict[int, Any] = {
-        id(tensor): nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False)
-        if isinstance(tensor, nn.Parameter)
-        else torch.empty_like(tensor, device="meta")
-        for tensor in tensors
-    }
+    memo: dict[int, Any] = {}
+    for tensor in tensors:
+        empty = torch.empty_like(tensor, device="meta")
+        if isinstance(tensor, nn.Parameter):
+            empty = nn.Parameter(empty, requires_grad=False)
+        memo[id(tensor)] = empty
     return copy.deepcopy(model, memo)
 
 
@@ -190,8 +186,8 @@ def _import_deepspeed() -> Any:
     warnings.filterwarnings(
         "ignore", r".*(all_gather_into_tensor|reduce_scatter_tensor).*", FutureWarning
     )
-    # A shared-memory all-reduce that only inference uses. Loading it compiles for half a minute
-    # where it is not prebuilt, and every process that is killed would leave 69 MB in /dev/shm.
+    # A shared-memory all-reduce that only inference uses. Loading it compiles for half a minute if
+    # it is not prebuilt, and every process that is killed would leave 69 MB in /dev/shm.
     __compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 

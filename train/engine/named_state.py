@@ -1,5 +1,4 @@
-"""Training state by parameter name: what an engine exports and takes back, whatever shards it in
-between.
+"""Training state by parameter name: what an engine exports and takes back, however it shards it.
 
 Shapes: tensors here are always whole; no rank-dependent shape exists outside an engine.
 """
@@ -7,7 +6,7 @@ Shapes: tensors here are always whole; no rank-dependent shape exists outside an
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -63,7 +62,7 @@ class ExportedState:
 
 
 class StateSource(Protocol):
-    """Where saved state is read from; a CheckpointState is one."""
+    """Saved state that can be read, e.g. a CheckpointState."""
 
     @property
     def table(self) -> list[NamedTensor]:
@@ -83,7 +82,7 @@ class NamedState(ABC):
 
     @abstractmethod
     def prepare(self) -> None:
-        """Make optimizer state exist and reachable by name, at zero where no step was taken."""
+        """Make optimizer state exist and reachable by name, at zero if no step was taken."""
 
     @abstractmethod
     def read(self, name: str) -> dict[str, Tensor]:
@@ -103,7 +102,7 @@ class NamedState(ABC):
 
 
 class PlainState(NamedState):
-    """State that a torch optimizer keeps per parameter: nothing is sharded.
+    """State that a torch optimizer keeps per parameter, unsharded.
 
     Args:
         masters: the fp32 tensor that is optimised, by name.
@@ -165,9 +164,9 @@ def make_moments(
     device = tensor.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
     state["step"] = torch.zeros((), dtype=torch.float32, device=device)
     for kind in MOMENTS:
-        state[kind] = torch.zeros_like(
-            tensor, memory_format=torch.preserve_format, requires_grad=False
-        )
+        # AdamW's own first step keeps the memory format too; its kernels expect equal strides.
+        moment = torch.zeros_like(tensor, memory_format=torch.preserve_format, requires_grad=False)
+        state[kind] = moment
 
 
 def set_adam_step(optimizer: torch.optim.Optimizer, adam_step: int) -> None:
@@ -197,16 +196,22 @@ def list_tensors(module: nn.Module, *, parts: int) -> list[NamedTensor]:
     """
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     saved = module.state_dict(keep_vars=True)
+
+    # Largest first, each to the part with the least so far. Ties are broken by name, so that every
+    # rank comes to the same table without asking.
     load = [0] * parts
     owners: dict[str, int] = {}
     for name in sorted(saved, key=lambda name: (-saved[name].numel(), name)):
         part = load.index(min(load))
         owners[name] = part
-        load[part] += saved[name].numel() * (len(KINDS) if name in trained else 1)
-    return [
-        NamedTensor(name, tuple(tensor.shape), trained=name in trained, part=owners[name])
-        for name, tensor in saved.items()
-    ]
+        num_kinds = len(KINDS) if name in trained else 1
+        load[part] += saved[name].numel() * num_kinds
+
+    table = []
+    for name, tensor in saved.items():
+        shape = tuple(tensor.shape)
+        table.append(NamedTensor(name, shape, trained=name in trained, part=owners[name]))
+    return table
 
 
 def check_same_model(
@@ -224,29 +229,33 @@ def check_same_model(
     """
     theirs = {tensor.name: tensor for tensor in saved}
     ours = {tensor.name: tensor for tensor in built}
-    rows = [
-        (name, describe_tensor(theirs.get(name)), describe_tensor(ours.get(name)))
-        for name in dict.fromkeys([*ours, *theirs])
-        if describe_tensor(theirs.get(name)) != describe_tensor(ours.get(name))
-    ]
+    names = list(dict.fromkeys([*ours, *theirs]))
+    rows = []
+    for name in names:
+        in_checkpoint = describe_tensor(theirs.get(name))
+        in_model = describe_tensor(ours.get(name))
+        if in_checkpoint != in_model:
+            rows.append((name, in_checkpoint, in_model))
     if not rows:
         return
-    header = ("tensor", "in the checkpoint", "in this model")
-    widths = [max(len(row[column]) for row in (header, *rows[:_ROWS_SHOWN])) for column in range(3)]
-    lines = [
-        "  "
-        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in (header, *rows[:_ROWS_SHOWN])
-    ]
+    raise CheckpointError(
+        f"{where}: the checkpoint is of another model; {len(rows)} of {len(names)} tensors "
+        f"differ.\n{_lay_out(rows)}\nUse the model settings it was made with, or another "
+        "checkpoint.dir for a new run."
+    )
+
+
+def _lay_out(rows: Sequence[tuple[str, str, str]]) -> str:
+    """Lay out which tensors differ in columns; a long list is cut."""
+    shown = [("tensor", "in the checkpoint", "in this model"), *rows[:_ROWS_SHOWN]]
+    widths = [max(len(row[column]) for row in shown) for column in range(3)]
+    lines = []
+    for row in shown:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append(f"  {'  '.join(cells).rstrip()}")
     if len(rows) > _ROWS_SHOWN:
         lines.append(f"  ... and {len(rows) - _ROWS_SHOWN} more")
-    table = "\n".join(lines)
-    raise CheckpointError(
-        f"{where}: the checkpoint is of another model; {len(rows)} of "
-        f"{len(dict.fromkeys([*ours, *theirs]))} tensors "
-        f"differ.\n{table}\nUse the model settings it was made with, or another checkpoint.dir for "
-        "a new run."
-    )
+    return "\n".join(lines)
 
 
 def describe_tensor(tensor: NamedTensor | None) -> str:
@@ -257,5 +266,5 @@ def describe_tensor(tensor: NamedTensor | None) -> str:
     return shape if tensor.trained else f"{shape} frozen"
 
 
-Place = Callable[[str, str, Tensor], Tensor]
-"""Copies one exported tensor, given its name and kind, to where a save wants it."""
+HostCopy = Callable[[str, str, Tensor], Tensor]
+"""Copies one exported tensor, given its name and kind, to the host memory of a save."""

@@ -22,7 +22,7 @@ def peak_lr(config: RunConfig) -> float:
 
 
 def warmup_length(config: RunConfig, *, steps_per_epoch: float) -> float:
-    """Return the warm-up's length in steps; a fraction where epochs are not whole steps."""
+    """Return the warm-up's length in steps; a fraction if epochs are not whole steps."""
     if config.optim.warmup_steps is not None:
         return float(config.optim.warmup_steps)
     assert config.optim.warmup_epochs is not None, "the settings give exactly one of the two"
@@ -33,13 +33,13 @@ def lr_at(step: int, *, config: RunConfig, steps_per_epoch: float, total_steps: 
     """Compute the learning rate of one step: a straight warm-up from 0, then half a cosine down to
     min_lr.
 
-    A pure function, so that nothing of a schedule has to be saved or restored. Step 0 has rate 0,
+    A pure function, so that a schedule has no state to save or restore. Step 0 has rate 0,
     and the last step is one short of the end of the cosine, as in the published recipe.
 
     Args:
         step: optimizer steps done before this one, from 0.
         config: settings of the run; base_lr, min_lr, warm-up and global batch are read.
-        steps_per_epoch: optimizer steps of one epoch; only used where the warm-up is given in
+        steps_per_epoch: optimizer steps of one epoch; only used if the warm-up is given in
             epochs.
         total_steps: steps of the whole run; later steps stay at min_lr.
 
@@ -57,10 +57,11 @@ def lr_at(step: int, *, config: RunConfig, steps_per_epoch: float, total_steps: 
         return peak * step / warmup
     if step >= total_steps:
         return config.optim.min_lr
+    low = config.optim.min_lr
     progress = (step - warmup) / (total_steps - warmup)
-    return config.optim.min_lr + (peak - config.optim.min_lr) * 0.5 * (
-        1.0 + math.cos(math.pi * progress)
-    )
+    # Another order of operations would round otherwise, and a run that is resumed with it would no
+    # longer be equal to the last bit.
+    return low + (peak - low) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def is_decayed(name: str, parameter: torch.Tensor) -> bool:
@@ -87,8 +88,12 @@ def build_param_groups(module: nn.Module, *, weight_decay: float) -> list[dict[s
     plain: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            (decayed if is_decayed(name, parameter) else plain).append(parameter)
+        if not parameter.requires_grad:
+            continue
+        if is_decayed(name, parameter):
+            decayed.append(parameter)
+        else:
+            plain.append(parameter)
     groups = [
         {"params": plain, "weight_decay": 0.0},
         {"params": decayed, "weight_decay": weight_decay},

@@ -29,6 +29,7 @@ class TorchEngine(Engine):
             if parameter.requires_grad
         }
         self._trained = list(trained.values())
+        # Masters and working weights are the same tensors: `autocast` keeps the weights in fp32.
         self._state = PlainState(masters=trained, working=trained, optimizer=self._optimizer)
         self._grad_norm: float | None = None
         self._skipped_steps = 0
@@ -63,8 +64,10 @@ class TorchEngine(Engine):
         """Take one step."""
         self._check_micro_batches()
         set_lr(self.param_groups, lr)
+        # With an infinite limit the same call measures the norm and clips by a factor of 1.
         limit = self.config.optim.grad_clip or float("inf")
-        self._grad_norm = float(nn.utils.clip_grad_norm_(self._trained, limit))
+        norm = nn.utils.clip_grad_norm_(self._trained, limit)
+        self._grad_norm = float(norm)
         if torch.isfinite(torch.tensor(self._grad_norm)):
             self._optimizer.step()
         else:
