@@ -25,7 +25,7 @@ import tyro
 from PIL import Image
 
 from pipeline import storage
-from pipeline.console import run_command, say, say_json
+from pipeline.console import Progress, run_command, say, say_json
 from pipeline.dataset import Manifest, open_dataset
 from pipeline.errors import ConfigError
 from pipeline.formats.table import FORMATS, NO_LABEL
@@ -34,7 +34,10 @@ from pipeline.images.refused import RefusedError
 from pipeline.reading.reader import U8, ShardReader
 
 _MAX_SURVEYED_SHARDS = 256
-"""Shards whose rows are read for the histograms; more are sampled evenly."""
+"""Shards whose rows are read for the histograms; of more, this many are read, evenly spread."""
+_QUIET_S = 3.0
+"""Seconds that reading may take without a word about its progress."""
+_THUMBNAIL_PX = 128
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Survey:
         num_surveyed: samples looked at.
         widths, heights: pixels of each.
         sizes: encoded bytes of each.
-        labels: class numbers, -1 where there is none.
+        labels: class numbers, -1 for an image without a label.
         formats: samples by container format of the image.
     """
 
@@ -59,12 +62,17 @@ class Survey:
 
 def survey(dataset: Manifest) -> Survey:
     """Read the rows of evenly spread shards."""
-    count = min(dataset.info.num_shards, _MAX_SURVEYED_SHARDS)
-    shards = np.unique(np.linspace(0, dataset.info.num_shards - 1, count).round().astype(int))
-    tables = [dataset.shard_table(int(shard)) for shard in shards]
-    codes, counts = np.unique(
-        np.concatenate([table.formats for table in tables]), return_counts=True
-    )
+    num_shards = dataset.info.num_shards
+    count = min(num_shards, _MAX_SURVEYED_SHARDS)
+    shards = np.unique(np.linspace(0, num_shards - 1, count).round().astype(int))
+    tables = []
+    label = f"Surveying {storage.name_of(dataset.uri)}"
+    with Progress(label, total=len(shards), unit="shards", after_s=_QUIET_S) as progress:
+        for shard in shards.tolist():
+            tables.append(dataset.shard_table(shard))
+            progress.advance(1)
+    all_formats = np.concatenate([table.formats for table in tables])
+    codes, counts = np.unique(all_formats, return_counts=True)
     return Survey(
         num_surveyed=sum(len(table) for table in tables),
         widths=np.concatenate([table.widths for table in tables]),
@@ -108,11 +116,9 @@ def contact_sheet(dataset: Manifest, *, count: int) -> list[tuple[str, U8]]:
         (key and label, uint8 RGB thumbnail of at most 128 px); a picture that cannot be decoded is
         left black.
     """
-    ids_B = np.unique(
-        np.linspace(0, dataset.info.num_samples - 1, min(count, dataset.info.num_samples)).astype(
-            int
-        )
-    )
+    num_samples = dataset.info.num_samples
+    spread = np.linspace(0, num_samples - 1, min(count, num_samples))
+    ids_B = np.unique(spread.astype(int))
     rows = dataset.lookup(ids_B)
     reader = ShardReader(dataset, verify_hashes="on")
     try:
@@ -121,25 +127,30 @@ def contact_sheet(dataset: Manifest, *, count: int) -> list[tuple[str, U8]]:
         encoded = [image.tobytes() for image in images]
     finally:
         reader.close()
+
     sheet = []
     for i, key in enumerate(dataset.keys(ids_B)):
-        label = int(rows.labels_B[i])
-        name = (
-            dataset.info.classes[label]
-            if dataset.info.classes and label != NO_LABEL
-            else str(label)
-        )
-        caption = key if label == NO_LABEL else f"{key}\n{name}"
+        caption = _caption(dataset, key, int(rows.labels_B[i]))
         try:
             if i in bad:
                 raise RefusedError(bad[i])
             with Image.open(io.BytesIO(encoded[i])) as opened:
                 small = to_rgb(opened)
-            small.thumbnail((128, 128))
+            small.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
             sheet.append((caption, np.asarray(small)))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            sheet.append((f"{key}\nbad: {error}"[:60], np.zeros((128, 128, 3), dtype=np.uint8)))
+            # Black, with the reason: a page of good pictures would hide what is wrong.
+            black = np.zeros((_THUMBNAIL_PX, _THUMBNAIL_PX, 3), dtype=np.uint8)
+            sheet.append((f"{key}\nbad: {error}"[:60], black))
     return sheet
+
+
+def _caption(dataset: Manifest, key: str, label: int) -> str:
+    """Return the key, and below it the class if the sample has one."""
+    if label == NO_LABEL:
+        return key
+    classes = dataset.info.classes
+    return f"{key}\n{classes[label] if classes else label}"
 
 
 def draw(dataset: Manifest, found: Survey, sheet: list[tuple[str, U8]]) -> bytes:
@@ -192,24 +203,24 @@ class Arguments:
 
 
 def _run(arguments: Arguments) -> int:
-    if arguments.count < 1 or not arguments.out.endswith(".png"):
+    """Write the page and report the figures."""
+    if arguments.count < 1:
+        raise ConfigError(f"inspect: --count {arguments.count}: expected 1 or more.")
+    if not arguments.out.endswith(".png"):
         raise ConfigError(
-            f"inspect: --count {arguments.count}, --out {arguments.out!r}: give 1 or more, and a "
-            ".png file"
+            f"inspect: --out {arguments.out!r}: expected a .png file, for example sheet.png."
         )
     dataset = open_dataset(arguments.uri)
-    found = survey(dataset)
-    storage.write_atomic(
-        str(Path(arguments.out)),
-        draw(dataset, found, contact_sheet(dataset, count=arguments.count)),
-    )
-    figures = summary(dataset, found)
+    surveyed = survey(dataset)
+    sheet = contact_sheet(dataset, count=arguments.count)
+    storage.write_atomic(str(Path(arguments.out)), draw(dataset, surveyed, sheet))
+    figures = summary(dataset, surveyed)
     if arguments.json:
         say_json(figures)
-    else:
-        for name, value in figures.items():
-            say(f"{name:>14}  {value}")
-        say(f"inspect: wrote {arguments.out}")
+        return 0
+    for name, value in figures.items():
+        say(f"{name:>14}  {value}")
+    say(f"inspect: wrote {arguments.out}")
     return 0
 
 
@@ -220,5 +231,5 @@ def main(args: Sequence[str] | None = None) -> int:
         Arguments,
         args,
         module="pipeline.inspect",
-        interrupted="inspect: stopped; nothing was written.",
+        interrupted="inspect: stopped before the page was written: run the same command again.",
     )

@@ -2,7 +2,7 @@
 
 Fast by default: counts, sizes and the index against each other. `--full` reads every byte: sha256
 of every shard, the shard's structure, the hash of every image, and decodes it. Shards made
-elsewhere are always read whole, for there is nothing to compare them with but themselves.
+elsewhere are always read whole: they have no manifest to be compared with.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Problem:
     """One thing that is wrong.
 
     Args:
-        shard: File it is in; empty where it concerns the dataset.
+        shard: File it is in; empty if it concerns the whole dataset.
         key: Sample it concerns, or empty.
         problem: What is wrong.
     """
@@ -53,14 +53,14 @@ class Problem:
 
 
 @dataclass
-class Verdict:
+class VerifyResult:
     """What was found.
 
     Args:
         num_samples: Samples of the dataset, or of its readable shards.
         num_shards: Shards of the dataset.
         problems: Everything that is wrong.
-        ignored: What was passed over in the shards, by reason.
+        ignored: Members of the shards that were skipped, counted by reason.
     """
 
     num_samples: int = 0
@@ -71,8 +71,8 @@ class Verdict:
     def to_json(self) -> dict[str, Any]:
         """Return what `--json` prints."""
         problems = [
-            {"shard": found.shard, "key": found.key, "problem": found.problem}
-            for found in self.problems
+            {"shard": problem.shard, "key": problem.key, "problem": problem.problem}
+            for problem in self.problems
         ]
         return {
             "num_samples": self.num_samples,
@@ -81,7 +81,7 @@ class Verdict:
         }
 
 
-def verify(uri: str, *, full: bool = False) -> Verdict:
+def verify(uri: str, *, full: bool = False) -> VerifyResult:
     """Check a dataset and return what is wrong with it.
 
     Args:
@@ -92,41 +92,44 @@ def verify(uri: str, *, full: bool = False) -> Verdict:
         DataError: There is no dataset, it is unfinished, or `dataset.json` cannot be read.
         InfrastructureError: The storage failed.
     """
-    if storage.exists(storage.join(uri, DATASET_FILE)) or storage.exists(
-        storage.join(uri, PLAN_FILE)
-    ):
+    # An unfinished conversion has shards, too: opening it says that it is unfinished.
+    is_ours = any(storage.exists(storage.join(uri, name)) for name in (DATASET_FILE, PLAN_FILE))
+    if is_ours:
         return _verify_dataset(open_dataset(uri), full=full)
     return _verify_foreign(uri, full=full)
 
 
-def _verify_dataset(manifest: Manifest, *, full: bool) -> Verdict:
+def _verify_dataset(manifest: Manifest, *, full: bool) -> VerifyResult:
     info = manifest.info
-    verdict = Verdict(info.num_samples, info.num_shards)
+    result = VerifyResult(info.num_samples, info.num_shards)
     present = {file.name: file.size_bytes for file in storage.list_files(manifest.uri)}
     listed = set(info.shards.columns["name"])
     for name in sorted(present):
         if name.endswith(suffix_of(info.format)) and name not in listed:
-            verdict.problems.append(Problem(name, "", f"not in {DATASET_FILE}"))
+            result.problems.append(Problem(name, "", f"not in {DATASET_FILE}"))
 
     def check(s: int) -> list[Problem]:
         return _verify_shard(manifest, s, present, full=full)
 
-    for problems in _each(check, manifest, label="Verifying"):
-        verdict.problems.extend(problems)
-    verdict.problems.extend(_repeated_keys(manifest) if full else [])
-    return verdict
+    for problems in _each_shard(check, manifest):
+        result.problems.extend(problems)
+    if full:
+        result.problems.extend(_repeated_keys(manifest))
+    return result
 
 
-def _each(
-    check: Callable[[int], list[Problem]], manifest: Manifest, *, label: str
+def _each_shard(
+    check: Callable[[int], list[Problem]], manifest: Manifest
 ) -> Iterator[list[Problem]]:
-    """Run a check on every shard, several at a time, and yield what it finds in order."""
-    workers = min(_THREADS, (os.cpu_count() or 1) if storage.is_local(manifest.uri) else _THREADS)
+    """Run a check on every shard, several at a time, and yield the problems in order."""
+    # A local disk feeds a thread per core; a store answers more requests than there are cores.
+    workers = _THREADS
+    if storage.is_local(manifest.uri):
+        workers = min(_THREADS, os.cpu_count() or 1)
     sizes = manifest.shard_sizes.tolist()
+    label = f"Verifying {storage.name_of(manifest.uri)}"
     with (
-        Progress(
-            f"{label} {storage.name_of(manifest.uri)}", total=manifest.info.num_samples
-        ) as progress,
+        Progress(label, total=manifest.info.num_samples) as progress,
         ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool,
     ):
         for s, problems in enumerate(pool.map(check, range(manifest.info.num_shards))):
@@ -170,11 +173,12 @@ def _inconsistent(name: str, table: ShardTable, size_bytes: int) -> Iterator[Pro
         yield Problem(
             name, table.keys[row], f"bytes {table.offsets[row]} to {ends[row]} lie outside the file"
         )
-    order = np.argsort(
-        table.offsets, kind="stable"
-    )  # FFCV's workers write a beton's pages out of order
-    for place in np.flatnonzero(table.offsets[order][1:] < ends[order][:-1]).tolist():
-        yield Problem(name, table.keys[order[place + 1]], "lies on top of the sample before it")
+    # By offset, not by row: FFCV's workers write a beton's pages out of order.
+    order = np.argsort(table.offsets, kind="stable")
+    starts = table.offsets[order]
+    overlaps = starts[1:] < ends[order][:-1]
+    for row in order[1:][overlaps].tolist():
+        yield Problem(name, table.keys[row], "lies on top of the sample before it")
 
 
 def _verify_bytes(manifest: Manifest, s: int, table: ShardTable) -> list[Problem]:
@@ -243,7 +247,7 @@ def _repeated_keys(manifest: Manifest) -> Iterator[Problem]:
         try:
             keys = manifest.shard_table(s).keys
         except DataError:
-            continue  # told already
+            continue  # reported by the check of this shard
         for key in keys:
             first = seen.setdefault(key.encode(), s)
             if first != s:
@@ -252,27 +256,27 @@ def _repeated_keys(manifest: Manifest) -> Iterator[Problem]:
                 )
 
 
-def _verify_foreign(uri: str, *, full: bool) -> Verdict:
-    verdict = Verdict()
+def _verify_foreign(uri: str, *, full: bool) -> VerifyResult:
+    result = VerifyResult()
     files = list_shards(uri)[1]
     for file, shard in zip(files, scan(uri, files), strict=True):
-        verdict.num_shards += 1
+        result.num_shards += 1
         if isinstance(shard, DataError):
-            verdict.problems.append(Problem(file.name, "", str(shard)))
+            result.problems.append(Problem(file.name, "", str(shard)))
             continue
-        verdict.num_samples += len(shard.table)
+        result.num_samples += len(shard.table)
         for reason, count in shard.ignored.items():
-            verdict.ignored[reason] = verdict.ignored.get(reason, 0) + count
+            result.ignored[reason] = result.ignored.get(reason, 0) + count
         found = (
             list(_undecodable(storage.join(uri, file.name), file.name, shard))
             if full
             else [Problem(file.name, key, str(refused)) for key, refused in shard.bad]
         )
-        verdict.problems.extend(found)
-    return verdict
+        result.problems.extend(found)
+    return result
 
 
-def write_manifest(uri: str) -> Verdict:
+def write_manifest(uri: str) -> VerifyResult:
     """Index a folder of shards and write `manifest.parquet`, `dataset.json` and, for tars, DALI's
     indexes beside them.
 
@@ -287,11 +291,10 @@ def write_manifest(uri: str) -> Verdict:
     for name in (DATASET_FILE, PLAN_FILE):
         if storage.exists(storage.join(uri, name)):
             raise ConfigError(
-                f"verify: {storage.redact(uri)} has {name} already. Verify it without "
-                "--write-manifest, "
-                "or remove that file first."
+                f"verify: {storage.redact(uri)} already has {name}. Verify it without "
+                "--write-manifest, or remove that file first."
             )
-    verdict = Verdict()
+    result = VerifyResult()
     container, files = list_shards(uri)
 
     def shards() -> Iterator[ShardIndex]:
@@ -299,7 +302,7 @@ def write_manifest(uri: str) -> Verdict:
             if isinstance(shard, DataError):
                 raise DataError(f"verify: {shard}")
             name = shard.file.name
-            verdict.problems.extend(Problem(name, key, str(refused)) for key, refused in shard.bad)
+            result.problems.extend(Problem(name, key, str(refused)) for key, refused in shard.bad)
             if shard.dali_index:
                 stem = name.removesuffix(SUFFIXES["webdataset"])
                 storage.write_atomic(storage.join(uri, f"{stem}.idx"), shard.dali_index)
@@ -312,56 +315,62 @@ def write_manifest(uri: str) -> Verdict:
         container=container,
         made_by={"tool": "pipeline.verify --write-manifest"},
     )
-    verdict.num_samples, verdict.num_shards = info.num_samples, info.num_shards
-    return verdict
+    result.num_samples = info.num_samples
+    result.num_shards = info.num_shards
+    return result
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Check a dataset: exit code 0 where all is well, 3 where something is wrong."""
+    """Check a dataset. Exit code 0: no problem found; 3: at least one problem."""
 
     uri: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URI")]
     """Folder of the dataset: a path, s3://, gs:// or az://."""
     full: bool = False
-    """Read every byte: sha256 of every shard, hash of every image, and decode it. About a
-    core-minute for 30,000 photographs."""
+    """Read every byte: check the sha256 of every shard and the hash of every image, and decode it.
+    Takes about one core-minute per 30,000 photographs."""
     json: bool = False
     """Write the result to stdout as JSON: num_samples, num_shards, problems."""
     write_manifest: bool = False
-    """Index shards that were made elsewhere, and write manifest.parquet and dataset.json beside
+    """Index shards that were made elsewhere, and write manifest.parquet and dataset.json next to
     them."""
 
 
-_SHOWN = 20
+_MOST_SHOWN = 20
+"""Problems that are listed for a person."""
 
 
 def _run(arguments: Arguments) -> int:
+    """Do what the command line asks for and return the exit code."""
     try:
-        verdict = (
-            write_manifest(arguments.uri)
-            if arguments.write_manifest
-            else verify(arguments.uri, full=arguments.full)
-        )
+        if arguments.write_manifest:
+            result = write_manifest(arguments.uri)
+        else:
+            result = verify(arguments.uri, full=arguments.full)
     except DataError as error:
         if not arguments.json:
             raise
-        verdict = Verdict(problems=[Problem("", "", str(error))])
+        # A program that reads the answer gets one object, whatever is wrong.
+        result = VerifyResult(problems=[Problem("", "", str(error))])
     if arguments.json:
-        say_json(verdict.to_json())
+        say_json(result.to_json())
     else:
-        for found in verdict.problems[:_SHOWN]:
-            say(f"{found.shard}{':' if found.key else ''}{found.key}: {found.problem}")
-        if len(verdict.problems) > _SHOWN:
-            say(f"... and {len(verdict.problems) - _SHOWN:,} more; --json lists all")
-        for reason, count in verdict.ignored.items():
-            say(f"note: {count:,} passed over: {reason}")
-        found_all = (
-            f"{len(verdict.problems):,} problems" if verdict.problems else "no problem found"
-        )
-        say(
-            f"verify: {verdict.num_samples:,} samples in {verdict.num_shards:,} shards: {found_all}"
-        )
-    return DataError.exit_code if verdict.problems else 0
+        _say(result)
+    return DataError.exit_code if result.problems else 0
+
+
+def _say(result: VerifyResult) -> None:
+    """Write the result for a person."""
+    for problem in result.problems[:_MOST_SHOWN]:
+        location = f"{problem.shard}:{problem.key}" if problem.key else problem.shard
+        say(f"{location}: {problem.problem}")
+    num_hidden = len(result.problems) - _MOST_SHOWN
+    if num_hidden > 0:
+        say(f"... and {num_hidden:,} more; --json lists all")
+    for reason, count in result.ignored.items():
+        say(f"note: {count:,} skipped: {reason}")
+    verdict = f"{len(result.problems):,} problems" if result.problems else "no problem found"
+    say(f"verify: {result.num_samples:,} samples in {result.num_shards:,} shards: {verdict}")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -371,5 +380,8 @@ def main(args: Sequence[str] | None = None) -> int:
         Arguments,
         args,
         module="pipeline.verify",
-        interrupted="verify: stopped; nothing was changed.",
+        interrupted=(
+            "verify: stopped. The shards were not changed: run the same command again to start "
+            "over."
+        ),
     )

@@ -150,7 +150,7 @@ def test_a_written_manifest_is_the_converters(tars: Path, made: Path) -> None:
         assert (tars / name).read_bytes() == (made / name).read_bytes()
     assert open_dataset(str(tars)).info.shards == open_dataset(str(made)).info.shards
     assert verify(str(tars), full=True).problems == []
-    with pytest.raises(ConfigError, match=r"dataset\.json already"):
+    with pytest.raises(ConfigError, match=r"already has dataset\.json"):
         write_manifest(str(tars))
 
 
