@@ -122,6 +122,18 @@ def extract_links(markdown: str) -> list[str]:
     return sorted({a or b for a, b in targets if not re.match(r"[a-z]+:", a or b)})
 
 
+def extract_anchors(markdown: str) -> list[tuple[str, str]]:
+    """Give every (file, anchor) that a page links to; the file is empty for the page itself."""
+    return sorted(set(re.findall(r"\]\(([\w./-]*)#([^)]+)\)", markdown)))
+
+
+def headings(markdown: str) -> set[str]:
+    """Give the anchors of a page's headings, as GitHub names them."""
+    outside = re.sub(r"^```.*?^```", "", markdown, flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", outside, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
 PAGES = [
     REPOSITORY / "README.md",
     *sorted((REPOSITORY / "docs").rglob("*.md")),
@@ -158,6 +170,16 @@ def test_links_lead_to_files(page: Path) -> None:
         link for link in extract_links(page.read_text()) if not (page.parent / link).exists()
     ]
     assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=PAGE_NAMES)
+def test_anchors_lead_to_headings(page: Path) -> None:
+    missing = []
+    for link, anchor in extract_anchors(page.read_text()):
+        target = page.parent / link if link else page
+        if anchor not in headings(target.read_text()):
+            missing.append(f"{link}#{anchor}")
+    assert missing == []
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -295,6 +317,12 @@ def test_modules_targets_and_links_are_found() -> None:
     assert extract_modules(PAGE) == ["train.demo", "train.pretrain"]
     assert extract_make_targets(PAGE) == ["check", "demo", "setup", "test-unit"]
     assert extract_links(PAGE) == ["docs/notes.md", "docs/picture.png"]
+    assert extract_anchors(f"{PAGE} [below](#two)") == [("", "two"), ("docs/notes.md", "top")]
+    assert headings("# 3: data\n```\n# no\n```\n### `a.b`\n## One two\n") == {
+        "3-data",
+        "ab",
+        "one-two",
+    }
 
 
 def test_a_block_runs_with_our_python_and_stops_at_the_first_failure(tmp_path: Path) -> None:
