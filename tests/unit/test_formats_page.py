@@ -7,6 +7,7 @@ the program about real files and about thousands of random choices.
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,8 @@ from model.config import count_visible
 from model.masking import mask_patches
 from pipeline.config import OrderConfig, ViewConfig
 from pipeline.dataset import open_dataset
+from pipeline.formats.webdataset_writer import WebDatasetWriter
+from pipeline.images.header import probe
 from pipeline.images.refused import Reason
 from pipeline.sampling.boxes import draw_boxes
 from pipeline.sampling.order import Cursor, EpochOrder, Order
@@ -64,6 +67,25 @@ def test_a_dataset_is_read(
             stored = page["read_image"](folder, info, tables, shard, row)
             assert stored == crops[sample_id % len(crops)]
             sample_id += 1
+
+
+def test_an_index_for_dali_is_as_the_page_says(tmp_path: Path, crops: list[bytes]) -> None:
+    with WebDatasetWriter(str(tmp_path / "train-000000.tar")) as writer:
+        for number, image in enumerate(crops[:3]):
+            writer.add(f"k{number}", image, probe(image), label=number, metadata={"class": "a"})
+        written = writer.close()
+    first, *lines = written.dali_index.decode().splitlines()
+    assert first == "v1.2 3"
+    archive = (tmp_path / "train-000000.tar").read_bytes()
+    for number, line in enumerate(lines):
+        words = line.split()
+        members = {
+            words[i]: (archive[int(words[i + 1]) :][: int(words[i + 2])], words[i + 3])
+            for i in range(0, len(words), 4)
+        }
+        assert members["jpg"] == (crops[number], f"k{number}.jpg")
+        assert members["cls"] == (str(number).encode(), f"k{number}.cls")
+        assert json.loads(members["json"][0]) == {"class": "a"}
 
 
 @given(
