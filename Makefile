@@ -21,8 +21,9 @@ $(STAMP): pyproject.toml constraints.txt deploy/setup.sh
 setup: ## install everything into .venv (settings: EXTRAS, PYTHON, TORCH_INDEX_URL)
 	@deploy/setup.sh
 
-demo: $(STAMP) ## convert, pre-train, resume and paint on this machine (settings: SRC, URI, OUT)
-	$(PY) -m train.demo $(if $(SRC),--src '$(SRC)') $(if $(URI),--uri '$(URI)') --run-dir '$(or $(OUT),runs/demo)'
+demo: $(STAMP) ## convert, pre-train, resume and paint on this machine (settings: SRC, URI, OUT, STEPS, MINUTES)
+	$(PY) -m train.demo $(if $(SRC),--src '$(SRC)') $(if $(URI),--uri '$(URI)') --run-dir '$(or $(OUT),runs/demo)' \
+	  $(if $(STEPS),--steps '$(STEPS)') $(if $(MINUTES),--minutes '$(MINUTES)')
 
 test: $(STAMP) ## all tests that need no GPU
 	$(TEST_ENV) $(PYTEST) -m "not gpu" -n $(WORKERS) --dist loadfile --durations=12 --durations-min=5 $(ARGS)

@@ -25,8 +25,9 @@ from pipeline.convert.conversion import convert
 from pipeline.convert.settings import ConvertSettings
 from pipeline.dataset import open_dataset
 from pipeline.loader import Batch, Loader
-from pipeline.sampling.boxes import mask_noise
 from pipeline.verify import verify
+from train.objectives.choose import choose_objective
+from train.objectives.mae import MASK_NOISE
 from train.process.outcome import read_status
 from train.report.metrics_file import read_metrics
 from train.settings.command_line import parse_run
@@ -115,18 +116,20 @@ def test_a_killed_conversion_is_completed_to_the_same_bytes(written: Path):
 # --------------------------------------------------------------------------------- order and losses
 
 
-def describe(batch: Batch, *, seed: int, num_patches: int) -> dict[str, Any]:
+def describe(batch: Batch) -> dict[str, Any]:
     """Say of a micro-batch what the older version's description says."""
-    noise_BN = mask_noise(seed, batch.epochs_B, batch.sample_ids_B, num_patches)
+    noise_BN = batch.draws[MASK_NOISE].numpy()
+    # One tuple entry per view; a masked autoencoder has one view.
+    (boxes,) = batch.boxes
     return {
         "sample_ids": batch.sample_ids_B.tolist(),
         "epochs": batch.epochs_B.tolist(),
         "labels": batch.labels_B.tolist(),
-        "tops": batch.boxes.tops_B.tolist(),
-        "lefts": batch.boxes.lefts_B.tolist(),
-        "heights": batch.boxes.heights_B.tolist(),
-        "widths": batch.boxes.widths_B.tolist(),
-        "flips": batch.boxes.flips_B.tolist(),
+        "tops": boxes.tops_B.tolist(),
+        "lefts": boxes.lefts_B.tolist(),
+        "heights": boxes.heights_B.tolist(),
+        "widths": boxes.widths_B.tolist(),
+        "flips": boxes.flips_B.tolist(),
         "mask_noise_sha256": hashlib.sha256(noise_BN.astype("<f4").tobytes()).hexdigest(),
         "pixel_mean": float(batch.images_BCHW.double().mean()),
     }
@@ -140,7 +143,7 @@ def test_order_boxes_and_masks_are_those_of_then(
     config = parse_run(expected["words"])
     with Loader(
         open_dataset(str(written / container)),
-        config.view,
+        choose_objective(config).sampling(),
         config.order,
         config.loader,
         seed=config.train.seed,
@@ -153,9 +156,7 @@ def test_order_boxes_and_masks_are_those_of_then(
             loader.load_state_dict(json.loads(state.read_text())["client"]["loader"])
         batches = iter(loader)
         for then in expected[place]:
-            now = describe(
-                next(batches), seed=config.train.seed, num_patches=config.model.num_patches
-            )
+            now = describe(next(batches))
             # Pixels are rounded by kernels that differ with the processor; all else is exact.
             assert now.pop("pixel_mean") == pytest.approx(then["pixel_mean"], abs=2e-3)
             assert now == {name: value for name, value in then.items() if name != "pixel_mean"}

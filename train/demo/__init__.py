@@ -1,1 +1,1 @@
-"""The whole way in minutes: `python -m train.demo`."""
+"""From pictures to a trained, measured and exported model: `python -m train.demo`."""

@@ -1,5 +1,9 @@
-"""Running the project's own commands from a program: printed as one would type them, stopped in an
-orderly way."""
+"""Run the project's own commands from a program: printed as one would type them, stopped in an
+orderly way.
+
+Every command runs in a session of its own. Ctrl-C on a terminal then reaches this program alone,
+which decides how the command ends; otherwise launcher, ranks and workers would each answer it.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,12 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
+from typing import Any
 
 import psutil
 
@@ -20,9 +26,15 @@ from pipeline.errors import ConfigError, MaelstromError
 from train.process.outcome import read_status
 
 POLL_S = 0.2
-"""How often a training is looked at while it runs."""
-STOP_LIMIT_S = 120.0
+"""How often a running command is looked at."""
+STOP_LIMIT_S = 300.0
 """How long a training may take to save and end before it is killed."""
+KILL_LIMIT_S = 10.0
+"""How long the kernel may take to end killed processes; one that waits for a disk takes longer."""
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Ctrl-C, a scheduler's or service's stop, and a terminal that was closed."""
+# What signal.signal takes and gives back.
+Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
 class StageFailed(MaelstromError):  # noqa: N818 - named for what happened
@@ -34,10 +46,47 @@ class StageFailed(MaelstromError):  # noqa: N818 - named for what happened
         self.exit_code = exit_code
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error
-    """Ctrl-C or SIGTERM, after what was running has saved and ended."""
+class Interrupts:
+    """Notes the signals that ask this program to stop, while a child of it runs.
+
+    A KeyboardInterrupt may come between starting a process and keeping its number; that process
+    would be left behind. A noted signal is answered at the next look. Use it as a context manager,
+    in the main thread.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        """How often this program was asked to stop."""
+        self._before: dict[signal.Signals, Handler] = {}
+
+    def __enter__(self) -> Interrupts:
+        for number in INTERRUPTS:
+            # nohup has SIGHUP ignored, and a shell's background job SIGINT: they stay so.
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
 
 
+def raise_interrupts() -> None:
+    """Let SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does, when no child runs."""
+    for number in INTERRUPTS:
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
+
+
+# -------------------------------------------------------------------------------------- any command
 def run_stage(stage: str, command: Sequence[str], *, env: Mapping[str, str] | None = None) -> None:
     """Print a command and run it to its end.
 
@@ -48,13 +97,58 @@ def run_stage(stage: str, command: Sequence[str], *, env: Mapping[str, str] | No
 
     Raises:
         StageFailed: it ended with a code other than 0.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP; the command was killed. Every command goes on
+            where a killed one was.
     """
     print_command(command)
-    code = subprocess.run(command, env=env, check=False).returncode
+    with Interrupts() as interrupts:
+        process = subprocess.Popen(command, env=env, start_new_session=True)
+        while not _has_ended(process):
+            if interrupts.count:
+                kill_session(process)
+                raise KeyboardInterrupt
+        # A converter's fork server lives a little longer than the converter.
+        kill_session(process)
+    code = process.returncode
     if code:
         raise StageFailed(stage, code if code > 0 else 128 - code)
 
 
+def kill_session(process: subprocess.Popen[Any]) -> None:
+    """End a process that was started as the leader of a session, and all that it has started, and
+    wait until they are gone. The leader may have ended before."""
+    deadline_s = time.monotonic() + KILL_LIMIT_S
+    # Again until none is left: a launcher may have started another process in between.
+    while members := _living_members(process.pid):
+        for member in members:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+        if time.monotonic() > deadline_s:
+            break
+        time.sleep(0.02)
+    process.wait()
+
+
+def _living_members(session: int) -> list[psutil.Process]:
+    """Find the processes of a session: unlike children, they are found when their parent has
+    ended."""
+    members = []
+    for process in psutil.process_iter():
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):
+            is_member = os.getsid(process.pid) == session
+            if is_member and process.status() != psutil.STATUS_ZOMBIE:
+                members.append(process)
+    return members
+
+
+def _has_ended(process: subprocess.Popen[Any]) -> bool:
+    """Wait a moment for a process; tell whether it has ended."""
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(POLL_S)
+    return process.returncode is not None
+
+
+# ----------------------------------------------------------------------------------------- training
 def run_training(
     command: Sequence[str],
     *,
@@ -64,9 +158,6 @@ def run_training(
 ) -> None:
     """Print a training command and run it to its end, or stop it after some steps.
 
-    It runs in a session of its own: Ctrl-C then reaches this program alone, which stops the ranks
-    one way, instead of the launcher and every rank at once.
-
     Args:
         command: program and words, launcher included.
         run_dir: the run's folder, whose status.json is read.
@@ -75,22 +166,21 @@ def run_training(
 
     Raises:
         StageFailed: it failed; with the code of status.json, because launchers flatten codes.
-        Interrupted: Ctrl-C or SIGTERM, once the ranks have saved and ended.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP, once the ranks have saved and ended.
     """
     print_command(command)
-    process = subprocess.Popen(command, env=env, start_new_session=True)
+    earlier = read_status(run_dir).get("launch")
     told = False
-    with _terminate_as_interrupt():
-        try:
-            while process.poll() is None:
-                if stop_at is not None and not told and _step_of(run_dir, process) >= stop_at:
-                    told = True
-                    stop_ranks(process)
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(POLL_S)
-        except KeyboardInterrupt:
-            _stop_and_wait(process)
-            raise Interrupted from None
+    with Interrupts() as interrupts:
+        process = subprocess.Popen(command, env=env, start_new_session=True)
+        while not _has_ended(process):
+            if interrupts.count:
+                _stop_training(process, run_dir, interrupts, earlier=earlier)
+                raise KeyboardInterrupt
+            status = _running_status(run_dir, earlier=earlier)
+            if stop_at is not None and not told and status.get("step", 0) >= stop_at:
+                told = True
+                stop_ranks(process)
     status = read_status(run_dir)
     if process.returncode == 0 or (told and status.get("state") in ("preempted", "done")):
         return
@@ -98,50 +188,47 @@ def run_training(
     raise StageFailed("training", code or abs(process.returncode))
 
 
-def stop_ranks(process: subprocess.Popen[bytes]) -> None:
-    """Tell the ranks of a deepspeed launcher to save and end.
+def stop_ranks(process: subprocess.Popen[Any]) -> None:
+    """Tell the ranks below a deepspeed launcher to save and end.
 
-    The outer launcher would go away without passing a signal on; the one below it passes SIGTERM to
-    the ranks and waits for them.
+    The outer launcher would go away without passing a signal on. The one below it passes SIGTERM
+    on, but kills ranks that have not ended 30 s later: a slow machine may still be on its way to
+    the first step then. So the ranks are told directly; both launchers end after them.
     """
     with suppress(psutil.NoSuchProcess):
-        for child in psutil.Process(process.pid).children():
+        for launcher in psutil.Process(process.pid).children():
             with suppress(psutil.NoSuchProcess):
-                child.send_signal(signal.SIGTERM)
+                for rank in launcher.children():
+                    rank.send_signal(signal.SIGTERM)
 
 
-def _stop_and_wait(process: subprocess.Popen[bytes]) -> None:
-    """Stop a training and wait for it; a second Ctrl-C, or too long a wait, kills it."""
-    sys.stderr.write("\nstopping: the ranks save first (Ctrl-C again ends them at once)\n")
-    try:
-        stop_ranks(process)
-        process.wait(STOP_LIMIT_S)
-    except (KeyboardInterrupt, subprocess.TimeoutExpired):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+def _running_status(run_dir: Path, *, earlier: str | None) -> dict[str, Any]:
+    """Read the run's status if it is of this launch and not of an earlier one; empty otherwise.
 
-
-def _step_of(run_dir: Path, process: subprocess.Popen[bytes]) -> int:
-    """Read the step of the run while it is this process's, not the last start's."""
+    A launch says that it is running when all its ranks answer SIGTERM by saving, and not before.
+    """
     status = read_status(run_dir)
-    if status.get("state") != "running":
-        return 0
-    return int(status.get("step", 0))
+    if status.get("state") == "running" and status.get("launch") != earlier:
+        return status
+    return {}
 
 
-@contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """Treat SIGTERM like Ctrl-C inside the block."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _stop_training(
+    process: subprocess.Popen[Any], run_dir: Path, interrupts: Interrupts, *, earlier: str | None
+) -> None:
+    """Let the ranks save and end; kill them if there is nothing to save yet, if that takes too long
+    or if this program is interrupted again."""
+    if not _running_status(run_dir, earlier=earlier):
+        # Launchers and ranks still import torch, which can take a minute: no step was taken.
+        kill_session(process)
+        return
+    sys.stderr.write("\nstopping: the ranks save first (Ctrl-C again ends them at once)\n")
+    asked = interrupts.count
+    deadline_s = time.monotonic() + STOP_LIMIT_S
+    stop_ranks(process)
+    while not _has_ended(process):
+        if interrupts.count > asked or time.monotonic() > deadline_s:
+            kill_session(process)
 
 
 def deepspeed_command(recipe: str, settings: Sequence[str], *, ranks: int) -> list[str]:
@@ -153,23 +240,17 @@ def deepspeed_command(recipe: str, settings: Sequence[str], *, ranks: int) -> li
         ranks: processes.
 
     Raises:
-        ConfigError: the launcher is not installed beside this Python.
+        ConfigError: the launcher is not installed next to this Python.
     """
     launcher = Path(sys.executable).parent / "deepspeed"
     if not launcher.exists():
         raise ConfigError(
             f"{launcher}: not there; install the project into this environment (make setup)"
         )
+    # The launcher's own errors only repeat what a rank has said, or that it was told to stop.
+    options = ["--log_level", "critical", "--num_gpus", str(ranks)]
     # A fixed port would collide with another training on this machine.
-    options = [
-        "--log_level",
-        "error",
-        "--num_gpus",
-        str(ranks),
-        "--master_port",
-        str(free_port()),
-        "--module",
-    ]
+    options += ["--master_port", str(free_port()), "--module"]
     return [str(launcher), *options, "train.pretrain", recipe, *settings]
 
 
@@ -181,14 +262,16 @@ def environment(*, ranks: int, has_gpu: bool) -> dict[str, str]:
         ranks: processes.
         has_gpu: whether they compute on GPUs.
     """
+    cores_per_rank = len(os.sched_getaffinity(0)) // ranks
     defaults = {
-        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)),
-        # torch 2.13 announces renamed collectives on every rank; nothing in this project calls
+        "OMP_NUM_THREADS": str(max(1, cores_per_rank)),
+        # torch 2.13 announces renamed collectives on every rank; no code of this project calls
         # them.
         "PYTHONWARNINGS": "ignore::FutureWarning",
     }
     if not has_gpu:
-        defaults["DS_ACCELERATOR"] = "cpu"  # the launcher warns otherwise
+        # Otherwise the launcher looks for a GPU and warns that there is none.
+        defaults["DS_ACCELERATOR"] = "cpu"
     return {**defaults, **os.environ}
 
 
@@ -201,7 +284,7 @@ def free_port() -> int:
 
 def print_command(command: Sequence[str]) -> None:
     """Print a command as one would type it from the current folder."""
-    program, here = command[0], f"{Path.cwd()}{os.sep}"
-    shown = [program.removeprefix(here), *command[1:]]
-    sys.stdout.write(f"$ {shlex.join(shown)}\n")
+    here = f"{Path.cwd()}{os.sep}"
+    program = command[0].removeprefix(here)
+    sys.stdout.write(f"$ {shlex.join([program, *command[1:]])}\n")
     sys.stdout.flush()

@@ -70,11 +70,11 @@ def _refuse_other_classes(train_data: Manifest, val_data: Manifest) -> None:
 
 def _accuracies(
     saved: SavedModel, train_data: Manifest, val_data: Manifest, *, max_images: int | None
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Classify by neighbours with the trained encoder, and with the one it started from."""
     device = next(saved.model.parameters()).device
     encoders = {"trained": saved.model, "untrained": untrained_like(saved, device=device)}
-    accuracies = {}
+    found: dict[str, Any] = {}
     for name, model in encoders.items():
         known_MD, known_labels_M = embed(
             model,
@@ -92,8 +92,10 @@ def _accuracies(
             limit=max_images,
             label=f"{name} encoder, held-out images",
         )
-        accuracies[name] = knn_accuracy(features_BD, labels_B, known_MD, known_labels_M)
-    return accuracies
+        found[name] = knn_accuracy(features_BD, labels_B, known_MD, known_labels_M)
+        # Fewer known images give a lower share: a figure says on how many it was measured.
+        found |= {"num_classified": len(labels_B), "num_known": len(known_labels_M)}
+    return found
 
 
 def report(result: dict[str, Any]) -> str:
@@ -114,7 +116,8 @@ def report(result: dict[str, Any]) -> str:
         knn = result["knn"]
         lines += [
             f"{knn['neighbours']}-nearest-neighbour accuracy over {knn['num_classes']} classes "
-            f"({knn['pooling']}):",
+            f"({knn['pooling']}), {knn['num_classified']} held-out images among {knn['num_known']} "
+            "training images:",
             f"  untrained encoder              {100 * knn['untrained']:.1f}%",
             f"  trained encoder                {100 * knn['trained']:.1f}%",
         ]
