@@ -1,1 +1,1 @@
-"""Where images come from: folders, tars, Parquet, tables of URIs, datasets."""
+"""Sources of images: folders, tars, Parquet, tables of URIs, datasets."""

@@ -1,5 +1,4 @@
-"""Tells what a source is: from its name where that is enough, from what lies in the folder where it
-is not."""
+"""Tells what a source is: from its name if that is enough, else from what lies in the folder."""
 
 from __future__ import annotations
 
@@ -12,9 +11,14 @@ from pipeline import storage
 from pipeline.dataset.info import DATASET_FILE, PLAN_FILE
 from pipeline.errors import ConfigError
 from pipeline.formats.records import SUFFIXES
+from pipeline.sources.columns import has_pattern, holds_images
+from pipeline.sources.dataset import DatasetSource
 from pipeline.sources.folder import FolderSource
 from pipeline.sources.listing import Source, SourceKind, SourceSettings
 from pipeline.sources.names import IMAGE_SUFFIXES
+from pipeline.sources.parquet import ParquetSource
+from pipeline.sources.table import ListSource
+from pipeline.sources.tar import TarSource
 from pipeline.storage.uri import split_scheme
 
 WNID = re.compile(r"n\d{8}")
@@ -28,65 +32,71 @@ def find_kind(uri: str, settings: SourceSettings) -> SourceKind:
     Raises:
         ConfigError: A folder holds several things.
     """
-    path = split_scheme(uri)[1].partition("?")[0] if uri.startswith("https:") else uri
+    is_https = uri.startswith("https:")
+    # A signed URL has its signature behind the name.
+    path = split_scheme(uri)[1].partition("?")[0] if is_https else uri
     suffix = PurePosixPath(path).suffix.lower()
+    # A local folder may be called x.tar; asking a store for each name would cost a request.
+    is_file = not (storage.is_local(uri) and storage.is_folder(uri))
     by_name: dict[str, SourceKind] = {".tar": "tar", ".csv": "list", ".tsv": "list"}
-    if suffix in by_name and not (storage.is_local(uri) and storage.is_folder(uri)):
+    if suffix in by_name and is_file:
         return by_name[suffix]
-    if is_pattern(uri) or (
-        suffix == ".parquet" and not (storage.is_local(uri) and storage.is_folder(uri))
-    ):
+    if is_pattern(uri) or (suffix == ".parquet" and is_file):
         return _kind_of_table(uri, settings)
-    if uri.startswith("https:") or not storage.is_folder(uri):
+    if is_https or not storage.is_folder(uri):
         return "folder"  # whose own message says what is wrong
     return _kind_of_folder(uri, settings)
 
 
 def is_pattern(uri: str) -> bool:
     """Tell whether a URI names several files, such as data/train-*.parquet."""
-    return any(mark in storage.name_of(uri) for mark in "*[") and not storage.exists(uri)
+    # A file may have such a mark in its own name.
+    return has_pattern(uri) and not storage.exists(uri)
 
 
 def _kind_of_folder(uri: str, settings: SourceSettings) -> SourceKind:
+    """Tell what a folder holds; several kinds of sources in it are an error."""
     seen: Counter[str] = Counter()
     tars: list[str] = []
     for file in storage.list_files(uri):
         suffix = PurePosixPath(file.name).suffix.lower()
-        if file.name == DATASET_FILE or (file.name == PLAN_FILE):
-            return "dataset"  # an unfinished one says so when it is opened
-        if not _OWN_PARQUET.fullmatch(file.name) and not file.name.startswith("."):
+        # A plan is that of an unfinished conversion, which says so when it is opened.
+        if file.name in (DATASET_FILE, PLAN_FILE):
+            return "dataset"
+        is_hidden = file.name.startswith(".")
+        if not _OWN_PARQUET.fullmatch(file.name) and not is_hidden:
             seen["image" if suffix in IMAGE_SUFFIXES else suffix] += 1
         if suffix == SUFFIXES["webdataset"]:
             tars.append(PurePosixPath(file.name).stem)
     if SUFFIXES["ffcv"] in seen:
         return "dataset"
-    found: dict[str, SourceKind] = {}
+
+    kinds: dict[str, SourceKind] = {}
     if seen["image"]:
-        found["images"] = "folder"
+        kinds["images"] = "folder"
     if tars:
-        found["tars"] = _kind_of_tars(uri, tars)
+        kinds["tars"] = _kind_of_tars(uri, tars)
     if seen[".parquet"]:
-        found["Parquet files"] = "parquet"
-    if len(found) > 1:
+        kinds["Parquet files"] = "parquet"
+    if len(kinds) > 1:
         raise ConfigError(
-            f"convert: {storage.redact(uri)} holds {' and '.join(found)}. Give a folder with one "
-            "of them, or name the "
-            "files, as in data/train-*.parquet."
+            f"convert: {storage.redact(uri)} holds {' and '.join(kinds)}. Give a folder with one "
+            "of them, or name the files, for example data/train-*.parquet."
         )
-    if found.get("Parquet files"):
+
+    if "Parquet files" in kinds:
         return _kind_of_table(uri, settings)
-    if not found and storage.is_folder(storage.join(uri, "data")) and not seen["image"]:
-        # A data set cloned from a hub keeps its Parquet files one folder below.
-        below = Counter(
-            PurePosixPath(file.name).suffix
-            for file in storage.list_files(storage.join(uri, "data"))
-        )
-        if below[".parquet"]:
-            return _kind_of_table(storage.join(uri, "data"), settings)
-    return next(iter(found.values()), "folder")
+    # A data set cloned from a hub keeps its Parquet files one folder below.
+    data_folder = storage.join(uri, "data")
+    if not kinds and storage.is_folder(data_folder):
+        suffixes = {PurePosixPath(file.name).suffix for file in storage.list_files(data_folder)}
+        if ".parquet" in suffixes:
+            return _kind_of_table(data_folder, settings)
+    return next(iter(kinds.values()), "folder")
 
 
 def _kind_of_tars(uri: str, stems: list[str]) -> SourceKind:
+    """Tell tars of classes from a dataset of tars, by their names."""
     whole = [stem for stem in stems if stem.startswith("ILSVRC2012_img_")]
     if whole:
         raise ConfigError(
@@ -97,8 +107,6 @@ def _kind_of_tars(uri: str, stems: list[str]) -> SourceKind:
 
 
 def _kind_of_table(uri: str, settings: SourceSettings) -> SourceKind:
-    from pipeline.sources.columns import holds_images
-
     return "parquet" if holds_images(uri, settings) else "list"
 
 
@@ -111,14 +119,8 @@ def open_source(
         uri: A folder of images; a dataset; a tar of images or of class tars; Parquet files, by
             folder, file or pattern; a CSV, TSV or Parquet list of URIs.
         settings: Where labels come from, and which columns of a table are meant.
-        kind: What it is, where that is known.
+        kind: What it is; None finds out. Workers are told: looking again costs a listing.
     """
-    # They need this module's names.
-    from pipeline.sources.dataset import DatasetSource
-    from pipeline.sources.parquet import ParquetSource
-    from pipeline.sources.table import ListSource
-    from pipeline.sources.tar import TarSource
-
     kinds: dict[SourceKind, Callable[[str, SourceSettings], Source]] = {
         "folder": FolderSource,
         "dataset": DatasetSource,

@@ -1,5 +1,4 @@
-"""What tables share: which column is meant, class numbers out of a column, and the Parquet files of
-a place."""
+"""What sources that are tables share: their Parquet files, and which column is meant."""
 
 from __future__ import annotations
 
@@ -24,36 +23,44 @@ def find_files(uri: str) -> list[storage.FileInfo]:
     """Return the Parquet files of a folder, a pattern or a file, by name.
 
     Raises:
-        DataError: There is none.
+        ConfigError: The folder holds the files of several splits.
+        DataError: There is no such file.
     """
-    if (
-        not uri.startswith("https:")
-        and not any(mark in storage.name_of(uri) for mark in "*[")
-        and storage.is_folder(uri)
-    ):
-        folder, pattern = uri, "*.parquet"
-    elif storage.name_of(uri).endswith(".parquet") and not any(
-        mark in storage.name_of(uri) for mark in "*["
-    ):
-        return [storage.FileInfo(storage.name_of(uri), uri, storage.size_of(uri))]
-    else:
+    name = storage.name_of(uri)
+    is_pattern = has_pattern(uri)
+    is_folder = not uri.startswith("https:") and not is_pattern and storage.is_folder(uri)
+    if not is_folder and not is_pattern and name.endswith(".parquet"):
+        return [storage.FileInfo(name, uri, storage.size_of(uri))]
+
+    folder = uri
+    pattern = "*.parquet"
+    if not is_folder:
         folder, pattern = uri.rsplit("/", 1) if "/" in uri else (".", uri)
-    found = [file for file in storage.list_files(folder) if fnmatch.fnmatch(file.name, pattern)]
-    if not found and pattern == "*.parquet" and storage.is_folder(storage.join(uri, "data")):
-        return find_files(storage.join(uri, "data"))
-    if not found:
+    files = [file for file in storage.list_files(folder) if fnmatch.fnmatch(file.name, pattern)]
+    if not files:
+        # A data set cloned from a hub keeps its files one folder below.
+        data_folder = storage.join(uri, "data")
+        if pattern == "*.parquet" and storage.is_folder(data_folder):
+            return find_files(data_folder)
         raise DataError(
             f"convert: no file {pattern} in {storage.redact(folder)}. Check the folder and the "
             "pattern."
         )
-    words = {file.name.split("-")[0] for file in found if "-of-" in file.name}
-    if pattern == "*.parquet" and len(words) > 1:
+
+    # Hubs name files train-00000-of-00007.parquet, all splits in one folder.
+    splits = sorted({file.name.split("-")[0] for file in files if "-of-" in file.name})
+    if pattern == "*.parquet" and len(splits) > 1:
+        example = storage.redact(storage.join(folder, splits[0]))
         raise ConfigError(
-            f"convert: {storage.redact(folder)} holds files of {', '.join(sorted(words))}. Give "
-            "one of them, as "
-            f"{storage.redact(storage.join(folder, sorted(words)[0]))}-*.parquet."
+            f"convert: {storage.redact(folder)} holds files of {', '.join(splits)}. Give one of "
+            f"them, for example {example}-*.parquet."
         )
-    return sorted(found, key=lambda file: file.name)
+    return sorted(files, key=lambda file: file.name)
+
+
+def has_pattern(uri: str) -> bool:
+    """Tell whether the last part of a URI has marks of a pattern."""
+    return any(mark in storage.name_of(uri) for mark in "*[")
 
 
 @contextmanager
@@ -65,9 +72,8 @@ def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
             yield pq.ParquetFile(source, pre_buffer=False)
         except (pa.ArrowException, OSError) as error:
             raise DataError(
-                f"convert: {storage.redact(uri)} is damaged, or no Parquet file "
-                f"({type(error).__name__}: {error}). "
-                "Download it again."
+                f"convert: {storage.redact(uri)} is damaged, or is not a Parquet file "
+                f"({type(error).__name__}: {error}). Download it again."
             ) from error
 
 
@@ -81,12 +87,15 @@ def holds_images(uri: str, settings: SourceSettings) -> bool:
 
 
 def path_of_bytes(field: pa.Field) -> str:
-    """Return the path of a column's bytes, or nothing where it has none."""
+    """Return the path of a column's bytes; empty if it has none.
+
+    A column may hold bytes itself, or records of (bytes, path) as Hugging Face's datasets does.
+    """
     kind: Any = field.type
-    if pa.types.is_struct(kind):
-        inner = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
-        return f"{field.name}.bytes" if _is_binary(inner.get("bytes")) else ""
-    return field.name if _is_binary(kind) else ""
+    if not pa.types.is_struct(kind):
+        return field.name if _is_binary(kind) else ""
+    inner = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
+    return f"{field.name}.bytes" if _is_binary(inner.get("bytes")) else ""
 
 
 def _is_binary(kind: Any) -> bool:
@@ -94,18 +103,26 @@ def _is_binary(kind: Any) -> bool:
 
 
 def choose_column(
-    names: list[str], usual: tuple[str, ...], asked: str | None, *, option: str, where: str
+    names: list[str], usual: tuple[str, ...], asked: str | None, *, option: str, shown: str
 ) -> str | None:
-    """Return the column asked for, else the first of the usual names, else nothing.
+    """Return the column asked for, else the first that has a usual name, else None.
+
+    Args:
+        names: Columns of the table.
+        usual: Names to look for, in lower case, the best first.
+        asked: Column that the user chose.
+        option: Option that chooses it, for errors.
+        shown: What to call the table in errors.
 
     Raises:
-        ConfigError: The one asked for is not there.
+        ConfigError: The table does not have the column asked for.
     """
     if asked is not None:
         if asked not in names:
             raise ConfigError(
-                f"convert: {where} has no column {asked!r} ({option}); it has {', '.join(names)}."
+                f"convert: {shown} has no column {asked!r} ({option}); it has {', '.join(names)}."
             )
         return asked
+    # Reversed: of two names that differ in case only, the first counts.
     lower = {name.lower(): name for name in reversed(names)}
     return next((lower[name] for name in usual if name in lower), None)

@@ -63,18 +63,23 @@ class DatasetSource:
             sizes.append(table.sizes)
             labels.append(table.labels)
         all_keys = pa.concat_arrays(keys)
-        if pc.any(pc.match_substring_regex(all_keys, _UNFIT_KEY)).as_py() or len(
-            all_keys.unique()
-        ) != len(all_keys):
+        # Keys made elsewhere may be such that a WebDataset cannot hold them, or occur twice.
+        has_unfit = pc.any(pc.match_substring_regex(all_keys, _UNFIT_KEY)).as_py()
+        has_repeated = len(all_keys.unique()) != len(all_keys)
+        if has_unfit or has_repeated:
             all_keys = sample_keys(all_keys)
-        unlabelled = self._labels == "none"
-        found = np.concatenate(labels)
+
+        all_labels = np.concatenate(labels)
+        classes = manifest.info.classes
+        if self._labels == "none":
+            all_labels = np.full_like(all_labels, NO_LABEL)
+            classes = None
         return Listing(
             uri=self.uri,
             names=pa.concat_arrays(names),
             sizes=np.concatenate(sizes),
-            labels=np.full_like(found, NO_LABEL) if unlabelled else found,
-            classes=None if unlabelled else manifest.info.classes,
+            labels=all_labels,
+            classes=classes,
             passed_over={},
             kind="dataset",
             keys=all_keys,
@@ -87,7 +92,7 @@ class DatasetSource:
         return read_each(self.uri, lambda i: self._read(wanted.names[i]), len(wanted))
 
     def _read(self, name: str) -> bytes:
-        s, row = _place(name)
+        s, row = _position(name)
         manifest = self._manifest()
         table = manifest.shard_table(s)
         data = storage.read_bytes(
@@ -99,18 +104,17 @@ class DatasetSource:
 
     def about(self, name: str, *, class_name: str | None) -> dict[str, Any] | None:
         """Return the JSON that is stored beside the image, as it is."""
-        s, row = _place(name)
+        s, row = _position(name)
         if s not in self._texts:
-            self._texts = {
-                s: self._read_texts(s)
-            }  # samples come shard by shard: one shard's are enough
+            # Samples come shard by shard: the texts of one shard at a time are enough.
+            self._texts = {s: self._read_texts(s)}
         return self._texts[s][row]
 
     def _read_texts(self, s: int) -> list[dict[str, Any] | None]:
         manifest = self._manifest()
         if manifest.info.format == "ffcv":
             return read_metas(manifest.shard_uri(s))
-        found: dict[str, dict[str, Any]] = {}
+        texts: dict[str, dict[str, Any]] = {}
         with storage.open_read(manifest.shard_uri(s)) as file:
             scanner = TarScanner(file, shard=manifest.shard_name(s))
             for member in scanner:
@@ -118,11 +122,11 @@ class DatasetSource:
                 if parts is not None and parts[1] == "json" and member.size <= _MAX_TEXT_BYTES:
                     value = _parse(scanner.read())
                     if value is not None:
-                        found[parts[0]] = value
-        return [found.get(key) for key in manifest.shard_table(s).keys]
+                        texts[parts[0]] = value
+        return [texts.get(key) for key in manifest.shard_table(s).keys]
 
 
-def _place(name: str) -> tuple[int, int]:
+def _position(name: str) -> tuple[int, int]:
     s, row, _ = name.split("/", 2)
     return int(s), int(row)
 

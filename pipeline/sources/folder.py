@@ -23,7 +23,7 @@ class FolderSource:
     """A folder of class folders (the first folder of a path is its class), or a flat folder without
     labels.
 
-    Hidden files and folders are passed over.
+    Hidden files and folders are skipped.
 
     Args:
         uri: The folder.
@@ -40,7 +40,7 @@ class FolderSource:
         return read_each(self.uri, lambda i: read(wanted.names[i]), len(wanted))
 
     def about(self, name: str, *, class_name: str | None) -> dict[str, Any] | None:
-        """Return the file's name, and its class where it has one."""
+        """Return the file's name, and its class if it has one."""
         return name_and_class(name, class_name)
 
     def listing(self) -> Listing:
@@ -48,21 +48,19 @@ class FolderSource:
 
         Raises:
             DataError: There is no such folder, or no image in it.
-            ConfigError: Whether there are classes cannot be told.
+            ConfigError: It is unclear whether there are classes.
         """
         if storage.exists(self.uri) and not storage.is_folder(self.uri):
             raise ConfigError(
                 f"convert: {storage.redact(self.uri)} is a file. Give the folder that holds the "
-                "images, or a .tar, "
-                ".parquet, .csv or .tsv file."
+                "images, or a .tar, .parquet, .csv or .tsv file."
             )
         builder = ListingBuilder(self.uri)
         for file in storage.list_files(self.uri, recursive=True):
             builder.add(file.name, file.size_bytes)
         if not len(builder):
             raise DataError(
-                f"convert: no image in {storage.redact(self.uri)}; seen: {builder.seen()}. Looked "
-                "for "
-                f"{', '.join(IMAGE_SUFFIXES)}, tars, betons and Parquet files."
+                f"convert: no image in {storage.redact(self.uri)}; seen: {builder.seen()}. "
+                f"Expected {', '.join(IMAGE_SUFFIXES)}, tars, betons or Parquet files."
             )
         return builder.build(self._settings, kind="folder")

@@ -1,8 +1,8 @@
 """Labels that are kept apart from the images: ImageNet's validation set, whose tar has no folders.
 
-Class numbers are places in the sorted list of class names, as folders give them: a train set from
-folders or class tars and a val set labelled here agree. ImageNet's own ILSVRC2012_ID is another
-order, which only the devkit's `meta.mat`, or a list made from it, translates.
+A class number is the position of a class name in sorted order, as it is for folders: a train set of
+folders or class tars and a val set labelled here agree. ImageNet's own ILSVRC2012_ID counts in
+another order, which only the devkit's `meta.mat`, or a list made from it, translates.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class GroundTruth:
     """Class names of images, in the order of the images' names, or by the images' names.
 
     Args:
-        where: What to call it in errors.
+        shown: What to call it in errors.
         names: Of the classes, sorted.
         in_order: A class an image.
         by_name: Classes by the images' names without extension.
     """
 
-    where: str
+    shown: str
     names: list[str]
     in_order: list[str]
     by_name: dict[str, str]
@@ -58,23 +58,25 @@ class GroundTruth:
         Raises:
             DataError: There is no class for an image.
         """
-        number = {name: place for place, name in enumerate(self.names)}
-        if self.in_order and len(self.in_order) != len(names):
-            raise DataError(
-                f"convert: {self.where} has the classes of {len(self.in_order)} images, but there "
-                f"are {len(names)}. "
-                "Use the file that belongs to these images."
-            )
+        number = {name: position for position, name in enumerate(self.names)}
         if self.in_order:
-            return np.array([number[name] for name in self.in_order], np.int32), self.names
+            # One line too few would shift every label behind it.
+            if len(self.in_order) != len(names):
+                raise DataError(
+                    f"convert: {self.shown} has the classes of {len(self.in_order)} images, but "
+                    f"there are {len(names)}. Use the file that belongs to these images."
+                )
+            numbers = [number[name] for name in self.in_order]
+            return np.array(numbers, np.int32), self.names
+
         labels = np.empty(len(names), np.int32)
-        for place, name in enumerate(names.to_pylist()):
+        for row, name in enumerate(names.to_pylist()):
             stem = PurePosixPath(str(name)).stem
             if stem not in self.by_name:
                 raise DataError(
-                    f"convert: {self.where} has no class for {name}. Use the file for these images."
+                    f"convert: {self.shown} has no class for {name}. Use the file for these images."
                 )
-            labels[place] = number[self.by_name[stem]]
+            labels[row] = number[self.by_name[stem]]
         return labels, self.names
 
 
@@ -86,68 +88,70 @@ def read_ground_truth(uri: str, synsets: str | None = None) -> GroundTruth:
             line in the order of the images' names, or an image's name and its class a line (blank
             or comma between; the rest is ignored).
         synsets: `meta.mat`, or a text file whose line k is the class with ILSVRC2012_ID k, or `ID
-            class` lines. Needed where a text file holds numbers.
+            class` lines. Needed if a text file holds numbers.
 
     Raises:
         ConfigError: Numbers without the list that says what they mean; scipy is missing for
             `meta.mat`.
         DataError: There is no such file, or it cannot be understood.
     """
-    where = storage.redact(uri)
+    shown = storage.redact(uri)
     files = _devkit(uri)
     if files:
         missing = [name for name in (_LABELS_FILE, _META_FILE) if name not in files]
         if missing and not (missing == [_META_FILE] and synsets):
-            raise DataError(f"convert: {where} holds no {' and no '.join(missing)}. {_HOW}")
+            raise DataError(f"convert: {shown} does not hold {' and '.join(missing)}. {_HOW}")
         meta = synsets and storage.read_bytes(synsets)
-        classes = _read_synsets(meta or files[_META_FILE], where=storage.redact(synsets or uri))
-        return _numbered(files[_LABELS_FILE].decode().split(), classes, where=where)
-    rows = [
-        re.split(r"[\s,]+", line.strip())
-        for line in _text(storage.read_bytes(uri), where).splitlines()
-    ]
-    rows = [row for row in rows if row != [""]]
+        classes = _read_synsets(meta or files[_META_FILE], shown=storage.redact(synsets or uri))
+        return _numbered(files[_LABELS_FILE].decode().split(), classes, shown=shown)
+    return _read_text(storage.read_bytes(uri), synsets, shown=shown)
+
+
+def _read_text(data: bytes, synsets: str | None, *, shown: str) -> GroundTruth:
+    """Read a text file: a number or a name per line, or an image's name and its class."""
+    lines = _text(data, shown).splitlines()
+    rows = [re.split(r"[\s,]+", line.strip()) for line in lines if line.strip()]
     if rows and rows[0][0].lower() in ("imageid", "image", "filename", "file"):
         rows = rows[1:]
     if not rows:
-        raise DataError(f"convert: {where} is empty. {_HOW}")
-    firsts = [row[0] for row in rows]
+        raise DataError(f"convert: {shown} is empty. {_HOW}")
+
     if all(len(row) == 1 for row in rows):
-        if not all(text.isdecimal() for text in firsts):
-            return GroundTruth(where, sorted(set(firsts)), firsts, {})
+        words = [row[0] for row in rows]
+        if not all(word.isdecimal() for word in words):
+            return GroundTruth(shown, sorted(set(words)), words, {})
         if synsets is None:
             raise ConfigError(
-                f"convert: {where} holds numbers, which are ILSVRC2012_IDs and not places in the "
-                "sorted class names: "
-                "labels would not agree with those of the train set. Give --synsets meta.mat, or "
-                "the whole devkit as "
-                "--ground-truth."
+                f"convert: {shown} holds numbers, which are ILSVRC2012_IDs and not places in the "
+                "sorted class names, so labels would not agree with those of the train set. Give "
+                "--synsets meta.mat, or the whole devkit as --ground-truth."
             )
-        return _numbered(
-            firsts,
-            _read_synsets(storage.read_bytes(synsets), where=storage.redact(synsets)),
-            where=where,
-        )
-    if any(len(row) < 2 for row in rows) or all(row[1].isdecimal() for row in rows):
-        raise DataError(f"convert: {where} cannot be understood: {' '.join(rows[0])!r}. {_HOW}")
+        classes = _read_synsets(storage.read_bytes(synsets), shown=storage.redact(synsets))
+        return _numbered(words, classes, shown=shown)
+
+    # Names with numbers: lists of other projects, numbered in an order that nobody states.
+    is_numbered = all(len(row) >= 2 and row[1].isdecimal() for row in rows)
+    if is_numbered or any(len(row) < 2 for row in rows):
+        raise DataError(f"convert: {shown} cannot be understood: {' '.join(rows[0])!r}. {_HOW}")
     by_name = {PurePosixPath(row[0]).stem: row[1] for row in rows}
-    return GroundTruth(where, sorted(set(by_name.values())), [], by_name)
+    return GroundTruth(shown, sorted(set(by_name.values())), [], by_name)
 
 
-def _numbered(numbers: list[str], classes: dict[int, str], *, where: str) -> GroundTruth:
+def _numbered(numbers: list[str], classes: dict[int, str], *, shown: str) -> GroundTruth:
     unknown = [text for text in numbers if not text.isdecimal() or int(text) not in classes]
     if unknown:
         raise DataError(
-            f"convert: {where} has the class number {unknown[0]!r}, which the list of classes "
-            "lacks."
+            f"convert: {shown} has the class number {unknown[0]!r}, which is not in the list of "
+            "classes. Use the list that belongs to it."
         )
-    return GroundTruth(
-        where, sorted(classes.values()), [classes[int(text)] for text in numbers], {}
-    )
+    in_order = [classes[int(text)] for text in numbers]
+    # All classes of the list, even those without an image here: numbers must agree with the train
+    # set's.
+    return GroundTruth(shown, sorted(classes.values()), in_order, {})
 
 
 def _devkit(uri: str) -> dict[str, bytes]:
-    """Return the two files of a devkit that matter, or nothing where it is no devkit."""
+    """Return the two files of a devkit that matter, or an empty dict if it is not a devkit."""
     wanted = (_LABELS_FILE, _META_FILE)
     if uri.endswith((".tar.gz", ".tgz", ".tar")):
         with storage.open_read(uri) as packed:
@@ -171,31 +175,33 @@ def _devkit(uri: str) -> dict[str, bytes]:
 
 
 def _unpack(scanner: TarScanner, wanted: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
-    yield "", b""  # an archive is a devkit, if an empty one
+    # An archive is a devkit even if it lacks both files: the error then says what is missing.
+    yield "", b""
     for member in scanner:
         name = member.name.rsplit("/", 1)[-1]
         if name in wanted and member.size <= _MAX_FILE_BYTES:
             yield name, scanner.read()
 
 
-def _read_synsets(data: bytes, *, where: str) -> dict[int, str]:
+def _read_synsets(data: bytes, *, shown: str) -> dict[int, str]:
     """Return class names by ILSVRC2012_ID."""
     if data.startswith(b"MATLAB"):
-        return _read_meta(data, where=where)
-    rows = [line.split() for line in _text(data, where).splitlines() if line.strip()]
+        return _read_meta(data, shown=shown)
+    rows = [line.split() for line in _text(data, shown).splitlines() if line.strip()]
     if rows and all(len(row) >= 2 and row[0].isdecimal() for row in rows):
         return {int(row[0]): row[1] for row in rows}
     names = [row[0] for row in rows]
+    # A list sorted by name would be taken for one sorted by ID, and every label would be wrong.
     if len(names) > 2 and names == sorted(names):
         raise DataError(
-            f"convert: {where} lists the classes in sorted order, but ILSVRC2012_IDs are given in "
-            "another. Use "
-            "meta.mat of the devkit, or lines of an ID and a class."
+            f"convert: {shown} lists the classes in sorted order, but ILSVRC2012_IDs count in "
+            "another. Use meta.mat of the devkit, or lines of an ID and a class, for example "
+            "`1 n02119789`."
         )
     return dict(enumerate(names, start=1))
 
 
-def _read_meta(data: bytes, *, where: str) -> dict[int, str]:
+def _read_meta(data: bytes, *, shown: str) -> dict[int, str]:
     try:
         from scipy.io import loadmat
     except ImportError:
@@ -213,12 +219,12 @@ def _read_meta(data: bytes, *, where: str) -> dict[int, str]:
         return {int(number): str(wnid) for number, wnid, children in rows if int(children) == 0}
     except (ValueError, TypeError, KeyError, IndexError, NotImplementedError) as error:
         raise DataError(
-            f"convert: {where} is not ImageNet's meta.mat ({type(error).__name__}: {error})."
+            f"convert: {shown} is not ImageNet's meta.mat ({type(error).__name__}: {error})."
         ) from error
 
 
-def _text(data: bytes, where: str) -> str:
+def _text(data: bytes, shown: str) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError:
-        raise DataError(f"convert: {where} is not a text file. {_HOW}") from None
+        raise DataError(f"convert: {shown} is not a text file. {_HOW}") from None

@@ -1,5 +1,4 @@
-"""Where images come from before they are shards: what there is, in a fixed order, and its
-labels."""
+"""What a source holds, in a fixed order: names, sizes and labels of its images."""
 
 from __future__ import annotations
 
@@ -82,16 +81,16 @@ class Listing:
     """The images of a source, in an order that depends on the source alone.
 
     Args:
-        uri: Where the source is.
+        uri: Of the source.
         names: Paths below it (Arrow, so that fourteen million take a gigabyte, not five).
         sizes: Bytes of each.
-        labels: Class numbers, -1 where there are none.
-        classes: Class names by number, or nothing.
+        labels: Class numbers, -1 for an image without one.
+        classes: Class names by number; None if they have no names.
         passed_over: Other files, counted by suffix.
         kind: What the source is.
-        keys: The samples' keys where they are given, not made from the names.
-        bounds: Where shards begin and end, in a source that has shards.
-        fingerprint: Of the content, where the source knows it.
+        keys: The samples' keys; None if they are made from the names.
+        bounds: First row of each shard, then the end, if the source has shards.
+        fingerprint: Of the content, if the source knows it.
         locations: Where each image lies, as records of the source's own: a file's number and what
             lies in it. None if the name is enough.
         files: URIs of the files that the locations count.
@@ -129,8 +128,10 @@ class Listing:
         """Return a sha256 of all names, sizes and labels: the identity of what is converted."""
         digest = hashlib.sha256()
         for start in range(0, len(self), 65_536):
-            part = "\0".join(map(str, self.names[start : start + 65_536].to_pylist()))
-            digest.update(part.encode() + b"\0")
+            names = self.names[start : start + 65_536].to_pylist()
+            text = "\0".join(str(name) for name in names)
+            digest.update(text.encode() + b"\0")
+        # Fixed widths and byte order: a conversion may continue on another machine.
         digest.update(self.sizes.astype("<i8").tobytes())
         digest.update(self.labels.astype("<i4").tobytes())
         digest.update("\0".join(self.classes or []).encode())
@@ -154,14 +155,17 @@ class Source(Protocol):
 def read_each(
     uri: str, read: Callable[[int], bytes | Refused], count: int
 ) -> Iterator[bytes | Refused]:
-    """Yield `read(0)`, `read(1)` and so on; several are under way at a time where each is a request
-    to a server."""
+    """Yield `read(0)`, `read(1)` and so on; several are under way at a time if each is a request to
+    a server."""
     if storage.is_local(uri):
         yield from map(read, range(count))
         return
+    # In batches: `map` over all of them would read a whole shard into memory.
+    batch = 4 * _REMOTE_READERS
     with ThreadPoolExecutor(_REMOTE_READERS, thread_name_prefix="read") as pool:
-        for start in range(0, count, 4 * _REMOTE_READERS):
-            yield from pool.map(read, range(start, min(count, start + 4 * _REMOTE_READERS)))
+        for start in range(0, count, batch):
+            end = min(count, start + batch)
+            yield from pool.map(read, range(start, end))
 
 
 def name_and_class(name: str, class_name: str | None) -> dict[str, Any]:

@@ -76,25 +76,25 @@ class ParquetSource:
         self._settings = settings or SourceSettings()
 
     def about(self, name: str, *, class_name: str | None) -> dict[str, Any] | None:
-        """Return the image's path as the table has it, and its class where it has one."""
+        """Return the image's path as the table has it, and its class if it has one."""
         return name_and_class(name, class_name)
 
-    def _columns(self, schema: pa.Schema, where: str) -> _Columns:
-        places = {field.name: path_of_bytes(field) for field in schema}
-        with_bytes = [name for name, place in places.items() if place]
+    def _columns(self, schema: pa.Schema, shown: str) -> _Columns:
+        paths = {field.name: path_of_bytes(field) for field in schema}
+        with_bytes = [name for name, path in paths.items() if path]
         option = "--image-column"
         chosen = choose_column(
-            with_bytes, IMAGE_COLUMNS, self._settings.image_column, option=option, where=where
+            with_bytes, IMAGE_COLUMNS, self._settings.image_column, option=option, shown=shown
         )
         if chosen is None and len(with_bytes) == 1:
             chosen = with_bytes[0]
         if chosen is None:
             raise ConfigError(
-                f"convert: {where} has no column of images that can be told by its name; those "
-                "with bytes are "
-                f"{', '.join(with_bytes) or 'none'} of {', '.join(schema.names)}. Choose one with "
-                f"{option}."
+                f"convert: {shown} has no column of images with a usual name; columns with bytes: "
+                f"{', '.join(with_bytes) or 'none'}; all columns: {', '.join(schema.names)}. "
+                f"Choose one with {option}."
             )
+        # No labels asked for: a label column of any kind is then ignored.
         label = None
         if self._settings.labels != "none":
             label = choose_column(
@@ -102,11 +102,11 @@ class ParquetSource:
                 LABEL_COLUMNS,
                 self._settings.label_column,
                 option="--label-column",
-                where=where,
+                shown=shown,
             )
         kind: Any = schema.field(chosen).type
         has_path = pa.types.is_struct(kind) and kind.get_field_index("path") >= 0
-        return _Columns(places[chosen], f"{chosen}.path" if has_path else None, label)
+        return _Columns(paths[chosen], f"{chosen}.path" if has_path else None, label)
 
     def listing(self) -> Listing:
         """Return the images in the order of the files; sizes are the mean of their row group.

@@ -43,7 +43,7 @@ URI_COLUMNS = (
 )
 SIZE_COLUMNS = ("size_bytes", "size", "bytes")
 _UNKNOWN_SIZE_BYTES = 110_000
-"""What an image is taken to have where the list does not say: the mean of ImageNet's train set."""
+"""Size assumed for an image if the list gives none: the mean of ImageNet's train set."""
 
 
 class ListSource:
@@ -72,11 +72,12 @@ class ListSource:
                     return Refused(Reason.NOT_FOUND)
                 raise
 
+        # One remote image is enough to read several at a time.
         all_local = all(storage.is_local(self._whole(name)) for name in wanted.names)
         return read_each(self.uri if all_local else "https://", read, len(wanted))
 
     def about(self, name: str, *, class_name: str | None) -> dict[str, Any] | None:
-        """Return the URI without what may be a secret, and the class where there is one."""
+        """Return the URI without what may be a secret, and the class if there is one."""
         return name_and_class(name, class_name)
 
     def _whole(self, name: str) -> str:
@@ -87,8 +88,7 @@ class ListSource:
         if scheme in ("", "file") and not storage.is_local(self.uri):
             raise ConfigError(
                 f"convert: {storage.redact(self.uri)} names the local file {path!r}; a list from "
-                "elsewhere must not. "
-                "Copy the list to this machine if that is meant."
+                "elsewhere must not. Copy the list to this machine if you trust it."
             )
         return name
 
@@ -113,7 +113,7 @@ class ListSource:
         )
 
     def _read(self) -> tuple[pa.Table, pa.StringArray, pa.ChunkedArray]:
-        where = storage.redact(self.uri)
+        shown = storage.redact(self.uri)
         files = find_files(self.uri) if not self.uri.endswith((".csv", ".tsv")) else []
         try:
             if files:
@@ -127,29 +127,29 @@ class ListSource:
                     io.BytesIO(storage.read_bytes(self.uri)), parse_options=options
                 )
         except pa.ArrowException as error:
-            raise DataError(f"convert: {where} cannot be read as a table ({error}).") from error
+            raise DataError(f"convert: {shown} cannot be read as a table ({error}).") from error
         asked = self._settings.image_column
         column = choose_column(
-            table.column_names, URI_COLUMNS, asked, option="--image-column", where=where
+            table.column_names, URI_COLUMNS, asked, option="--image-column", shown=shown
         )
         if column is None:
             raise ConfigError(
-                f"convert: {where} has no column of URIs ({', '.join(URI_COLUMNS)}); it has "
+                f"convert: {shown} has no column of URIs ({', '.join(URI_COLUMNS)}); it has "
                 f"{', '.join(table.column_names)}. Choose one with --image-column; a CSV needs a "
                 "header."
             )
         if not len(table):
-            raise DataError(f"convert: {where} has no row.")
+            raise DataError(f"convert: {shown} has no rows. Check that it is complete.")
         values = table[column]
         if values.null_count or not (
             pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
         ):
-            raise DataError(f"convert: {where}: column {column!r} must hold a URI in every row.")
+            raise DataError(f"convert: {shown}: column {column!r} must hold a URI in every row.")
         label = None
         if self._settings.labels != "none":
             asked = self._settings.label_column
             label = choose_column(
-                table.column_names, LABEL_COLUMNS, asked, option="--label-column", where=where
+                table.column_names, LABEL_COLUMNS, asked, option="--label-column", shown=shown
             )
         labels: Any = (
             table[label] if label else pa.chunked_array([np.full(len(table), NO_LABEL, np.int32)])
@@ -164,14 +164,14 @@ class ListSource:
         Every URI is looked at: one that is not opened is said before anything is read.
         """
         sizes = np.full(len(names), _UNKNOWN_SIZE_BYTES, np.int64)
-        for place, name in enumerate(names.to_pylist()):
+        for row, name in enumerate(names.to_pylist()):
             uri = self._whole(str(name))
             if storage.is_local(uri):
                 try:
-                    sizes[place] = storage.local_path(uri).stat().st_size
+                    sizes[row] = storage.local_path(uri).stat().st_size
                 except OSError:
-                    sizes[place] = 0  # reading it will say what is wrong
-        given = choose_column(table.column_names, SIZE_COLUMNS, None, option="", where="")
+                    sizes[row] = 0  # reading it will say what is wrong
+        given = choose_column(table.column_names, SIZE_COLUMNS, None, option="", shown="")
         if given and pa.types.is_integer(table[given].type):
             column: Any = table[given]
             return np.asarray(column.fill_null(_UNKNOWN_SIZE_BYTES).to_numpy(), np.int64)

@@ -1,10 +1,10 @@
 """Tars of images as they are distributed: one tar, or ImageNet's tar of a tar a class; nothing is
 unpacked.
 
-One pass over the headers finds where each image lies in the outermost file; from then on an image
-is one ranged read, so that any slice of the list can be read in any order, by anybody, from a disk
-or from object storage. Names are those of the unpacked folders: what comes out is byte for byte
-what the folders give.
+One pass over the headers finds the position of each image in the outermost file. From then on an
+image is one ranged read: any slice of the list can be read in any order, by anybody, from a disk or
+from object storage. Names are those of the unpacked folders, so that the result is byte for byte
+that of the folders.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class TarSource:
         return read_each(self.uri, read, len(wanted))
 
     def about(self, name: str, *, class_name: str | None) -> dict[str, Any] | None:
-        """Return the member's name, as it would be unpacked, and its class where it has one."""
+        """Return the member's name, as it would be unpacked, and its class if it has one."""
         return name_and_class(name, class_name)
 
     def listing(self) -> Listing:
@@ -119,7 +119,7 @@ class TarSource:
 
         if not len(builder):
             raise DataError(
-                f"convert: no image in {storage.redact(self.uri)}; found {builder.seen()}. "
+                f"convert: no image in {storage.redact(self.uri)}; seen: {builder.seen()}. "
                 f"Expected {', '.join(IMAGE_SUFFIXES)}, or tars of them."
             )
         return builder.build(self._settings, kind="tar", files=files)

@@ -205,7 +205,7 @@ def test_what_the_user_gets_wrong_is_said_in_one_line(source: Path, tmp_path: Pa
     (tmp_path / "taken" / "a.txt").write_text("x")
     target = tmp_path / "dst"
     assert_message(run(tmp_path / "none", target), 3, "not found", str(tmp_path / "none"))
-    assert_message(run(tmp_path / "empty", target), 3, "no image", "seen: nothing")
+    assert_message(run(tmp_path / "empty", target), 3, "no image", "seen: no files")
     assert_message(run(tmp_path / "text", target), 3, "1 .txt")
     assert_message(run(source, tmp_path / "taken"), 2, "not empty", "a.txt")
     assert_message(run("pipe:ls", target), 2, "pipe:")

@@ -299,7 +299,7 @@ def test_rows_without_a_path_or_an_image(folder: Path, tmp_path: Path) -> None:
 
 def test_damaged_parquet_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(DataError, match=r"a\.parquet is damaged, or no Parquet"):
+    with pytest.raises(DataError, match=r"a\.parquet is damaged, or is not a Parquet"):
         open_source(str(tmp_path / "a.parquet"))
 
 
