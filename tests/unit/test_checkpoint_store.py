@@ -17,7 +17,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from train.checkpoint.files import MANIFEST_FILE, STATE_FILE, find_steps, step_of
+from train.checkpoint.files import (
+    MANIFEST_FILE,
+    STATE_FILE,
+    DamagedCheckpointError,
+    find_steps,
+    read_manifest,
+    step_of,
+)
 from train.checkpoint.state import CheckpointState, load_weights
 from train.checkpoint.store import CheckpointStore, CheckpointWriteError
 from train.config import RunConfig
@@ -401,3 +408,15 @@ def test_reading_a_large_checkpoint_shows_how_far_it_is(saved: Path, monkeypatch
     store = CheckpointStore(str(saved), keep_last=2)
     assert store.latest(World()) is not None
     assert capsys.readouterr().err.startswith("checking step-")
+
+
+def test_a_manifest_that_was_shortened_is_damaged(saved: Path) -> None:
+    """Every file that it still names is sound; only its own hash tells."""
+    path = saved / "step-000004" / MANIFEST_FILE
+    content = json.loads(path.read_text())
+    content["files"].pop(0)
+    path.write_text(json.dumps(content))
+    with pytest.raises(DamagedCheckpointError, match="its own hash does not match"):
+        read_manifest(str(path.parent))
+    # The step before it is taken in its place.
+    assert load_weights(str(saved))[1]["step"] == 2

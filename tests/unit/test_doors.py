@@ -50,7 +50,12 @@ def file_of(door: str) -> Path:
 
 
 def run_door(
-    door: str, *words: str, at_import: str = "", action: str = "", folder: Path
+    door: str,
+    *words: str,
+    at_import: str = "",
+    action: str = "pass",
+    first: str = "pass",
+    folder: Path,
 ) -> subprocess.CompletedProcess[str]:
     """Run a command as a user does, in an interpreter that does something when a module is
     imported.
@@ -60,6 +65,7 @@ def run_door(
         words: what stands behind it.
         at_import: modules, by spaces; the import of the first is waited for.
         action: Python that is then executed.
+        first: Python that is executed when the interpreter starts.
         folder: where the interpreter finds its instructions.
     """
     (folder / "sitecustomize.py").write_text(
@@ -69,8 +75,9 @@ def run_door(
         class Watch:
             def find_spec(self, name, path=None, target=None):
                 if name in {at_import.split()!r}:
-                    {action or "pass"}
+                    {action}
 
+        {first}
         sys.meta_path.insert(0, Watch())
         """)
     )
@@ -162,9 +169,13 @@ def test_of_many_ranks_one_reports_ctrl_c(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_an_ignored_ctrl_c_stays_ignored(tmp_path: Path) -> None:
     """As under nohup, or in the background of a script."""
-    ignore = "signal.signal(signal.SIGINT, signal.SIG_IGN); os.kill(os.getpid(), signal.SIGINT)"
     done = run_door(
-        "pipeline.verify", str(tmp_path / "none"), at_import="json", action=ignore, folder=tmp_path
+        "pipeline.verify",
+        str(tmp_path / "none"),
+        at_import="numpy",
+        action="os.kill(os.getpid(), signal.SIGINT)",
+        first="signal.signal(signal.SIGINT, signal.SIG_IGN)",
+        folder=tmp_path,
     )
     assert done.returncode == DataError.exit_code, done.stderr
     assert done.stderr.startswith("error: ")

@@ -14,11 +14,16 @@ from safetensors.torch import load_file
 from model.config import ModelConfig
 from model.objectives.mae import MaskedAutoencoder
 from pipeline.errors import ConfigError
+from train.checkpoint.store import CheckpointStore
 from train.config import RunConfig
+from train.engine.build import build_engine
 from train.evaluation.neighbours import knn_accuracy
 from train.evaluation.saved_model import SavedModel
 from train.export import export
+from train.export import main as export_command
 from train.objectives.mae import complete, raw_losses, to_display
+from train.process.world import World
+from train.reconstruct import main as reconstruct_command
 from train.report.drawing import draw_loss, draw_reconstruction, spread_ids
 
 SMALL = ModelConfig(
@@ -192,3 +197,53 @@ def test_only_the_nearest_vote():
     labels = torch.tensor([0] + [1] * 30)
     assert knn_accuracy(unit((1, 0)), torch.tensor([0]), known, labels, neighbours=1) == 1.0
     assert knn_accuracy(unit((1, 0)), torch.tensor([0]), known, labels, neighbours=31) == 0.0
+
+
+# ------------------------------------------------------------------------------------- the commands
+
+
+@pytest.fixture
+def run_dir(saved: SavedModel, tmp_path: Path) -> Path:
+    """A run's folder with one checkpoint."""
+    engine = {"kind": "torch", "precision": "fp32"}
+    train = {"steps": 1, "global_batch_size": 2, "micro_batch_size": 2}
+    view = {"height": 32, "width": 32}
+    changed = {"engine": engine, "train": train, "view": view}
+    settings = {**saved.config.model_dump(), **changed}
+    config = RunConfig.model_validate(settings)
+    built = build_engine(config, model=saved.model, resume=None, world=World())
+    store = CheckpointStore(str(tmp_path / "run" / "checkpoints"), keep_last=1)
+    store.save(1, built, {}, world=World())
+    return tmp_path / "run"
+
+
+def test_export_gives_one_json_object(run_dir: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    assert export_command([str(run_dir), "--to", "hf", "--out", str(out), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["to"], result["part"], result["step"]) == ("hf", "full", 1)
+    assert result["files"] == [str(out / "model.safetensors"), str(out / "config.json")]
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_mistake_is_told_before_the_checkpoint_is_read(tmp_path: Path, capsys) -> None:
+    words = [str(tmp_path / "nowhere"), "--to", "timm", "--part", "full"]
+    assert export_command(words) == ConfigError.exit_code
+    assert "takes the encoder only" in capsys.readouterr().err
+
+
+def test_reconstruct_gives_one_json_object(run_dir: Path, tmp_path: Path, capsys) -> None:
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (40, 30), (200, 30, 30)).save(picture)
+    out = tmp_path / "drawn.png"
+    words = [str(run_dir), "--images", str(picture), "--out", str(out), "--json"]
+    assert reconstruct_command(words) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["out"], result["step"], result["num_pictures"]) == (str(out), 1, 1)
+    assert result["loss"] > 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_reconstruct_without_pictures_says_what_to_give(run_dir: Path, capsys) -> None:
+    assert reconstruct_command([str(run_dir)]) == ConfigError.exit_code
+    assert "give a folder of pictures with --images" in capsys.readouterr().err
