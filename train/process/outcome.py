@@ -53,7 +53,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def read_status(run_dir: Path) -> dict[str, Any]:
     """Read a run's status.json; empty if there is none yet."""
     try:
-        status: dict[str, Any] = json.loads((run_dir / STATUS_FILE).read_text(encoding="utf-8"))
+        text = (run_dir / STATUS_FILE).read_text(encoding="utf-8")
+        status: dict[str, Any] = json.loads(text)
     except (OSError, json.JSONDecodeError):
         return {}
     return status
@@ -88,15 +89,17 @@ class Outcome:
             reason: one line for people; empty if there is no more to say.
             more: further keys.
         """
-        updated = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         content = {
             "state": state,
             "exit_code": exit_code,
             "step": self.step,
             "reason": reason,
-            "updated": updated,
+            "updated": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            **more,
+            # Last: it is for other ranks, not for people.
+            "launch": self._launch,
         }
-        write_json(self.run_dir / STATUS_FILE, {**content, **more, "launch": self._launch})
+        write_json(self.run_dir / STATUS_FILE, content)
 
     def conclude(self, error: BaseException) -> int:
         """Report an error once and say which code to end with.
@@ -118,6 +121,7 @@ class Outcome:
         state: RunState = "preempted" if isinstance(error, Preempted) else "failed"
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
+            # The ranks of a node fail within milliseconds; only the first knows the reason.
             with FileLock(self.run_dir / f".{STATUS_FILE}.lock", timeout=LOCK_WAIT_S):
                 known = read_status(self.run_dir)
                 if known.get("launch") == self._launch and known.get("exit_code") is not None:

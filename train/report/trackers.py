@@ -119,9 +119,12 @@ class Background:
 
 
 def _numbers(values: Values) -> dict[str, float | int]:
-    return {
-        name: value for name, value in values.items() if value is not None and math.isfinite(value)
-    }
+    """Keep what can be drawn: neither None nor NaN."""
+    numbers = {}
+    for name, value in values.items():
+        if value is not None and math.isfinite(value):
+            numbers[name] = value
+    return numbers
 
 
 class WandbTracker(Tracker):
@@ -143,9 +146,10 @@ class WandbTracker(Tracker):
         """Begin or go on."""
         import wandb
 
-        run_id = _kept_id(self._run_dir, "wandb") or _keep_id(
-            self._run_dir, "wandb", uuid.uuid4().hex[:8]
-        )
+        run_id = _kept_id(self._run_dir, "wandb")
+        if not run_id:
+            # Kept before the service knows it: a start that is killed in between loses no run.
+            run_id = _keep_id(self._run_dir, "wandb", uuid.uuid4().hex[:8])
         self._run = wandb.init(
             project=self._config.log.wandb_project,
             name=self._config.run.name or self._config.recipe,
@@ -162,9 +166,10 @@ class WandbTracker(Tracker):
 
     def log(self, step: int, values: Values) -> None:
         """Show one line."""
-        self._run.log(
-            {**{f"train/{name}": value for name, value in _numbers(values).items()}, "step": step}
-        )
+        line: dict[str, float | int] = {"step": step}
+        for shown, value in _numbers(values).items():
+            line[f"train/{shown}"] = value
+        self._run.log(line)
 
     def picture(self, step: int, name: str, path: Path) -> None:
         """Show one PNG."""
@@ -200,9 +205,8 @@ class MlflowTracker(Tracker):
         uri = self._config.log.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
         uri = uri or str(self._run_dir.absolute() / "mlruns")
         if "://" not in uri:
-            os.environ.setdefault(
-                "MLFLOW_ALLOW_FILE_STORE", "true"
-            )  # a folder is a store only if this is said
+            # A folder is a store only if this is said.
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
             uri = Path(uri).absolute().as_uri()
         from mlflow.exceptions import MlflowException
         from mlflow.tracking import MlflowClient
@@ -285,22 +289,23 @@ def check_trackers(config: RunConfig) -> None:
 def _shown_settings(config: RunConfig) -> dict[str, Any]:
     """Give the settings as JSON types; URIs without what may be secret in them."""
     sections: dict[str, Any] = config.model_dump(mode="json")
-    return {
-        section: {
-            name: redact(value) if isinstance(value, str) else value
-            for name, value in values.items()
-        }
-        if isinstance(values, dict)
-        else values
-        for section, values in sections.items()
-    }
+    shown: dict[str, Any] = {}
+    for section, values in sections.items():
+        if isinstance(values, dict):
+            shown[section] = {name: _without_secrets(value) for name, value in values.items()}
+        else:
+            shown[section] = values
+    return shown
+
+
+def _without_secrets(value: Any) -> Any:
+    return redact(value) if isinstance(value, str) else value
 
 
 def _kept_id(run_dir: Path, name: str) -> str:
     try:
-        return str(
-            json.loads((run_dir / TRACKED_RUNS_FILE).read_text(encoding="utf-8")).get(name, "")
-        )
+        text = (run_dir / TRACKED_RUNS_FILE).read_text(encoding="utf-8")
+        return str(json.loads(text).get(name, ""))
     except (OSError, ValueError, AttributeError):
         return ""
 
@@ -311,7 +316,8 @@ _ids_lock = threading.Lock()
 
 def _keep_id(run_dir: Path, name: str, run_id: str) -> str:
     with _ids_lock:
-        path = run_dir / TRACKED_RUNS_FILE
         kept = {other: _kept_id(run_dir, other) for other in ("wandb", "mlflow")}
-        write_json(path, {key: value for key, value in {**kept, name: run_id}.items() if value})
+        kept[name] = run_id
+        known = {key: value for key, value in kept.items() if value}
+        write_json(run_dir / TRACKED_RUNS_FILE, known)
     return run_id

@@ -25,8 +25,8 @@ LIVE_PARAMETERS = 10**9
 """Weights that DeepSpeed leaves gathered at stage 3, its default: all those of the models here."""
 BUCKETS_NUMEL = 2 * 50_000_000
 """Elements of the reduce and gather buckets; train/engine/deepspeed_config.py sets their size."""
-Stage = Literal[0, 1, 2, 3]
-STAGE_COST: dict[Stage, float] = {0: 0.01, 1: 0.0, 2: 0.02, 3: 0.15}
+ZeroStage = Literal[0, 1, 2, 3]
+STAGE_COST: dict[ZeroStage, float] = {0: 0.01, 1: 0.0, 2: 0.02, 3: 0.15}
 """Share of a step that a stage adds, for the order of the recommendation only: stages 0 and 2 send
 as much as stage 1, whose update is shared out; stage 3 sends half as much again. Assumed, not
 measured."""
@@ -68,7 +68,7 @@ class Choice:
             ordering only.
     """
 
-    zero_stage: Stage
+    zero_stage: ZeroStage
     checkpointing: ActivationCheckpointing
     memory: MemoryEstimate
     cost: float
@@ -78,7 +78,7 @@ def estimate_memory(
     config: RunConfig,
     *,
     world_size: int,
-    zero_stage: Stage,
+    zero_stage: ZeroStage,
     encoder: ActivationCheckpointing,
     decoder: ActivationCheckpointing,
 ) -> MemoryEstimate:
@@ -94,61 +94,69 @@ def estimate_memory(
     Returns:
         The parts of the estimate.
     """
-    engine, trained = config.engine, parameter_counts(config.model).trainable
+    engine = config.engine
+    trained = parameter_counts(config.model).trainable
     low = engine.precision in ("bf16", "fp16")
     value_bytes = 2 if low else 4
+    # Ranks that share what a stage shards: 1 the optimizer, 2 gradients too, 3 weights too.
     shards = {stage: world_size if zero_stage >= stage else 1 for stage in (1, 2, 3)}
 
-    gathered = min(trained, LIVE_PARAMETERS) if zero_stage == 3 else trained
-    weights = value_bytes * gathered + (
-        value_bytes * trained // shards[3] if zero_stage == 3 else 0
-    )
+    weights = value_bytes * trained
+    if zero_stage == 3:
+        # A rank's own part, and what DeepSpeed leaves gathered for the layers at work.
+        gathered = value_bytes * min(trained, LIVE_PARAMETERS)
+        weights = gathered + value_bytes * trained // shards[3]
+        if engine.offload_parameters == "cpu":
+            weights = gathered
+
     gradients = value_bytes * trained // shards[2]
-    if low:  # in fp32 for the update, and where ZeRO sums several micro-batches, for the sums
-        sums = zero_stage > 0 and config.train.grad_accum_steps(world_size=world_size) > 1
+    if low:
+        # In fp32 for the update and, if ZeRO sums several micro-batches, for the sums.
+        grad_accum_steps = config.train.grad_accum_steps(world_size=world_size)
+        sums = zero_stage > 0 and grad_accum_steps > 1
         gradients += 4 * trained // shards[2 if sums else 1]
+
     # Stage 0 in fp32 optimises the weights themselves; everything else keeps fp32 masters apart.
     masters = 0 if zero_stage == 0 and not low else 4
     optimizer = (masters + 8) * trained // shards[1]
     if zero_stage and engine.offload_optimizer == "cpu":
         optimizer = 0
-    if zero_stage == 3 and engine.offload_parameters == "cpu":
-        weights = value_bytes * gathered
+
+    buckets = value_bytes * BUCKETS_NUMEL if zero_stage else 0
     return MemoryEstimate(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
         activations=_activations(config, encoder=encoder, decoder=decoder),
-        workspace=CONTEXT_BYTES + (value_bytes * BUCKETS_NUMEL if zero_stage else 0),
+        workspace=CONTEXT_BYTES + buckets,
     )
 
 
 def _activations(
     config: RunConfig, *, encoder: ActivationCheckpointing, decoder: ActivationCheckpointing
 ) -> int:
-    model, precision = config.model, config.engine.precision
+    model = config.model
     # Under autocast norms and the residual stream stay fp32 while products save bf16 copies.
-    value_bytes = {"bf16": 2, "fp16": 2, "autocast": 4, "fp32": 4}[precision]
+    value_bytes = {"bf16": 2, "fp16": 2, "autocast": 4, "fp32": 4}[config.engine.precision]
     kept = activation_bytes(model, encoder=encoder, decoder=decoder, value_bytes=value_bytes)
-    again = [
-        _block_bytes(model, stack, value_bytes=value_bytes)
-        for stack, mode in (("encoder", encoder), ("decoder", decoder))
-        if mode != "none"
-    ]
+    # One block at a time is computed again, so only the largest counts.
+    again = 0
+    if encoder != "none":
+        again = max(again, _block_bytes(model, "encoder", value_bytes=value_bytes))
+    if decoder != "none":
+        again = max(again, _block_bytes(model, "decoder", value_bytes=value_bytes))
     images = 4 * CHANNELS * model.image_height * model.image_width
-    return config.train.micro_batch_size * (kept + max(again, default=0) + images)
+    return config.train.micro_batch_size * (kept + again + images)
 
 
 def _block_bytes(model: ModelConfig, stack: str, *, value_bytes: int) -> int:
-    """What one block keeps while it is recomputed, an image."""
+    """What one block keeps while it is recomputed, per image."""
     everything = activation_bytes(model, value_bytes=value_bytes)
     if stack == "encoder":
-        return (
-            everything - activation_bytes(model, encoder="full", value_bytes=value_bytes)
-        ) // model.depth
-    return (
-        everything - activation_bytes(model, decoder="full", value_bytes=value_bytes)
-    ) // model.decoder_depth
+        without = activation_bytes(model, encoder="full", value_bytes=value_bytes)
+        return (everything - without) // model.depth
+    without = activation_bytes(model, decoder="full", value_bytes=value_bytes)
+    return (everything - without) // model.decoder_depth
 
 
 def list_choices(config: RunConfig, *, world_size: int) -> list[Choice]:
@@ -159,20 +167,24 @@ def list_choices(config: RunConfig, *, world_size: int) -> list[Choice]:
         config: settings of the run.
         world_size: ranks.
     """
-    model, once = config.model, train_flops(config.model)
-    return [
-        Choice(
-            stage,
-            mode,
-            estimate_memory(
-                config, world_size=world_size, zero_stage=stage, encoder=mode, decoder=mode
-            ),
-            STAGE_COST[stage] + recompute_flops(model, encoder=mode, decoder=mode) / once,
-        )
-        for stage in get_args(Stage)
-        for mode in get_args(ActivationCheckpointing)
-        if not (stage == 0 and config.engine.precision == "fp16")
-    ]
+    step_flops = train_flops(config.model)
+    choices = []
+    for stage in get_args(ZeroStage):
+        # DeepSpeed does not scale the loss there; see engine_rules.
+        if stage == 0 and config.engine.precision == "fp16":
+            continue
+        for mode in get_args(ActivationCheckpointing):
+            memory = estimate_memory(
+                config,
+                world_size=world_size,
+                zero_stage=stage,
+                encoder=mode,
+                decoder=mode,
+            )
+            again_flops = recompute_flops(config.model, encoder=mode, decoder=mode)
+            cost = STAGE_COST[stage] + again_flops / step_flops
+            choices.append(Choice(stage, mode, memory, cost))
+    return choices
 
 
 def recommend(choices: Iterable[Choice], *, device_bytes: int) -> Choice | None:

@@ -34,13 +34,13 @@ def describe_size(config: RunConfig) -> list[str]:
         encoder=engine.activation_checkpointing,
         decoder=engine.decoder_activation_checkpointing,
     )
+    encoder_parameters = counts.encoder + counts.encoder_pos_embed
+    micro_batch = config.train.micro_batch_size
     lines = [
         _steps_line(config),
-        f"batch: {batch} images = {config.train.micro_batch_size} x {accum} accumulated x "
-        f"{world_size} ranks",
+        f"batch: {batch} images = {micro_batch} x {accum} accumulated x {world_size} ranks",
         f"peak learning rate: {config.optim.base_lr * batch / 256:g}",
-        f"parameters: {counts.total:,} ({counts.encoder + counts.encoder_pos_embed:,} in the "
-        "encoder)",
+        f"parameters: {counts.total:,} ({encoder_parameters:,} in the encoder)",
         f"training operations: {flops / 1e9:.1f} GFLOP an image, {flops * batch / 1e12:.2f} TFLOP "
         "a step",
         f"checkpoints: {config.checkpoint_dir}, every {config.checkpoint.every_steps} steps",

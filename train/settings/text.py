@@ -14,20 +14,23 @@ from train.settings.layers import PROGRAM, default_values, flatten, merge
 def to_toml(config: RunConfig) -> str:
     """Write settings as TOML that `--config` reads back to the same run; unset ones are left
     out."""
-    lines: list[str] = [f"# recipe: {config.recipe}"]
+    lines = [f"# recipe: {config.recipe}"]
     for section, values in config.model_dump().items():
+        # The recipe's name is the only value outside a section.
         if not isinstance(values, dict):
             continue
         lines += ["", f"[{section}]"]
-        lines += [
-            f"{name} = {_toml_value(value)}" for name, value in values.items() if value is not None
-        ]
+        for name, value in values.items():
+            # TOML has no word for None; a name that is left out is one that is not set.
+            if value is not None:
+                lines.append(f"{name} = {_toml_value(value)}")
     return "\n".join(lines) + "\n"
 
 
 def _toml_value(value: Any) -> str:
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+        items = [_toml_value(item) for item in value]
+        return f"[{', '.join(items)}]"
     # TOML's basic strings, booleans and numbers are JSON's, but for floats such as 1e+20, which
     # both read.
     return json.dumps(value)
@@ -43,10 +46,10 @@ def help_text(recipe: str | None) -> str:
     from pydantic import create_model
 
     problems: list[str] = []
-    values, _ = merge(
-        [("defaults", default_values()), ("recipe", flatten(RECIPES[recipe]) if recipe else {})],
-        problems,
-    )
+    layers = [("defaults", default_values())]
+    if recipe is not None:
+        layers.append(("recipe", flatten(RECIPES[recipe])))
+    values, _ = merge(layers, problems)
     config = build_config({**values, "recipe": recipe or "custom"}, {}, problems, world_size=1)
     description = (
         f"Pre-train a masked autoencoder: {PROGRAM} RECIPE [--config run.toml] [--dry-run] "
@@ -57,8 +60,12 @@ def help_text(recipe: str | None) -> str:
         "the model's size, "
         f"and end. The defaults shown are those of {recipe or 'no recipe'}."
     )
-    sections = {name: getattr(config, name) for name in RunConfig.model_fields if name != "recipe"}
-    fields: dict[str, Any] = {name: (type(value), value) for name, value in sections.items()}
+    # tyro shows a model's fields; the recipe is a word of its own and none of them.
+    fields: dict[str, Any] = {}
+    for name in RunConfig.model_fields:
+        if name != "recipe":
+            section = getattr(config, name)
+            fields[name] = (type(section), section)
     shown = create_model("Sections", **fields)
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
