@@ -35,7 +35,7 @@ class Decoded:
 
     Attributes:
         pixels_BHW3: uint8 RGB, on the decoder's device. Rows of bad images are zero.
-        bad: why an image could not be decoded, by its place in the batch.
+        bad: why an image could not be decoded, by its index in the batch.
     """
 
     pixels_BHW3: torch.Tensor
@@ -51,7 +51,7 @@ class Decoder(Protocol):
 
     Attributes:
         depth: batches that are worth submitting before the first of them is waited for.
-        device: where the pixels come out.
+        device: device on which the pixels come out.
     """
 
     depth: int
@@ -66,10 +66,10 @@ class Decoder(Protocol):
 
         Args:
             images_B: each image as a uint8 array: encoded bytes (one dimension), or the pixels
-                themselves where they are stored raw, (height, width, 3).
-            boxes: one box and flip an image, in pixels of the stored image.
-            out_BHW3: uint8 host memory for the pixels, where they come out on the host. Without it,
-                new memory.
+                themselves if they are stored raw, (height, width, 3).
+            boxes: one box and flip per image, in pixels of the stored image.
+            out_BHW3: uint8 host memory for the pixels, if they come out on the host. None: new
+                memory.
         """
         ...
 
@@ -97,6 +97,7 @@ def decode_single(image: U8, boxes: Boxes, view: ViewConfig) -> U8:
         RefusedError: the image cannot be decoded, or the box does not lie inside it.
     """
     try:
+        # Pillow warns of sizes that the screen has let through, and of broken metadata.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if image.ndim == 3:
@@ -109,12 +110,19 @@ def decode_single(image: U8, boxes: Boxes, view: ViewConfig) -> U8:
         raise RefusedError(Refused(Reason.NOT_AN_IMAGE)) from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise RefusedError(Refused(Reason.UNDECODABLE, str(error))) from error
-    top, left = int(boxes.tops_B[0]), int(boxes.lefts_B[0])
-    bottom, right = top + int(boxes.heights_B[0]), left + int(boxes.widths_B[0])
+    top = int(boxes.tops_B[0])
+    left = int(boxes.lefts_B[0])
+    bottom = top + int(boxes.heights_B[0])
+    right = left + int(boxes.widths_B[0])
+    # Pillow would fill what is missing with black.
     if bottom > rgb.height or right > rgb.width:
         raise too_small(rgb.width, rgb.height)
-    pixels = resize_with_pillow(np.asarray(rgb.crop((left, top, right, bottom))), view)
-    return np.ascontiguousarray(pixels[:, ::-1]) if boxes.flips_B[0] else pixels
+    cut_HW3 = np.asarray(rgb.crop((left, top, right, bottom)))
+    pixels_HW3 = resize_with_pillow(cut_HW3, view)
+    if not boxes.flips_B[0]:
+        return pixels_HW3
+    # Mirrored after the resize, as every decoder does: the filter rounds the two ways apart.
+    return np.ascontiguousarray(pixels_HW3[:, ::-1])
 
 
 def too_small(width: int, height: int) -> RefusedError:
@@ -125,7 +133,6 @@ def too_small(width: int, height: int) -> RefusedError:
 
 def resize_with_pillow(cut_HW3: U8, view: ViewConfig) -> U8:
     """Resize RGB pixels to the view's size with the view's filter."""
-    resized = Image.fromarray(cut_HW3).resize(
-        (view.width, view.height), _FILTERS[view.interpolation]
-    )
-    return np.asarray(resized)
+    cut = Image.fromarray(cut_HW3)
+    size = (view.width, view.height)
+    return np.asarray(cut.resize(size, _FILTERS[view.interpolation]))

@@ -11,7 +11,7 @@ from pipeline.decoders.base import Decoder
 from pipeline.decoders.tuning import is_installed, read_tuning
 
 DALI_DEPTH = 2
-"""Batches in DALI's hands where nothing else is set."""
+"""Batches in DALI's hands unless the settings say otherwise."""
 HW_DECODER_LOAD = 0.65
 """DALI's own default for the GPU's JPEG engine."""
 
@@ -26,16 +26,16 @@ def build_decoder(
 ) -> Decoder:
     """Build the decoder that `loader.decoder` names.
 
-    `auto` takes what the tuning file found best, where there is one. Else it takes DALI on a CUDA
-    device where DALI is installed and has the filter: the GPU decodes. On a CPU it takes turbo,
+    `auto` takes what the tuning file names, if there is one. Otherwise it takes DALI on a CUDA
+    device if DALI is installed and has the filter: the GPU decodes. On a CPU it takes turbo,
     which needs less than half of DALI's CPU time for bicubic pixels (docs/benchmarks/loaders.md).
 
     Args:
         settings: what is asked for.
         view: output size and filter.
-        max_batch_size: most images of a batch.
+        max_batch_size: most images per batch.
         local_world_size: ranks that share this machine's cores.
-        device: where the pixels are wanted.
+        device: device on which the pixels are wanted.
 
     Raises:
         ConfigError: the decoder is not installed, or lacks the filter that the view asks for; the
@@ -43,9 +43,11 @@ def build_decoder(
     """
     settings = with_tuning(settings, device=device)
     num_threads = threads_of_rank(settings, local_world_size=local_world_size)
-    fits = is_installed("nvidia.dali") and device.type == "cuda" and view.interpolation != "area"
+    on_gpu = device.type == "cuda"
+    has_filter = view.interpolation != "area"
+    fits = on_gpu and has_filter and is_installed("nvidia.dali")
     if settings.decoder == "dali" or (settings.decoder == "auto" and fits):
-        # DALI takes a second to import: only where it is used.
+        # DALI takes a second to import, which a run on another decoder does not pay.
         from pipeline.decoders.dali import DaliDecoder
 
         return DaliDecoder(
@@ -73,14 +75,15 @@ def with_tuning(settings: LoaderConfig, *, device: torch.device) -> LoaderConfig
     """
     if not settings.tuning_file:
         return settings
-    found = read_tuning(settings.tuning_file, device=device)
-    decoder = found.decoder if settings.decoder == "auto" else settings.decoder
+    tuned = read_tuning(settings.tuning_file, device=device)
+    # What is set goes before what was tuned, setting by setting.
+    decoder = tuned.decoder if settings.decoder == "auto" else settings.decoder
     return settings.model_copy(
         update={
             "decoder": decoder,
-            "num_threads": settings.num_threads or found.num_threads,
-            "dali_depth": settings.dali_depth or found.dali_depth,
-            "hw_decoder_load": settings.hw_decoder_load or found.hw_decoder_load,
+            "num_threads": settings.num_threads or tuned.num_threads,
+            "dali_depth": settings.dali_depth or tuned.dali_depth,
+            "hw_decoder_load": settings.hw_decoder_load or tuned.hw_decoder_load,
         }
     )
 
@@ -90,4 +93,6 @@ def threads_of_rank(settings: LoaderConfig, *, local_world_size: int) -> int:
     use."""
     if settings.num_threads:
         return settings.num_threads
-    return max(1, len(os.sched_getaffinity(0)) // local_world_size)
+    # Not os.cpu_count: a container or a launcher may give this process fewer cores.
+    cores = len(os.sched_getaffinity(0))
+    return max(1, cores // local_world_size)

@@ -1,4 +1,4 @@
-"""Decode with NVIDIA DALI: on the GPU where there is one, with the same code on the CPU.
+"""Decode with NVIDIA DALI: on the GPU if there is one, with the same code on the CPU.
 
 DALI's own readers and random crops are not used: our readers hand it the bytes, our boxes say where
 to cut, so that what comes out does not depend on DALI's state. `image_slice` decodes no further
@@ -24,7 +24,7 @@ from pipeline.config import ViewConfig
 from pipeline.decoders.base import U8, Decoded, Pending, decode_single
 from pipeline.decoders.jpeg import is_whole_jpeg
 from pipeline.errors import ConfigError
-from pipeline.images.header import Probe, probe
+from pipeline.images.header import JPEG_START, Probe, probe
 from pipeline.images.refused import refused_by
 from pipeline.sampling.boxes import Boxes
 
@@ -33,7 +33,6 @@ Stored = Literal["encoded", "raw"]
 _STORED: tuple[Stored, ...] = ("encoded", "raw")
 Route = Literal["encoded", "raw", "pillow"]
 """Which pipeline takes an image, or Pillow, which takes what DALI must not see."""
-_JPEG_START = b"\xff\xd8\xff"
 _FILTERS = {"bicubic": "INTERP_CUBIC", "bilinear": "INTERP_LINEAR"}
 
 
@@ -47,7 +46,7 @@ def _route(image: U8) -> Route:
     """
     if image.ndim == 3:
         return "raw"
-    if image[:3].tobytes() == _JPEG_START:
+    if image[:3].tobytes() == JPEG_START:
         whole = is_whole_jpeg(image)
     else:
         whole = isinstance(probe(image.tobytes()), Probe)
@@ -73,10 +72,9 @@ class DaliDecoder:
         view: output size and filter.
         max_batch_size: most images that are decoded at once.
         num_threads: DALI's CPU threads.
-        device: where the pixels are wanted; a CUDA device decodes there ("mixed").
+        device: device on which the pixels are wanted; a CUDA device decodes there ("mixed").
         depth: batches in DALI's hands at once.
-        hw_decoder_load: share of the JPEGs that the GPU's own JPEG engine decodes, where it has
-            one.
+        hw_decoder_load: share of the JPEGs that the GPU's own JPEG engine decodes, if it has one.
 
     Raises:
         ConfigError: DALI is not installed, or it does not have the filter.
@@ -112,6 +110,8 @@ class DaliDecoder:
     ) -> Pending:
         """Begin to decode a batch (see `Decoder.submit`). One that DALI must not see whole is
         decoded at once."""
+        # One image for Pillow, or both ways of storing, and the batch cannot go through one
+        # pipeline.
         routes = {_route(image) for image in images_B}
         stored = next(iter(routes)) if len(routes) == 1 else "pillow"
         if stored == "pillow":
@@ -137,22 +137,30 @@ class DaliDecoder:
 
     def decode(self, images_B: Sequence[U8], boxes: Boxes) -> Decoded:
         """Decode a batch now (see `Decoder.decode`)."""
-        places: dict[Route, list[int]] = {"encoded": [], "raw": [], "pillow": []}
+        indices: dict[Route, list[int]] = {"encoded": [], "raw": [], "pillow": []}
         for i, image in enumerate(images_B):
-            places[_route(image)].append(i)
+            indices[_route(image)].append(i)
+        # The usual case, without a copy of the batch.
         for stored in _STORED:
-            if len(places[stored]) == len(images_B):
+            if len(indices[stored]) == len(images_B):
                 return self._decode_alike(images_B, boxes, stored)
+
         decoded = self._zeros(len(images_B))
         for stored in _STORED:
-            if some := places[stored]:
-                part = self._decode_alike(
-                    [images_B[i] for i in some], boxes.take(np.array(some)), stored
-                )
-                decoded.pixels_BHW3[torch.tensor(some, device=self.device)] = part.pixels_BHW3
-                decoded.bad.update({some[i]: refused for i, refused in part.bad.items()})
-        for i in places["pillow"]:
-            self._with_pillow(images_B[i], boxes.take(slice(i, i + 1)), decoded, i)
+            some = indices[stored]
+            if not some:
+                continue
+            some_images = [images_B[i] for i in some]
+            some_boxes = boxes.take(np.array(some))
+            part = self._decode_alike(some_images, some_boxes, stored)
+            rows = torch.tensor(some, device=self.device)
+            decoded.pixels_BHW3[rows] = part.pixels_BHW3
+            # A part counts its images from 0.
+            for index, refused in part.bad.items():
+                decoded.bad[some[index]] = refused
+        for i in indices["pillow"]:
+            box = boxes.take(slice(i, i + 1))
+            self._with_pillow(images_B[i], box, decoded, i)
         return decoded
 
     def close(self) -> None:
@@ -165,6 +173,7 @@ class DaliDecoder:
         return Decoded(torch.zeros(shape, dtype=torch.uint8, device=self.device))
 
     def _decode_alike(self, images_B: Sequence[U8], boxes: Boxes, stored: Stored) -> Decoded:
+        # DALI's error says that some image is bad, not which: then every image runs alone.
         with suppress(RuntimeError):
             return Decoded(self._run_alone(images_B, boxes, stored))
         decoded = self._zeros(len(images_B))
@@ -192,6 +201,7 @@ class DaliDecoder:
             _feed(self._alone[stored], images_B, boxes)
             return self._outputs(self._alone[stored], None)
         except RuntimeError:
+            # A pipeline that has failed gives no more batches.
             del self._alone[stored]
             raise
 
@@ -227,6 +237,8 @@ class DaliDecoder:
                 "loader.decoder 'turbo'"
             ) from error
         on_gpu = self.device.type == "cuda"
+        # The CPU has no such option.
+        engine = {"hw_decoder_load": self._hw_decoder_load} if on_gpu else {}
         pipeline = dali.Pipeline(
             batch_size=self._max_batch_size,
             num_threads=self._num_threads,
@@ -247,8 +259,9 @@ class DaliDecoder:
                     axes=[0, 1],
                     device="mixed" if on_gpu else "cpu",
                     output_type=types.RGB,
+                    # Boxes are in stored pixels, as the manifest counts them.
                     adjust_orientation=False,
-                    **({"hw_decoder_load": self._hw_decoder_load} if on_gpu else {}),
+                    **engine,
                 )
             else:
                 # Cut on the host, so that only the box crosses the bus.
@@ -270,14 +283,14 @@ def _start(pipeline: Any, stored: Stored, depth: int) -> None:
     """Run small images through a new pipeline: its first `schedule_run` wants all the batches it
     may hold at once."""
     pixels_HW3 = np.full((16, 16, 3), 128, dtype=np.uint8)
-    image = (
-        pixels_HW3
-        if stored == "raw"
-        else np.frombuffer(simplejpeg.encode_jpeg(pixels_HW3), dtype=np.uint8)
-    )
-    zero, side = np.zeros(1, dtype=np.int32), np.full(1, 16, dtype=np.int32)
+    image = pixels_HW3
+    if stored == "encoded":
+        image = np.frombuffer(simplejpeg.encode_jpeg(pixels_HW3), dtype=np.uint8)
+    zero = np.zeros(1, dtype=np.int32)
+    side = np.full(1, 16, dtype=np.int32)
+    whole = Boxes(zero, zero, side, side, zero.astype(np.bool_))
     for _ in range(depth):
-        _feed_inputs(pipeline, [image], Boxes(zero, zero, side, side, zero.astype(np.bool_)))
+        _feed_inputs(pipeline, [image], whole)
     pipeline.schedule_run()
     for _ in range(depth):
         pipeline.share_outputs()
@@ -290,7 +303,10 @@ def _feed(pipeline: Any, images_B: Sequence[U8], boxes: Boxes) -> None:
 
 
 def _feed_inputs(pipeline: Any, images_B: Sequence[U8], boxes: Boxes) -> None:
+    # Rows before columns: `axes` of the pipeline's slice are (height, width).
+    starts_B2 = np.stack([boxes.tops_B, boxes.lefts_B], axis=1)
+    sizes_B2 = np.stack([boxes.heights_B, boxes.widths_B], axis=1)
     pipeline.feed_input("images", list(images_B))
-    pipeline.feed_input("starts", np.stack([boxes.tops_B, boxes.lefts_B], axis=1))
-    pipeline.feed_input("sizes", np.stack([boxes.heights_B, boxes.widths_B], axis=1))
+    pipeline.feed_input("starts", starts_B2)
+    pipeline.feed_input("sizes", sizes_B2)
     pipeline.feed_input("flips", boxes.flips_B.astype(np.int32))

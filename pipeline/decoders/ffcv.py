@@ -87,12 +87,12 @@ class _FfcvKernels:
 def _library() -> ctypes.CDLL:
     """Load FFCV's compiled part without importing FFCV, which takes seconds and brings numba
     along."""
-    found = find_spec("ffcv")
-    files = (
-        []
-        if found is None or not found.origin
-        else sorted(Path(found.origin).parent.glob("_libffcv*.so"))
-    )
+    spec = find_spec("ffcv")
+    files: list[Path] = []
+    if spec is not None and spec.origin:
+        folder = Path(spec.origin).parent
+        files = sorted(folder.glob("_libffcv*.so"))
+    # Installed, but not built here, is as good as missing.
     if not files:
         raise ConfigError(
             "loader.decoder 'ffcv' needs FFCV, which is not installed. Run deploy/setup.sh with "

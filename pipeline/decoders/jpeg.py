@@ -16,10 +16,10 @@ import simplejpeg
 
 from pipeline.decoders.base import U8, too_small
 from pipeline.decoders.tuning import is_installed
+from pipeline.images.header import JPEG_END, JPEG_START
 
-_START, _END = b"\xff\xd8\xff", b"\xff\xd9"
 _TAIL_BYTES = 4096
-"""Where the end of a JPEG is looked for: some cameras write a little behind it."""
+"""The end of a JPEG is looked for in so many bytes: some cameras write a little behind it."""
 _KEPT_SCRATCH_BYTES = 64 * 2**20
 """Scratch memory that is kept; what a larger image needs is given back after it."""
 _REGION_MIN_PIXELS = 256 * 256
@@ -46,14 +46,17 @@ def is_whole_jpeg(image: U8) -> bool:
 
 
 def _has_both_ends(image: U8) -> bool:
-    if image[:3].tobytes() != _START:
+    if image[:3].tobytes() != JPEG_START:
         return False
-    return image[-2:].tobytes() == _END or _END in image[-_TAIL_BYTES:].tobytes()
+    # Most files end with the marker: two bytes are looked at before the tail is copied.
+    if image[-2:].tobytes() == JPEG_END:
+        return True
+    return JPEG_END in image[-_TAIL_BYTES:].tobytes()
 
 
 def read_header(image: U8, *, bottom: int, right: int) -> tuple[int, int, str] | None:
-    """Return a JPEG's height, width and colours ("YCbCr", "Gray", "CMYK", ...); None where the file
-    is no JPEG.
+    """Return a JPEG's height, width and colours ("YCbCr", "Gray", "CMYK", ...); None if the file
+    is not a JPEG.
 
     Raises:
         ValueError: the image is smaller than its box.
@@ -71,7 +74,7 @@ class JpegCutter:
     """Cut boxes out of JPEGs. Holds scratch memory: one for each thread.
 
     Args:
-        regions: whether nvImageCodec may be used where it is installed.
+        regions: whether nvImageCodec may be used if it is installed.
     """
 
     def __init__(self, *, regions: bool = True) -> None:
@@ -93,7 +96,7 @@ class JpegCutter:
         """Return the pixels of a box, uint8 RGB (height, width, 3), valid until the next call.
 
         Returns:
-            None where Pillow must have a look: no JPEG, damaged, or of a kind that does not become
+            None if Pillow must have a look: not a JPEG, damaged, or of a kind that does not become
             RGB here.
 
         Raises:
@@ -125,18 +128,19 @@ class JpegCutter:
 
     def _region(self, image: U8, box: tuple[int, int, int, int]) -> U8 | None:
         stream = self._codec.CodeStream(image)
-        found = self._decoder.decode(
-            stream.get_sub_code_stream(region=self._codec.Region(*box)), params=self._as_stored
-        )
-        return None if found is None else np.asarray(found)
+        region = stream.get_sub_code_stream(region=self._codec.Region(*box))
+        cut = self._decoder.decode(region, params=self._as_stored)
+        # None for a damaged image: Pillow has the last word.
+        return None if cut is None else np.asarray(cut)
 
     def _scratch_of(self, num_bytes: int) -> U8:
         if self._scratch.size >= num_bytes:
             return self._scratch[:num_bytes]
-        held = np.empty(num_bytes, dtype=np.uint8)
+        scratch = np.empty(num_bytes, dtype=np.uint8)
+        # One huge image must not hold its memory in every thread until the run ends.
         if num_bytes <= _KEPT_SCRATCH_BYTES:
-            self._scratch = held
-        return held
+            self._scratch = scratch
+        return scratch
 
 
 def has_regions() -> bool:

@@ -25,12 +25,12 @@ class Kernels(Protocol):
     """What one thread decodes and resizes with."""
 
     def cut(self, image: U8, *, top: int, left: int, height: int, width: int) -> U8 | None:
-        """Return a box of an encoded image as RGB, None where Pillow must have a look; see
+        """Return a box of an encoded image as RGB, None if Pillow must have a look; see
         `JpegCutter.cut`."""
         ...
 
     def resize(self, cut_HW3: U8, out_HW3: U8, *, flip: bool) -> None:
-        """Resize a cut into its place in the batch, mirrored where asked for."""
+        """Resize a cut into its row of the batch, mirrored if asked for."""
         ...
 
 
@@ -67,22 +67,20 @@ class ThreadedDecoder:
                 (count, self._view.height, self._view.width, 3), dtype=torch.uint8
             )
         pixels_BHW3 = out_BHW3
-        size = -(-count // (_PIECES_PER_THREAD * self._num_threads)) or 1
-        pieces = [
-            self._pool.submit(
-                self._decode_piece,
-                range(first, min(first + size, count)),
-                images_B,
-                boxes,
-                pixels_BHW3.numpy(),
-            )
-            for first in range(0, count, size)
-        ]
+        # The same memory: the kernels write to rows of numpy's view of it.
+        array_BHW3 = out_BHW3.numpy()
+        num_pieces = _PIECES_PER_THREAD * self._num_threads
+        # Rounded up; an empty batch has no pieces, but its step must not be 0.
+        size = -(-count // num_pieces) or 1
+        pieces = []
+        for first in range(0, count, size):
+            piece = range(first, min(first + size, count))
+            pieces.append(self._pool.submit(self._decode_piece, piece, images_B, boxes, array_BHW3))
 
         def wait() -> Decoded:
             bad: dict[int, Refused] = {}
-            for piece in pieces:
-                bad.update(piece.result())
+            for future in pieces:
+                bad.update(future.result())
             return Decoded(pixels_BHW3, bad)
 
         return wait
@@ -106,6 +104,7 @@ class ThreadedDecoder:
         kernels: Kernels = self._local.kernels
         bad: dict[int, Refused] = {}
         part = slice(piece.start, piece.stop)
+        # As Python's numbers: arithmetic and slices with numpy's scalars are slower.
         rows = zip(
             piece,
             boxes.tops_B[part].tolist(),
@@ -127,6 +126,7 @@ class ThreadedDecoder:
                 else:
                     kernels.resize(cut_HW3, out_BHW3[i], flip=flip)
             except ValueError as error:
+                # Memory that was used before: a bad image must not show an earlier batch's pixels.
                 out_BHW3[i] = 0
                 bad[i] = refused_by(error)
         return bad

@@ -27,8 +27,8 @@ class Tuning(Settings):
 
 
 def is_installed(package: str) -> bool:
-    """Say whether a package can be imported, without importing it; `a.b` where `a` is missing too
-    is no error."""
+    """Say whether a package can be imported, without importing it; `a.b` is not installed
+    either if `a` is missing."""
     try:
         return find_spec(package) is not None
     except ModuleNotFoundError:
@@ -39,7 +39,7 @@ def candidates(*, device: torch.device, interpolation: str) -> list[Tuning]:
     """List what is worth trying on a machine: every decoder that is installed and has the filter.
 
     Args:
-        device: where batches are wanted.
+        device: device on which batches are wanted.
         interpolation: the view's filter.
     """
     cores = len(os.sched_getaffinity(0))
@@ -51,19 +51,20 @@ def candidates(*, device: torch.device, interpolation: str) -> list[Tuning]:
         return ways
     if device.type != "cuda":
         return ways + [Tuning(decoder="dali", num_threads=count) for count in threads]
-    return ways + [
-        Tuning(decoder="dali", num_threads=count, dali_depth=depth, hw_decoder_load=load)
-        for count in threads
-        for depth in (2, 3)
-        for load in (0.5, 0.65, 0.8, 1.0)
-    ]
+    for count in threads:
+        for depth in (2, 3):
+            for load in (0.5, 0.65, 0.8, 1.0):
+                way = Tuning(
+                    decoder="dali", num_threads=count, dali_depth=depth, hw_decoder_load=load
+                )
+                ways.append(way)
+    return ways
 
 
 def describe(tuning: Tuning) -> str:
     """Say what a tuning sets, in a line."""
-    return ", ".join(
-        f"{name} {value}" for name, value in tuning.model_dump(exclude_defaults=True).items()
-    )
+    chosen = tuning.model_dump(exclude_defaults=True)
+    return ", ".join(f"{name} {value}" for name, value in chosen.items())
 
 
 def describe_machine(device: torch.device) -> str:
@@ -76,7 +77,7 @@ def write_tuning(path: Path, tuning: Tuning, *, device: torch.device, comment: s
     """Write a tuning file.
 
     Args:
-        path: where to.
+        path: file to write.
         tuning: what was best.
         device: what it was measured on.
         comment: how it was measured, lines of text.
@@ -84,7 +85,8 @@ def write_tuning(path: Path, tuning: Tuning, *, device: torch.device, comment: s
     lines = [f"# {line}".rstrip() for line in comment.splitlines()]
     lines += [f'machine = "{describe_machine(device)}"', "", "[loader]"]
     for name, value in tuning.model_dump(exclude_defaults=True).items():
-        lines.append(f'{name} = "{value}"' if isinstance(value, str) else f"{name} = {value}")
+        text = f'"{value}"' if isinstance(value, str) else value
+        lines.append(f"{name} = {text}")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
 
@@ -104,10 +106,11 @@ def read_tuning(path: str, *, device: torch.device) -> Tuning:
             "pipeline.bench URI --tune"
         ) from error
     here = describe_machine(device)
-    if content.get("machine") != here:
+    there = content.get("machine")
+    # Threads and decoders that were fastest elsewhere may be the slowest here.
+    if there != here:
         raise ConfigError(
-            f"loader.tuning_file {path}: is of {content.get('machine')!r}, this is {here!r}. Tune "
-            "again here with "
-            "python -m pipeline.bench URI --tune, or leave the setting empty"
+            f"loader.tuning_file {path}: was written for {there!r}, but this machine is {here!r}. "
+            "Run python -m pipeline.bench URI --tune on this machine, or leave the setting empty"
         )
     return tuning

@@ -23,13 +23,13 @@ class TurboDecoder(ThreadedDecoder):
 
     `bicubic` and `bilinear` are Pillow's filters, which widen when they shrink an image as those of
     the published recipes do. torch computes them on AVX2 to within rounding, bicubic in a fifth of
-    Pillow's time or less (docs/benchmarks/loaders.md); where the CPU lacks AVX2, Pillow does.
+    Pillow's time or less (docs/benchmarks/loaders.md); if the CPU lacks AVX2, Pillow does.
     `area` is OpenCV's INTER_AREA, which is what FFCV's loader uses too.
 
     Args:
         view: output size and filter.
         num_threads: decoding threads.
-        regions: whether nvImageCodec may decode parts of images where it is installed; the pixels
+        regions: whether nvImageCodec may decode parts of images if it is installed; the pixels
             are the same.
     """
 
@@ -47,14 +47,10 @@ class _TurboKernels:
         self.cut = self._cutter.cut
 
     def resize(self, cut_HW3: U8, out_HW3: U8, *, flip: bool) -> None:
-        """Resize a cut into its place in the batch (see `Kernels.resize`)."""
+        """Resize a cut into its row of the batch (see `Kernels.resize`)."""
         if self._view.interpolation == "area":
-            cv2.resize(
-                cut_HW3,
-                (self._view.width, self._view.height),
-                dst=out_HW3,
-                interpolation=cv2.INTER_AREA,
-            )
+            size = (self._view.width, self._view.height)
+            cv2.resize(cut_HW3, size, dst=out_HW3, interpolation=cv2.INTER_AREA)
             if flip:
                 cv2.flip(out_HW3, 1, dst=out_HW3)
             return

@@ -16,6 +16,11 @@ from pipeline.images.refused import Reason, Refused
 _NOT_AN_IMAGE = Refused(Reason.NOT_AN_IMAGE)
 _TRUNCATED = Refused(Reason.TRUNCATED)
 _LOADER_DEFAULTS = LoaderConfig()
+JPEG_START = b"\xff\xd8\xff"
+"""How every JPEG begins: the marker SOI, and the first byte of the next marker. Source: ITU-T T.81,
+table B.1."""
+JPEG_END = b"\xff\xd9"
+"""The marker EOI."""
 _TAIL_BYTES = 4096
 _JPEG_SOF = frozenset(
     (0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
@@ -110,7 +115,7 @@ def probe(data: bytes) -> Probe | Refused:
 
 
 def _probe(data: bytes) -> Probe | Refused:
-    if data[:3] == b"\xff\xd8\xff":
+    if data[:3] == JPEG_START:
         return _jpeg(data)
     if data[:8] == b"\x89PNG\r\n\x1a\n":
         return _png(data)
@@ -128,7 +133,7 @@ def _probe(data: bytes) -> Probe | Refused:
         b"\x38\0\0\0",
     ):
         return _bmp(data)
-    whole_magics = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"GIF87a", b"II*\0", b"MM\0*")
+    whole_magics = (JPEG_START, b"\x89PNG\r\n\x1a\n", b"GIF89a", b"GIF87a", b"II*\0", b"MM\0*")
     if any(len(data) < len(magic) and magic.startswith(data) for magic in whole_magics):
         return _TRUNCATED
     return _NOT_AN_IMAGE
@@ -163,7 +168,7 @@ def _jpeg(data: bytes) -> Probe | Refused:
         at += length
     if frame is None:
         return _NOT_AN_IMAGE
-    if not (data.endswith(b"\xff\xd9") or data.rfind(b"\xff\xd9", at) >= 0):
+    if not (data.endswith(JPEG_END) or data.rfind(JPEG_END, at) >= 0):
         return _TRUNCATED
     marker, width, height, channels = frame
     mode = {1: "L", 3: "RGB", 4: "YCCK" if adobe == 2 else "CMYK"}.get(channels, "")

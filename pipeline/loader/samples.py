@@ -19,7 +19,7 @@ from pipeline.dataset.manifest import Manifest, Rows
 from pipeline.decoders.base import Decoded, Decoder
 from pipeline.errors import DataError
 from pipeline.formats.table import FORMATS
-from pipeline.images.header import probe
+from pipeline.images.header import JPEG_START, probe
 from pipeline.images.refused import Reason, Refused
 from pipeline.loader.data_report import DataReport
 from pipeline.reading.reader import U8, ShardReader
@@ -46,7 +46,6 @@ def shape_raw(images: list[npt.NDArray[np.uint8]], rows: Rows) -> None:
 
 _SUBSTITUTES = 64
 """Samples that are tried in place of a bad one before giving up."""
-_JPEG_START = b"\xff\xd8\xff"
 _EMPTY = np.zeros(0, dtype=np.uint8)
 
 
@@ -250,7 +249,7 @@ def _bad_in_any(decoded: Sequence[Decoded]) -> dict[int, Refused]:
 def _declared_size(image: U8) -> tuple[int, int] | None:
     """Return the width and height in an image's header; None where it cannot be read, which the
     decoder will say."""
-    if image[:3].tobytes() == _JPEG_START:
+    if image[:3].tobytes() == JPEG_START:
         try:
             height, width = simplejpeg.decode_jpeg_header(image)[:2]
         except ValueError:

@@ -209,7 +209,7 @@ def test_a_tuning_file_decides_what_is_left_open(tmp_path):
     [
         (
             "machine = 'Other GPU, 4 cores'\n[loader]\ndecoder = 'turbo'\nnum_threads = 2\n",
-            "is of 'Other GPU, 4 cores'",
+            "was written for 'Other GPU, 4 cores'",
         ),
         ("[loader]\ndecoder = 'fast'\nnum_threads = 2\n", "cannot be used"),
         ("[loader\n", "cannot be used"),
