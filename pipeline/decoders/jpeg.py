@@ -25,6 +25,9 @@ _KEPT_SCRATCH_BYTES = 64 * 2**20
 _REGION_MIN_PIXELS = 256 * 256
 """Below this an image is decoded whole: a region saves a sixth, and costs some 25 microseconds of
 its own."""
+_REGION_MIN_WIDTH = 2
+"""A region of the leftmost column alone has other colours than that column of the whole image, if
+chroma is stored at half the width: what the upsampling blends it with is not decoded."""
 _REGION_MAX_SHARE = 0.95
 """A box of more than this share of the image is decoded with all of it."""
 
@@ -113,6 +116,7 @@ class JpegCutter:
             and colours == "YCbCr"
             and num_pixels >= _REGION_MIN_PIXELS
             and height * width <= _REGION_MAX_SHARE * num_pixels
+            and width >= _REGION_MIN_WIDTH
             and _has_both_ends(image)  # with the header that was read: `is_whole_jpeg`
         ):
             return self._region(image, (top, left, bottom, right))
