@@ -18,7 +18,7 @@ from pydantic import ConfigDict
 
 from pipeline import storage
 from pipeline.config import Settings
-from pipeline.console import say
+from pipeline.console import Progress, say
 from pipeline.images.refused import Refused
 from pipeline.sources.labels import LabelMode, labels_of_names
 from pipeline.sources.names import pick, why_skipped
@@ -29,6 +29,7 @@ QUIET_S = 3.0
 _REMOTE_READERS = 16
 _CHUNK_FILES = 16_384
 """Names in a chunk: as Python objects they take ten times the memory that Arrow takes."""
+_HASHED_AT_ONCE = 65_536
 _SAY_EVERY_S = 10.0
 FILE_OFFSET = np.dtype([("file", np.int32), ("offset", np.int64)])
 """Where an image lies inside a larger file: number of the file, byte at which the image starts."""
@@ -117,6 +118,7 @@ class Listing:
         return Wanted(
             names=pick(self.names, rows),
             sizes=self.sizes[rows].tolist(),
+            # Only these rows: a task that is sent to a worker must not carry the whole listing.
             locations=None if self.locations is None else self.locations[rows],
             files=self.files,
         )
@@ -127,10 +129,14 @@ class Listing:
     def digest(self) -> str:
         """Return a sha256 of all names, sizes and labels: the identity of what is converted."""
         digest = hashlib.sha256()
-        for start in range(0, len(self), 65_536):
-            names = self.names[start : start + 65_536].to_pylist()
-            text = "\0".join(str(name) for name in names)
-            digest.update(text.encode() + b"\0")
+        label = f"Hashing the listing of {storage.name_of(self.uri)}"
+        with Progress(label, total=len(self), after_s=QUIET_S) as progress:
+            # A chunk at a time: fourteen million names as Python objects take gigabytes.
+            for start in range(0, len(self), _HASHED_AT_ONCE):
+                names = self.names[start : start + _HASHED_AT_ONCE].to_pylist()
+                text = "\0".join(str(name) for name in names)
+                digest.update(text.encode() + b"\0")
+                progress.advance(len(names))
         # Fixed widths and byte order: a conversion may continue on another machine.
         digest.update(self.sizes.astype("<i8").tobytes())
         digest.update(self.labels.astype("<i4").tobytes())

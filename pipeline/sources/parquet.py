@@ -180,7 +180,7 @@ class ParquetSource:
             labels=labels,
             class_names=class_names,
             sizes=np.repeat(mean_bytes, rows_per_group),
-            locations=_locations(number, rows_per_group),
+            locations=file_locations(number, rows_per_group),
             rows_per_group=rows_per_group,
         )
 
@@ -250,7 +250,7 @@ def _image_names(
     return names
 
 
-def _locations(file: int, rows_per_group: npt.NDArray[np.int64]) -> npt.NDArray[np.void]:
+def file_locations(file: int, rows_per_group: npt.NDArray[np.int64]) -> npt.NDArray[np.void]:
     """Return the location of every row of a file, in order."""
     locations = np.empty(int(rows_per_group.sum()), LOCATION)
     starts = np.cumsum(rows_per_group) - rows_per_group

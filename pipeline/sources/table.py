@@ -15,12 +15,14 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from pipeline import storage
+from pipeline.console import Progress
 from pipeline.errors import ConfigError, DataError
 from pipeline.formats.table import NO_LABEL
 from pipeline.images.refused import Reason, Refused
 from pipeline.sources.columns import LABEL_COLUMNS, choose_column, find_files
 from pipeline.sources.labels import labels_of_column
 from pipeline.sources.listing import (
+    QUIET_S,
     Listing,
     SourceSettings,
     Wanted,
@@ -161,16 +163,23 @@ class ListSource:
         """Return the sizes given, those of local files, and a guess for the rest: only the shards'
         bounds need them.
 
-        Every URI is looked at: one that is not opened is said before anything is read.
+        Every URI is looked at: one that cannot be opened is reported before any image is read.
         """
         sizes = np.full(len(names), _UNKNOWN_SIZE_BYTES, np.int64)
-        for row, name in enumerate(names.to_pylist()):
-            uri = self._whole(str(name))
-            if storage.is_local(uri):
+        label = f"Looking up sizes for {storage.name_of(self.uri)}"
+        with Progress(label, total=len(names), after_s=QUIET_S) as progress:
+            for row, name in enumerate(names.to_pylist()):
+                uri = self._whole(str(name))
+                progress.advance(1)
+                if not storage.is_local(uri):
+                    continue
                 try:
                     sizes[row] = storage.local_path(uri).stat().st_size
                 except OSError:
-                    sizes[row] = 0  # reading it will say what is wrong
+                    # Reading it will say what is wrong; without bytes it fills no shard.
+                    sizes[row] = 0
+
+        # Sizes that the list gives count for all images: a remote one cannot be asked cheaply.
         given = choose_column(table.column_names, SIZE_COLUMNS, None, option="", shown="")
         if given and pa.types.is_integer(table[given].type):
             column: Any = table[given]

@@ -50,6 +50,7 @@ class _Window:
         return data
 
     def skip(self, size: int, /) -> int:
+        # Seeking past an image instead of reading it: a listing reads headers only.
         skipped = min(size, self._end - self._at)
         self._at += skipped
         self._file.seek(self._at)
@@ -189,12 +190,14 @@ def _members(uri: str, tar: _ClassTar) -> list[tuple[str, TarMember]]:
 
 
 def _clean(member: TarMember) -> TarMember:
+    # `tar -C folder .` writes ./name: unpacked that is the same file as `name`.
     name = "/".join(part for part in member.name.split("/") if part not in ("", "."))
     return TarMember(name, member.header_offset, member.offset, member.size)
 
 
 def _common_folder(names: list[str]) -> str:
     """Return the folder that all class folders lie in: `train/` of train/n01440764/x.JPEG."""
+    # Other files, such as a README beside the folder, do not count.
     images = [name for name in names if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
     common = ""
     while images:

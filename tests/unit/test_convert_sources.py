@@ -14,15 +14,20 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.convert.conversion import convert
 from pipeline.convert.plan import make_plan
 from pipeline.convert.settings import ConvertSettings
 from pipeline.dataset import DatasetInfo, open_dataset
 from pipeline.errors import ConfigError, DataError
+from pipeline.sources import listing as listing_module
 from pipeline.sources.choose import open_source
 from pipeline.sources.ground_truth import read_ground_truth
-from pipeline.sources.listing import SourceSettings
+from pipeline.sources.listing import ListingBuilder, SourceSettings
+from pipeline.sources.names import why_skipped
+from pipeline.sources.parquet import file_locations
 from pipeline.verify import verify
 
 WNIDS = ("n01440764", "n02119789", "n02100735")
@@ -303,6 +308,14 @@ def test_damaged_parquet_is_named(tmp_path: Path) -> None:
         open_source(str(tmp_path / "a.parquet"))
 
 
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=8))
+def test_a_location_is_that_of_its_row(rows_per_group: list[int]) -> None:
+    found = file_locations(3, np.array(rows_per_group, np.int64)).tolist()
+    assert found == [
+        (3, group, row) for group, count in enumerate(rows_per_group) for row in range(count)
+    ]
+
+
 # -------------------------------------------------------------------------------------------- lists
 
 
@@ -391,3 +404,35 @@ def test_a_folder_of_several_things_is_not_guessed(folder: Path, tmp_path: Path)
     (tmp_path / "mixed" / "a.jpg").write_bytes(b"")
     with pytest.raises(ConfigError, match="holds images and Parquet files"):
         open_source(str(tmp_path / "mixed"))
+
+
+# ------------------------------------------------------------------------------------------ listing
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("a/b.JPG", None),
+        ("a/b.txt", ".txt"),
+        ("README", "no extension"),
+        (".git/a.jpg", "hidden"),
+        ("a/._b.jpg", "hidden"),
+        ("__MACOSX/a.jpg", "hidden"),
+        ("a/\udcff.jpg", "name is not UTF-8"),
+    ],
+)
+def test_a_name_decides_whether_a_file_is_listed(name: str, reason: str | None) -> None:
+    assert why_skipped(name) == reason
+
+
+def test_a_long_listing_says_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(listing_module, "_SAY_EVERY_S", -1.0)
+    builder = ListingBuilder("s3://bucket/photos")
+    for number in range(2500):
+        builder.add(f"{number}.txt", 1)
+    assert capsys.readouterr().err.splitlines() == [
+        "Listing photos: 1,000 files so far",
+        "Listing photos: 2,000 files so far",
+    ]
