@@ -40,7 +40,14 @@ def say(text: str) -> None:
 def say_json(data: dict[str, Any]) -> None:
     """Write one JSON object for a program, to stdout."""
     stream = _RESULT.get() or sys.stdout
-    stream.write(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    stream.write(
+        json.dumps(
+            data,
+            indent=1,
+            ensure_ascii=False,
+        )
+        + "\n"
+    )
     stream.flush()
 
 
@@ -185,7 +192,12 @@ def run_command(
     return guard(command, interrupted=interrupted)
 
 
-def guard(command: Callable[[], int], *, interrupted: str, speaks: bool = True) -> int:
+def guard(
+    command: Callable[[], int],
+    *,
+    interrupted: str,
+    speaks: bool = True,
+) -> int:
     """Run a command's body, report how it failed, and return its exit code.
 
     Args:
@@ -193,7 +205,11 @@ def guard(command: Callable[[], int], *, interrupted: str, speaks: bool = True) 
         interrupted: What to say after Ctrl-C: what is left, and what to do next.
         speaks: Whether this process reports errors that all ranks meet alike.
     """
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
+    logging.basicConfig(
+        level=logging.WARNING,
+        stream=sys.stderr,
+        format="%(message)s",
+    )
     try:
         _interrupt_by_exception()
         return command()
@@ -289,7 +305,12 @@ class Progress:
             console=Console(stderr=True),
         )
         self._bar.start()
-        self._task = self._bar.add_task(self._label, total=self._total, done="", speed="")
+        self._task = self._bar.add_task(
+            self._label,
+            total=self._total,
+            done="",
+            speed="",
+        )
 
     def _elapsed_s(self) -> float:
         return time.monotonic() - self._start_s

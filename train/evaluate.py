@@ -58,7 +58,12 @@ def _run(arguments: Arguments) -> int:
     if not val:
         raise ConfigError("the run has no held-out shards: give their URI with --val")
     train = arguments.train or saved.config.data.train
-    result = evaluate(saved, val=val, train=train, max_images=arguments.max_images)
+    result = evaluate(
+        saved,
+        val=val,
+        train=train,
+        max_images=arguments.max_images,
+    )
     if arguments.out:
         write_json(Path(arguments.out), result)
     if arguments.json:

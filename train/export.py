@@ -93,7 +93,12 @@ def export(
     """
     part = part or DEFAULT_PARTS[to]
     _check(to, part, file_type=file_type, patch_size=patch_size)
-    weights, settings = _convert(saved, to=to, part=part, patch_size=patch_size)
+    weights, settings = _convert(
+        saved,
+        to=to,
+        part=part,
+        patch_size=patch_size,
+    )
     facts = {
         "format": "pt",
         "source": f"maelstrom {saved.config.recipe}",
@@ -102,7 +107,15 @@ def export(
     }
     # transformers finds a model by its file's name.
     stem = "model" if to == "hf" else to
-    files = [_write_weights(out, weights, stem=stem, file_type=file_type, facts=facts)]
+    files = [
+        _write_weights(
+            out,
+            weights,
+            stem=stem,
+            file_type=file_type,
+            facts=facts,
+        )
+    ]
     if settings is not None:
         path = out / "config.json"
         text = json.dumps(settings, indent=2) + "\n"
@@ -136,7 +149,13 @@ def _convert(
     return weights, settings
 
 
-def _check(to: Target, part: Part, *, file_type: FileType, patch_size: int | None) -> None:
+def _check(
+    to: Target,
+    part: Part,
+    *,
+    file_type: FileType,
+    patch_size: int | None,
+) -> None:
     problems = []
     if part == "full" and DEFAULT_PARTS[to] == "encoder":
         problems.append(
@@ -198,7 +217,12 @@ def _run(arguments: Arguments) -> int:
 
     # Before the checkpoint is read: a mistake must not cost minutes of it.
     part = arguments.part or DEFAULT_PARTS[arguments.to]
-    _check(arguments.to, part, file_type=arguments.file_type, patch_size=arguments.patch_size)
+    _check(
+        arguments.to,
+        part,
+        file_type=arguments.file_type,
+        patch_size=arguments.patch_size,
+    )
     saved = load_model(arguments.checkpoint)
     files = export(
         saved,
@@ -210,7 +234,14 @@ def _run(arguments: Arguments) -> int:
     )
     names = [str(file) for file in files]
     if arguments.json:
-        say_json({"to": arguments.to, "part": part, "step": saved.step, "files": names})
+        say_json(
+            {
+                "to": arguments.to,
+                "part": part,
+                "step": saved.step,
+                "files": names,
+            }
+        )
     else:
         sys.stdout.write("".join(f"{name}\n" for name in names))
     return 0

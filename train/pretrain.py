@@ -42,7 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     # Every rank finds the same mistakes; one of them says so.
     is_main = rank_of(os.environ) == 0
-    return guard(lambda: _run(words), interrupted=f"pretrain: {INTERRUPTED}", speaks=is_main)
+    return guard(
+        lambda: _run(words),
+        interrupted=f"pretrain: {INTERRUPTED}",
+        speaks=is_main,
+    )
 
 
 def _run(words: Sequence[str]) -> int:

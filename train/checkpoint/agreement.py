@@ -10,7 +10,12 @@ from train.process.world import World
 
 
 @contextmanager
-def agreed(world: World, what: str, *, raises: type[MaelstromError]) -> Iterator[None]:
+def agreed(
+    world: World,
+    what: str,
+    *,
+    raises: type[MaelstromError],
+) -> Iterator[None]:
     """Run a block on every rank; if it fails on any, raise the same error on all.
 
     A rank that failed alone would leave the others waiting for it in their next agreement.

@@ -123,7 +123,11 @@ def hash_file(uri: str, *, on_read: OnRead = no_report) -> tuple[int, str]:
     return size_bytes, digest.hexdigest()
 
 
-def write_file(folder: str, name: str, data: bytes | memoryview) -> FileEntry:
+def write_file(
+    folder: str,
+    name: str,
+    data: bytes | memoryview,
+) -> FileEntry:
     """Write a file whole or not at all, and read a local one back: a disk may lie about what it
     took.
 
@@ -160,7 +164,11 @@ def _as_bytes(data: bytes | memoryview) -> bytes:
 
 def render_manifest(step: int, files: Iterable[FileEntry]) -> bytes:
     """Render MANIFEST.json; it carries a hash of itself."""
-    content = {"format": FORMAT, "step": step, "files": [asdict(entry) for entry in files]}
+    content = {
+        "format": FORMAT,
+        "step": step,
+        "files": [asdict(entry) for entry in files],
+    }
     signed = {**content, "xxh3": hash_json(content)}
     return json.dumps(signed, indent=1).encode()
 
@@ -209,7 +217,12 @@ def read_manifest(folder: str) -> list[FileEntry]:
     return entries
 
 
-def check_entry(folder: str, entry: FileEntry, *, on_read: OnRead = no_report) -> str | None:
+def check_entry(
+    folder: str,
+    entry: FileEntry,
+    *,
+    on_read: OnRead = no_report,
+) -> str | None:
     """Read one file through and compare it with the manifest.
 
     Args:
@@ -269,5 +282,12 @@ def parse_table(rows: Iterable[Mapping[str, Any]]) -> list[NamedTensor]:
     for row in rows:
         # JSON has lists only; a tensor's shape is compared as a tuple.
         shape = tuple(row["shape"])
-        tensors.append(NamedTensor(row["name"], shape, row["trained"], row["part"]))
+        tensors.append(
+            NamedTensor(
+                row["name"],
+                shape,
+                row["trained"],
+                row["part"],
+            )
+        )
     return tensors

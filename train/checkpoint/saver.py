@@ -61,6 +61,7 @@ class Saver:
         self.on_wait = on_wait
         self._mode = mode
         self._world = world
+        # A group of its own: an agreement of the writers must never meet one of the training loop.
         self._writers = world.for_a_thread(timeout_s=WRITE_LIMIT_S) if mode == "async" else world
         self._thread: threading.Thread | None = None
         self._pending: int | None = None
@@ -72,7 +73,12 @@ class Saver:
         """Step of a save whose outcome has not been taken in by `finish`."""
         return self._pending
 
-    def start(self, step: int, engine: StateExporter, client: Mapping[str, Any]) -> None:
+    def start(
+        self,
+        step: int,
+        engine: StateExporter,
+        client: Mapping[str, Any],
+    ) -> None:
         """Begin to save the state after `step` optimizer steps; a step that is saved
         already is not saved again.
 
@@ -88,7 +94,13 @@ class Saver:
         if self.store.has(step):
             return
         begun = time.perf_counter()
-        captured = self.store.capture(step, engine, client, world=self._world)
+        # In the loop's thread: the next step changes what is copied here.
+        captured = self.store.capture(
+            step,
+            engine,
+            client,
+            world=self._world,
+        )
         self._stall_s = time.perf_counter() - begun
         self._pending, self._error = step, None
         if self._mode == "sync":
@@ -132,10 +144,17 @@ class Saver:
         if self._pending is None:
             return None
         while self._thread is not None and self._thread.is_alive():
+            # In pieces: a long upload is no hang, and the watchdog must hear so.
             self._thread.join(_LOOK_S)
             self.on_wait()
         step, error = self._pending, self._error
+        # Before the error is raised: the loop may go on after it and save again.
         self._pending = self._thread = self._error = None
         if error is not None:
             raise error
-        return Saved(step, self.store.uri_of(step), self._stall_s, self._write_s)
+        return Saved(
+            step,
+            self.store.uri_of(step),
+            self._stall_s,
+            self._write_s,
+        )

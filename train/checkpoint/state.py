@@ -46,7 +46,13 @@ class CheckpointState:
         document: content of state.json.
     """
 
-    def __init__(self, *, uri: str, folder: Path, document: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        *,
+        uri: str,
+        folder: Path,
+        document: Mapping[str, Any],
+    ) -> None:
         self.uri = uri
         self.step: int = document["step"]
         self.client: dict[str, Any] = document["client"]
@@ -60,7 +66,11 @@ class CheckpointState:
             parts = {tensor.part for tensor in self.table if kind in tensor.kinds}
             for part in sorted(parts):
                 path = folder / part_name(kind, part, document["parts"])
-                self._files[kind, part] = safe_open(path, framework="pt", device="cpu")
+                self._files[kind, part] = safe_open(
+                    path,
+                    framework="pt",
+                    device="cpu",
+                )
 
     def tensor(self, name: str, kind: str) -> Tensor:
         """Read one whole fp32 tensor.
@@ -110,6 +120,7 @@ def load_weights(uri: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         CheckpointError: no finished checkpoint is there, or all are damaged.
     """
+    # An older step is better than none: the newest one may have been damaged since.
     problems = []
     for folder in resolve_step(uri):
         try:
@@ -148,7 +159,12 @@ def _is_wanted(entry: FileEntry) -> bool:
     return entry.name == STATE_FILE or entry.name.startswith(f"{WEIGHT}-")
 
 
-def _read_entry(folder: str, entry: FileEntry, *, on_read: OnRead) -> bytes:
+def _read_entry(
+    folder: str,
+    entry: FileEntry,
+    *,
+    on_read: OnRead,
+) -> bytes:
     uri = storage.join(folder, entry.name)
     shown = storage.redact(uri)
     # BytesIO hands its memory over at the end; joined pieces would take it twice.

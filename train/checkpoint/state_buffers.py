@@ -61,7 +61,13 @@ class StateBuffers:
             at full speed.
     """
 
-    def __init__(self, table: Iterable[NamedTensor], *, part: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        table: Iterable[NamedTensor],
+        *,
+        part: int,
+        device: torch.device,
+    ) -> None:
         mine = [tensor for tensor in table if tensor.part == part]
         self._bytes: dict[str, Tensor] = {}
         self._places: dict[tuple[str, str], Tensor] = {}
@@ -89,7 +95,12 @@ class StateBuffers:
             self._places[name, kind] = values.view(shape)
             start = end
 
-    def place(self, name: str, kind: str, tensor: Tensor) -> Tensor:
+    def place(
+        self,
+        name: str,
+        kind: str,
+        tensor: Tensor,
+    ) -> Tensor:
         """Copy one tensor to where it belongs; from a GPU the copy is only queued.
 
         Args:

@@ -124,7 +124,15 @@ class CheckpointStore:
                 touched.
         """
         if not self.has(step):
-            self.write(self.capture(step, engine, client, world=world), world=world)
+            self.write(
+                self.capture(
+                    step,
+                    engine,
+                    client,
+                    world=world,
+                ),
+                world=world,
+            )
         return self.uri_of(step)
 
     def has(self, step: int) -> bool:
@@ -151,7 +159,12 @@ class CheckpointStore:
         """
         if self._buffers is None:
             # Once, at the first save: pinned memory takes longer to get than to fill.
-            self._buffers = StateBuffers(engine.table, part=world.rank, device=engine.device)
+            self._buffers = StateBuffers(
+                engine.table,
+                part=world.rank,
+                device=engine.device,
+            )
+        # All ranks: at ZeRO 1 to 3 whole tensors are gathered from them.
         exported = engine.export_state(self._buffers.place)
         self._on_phase("captured")
         document = {
@@ -181,12 +194,18 @@ class CheckpointStore:
                 touched.
         """
         self._write(captured, world=world)
+        # Only now: a failed save must be tried again when the loop asks for the same step.
         self._current = captured.step
         if world.is_main:
             self._prune(captured.step)
         self._on_phase("pruned")
 
-    def latest(self, world: World, *, before: int | None = None) -> CheckpointState | None:
+    def latest(
+        self,
+        world: World,
+        *,
+        before: int | None = None,
+    ) -> CheckpointState | None:
         """Find the newest checkpoint that every rank can read and whose every byte is as written.
 
         Damaged ones are skipped with a warning that names the file. The ranks share the

@@ -100,7 +100,11 @@ def _check_share(
             on_read = stack.enter_context(_progress(uri, share)).advance
         for entry in share:
             if staged is not None:
-                _fetch(storage.join(uri, entry.name), staged / entry.name, on_read=on_read)
+                _fetch(
+                    storage.join(uri, entry.name),
+                    staged / entry.name,
+                    on_read=on_read,
+                )
                 # Fetching is what takes long; the copy is checked at the speed of the disk.
                 problem = check_entry(str(staged), entry)
             else:
@@ -112,7 +116,13 @@ def _check_share(
     return problems
 
 
-def _unseen(uri: str, entries: list[FileEntry], *, but: list[FileEntry], rank: int) -> list[str]:
+def _unseen(
+    uri: str,
+    entries: list[FileEntry],
+    *,
+    but: list[FileEntry],
+    rank: int,
+) -> list[str]:
     """Find files of other ranks' shares that this one cannot see: its node has another disk."""
     problems = []
     for entry in entries:

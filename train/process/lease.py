@@ -72,11 +72,16 @@ class RunLease:
                 self._take()
             except (MaelstromError, OSError) as error:
                 problem = str(error)
+        # All ranks end alike; rank 0 alone would leave the others waiting for it.
         problem = self._world.broadcast(problem)
         if problem is not None:
             raise ConfigError(problem)
         if self._world.is_main:
-            self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+            self._thread = threading.Thread(
+                target=self._beat,
+                name="lease",
+                daemon=True,
+            )
             self._thread.start()
         return self
 
@@ -92,6 +97,7 @@ class RunLease:
         self._thread.join()
         with suppress(OSError):
             holder = _read(self._path)
+            # A lease that went stale may have been taken by another job meanwhile.
             if holder is not None and holder.token == self._token:
                 self._path.unlink()
 

@@ -126,7 +126,12 @@ class Outcome:
                 known = read_status(self.run_dir)
                 if known.get("launch") == self._launch and known.get("exit_code") is not None:
                     return int(known["exit_code"])
-                self.write(state, exit_code=code, reason=_reason(error), rank=self.rank)
+                self.write(
+                    state,
+                    exit_code=code,
+                    reason=_reason(error),
+                    rank=self.rank,
+                )
         except (OSError, InfrastructureError) as trouble:
             sys.stderr.write(
                 f"warning: {self.run_dir / STATUS_FILE} could not be written: {trouble}\n"

@@ -64,7 +64,12 @@ def shows_one_gpu_each(env: Environment) -> bool:
     return "SLURM_PROCID" in env and "," not in env.get("CUDA_VISIBLE_DEVICES", ",")
 
 
-def _first_number(env: Environment, names: tuple[str, ...], *, default: int) -> int:
+def _first_number(
+    env: Environment,
+    names: tuple[str, ...],
+    *,
+    default: int,
+) -> int:
     for name in names:
         if env.get(name, "").isdigit():
             return int(env[name])
@@ -117,7 +122,12 @@ def find_place(env: Environment) -> RankPlace:
     return place
 
 
-def write_place(env: MutableMapping[str, str], place: RankPlace, *, master_port: int) -> None:
+def write_place(
+    env: MutableMapping[str, str],
+    place: RankPlace,
+    *,
+    master_port: int,
+) -> None:
     """Fill in the variables that torch and DeepSpeed look for; what the launcher has set stays.
 
     Args:

@@ -51,7 +51,12 @@ class Preemption:
             node.
     """
 
-    def __init__(self, world: World, *, agree_every: int = 1) -> None:
+    def __init__(
+        self,
+        world: World,
+        *,
+        agree_every: int = 1,
+    ) -> None:
         self._world = world
         self._agree_every = agree_every
         self._calls = 0
@@ -68,6 +73,7 @@ class Preemption:
     def __enter__(self) -> Preemption:
         self._pipe = os.pipe()
         for end in self._pipe:
+            # The interpreter writes to it from its signal handler, where it must not wait.
             os.set_blocking(end, False)
         for number in STOP_SIGNALS:
             self._saved_handlers[number] = signal.signal(number, _noted)
@@ -75,7 +81,11 @@ class Preemption:
         # A forked child shares the pipe: its signals would be taken for ours.
         os.register_at_fork(after_in_child=self._forget)
         self._launchers = find_launchers()
-        self._thread = threading.Thread(target=self._watch, name="preemption", daemon=True)
+        self._thread = threading.Thread(
+            target=self._watch,
+            name="preemption",
+            daemon=True,
+        )
         self._thread.start()
         return self
 
@@ -104,6 +114,7 @@ class Preemption:
 
         All ranks call it equally often, at step boundaries.
         """
+        # Counted alike on all ranks, so that all of them agree at the same call.
         self._calls += 1
         if not self._agreed and self._calls % self._agree_every == 0:
             self._agreed = bool(self._world.highest(int(bool(self._reason))))
@@ -116,7 +127,12 @@ class Preemption:
     def _watch(self) -> None:
         while not self._closing.is_set():
             with suppress(InterruptedError):
-                readable, _, _ = select.select([self._pipe[0]], [], [], POLL_S)
+                readable, _, _ = select.select(
+                    [self._pipe[0]],
+                    [],
+                    [],
+                    POLL_S,
+                )
                 if readable:
                     for number in os.read(self._pipe[0], 64):
                         self._note(number)
@@ -126,6 +142,7 @@ class Preemption:
         if number not in STOP_SIGNALS:
             return
         now_s = time.monotonic()
+        # The first reason counts: what follows is mostly a consequence of it.
         self._reason = self._reason or signal.Signals(number).name
         if (
             number == signal.SIGUSR1

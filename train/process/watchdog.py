@@ -26,13 +26,23 @@ class Watchdog:
         rank: this process's rank.
     """
 
-    def __init__(self, *, timeout_s: float, folder: Path, rank: int) -> None:
+    def __init__(
+        self,
+        *,
+        timeout_s: float,
+        folder: Path,
+        rank: int,
+    ) -> None:
         self.timeout_s = timeout_s
         self.path = folder / f"stacks-rank-{rank:05d}.txt"
         self._rank = rank
         self._last_s = time.monotonic()
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread = threading.Thread(
+            target=self._watch,
+            name="watchdog",
+            daemon=True,
+        )
 
     def __enter__(self) -> Watchdog:
         self.beat()
@@ -53,6 +63,7 @@ class Watchdog:
         self._last_s = time.monotonic()
 
     def _watch(self) -> None:
+        # A fraction of the limit, so that short limits of tests are kept too.
         while not self._closing.wait(min(1.0, self.timeout_s / 4)):
             silent_s = time.monotonic() - self._last_s
             if silent_s > self.timeout_s:
@@ -64,6 +75,7 @@ class Watchdog:
             f"{self.timeout_s:g}; ending. "
             f"Stacks are in {self.path}. The same command goes on from the last checkpoint.\n"
         )
+        # A full disk must not keep this process from ending.
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("w") as file:

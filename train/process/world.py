@@ -82,6 +82,7 @@ class World:
         """Average numbers over the ranks, for the log."""
         if self.control is None:
             return [float(value) for value in values]
+        # float64: the sum over many ranks must not round what each of them logs.
         totals = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(totals, group=self.control)
         return (totals / self.world_size).tolist()
@@ -118,6 +119,7 @@ class World:
             if dist.is_initialized():
                 dist.destroy_process_group()
             return
+        # Nobody may close its connections while another still agrees on something.
         self.control = None
         dist.barrier()
         dist.destroy_process_group()
@@ -143,7 +145,11 @@ def init_world(config: RunConfig) -> World:
     place = find_place(os.environ)
     device = _pick_device(place)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    write_place(os.environ, place, master_port=place.master_port or _free_port())
+    write_place(
+        os.environ,
+        place,
+        master_port=place.master_port or _free_port(),
+    )
     if device.type == "cpu":
         # DeepSpeed would look for other accelerators, and warn.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -151,7 +157,13 @@ def init_world(config: RunConfig) -> World:
     if place.world_size == 1:
         # A store in this process's memory: no port and no network that another process could take.
         store = torch._C._distributed_c10d.HashStore()
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=0,
+            world_size=1,
+            timeout=timeout,
+        )
         control = None
     else:
         options = {"device_id": device} if device.type == "cuda" else {}

@@ -64,7 +64,12 @@ def collect_data_report(
     return merged
 
 
-def leave_data_report(report: DataReport, *, run_dir: Path, rank: int) -> None:
+def leave_data_report(
+    report: DataReport,
+    *,
+    run_dir: Path,
+    rank: int,
+) -> None:
     """Write this rank's report alone, when a run ends early and the ranks do not meet any more."""
     if report.num_bad:
         report.write(str(run_dir / f"data_report-rank-{rank}.json"))

@@ -45,7 +45,12 @@ class Completion:
     note: str
 
 
-def draw_reconstruction(path: Path, completion: Completion, *, title: str) -> None:
+def draw_reconstruction(
+    path: Path,
+    completion: Completion,
+    *,
+    title: str,
+) -> None:
     """Draw held-out images in rows of three: original, masked, completed.
 
     Args:
@@ -69,9 +74,24 @@ def draw_reconstruction(path: Path, completion: Completion, *, title: str) -> No
         block = number // rows
         loss = float(completion.losses_B[number])
         labels = ("original", "what the model sees", f"completed, loss {loss:.3f}")
-        for column, (panel, label) in enumerate(zip(panels, labels, strict=True)):
+        for column, (panel, label) in enumerate(
+            zip(
+                panels,
+                labels,
+                strict=True,
+            )
+        ):
             axis = axes[row, 3 * block + column]
-            axis.imshow(panel[number].permute(1, 2, 0).numpy(), interpolation="nearest")
+            axis.imshow(
+                panel[number]
+                .permute(
+                    1,
+                    2,
+                    0,
+                )
+                .numpy(),
+                interpolation="nearest",
+            )
             axis.set_title(label, fontsize=8)
     figure.suptitle(f"{title}\nmean loss {completion.loss:.4f} ({completion.note})", fontsize=10)
     _save(figure, path)
@@ -92,7 +112,12 @@ def draw_loss(
     steps = [line["step"] for line in drawn]
     losses = [line["loss"] for line in drawn]
     figure = _figure(8, 5)
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    top, bottom = figure.subplots(
+        2,
+        1,
+        sharex=True,
+        height_ratios=[4, 1],
+    )
 
     # Points of their own only as long as they can be told apart.
     marker = "." if len(drawn) < 40 else ""

@@ -56,6 +56,7 @@ class Meter:
 
     def go_on(self) -> None:
         """Start the clock again after `pause`."""
+        # Moving the start forward leaves the pause out of every later difference.
         self._started += time.perf_counter() - self._paused_at
 
     def close_window(self, *, wait_s: float) -> Window:

@@ -69,6 +69,7 @@ class Reporter:
 
     def _open_files(self, step: int) -> None:
         path = self._run_dir / METRICS_FILE
+        # Before it is opened for appending: the cut replaces the file.
         truncate_after(path, step)
         self._file = path.open("a", encoding="utf-8")
         if self._tensorboard == "on":
@@ -131,7 +132,12 @@ class Reporter:
         if not self._writes:
             return
         if self._progress is not None:
-            self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self._progress.console.print(
+                text,
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
         else:
             self._out.write(text + "\n")
             self._out.flush()
@@ -150,6 +156,7 @@ class Reporter:
             k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()
         }
         self._file.write(json.dumps(clean) + "\n")
+        # A line at a time: others follow the file while the run goes on.
         self._file.flush()
         step = int(line["step"] or 0)
         if self._board is not None:
@@ -160,7 +167,11 @@ class Reporter:
             tracker.log(step, clean)
         self._show(step, line)
 
-    def _show(self, step: int, line: Mapping[str, float | int | None]) -> None:
+    def _show(
+        self,
+        step: int,
+        line: Mapping[str, float | int | None],
+    ) -> None:
         loss, rate, wait = line.get("loss"), line.get("images_per_s"), line.get("data_wait_share")
         # Without a loss every step since the last line was skipped.
         text = f"loss {loss:.4f}" if loss is not None else "no step taken"
@@ -178,7 +189,12 @@ class Reporter:
             f"step {step}/{self._total_steps}  {text}  lr {lr:.2e}  ETA {format_duration(left_s)}"
         )
 
-    def picture(self, name: str, path: Path, step: int) -> None:
+    def picture(
+        self,
+        name: str,
+        path: Path,
+        step: int,
+    ) -> None:
         """Show a written PNG in TensorBoard and the trackers too."""
         for tracker in self._trackers:
             tracker.picture(step, name, path)

@@ -50,7 +50,12 @@ class Tracker(ABC):
         """Show one line of metrics."""
 
     @abstractmethod
-    def picture(self, step: int, name: str, path: Path) -> None:
+    def picture(
+        self,
+        step: int,
+        name: str,
+        path: Path,
+    ) -> None:
         """Show one PNG."""
 
     @abstractmethod
@@ -101,15 +106,22 @@ class Background:
 
     def log(self, step: int, values: Values) -> None:
         """Queue one line of metrics."""
+        # A copy: the loop uses its dictionary again before the thread looks.
         line = dict(values)
         self._order(lambda: self._tracker.log(step, line))
 
-    def picture(self, step: int, name: str, path: Path) -> None:
+    def picture(
+        self,
+        step: int,
+        name: str,
+        path: Path,
+    ) -> None:
         """Queue one PNG."""
         self._order(lambda: self._tracker.picture(step, name, path))
 
     def close(self) -> None:
         """Let the tracker finish, for a limited time."""
+        # One limit for both waits: a full queue, and a service that does not answer.
         deadline = time.monotonic() + self._closing_limit_s
         try:
             self._orders.put(None, timeout=self._closing_limit_s)
@@ -149,7 +161,11 @@ class WandbTracker(Tracker):
         run_id = _kept_id(self._run_dir, "wandb")
         if not run_id:
             # Kept before the service knows it: a start that is killed in between loses no run.
-            run_id = _keep_id(self._run_dir, "wandb", uuid.uuid4().hex[:8])
+            run_id = _keep_id(
+                self._run_dir,
+                "wandb",
+                uuid.uuid4().hex[:8],
+            )
         self._run = wandb.init(
             project=self._config.log.wandb_project,
             name=self._config.run.name or self._config.recipe,
@@ -171,7 +187,12 @@ class WandbTracker(Tracker):
             line[f"train/{shown}"] = value
         self._run.log(line)
 
-    def picture(self, step: int, name: str, path: Path) -> None:
+    def picture(
+        self,
+        step: int,
+        name: str,
+        path: Path,
+    ) -> None:
         """Show one PNG."""
         import wandb
 
@@ -228,7 +249,11 @@ class MlflowTracker(Tracker):
             experiment_id, run_name=self._config.run.name or self._config.recipe
         )
         self._run_id = _keep_id(self._run_dir, "mlflow", created.info.run_id)
-        self._client.log_dict(self._run_id, _shown_settings(self._config), "config.json")
+        self._client.log_dict(
+            self._run_id,
+            _shown_settings(self._config),
+            "config.json",
+        )
 
     def log(self, step: int, values: Values) -> None:
         """Show one line."""
@@ -236,11 +261,22 @@ class MlflowTracker(Tracker):
 
         now_ms = int(time.time() * 1000)
         points = [
-            Metric(name, float(value), now_ms, step) for name, value in _numbers(values).items()
+            Metric(
+                name,
+                float(value),
+                now_ms,
+                step,
+            )
+            for name, value in _numbers(values).items()
         ]
         self._client.log_batch(self._run_id, metrics=points)
 
-    def picture(self, step: int, name: str, path: Path) -> None:
+    def picture(
+        self,
+        step: int,
+        name: str,
+        path: Path,
+    ) -> None:
         """Show one PNG."""
         del step, name  # one file that is replaced: its title says the step
         self._client.log_artifact(self._run_id, str(path))

@@ -88,7 +88,11 @@ def _follow_model_size(values: Settings) -> None:
     values.setdefault("view.width", model.image_width)
 
 
-def _explain(section: str, error: ValidationError, origins: Mapping[str, str]) -> list[str]:
+def _explain(
+    section: str,
+    error: ValidationError,
+    origins: Mapping[str, str],
+) -> list[str]:
     """Put pydantic's findings into words, each once."""
     messages = []
     for item in error.errors():

@@ -77,7 +77,13 @@ def parse_command(argv: Sequence[str], *, env: Mapping[str, str] | None = None) 
     merged["recipe"] = words.recipe or "custom"
     # A dry run may be of a run for another machine: it notes what this one could not do.
     device = find_device(env) if words.action == "run" else None
-    config = build_config(merged, origins, problems, world_size=world_size_of(env), device=device)
+    config = build_config(
+        merged,
+        origins,
+        problems,
+        world_size=world_size_of(env),
+        device=device,
+    )
     if config.data.train == "" and words.action == "run":
         problems.append(
             "data.train is not set: give the URI of the training shards, --data.train FOLDER"
@@ -150,7 +156,11 @@ def _keep_word(words: _Words, word: str) -> None:
     words.problems.append(f"unexpected word {word!r}: settings are written --section.field value")
 
 
-def _keep_option(words: _Words, name: str, value: str | None) -> None:
+def _keep_option(
+    words: _Words,
+    name: str,
+    value: str | None,
+) -> None:
     # The deepspeed launcher adds it; the environment says the same.
     if name == "local_rank":
         return

@@ -88,7 +88,12 @@ def batch_problems(config: RunConfig, *, world_size: int) -> list[str]:
     return []
 
 
-def refuse_engine_settings(config: RunConfig, *, world_size: int, device: Device) -> None:
+def refuse_engine_settings(
+    config: RunConfig,
+    *,
+    world_size: int,
+    device: Device,
+) -> None:
     """Refuse what an engine cannot do: the guard of an engine that is built without a command line.
 
     Args:

@@ -26,7 +26,12 @@ LIVE_PARAMETERS = 10**9
 BUCKETS_NUMEL = 2 * 50_000_000
 """Elements of the reduce and gather buckets; train/engine/deepspeed_config.py sets their size."""
 ZeroStage = Literal[0, 1, 2, 3]
-STAGE_COST: dict[ZeroStage, float] = {0: 0.01, 1: 0.0, 2: 0.02, 3: 0.15}
+STAGE_COST: dict[ZeroStage, float] = {
+    0: 0.01,
+    1: 0.0,
+    2: 0.02,
+    3: 0.15,
+}
 """Share of a step that a stage adds, for the order of the recommendation only: stages 0 and 2 send
 as much as stage 1, whose update is shared out; stage 3 sends half as much again. Assumed, not
 measured."""
@@ -137,7 +142,12 @@ def _activations(
 ) -> int:
     model = config.model
     # Under autocast norms and the residual stream stay fp32 while products save bf16 copies.
-    value_bytes = {"bf16": 2, "fp16": 2, "autocast": 4, "fp32": 4}[config.engine.precision]
+    value_bytes = {
+        "bf16": 2,
+        "fp16": 2,
+        "autocast": 4,
+        "fp32": 4,
+    }[config.engine.precision]
     kept = activation_bytes(model, encoder=encoder, decoder=decoder, value_bytes=value_bytes)
     # One block at a time is computed again, so only the largest counts.
     again = 0
@@ -149,7 +159,12 @@ def _activations(
     return config.train.micro_batch_size * (kept + again + images)
 
 
-def _block_bytes(model: ModelConfig, stack: str, *, value_bytes: int) -> int:
+def _block_bytes(
+    model: ModelConfig,
+    stack: str,
+    *,
+    value_bytes: int,
+) -> int:
     """What one block keeps while it is recomputed, per image."""
     everything = activation_bytes(model, value_bytes=value_bytes)
     if stack == "encoder":
@@ -198,10 +213,19 @@ def recommend(choices: Iterable[Choice], *, device_bytes: int) -> Choice | None:
         The choice; None if none fits.
     """
     fitting = [choice for choice in choices if choice.memory.total <= USABLE_SHARE * device_bytes]
-    return min(fitting, key=lambda choice: (choice.cost, choice.memory.total), default=None)
+    return min(
+        fitting,
+        key=lambda choice: (choice.cost, choice.memory.total),
+        default=None,
+    )
 
 
-def describe_fit(config: RunConfig, *, world_size: int, device_bytes: int | None) -> list[str]:
+def describe_fit(
+    config: RunConfig,
+    *,
+    world_size: int,
+    device_bytes: int | None,
+) -> list[str]:
     """Lay the estimates out for people.
 
     Args:

@@ -133,7 +133,14 @@ def _close_names(name: str, known: Sequence[str]) -> list[str]:
     if alike:
         return alike[:2]
     fields = {option.rpartition(".")[2]: option for option in known}
-    return [fields[match] for match in difflib.get_close_matches(field, list(fields), n=1)]
+    return [
+        fields[match]
+        for match in difflib.get_close_matches(
+            field,
+            list(fields),
+            n=1,
+        )
+    ]
 
 
 def _shown(name: str, origin: str) -> str:

@@ -105,7 +105,11 @@ def render() -> str:
 
 
 # ------------------------------------------------------------------------------------------- tables
-def _table(model: type[BaseModel], names: Mapping[str, str], defaults: Mapping[str, Any]) -> str:
+def _table(
+    model: type[BaseModel],
+    names: Mapping[str, str],
+    defaults: Mapping[str, Any],
+) -> str:
     """Lay out one model: a row per setting.
 
     Args:
@@ -132,7 +136,11 @@ def _convert_table() -> str:
         names[name] = f"--{option.replace('_', '-')}"
     # The defaults as they are written: 256MB says more than 256000000.
     fields = ConvertSettings.model_fields.items()
-    return _table(ConvertSettings, names, {name: field.default for name, field in fields})
+    return _table(
+        ConvertSettings,
+        names,
+        {name: field.default for name, field in fields},
+    )
 
 
 def _recipe_table() -> str:
@@ -154,7 +162,12 @@ def _values_of(recipe: str) -> dict[str, Any]:
     problems: list[str] = []
     layers = [("defaults", default_values()), ("recipe", flatten(RECIPES[recipe]))]
     values, _ = merge(layers, problems)
-    config = build_config({**values, "recipe": recipe}, {}, problems, world_size=1)
+    config = build_config(
+        {**values, "recipe": recipe},
+        {},
+        problems,
+        world_size=1,
+    )
     if problems:
         raise ConfigError(f"recipe {recipe}: {'; '.join(problems)}")
     return flatten(config.model_dump(exclude={"recipe"}))
@@ -184,7 +197,11 @@ def _own_help(model: type[BaseModel]) -> dict[str, str]:
     (definition,) = tree.body
     assert isinstance(definition, ast.ClassDef), "the source of a class is a class"
     texts: dict[str, str] = {}
-    for statement, following in zip(definition.body, definition.body[1:], strict=False):
+    for statement, following in zip(
+        definition.body,
+        definition.body[1:],
+        strict=False,
+    ):
         if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
             continue
         if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):

@@ -49,7 +49,11 @@ def describe_size(config: RunConfig) -> list[str]:
     device = find_device(os.environ)
     # Notes, not mistakes: a dry run may be of a run for another machine.
     notes = [] if device is None else device_problems(config.engine, device)
-    return [*lines, *fit, *(f"not on this machine: {note}" for note in notes)]
+    return [
+        *lines,
+        *fit,
+        *(f"not on this machine: {note}" for note in notes),
+    ]
 
 
 def _steps_line(config: RunConfig) -> str:

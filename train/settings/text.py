@@ -50,7 +50,12 @@ def help_text(recipe: str | None) -> str:
     if recipe is not None:
         layers.append(("recipe", flatten(RECIPES[recipe])))
     values, _ = merge(layers, problems)
-    config = build_config({**values, "recipe": recipe or "custom"}, {}, problems, world_size=1)
+    config = build_config(
+        {**values, "recipe": recipe or "custom"},
+        {},
+        problems,
+        world_size=1,
+    )
     description = (
         f"Pre-train a masked autoencoder: {PROGRAM} RECIPE [--config run.toml] [--dry-run] "
         "[--section.field value "
