@@ -106,7 +106,7 @@ class Background:
 
     def log(self, step: int, values: Values) -> None:
         """Queue one line of metrics."""
-        # A copy: the loop uses its dictionary again before the thread looks.
+        # A copy: the caller may go on with its dictionary before the thread looks.
         line = dict(values)
         self._order(lambda: self._tracker.log(step, line))
 
