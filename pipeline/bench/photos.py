@@ -45,11 +45,11 @@ VARIANTS: dict[str, ConvertSettings] = {
 def make_sources(
     folder: Path, *, num_images: int = 1536, variants: Collection[str] = tuple(VARIANTS)
 ) -> dict[str, Path]:
-    """Make the benchmark's images and datasets where they are not there yet; return their folders
-    by name.
+    """Make the benchmark's images and datasets unless they are there; return their folders by
+    name.
 
     Args:
-        folder: Where to.
+        folder: Folder to make them in.
         num_images: How many photographs.
         variants: Which datasets to make of them.
 
@@ -82,14 +82,18 @@ def make_crops(count: int) -> Iterator[bytes]:
     from PIL import Image
 
     sources = [Image.open(path).convert("RGB") for path in _photo_paths()]
+    # The same images on every machine, so that figures of two machines compare.
     rng = np.random.default_rng(0)
     for number in range(count):
         image = sources[number % len(sources)]
+        image_size = np.array(image.size)
         size = np.array([rng.integers(420, 581), rng.integers(320, 431)])
+        # Some stand upright, as in every collection of photographs.
         if rng.random() < 0.25:
             size = size[::-1]
-        region = np.minimum(size / rng.uniform(0.7, 1.3), np.array(image.size))
-        left, top = (rng.random(2) * (np.array(image.size) - region)).tolist()
+        scale = rng.uniform(0.7, 1.3)
+        region = np.minimum(size / scale, image_size)
+        left, top = (rng.random(2) * (image_size - region)).tolist()
         box = (left, top, left + region[0], top + region[1])
         crop = image.resize((int(size[0]), int(size[1])), Image.Resampling.BICUBIC, box=box)
         buffer = io.BytesIO()

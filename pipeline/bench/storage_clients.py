@@ -109,16 +109,15 @@ _CLIENTS: dict[str, tuple[str, Callable[[str], Client]]] = {
 
 def plain_clients(bucket: str) -> dict[str, Client]:
     """Make the plain clients that are installed."""
-    found = {
-        name: make(bucket)
-        for name, (package, make) in _CLIENTS.items()
-        if importlib.util.find_spec(package) is not None
-    }
-    if not found:
+    clients: dict[str, Client] = {}
+    for name, (package, make) in _CLIENTS.items():
+        if importlib.util.find_spec(package) is not None:
+            clients[name] = make(bucket)
+    if not clients:
         raise ConfigError(
             "storage_bench: no plain client to compare with. Install one of boto3, s3fs, obstore"
         )
-    return found
+    return clients
 
 
 def read_ranges(client: Client, jobs: list[Job], *, streams: int) -> int:
@@ -198,14 +197,19 @@ def write_bench_dataset(folder: Path, *, num_shards: int, shard_bytes: int) -> i
     Returns:
         Samples written.
     """
-    images = [(data, found) for data in _jpegs() if isinstance(found := probe(data), Probe)]
-    shards, number = [], 0
+    images = []
+    for data in _jpegs():
+        header = probe(data)
+        assert isinstance(header, Probe)
+        images.append((data, header))
+    shards = []
+    number = 0
     for s in range(num_shards):
         with WebDatasetWriter(str(folder / f"train-{s:06d}.tar")) as writer:
             written_bytes = 0
             while written_bytes < shard_bytes:
-                image, found = images[number % len(images)]
-                writer.add(f"{number:07d}", image, found, label=number % 1000)
+                image, header = images[number % len(images)]
+                writer.add(f"{number:07d}", image, header, label=number % 1000)
                 written_bytes += len(image) + 1024
                 number += 1
             shards.append(writer.close())
@@ -215,8 +219,9 @@ def write_bench_dataset(folder: Path, *, num_shards: int, shard_bytes: int) -> i
 
 def _jpegs() -> list[bytes]:
     random = np.random.default_rng(0)
-    found = []
+    jpegs = []
     for _ in range(_DISTINCT_IMAGES):
+        # Smooth areas with noise on top: a file of about a photograph's size.
         small = random.integers(0, 256, (24, 32, 3), dtype=np.uint8)
         image = np.asarray(
             Image.fromarray(small).resize((500, 375), Image.Resampling.BICUBIC), dtype=np.int16
@@ -224,5 +229,5 @@ def _jpegs() -> list[bytes]:
         noisy = np.clip(image + random.normal(0, 11, image.shape), 0, 255).astype(np.uint8)
         buffer = io.BytesIO()
         Image.fromarray(noisy).save(buffer, "JPEG", quality=92)
-        found.append(buffer.getvalue())
-    return found
+        jpegs.append(buffer.getvalue())
+    return jpegs

@@ -44,10 +44,10 @@ class Setup:
     """What all subjects share.
 
     Args:
-        folder: Where the datasets are.
+        folder: Folder of the datasets.
         num_threads: Threads, or worker processes, of each subject.
-        batch_size: Images of a batch.
-        device: Where batches are wanted.
+        batch_size: Images per batch.
+        device: Device that batches go to.
     """
 
     folder: Path
@@ -76,8 +76,8 @@ class Subject:
 def ours(
     decoder: Literal["turbo", "dali", "ffcv"], hw_decoder_load: float = 0.0
 ) -> Callable[[Setup, Subject], Batches]:
-    """Return a builder of this loader with a decoder, and with a share of a GPU's JPEG engine where
-    one is given."""
+    """Return a builder of this loader with a decoder and, if given, a share of a GPU's JPEG
+    engine."""
 
     def build(setup: Setup, subject: Subject) -> Batches:
         loader = Loader(
@@ -113,8 +113,18 @@ def bare_loop(setup: Setup, subject: Subject) -> Batches:
         widths_B=rows.widths_B,
         heights_B=rows.heights_B,
     )
-    columns = (boxes.tops_B, boxes.lefts_B, boxes.heights_B, boxes.widths_B, boxes.flips_B)
-    cuts = list(zip(images, *(column.tolist() for column in columns), strict=True))
+    # All that a loader does besides: reading, drawing boxes, memory for the batch.
+    cuts = list(
+        zip(
+            images,
+            boxes.tops_B.tolist(),
+            boxes.lefts_B.tolist(),
+            boxes.heights_B.tolist(),
+            boxes.widths_B.tolist(),
+            boxes.flips_B.tolist(),
+            strict=True,
+        )
+    )
     out_HW3 = np.empty((SIZE, SIZE, 3), np.uint8)
     torch.set_grad_enabled(False)
     while True:
@@ -139,12 +149,16 @@ def random_box(width: int, height: int) -> tuple[int, int, int, int]:
     for _ in range(10):
         area = width * height * random.uniform(MIN_AREA, 1.0)
         aspect = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        w = round(math.sqrt(area * aspect))
+        h = round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            left, top = random.randint(0, width - w), random.randint(0, height - h)
+            left = random.randint(0, width - w)
+            top = random.randint(0, height - h)
             return left, top, left + w, top + h
+    # torchvision falls back to a central box too.
     side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
+    left = (width - side) // 2
+    top = (height - side) // 2
     return left, top, left + side, top + side
 
 
@@ -266,10 +280,8 @@ def spdl_threads(setup: Setup, subject: Subject) -> Batches:
             yield random.choice(paths)
 
     def decode(path: str) -> Any:
-        area, aspect = (
-            random.uniform(MIN_AREA, 1.0),
-            math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3))),
-        )
+        area = random.uniform(MIN_AREA, 1.0)
+        aspect = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
         # A box that does not fit is clipped: what RandomResizedCrop draws anew, FFmpeg's
         # expressions cannot.
         box = (
@@ -371,4 +383,4 @@ GPU_SUBJECTS = (
     Subject("maelstrom ffcv", "beton-256", "area", ours("ffcv")),
     Subject("maelstrom turbo", "beton-256-raw", "area", ours("turbo")),
 )
-"""What is measured where there is a CUDA device; every subject leaves its batches there."""
+"""What is measured on a machine with a CUDA device; every subject leaves its batches there."""
