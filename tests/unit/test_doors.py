@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -110,10 +111,22 @@ def test_a_door_guards_its_imports_first_and_then_its_body(door: str) -> None:
     assert returned.startswith(GUARDS), returned
 
 
-def check_help(door: str, folder: Path) -> None:
-    # Every import of torch ends the process with a code of its own.
-    action = "pass" if door in LOADS_TORCH else "os._exit(99)"
-    done = run_door(door, "--help", at_import="torch", action=action, folder=folder)
+Runs = dict[str, subprocess.CompletedProcess[str]]
+
+
+def run_all(doors: list[str], *words: str, action: str, at_import: str, folder: Path) -> Runs:
+    """Run commands several at a time: most of their life is imports."""
+
+    def run(door: str) -> subprocess.CompletedProcess[str]:
+        place = folder / door
+        place.mkdir()
+        return run_door(door, *words, at_import=at_import, action=action, folder=place)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(doors, pool.map(run, doors), strict=True))
+
+
+def check_help(door: str, done: subprocess.CompletedProcess[str]) -> None:
     assert done.returncode == 0, done.stderr
     assert f"python -m {door}" in done.stdout or f"{door} RECIPE" in done.stdout
     # A flag: no value behind it and no --no-json beside it.
@@ -122,21 +135,35 @@ def check_help(door: str, folder: Path) -> None:
     assert "--json {" not in done.stdout
 
 
+@pytest.fixture(scope="module")
+def helps(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """What --help prints where an import of torch would end the process with a code of its own."""
+    folder = tmp_path_factory.mktemp("helps")
+    return run_all(QUICK, "--help", at_import="torch", action="os._exit(99)", folder=folder)
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """What Ctrl-C leaves when it comes with the first import that takes long."""
+    kill = "os.kill(os.getpid(), signal.SIGINT)"
+    folder = tmp_path_factory.mktemp("interrupted")
+    return run_all(DOORS, at_import="numpy pydantic tyro", action=kill, folder=folder)
+
+
 @pytest.mark.parametrize("door", QUICK)
-def test_help_needs_no_torch_and_json_is_a_flag(door: str, tmp_path: Path) -> None:
-    check_help(door, tmp_path)
+def test_help_needs_no_torch_and_json_is_a_flag(door: str, helps: Runs) -> None:
+    check_help(door, helps[door])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("door", sorted(LOADS_TORCH))
 def test_help_of_what_measures_torch(door: str, tmp_path: Path) -> None:
-    check_help(door, tmp_path)
+    check_help(door, run_door(door, "--help", folder=tmp_path))
 
 
 @pytest.mark.parametrize("door", DOORS)
-def test_ctrl_c_during_the_imports_ends_in_one_line(door: str, tmp_path: Path) -> None:
-    kill = "os.kill(os.getpid(), signal.SIGINT)"
-    done = run_door(door, at_import="numpy pydantic tyro", action=kill, folder=tmp_path)
+def test_ctrl_c_during_the_imports_ends_in_one_line(door: str, interrupted: Runs) -> None:
+    done = interrupted[door]
     line = f"{door}: stopped before it began. Nothing was changed; run it again.\n"
     assert (done.returncode, done.stdout, done.stderr) == (130, "", line)
 
