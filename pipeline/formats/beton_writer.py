@@ -9,11 +9,8 @@ tests/integration/test_ffcv_interop.py holds the two together.
 from __future__ import annotations
 
 import hashlib
-import tempfile
-from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -21,11 +18,11 @@ import xxhash
 from pipeline import storage
 from pipeline.errors import DataError
 from pipeline.formats import beton
-from pipeline.formats.records import SUFFIXES, ShardFile, ShardIndex
+from pipeline.formats.records import ShardFile, ShardIndex
 from pipeline.formats.table import NO_LABEL, TableBuilder
 from pipeline.images.header import Probe
-from pipeline.storage import local as local_files
 from pipeline.storage.retry import explain
+from pipeline.storage.unfinished import UnfinishedFile
 
 _CHUNK_BYTES = 2**20
 
@@ -58,33 +55,21 @@ class BetonWriter:
     def __init__(self, uri: str, *, page_bytes: int = beton.DEFAULT_PAGE_BYTES) -> None:
         self._uri = uri
         self._page_bytes = page_bytes
-        self._tmp: list[Path] = []
-        self._files: list[BinaryIO] = []
+        # Images as they come; never committed, only read back when all places are known.
+        self._spool = UnfinishedFile(uri)
+        self._file = UnfinishedFile(uri)
         self._images: list[tuple[Probe, int, int, int]] = []
         self._metas: list[bytes] = []
         self._labels: list[int] = []
         self._keys: dict[str, None] = {}
 
     def __enter__(self) -> BetonWriter:
+        self._spool.__enter__()
         try:
-            folder = None
-            if storage.is_local(self._uri):
-                target = storage.local_path(self._uri)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                folder = target
-            for _ in range(2):  # images as they come, and the finished file
-                if folder is not None:
-                    path = local_files.tmp_path(folder)
-                    self._files.append(path.open("x+b"))
-                else:
-                    file = tempfile.NamedTemporaryFile(
-                        prefix="maelstrom-", suffix=SUFFIXES["ffcv"], delete=False
-                    )
-                    path = Path(file.name)
-                    self._files.append(file)  # type: ignore[arg-type]
-                self._tmp.append(path)
-        except OSError as error:
-            raise explain("write", self._uri, error) from error
+            self._file.__enter__()
+        except BaseException:
+            self._spool.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(
@@ -93,12 +78,8 @@ class BetonWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for file in self._files:
-            with suppress(OSError):
-                file.close()
-        for path in self._tmp:
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
+        self._spool.__exit__(kind, error, trace)
+        self._file.__exit__(kind, error, trace)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -148,10 +129,7 @@ class BetonWriter:
                 f"{key}: {len(image)} bytes do not fit in a beton's page of at most 2 GiB; use "
                 "--resize."
             )
-        try:
-            self._files[0].write(image)
-        except OSError as error:
-            raise explain("write", self._uri, error) from error
+        self._spool.write(image)
         self._keys[key] = None
         self._images.append((found, len(image), label, xxhash.xxh3_64_intdigest(image)))
         self._metas.append(meta)
@@ -171,13 +149,9 @@ class BetonWriter:
         head, places, end = self._lay_out()
         try:
             sha256, size_bytes = self._write(head, places, end)
-            self._files[1].close()
-            if storage.is_local(self._uri):
-                local_files.commit_file(self._tmp[1], storage.local_path(self._uri))
-            else:
-                storage.put_file(self._tmp[1], self._uri)
         except OSError as error:
             raise explain("write", self._uri, error) from error
+        self._file.commit()
         rows = TableBuilder()
         for key, (found, size, label, digest), (offset, _) in zip(
             self._keys, self._images, places, strict=True
@@ -228,7 +202,8 @@ class BetonWriter:
         return header.tobytes() + fields.tobytes() + samples.tobytes(), places, end
 
     def _write(self, head: bytes, places: list[tuple[int, int]], end: int) -> tuple[str, int]:
-        spool, file = self._files
+        spool = self._spool.file
+        file = self._file.file
         spool.seek(0)
         digest = hashlib.sha256()
         at = 0

@@ -18,7 +18,8 @@ EXTENSIONS = (*IMAGE_EXTENSIONS, "cls", "json", "txt")
 """Members that may be read; the rest is counted and passed over."""
 SUFFIX = SUFFIXES["webdataset"]
 _MEMBER = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
-_META = re.compile(r"^__[^/]*__($|/)")
+RESERVED_NAME = re.compile(r"^__[^/]*__($|/)")
+"""Members such as `__metadata__`, which the webdataset library keeps for itself."""
 
 
 def split_key(name: str) -> tuple[str, str] | None:

@@ -17,9 +17,9 @@ from pipeline.formats.records import ShardFile, ShardIndex
 from pipeline.formats.table import NO_LABEL, ShardTable, TableBuilder
 from pipeline.formats.tar import TarMember, TarScanner
 from pipeline.formats.webdataset import (
-    _META,
     EXTENSIONS,
     IMAGE_EXTENSIONS,
+    RESERVED_NAME,
     make_dali_index,
     split_key,
 )
@@ -97,7 +97,7 @@ class _Indexer:
         current: _Sample | None = None
         for member in self.scanner:
             parts = split_key(member.name)
-            if parts is None or _META.match(member.name):
+            if parts is None or RESERVED_NAME.match(member.name):
                 self.ignored["no key"] += 1
                 continue
             key, extension = parts

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
-from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import xxhash
 
@@ -17,10 +14,9 @@ from pipeline.errors import DataError
 from pipeline.formats.records import ShardFile, ShardIndex
 from pipeline.formats.table import NO_LABEL, TableBuilder
 from pipeline.formats.tar import end_mark, make_header
-from pipeline.formats.webdataset import _META, SUFFIX, make_dali_index, split_key
+from pipeline.formats.webdataset import RESERVED_NAME, make_dali_index, split_key
 from pipeline.images.header import Probe
-from pipeline.storage import local as local_files
-from pipeline.storage.retry import explain
+from pipeline.storage.unfinished import UnfinishedFile
 
 _to_json = json.JSONEncoder(ensure_ascii=False, sort_keys=True).encode
 _EXTENSION_OF = {"jpeg": "jpg", "png": "png", "webp": "webp"}
@@ -38,8 +34,7 @@ class WebDatasetWriter:
 
     def __init__(self, uri: str) -> None:
         self._uri = uri
-        self._tmp: Path | None = None
-        self._file: BinaryIO | None = None
+        self._file = UnfinishedFile(uri)
         self._digest = hashlib.sha256()
         self._at = 0
         self._rows = TableBuilder()
@@ -47,17 +42,7 @@ class WebDatasetWriter:
         self._keys: set[str] = set()
 
     def __enter__(self) -> WebDatasetWriter:
-        try:
-            if storage.is_local(self._uri):
-                target = storage.local_path(self._uri)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                self._tmp = local_files.tmp_path(target)
-                self._file = self._tmp.open("xb")
-            else:
-                file = tempfile.NamedTemporaryFile(prefix="maelstrom-", suffix=SUFFIX, delete=False)
-                self._tmp, self._file = Path(file.name), file  # type: ignore[assignment]
-        except OSError as error:
-            raise explain("write", self._uri, error) from error
+        self._file.__enter__()
         return self
 
     def __exit__(
@@ -66,12 +51,7 @@ class WebDatasetWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with suppress(OSError):
-            if self._file is not None:
-                self._file.close()
-        with suppress(OSError):
-            if self._tmp is not None:
-                self._tmp.unlink(missing_ok=True)
+        self._file.__exit__(kind, error, trace)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -108,7 +88,7 @@ class WebDatasetWriter:
         if (
             split_key(f"{key}.{extension}") != (key, extension)
             or key.split() != [key]
-            or _META.match(key)
+            or RESERVED_NAME.match(key)
         ):
             raise DataError(
                 f"{key!r} cannot be a WebDataset key: no dots in its last part, no blanks, no "
@@ -152,12 +132,7 @@ class WebDatasetWriter:
         )
 
     def _write(self, data: bytes) -> None:
-        if self._file is None:
-            raise RuntimeError("the writer is used outside its with block")
-        try:
-            self._file.write(data)
-        except OSError as error:
-            raise explain("write", self._uri, error) from error
+        self._file.write(data)
         self._digest.update(data)
         self._at += len(data)
 
@@ -168,16 +143,7 @@ class WebDatasetWriter:
             InfrastructureError: The disk is full or not writable.
         """
         self._write(end_mark(self._at))
-        if self._file is None or self._tmp is None:
-            raise RuntimeError("the writer is used outside its with block")
-        try:
-            self._file.close()
-            if storage.is_local(self._uri):
-                local_files.commit_file(self._tmp, storage.local_path(self._uri))
-            else:
-                storage.put_file(self._tmp, self._uri)
-        except OSError as error:
-            raise explain("write", self._uri, error) from error
+        self._file.commit()
         table = self._rows.build()
         file = ShardFile.of(
             table,

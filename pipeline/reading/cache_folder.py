@@ -128,6 +128,8 @@ class CacheFolder:
 
     def commit(self, partial: Partial) -> None:
         """Make a filled file visible under its name. What it holds has reached the disk by then."""
+        # Not storage.write_atomic: the file was filled in place, in room taken beforehand, and its
+        # lock must last until the rename.
         with partial.file:
             partial.file.flush()
             os.fdatasync(partial.file.fileno())

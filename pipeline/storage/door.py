@@ -44,7 +44,7 @@ def local_path(uri: str) -> Path:
     return Path(path).expanduser()
 
 
-def _file_system(scheme: str, use: Literal["read", "any"] = "any") -> Any:
+def file_system(scheme: str, use: Literal["read", "any"] = "any") -> Any:
     """Return fsspec's file system for a scheme, configured from the environment alone.
 
     Args:
@@ -80,7 +80,7 @@ def _file_system(scheme: str, use: Literal["read", "any"] = "any") -> Any:
         ) from error
 
 
-def _remote(action: str, uri: str, call: Callable[[Any], T]) -> T:
+def in_store(action: str, uri: str, call: Callable[[Any], T]) -> T:
     """Run one call against a remote file system, retrying what may pass by itself."""
     scheme = split_scheme(uri)[0]
     if scheme == "https" and action not in ("read", "look up"):
@@ -88,17 +88,18 @@ def _remote(action: str, uri: str, call: Callable[[Any], T]) -> T:
             f"storage: cannot {action} {redact(uri)}: https:// is read only. Use s3://, gs://, "
             "az:// or a path."
         )
-    return with_retries(action, uri, lambda: call(_file_system(scheme)))
+    return with_retries(action, uri, lambda: call(file_system(scheme)))
 
 
-def _local(action: str, uri: str, call: Callable[[Path], T]) -> T:
+def on_disk(action: str, uri: str, call: Callable[[Path], T]) -> T:
+    """Run one call against a local path, and explain its failure."""
     try:
         return call(local_path(uri))
     except OSError as error:
         raise explain(action, uri, error) from error
 
 
-def _remote_info(uri: str) -> dict[str, Any] | None:
+def _info_of(uri: str) -> dict[str, Any] | None:
     def info(fs: Any) -> dict[str, Any] | None:
         try:
             return dict(fs.info(uri))
@@ -107,21 +108,21 @@ def _remote_info(uri: str) -> dict[str, Any] | None:
                 raise
             return None
 
-    return _remote("look up", uri, info)
+    return in_store("look up", uri, info)
 
 
 def exists(uri: str) -> bool:
     """Return whether a file or folder is there."""
     if is_local(uri):
-        return _local("look up", uri, lambda path: path.exists())
-    return _remote_info(uri) is not None
+        return on_disk("look up", uri, lambda path: path.exists())
+    return _info_of(uri) is not None
 
 
 def is_folder(uri: str) -> bool:
     """Return whether a URI is a folder (in object storage: a prefix with something below it)."""
     if is_local(uri):
-        return _local("look up", uri, lambda path: path.is_dir())
-    info = _remote_info(uri)
+        return on_disk("look up", uri, lambda path: path.is_dir())
+    info = _info_of(uri)
     return info is not None and info.get("type") == "directory"
 
 
@@ -132,8 +133,8 @@ def size_of(uri: str) -> int:
         DataError: There is no such file.
     """
     if is_local(uri):
-        return _local("look up", uri, lambda path: path.stat().st_size)
-    info = _remote_info(uri)
+        return on_disk("look up", uri, lambda path: path.stat().st_size)
+    info = _info_of(uri)
     if info is None:
         raise explain("look up", uri, FileNotFoundError(uri))
     if info.get("size") is None:
@@ -156,7 +157,7 @@ def list_files(uri: str, *, recursive: bool = False) -> Iterator[FileInfo]:
     if is_local(uri):
         yield from list_local(uri, local_path(uri), recursive=recursive)
         return
-    found = _remote(
+    found = in_store(
         "list",
         uri,
         lambda fs: (

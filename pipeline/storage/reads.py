@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.errors import DataError
-from pipeline.storage.door import _file_system, _local, is_local, local_path, size_of
+from pipeline.storage.door import file_system, is_local, local_path, on_disk, size_of
 from pipeline.storage.retry import explain, with_retries
 from pipeline.storage.s3 import read_s3
 from pipeline.storage.uri import join, redact, split_scheme
@@ -47,7 +47,7 @@ def read_view(
     if length == 0:
         return memoryview(b"")
     if is_local(uri):
-        data = memoryview(_local("read", uri, lambda path: _read_local(path, start, length)))
+        data = memoryview(on_disk("read", uri, lambda path: _read_local(path, start, length)))
     else:
         data = with_retries(
             "read", uri, lambda: _read_remote(uri, start, length), on_retry=on_retry
@@ -105,7 +105,7 @@ def _read_remote(uri: str, start: int, length: int | None) -> memoryview:
         data = read_s3(uri, None if is_whole else start, length)
         if isinstance(data, memoryview):
             return data
-    fs = _file_system(scheme, "read")
+    fs = file_system(scheme, "read")
     return memoryview(
         _cat(fs, uri, None if is_whole else start, None if length is None else start + length)
     )
@@ -180,5 +180,7 @@ def open_read(uri: str, *, buffer_bytes: int = _READ_BLOCK_BYTES) -> BinaryIO:
             files.
     """
     if is_local(uri):
-        return _local("read", uri, lambda path: path.open("rb", buffering=min(buffer_bytes, 2**20)))
+        return on_disk(
+            "read", uri, lambda path: path.open("rb", buffering=min(buffer_bytes, 2**20))
+        )
     return io.BufferedReader(_RangeReader(uri), buffer_size=buffer_bytes)

@@ -7,14 +7,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.storage.door import _local, _remote, is_local
+from pipeline.storage.door import in_store, is_local, on_disk
 from pipeline.storage.local import commit_file, put_local_if_absent, write_local
 
 
 def make_folder(uri: str) -> None:
     """Make a local folder and its parents; object storage has none to make."""
     if is_local(uri):
-        _local("write", uri, lambda path: path.mkdir(parents=True, exist_ok=True))
+        on_disk("write", uri, lambda path: path.mkdir(parents=True, exist_ok=True))
 
 
 def write_atomic(uri: str, data: bytes) -> None:
@@ -23,11 +23,11 @@ def write_atomic(uri: str, data: bytes) -> None:
     Local: a temporary name in the same folder, fsync, rename. Object storage: one PUT.
     """
     if is_local(uri):
-        _local(
+        on_disk(
             "write", uri, lambda path: write_local(path, lambda file: file.write(data), commit_file)
         )
         return
-    _remote("write", uri, lambda fs: fs.pipe_file(uri, data))
+    in_store("write", uri, lambda fs: fs.pipe_file(uri, data))
 
 
 def put_file(local: Path, uri: str) -> None:
@@ -38,9 +38,9 @@ def put_file(local: Path, uri: str) -> None:
             with local.open("rb") as source:
                 write_local(path, lambda file: shutil.copyfileobj(source, file, 2**20), commit_file)
 
-        _local("write", uri, copy)
+        on_disk("write", uri, copy)
         return
-    _remote("write", uri, lambda fs: fs.put_file(str(local), uri))
+    in_store("write", uri, lambda fs: fs.put_file(str(local), uri))
 
 
 def put_if_absent(uri: str, data: bytes) -> bool:
@@ -50,7 +50,7 @@ def put_if_absent(uri: str, data: bytes) -> bool:
     in object storage by a conditional PUT.
     """
     if is_local(uri):
-        return _local("write", uri, lambda path: put_local_if_absent(path, data))
+        return on_disk("write", uri, lambda path: put_local_if_absent(path, data))
     attempts = 0
 
     def put(fs: Any) -> bool:
@@ -71,17 +71,17 @@ def put_if_absent(uri: str, data: bytes) -> bool:
             raise
         return True
 
-    return _remote("write", uri, put)
+    return in_store("write", uri, put)
 
 
 def delete(uri: str) -> None:
     """Remove a file; one that is not there is no error."""
     if is_local(uri):
-        _local("delete", uri, lambda path: path.unlink(missing_ok=True))
+        on_disk("delete", uri, lambda path: path.unlink(missing_ok=True))
         return
 
     def remove(fs: Any) -> None:
         with suppress(FileNotFoundError):
             fs.rm_file(uri)
 
-    _remote("delete", uri, remove)
+    in_store("delete", uri, remove)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from pipeline import storage
 from pipeline.errors import ConfigError, DataError
 
 PHOTOS = (
@@ -243,11 +244,8 @@ def _finish(
     folder: Path, settings: dict[str, object], *, train: int, val: int, num_classes: int
 ) -> Pictures:
     counts = {"num_train": train, "num_val": val, "num_classes": num_classes}
-    marker = folder / f".{MARKER}.tmp"
-    marker.write_text(
-        json.dumps({"settings": settings, "counts": counts}, indent=1) + "\n", encoding="utf-8"
-    )
-    marker.replace(folder / MARKER)
+    marker = json.dumps({"settings": settings, "counts": counts}, indent=1) + "\n"
+    storage.write_atomic(str(folder / MARKER), marker.encode())
     return _pictures(folder, counts)
 
 
