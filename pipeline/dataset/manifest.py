@@ -1,4 +1,4 @@
-"""What a dataset is, and where each of its samples lies.
+"""What a dataset is, and the place of each of its samples.
 
 `dataset.json` names the shards; `manifest.parquet` has one row group a shard and one row a sample.
 Beyond `SHARDS_PER_FILE` shards the manifest is cut into `manifest-00000.parquet`, ...: a Parquet
@@ -44,8 +44,8 @@ class Rows:
         indices_B: Row of each sample in its shard.
         offsets_B: First byte of the image in the shard file.
         sizes_B: Bytes of the image.
-        labels_B: Class numbers, -1 where there is none.
-        widths_B: Pixels, before any EXIF rotation; 0 where the header cannot be read.
+        labels_B: Class numbers, -1 if there is none.
+        widths_B: Pixels, before any EXIF rotation; 0 if the header cannot be read.
         heights_B: Likewise.
         hashes_B: xxh3_64 of the image's bytes.
         formats_B: Indices into `FORMATS`.
@@ -125,7 +125,7 @@ class Manifest:
     Args:
         uri: Folder of the shards.
         info: Content of `dataset.json`.
-        index_uri: Folder of the manifest files where it is not the shards' own.
+        index_uri: Folder of the manifest files; the shards' own if not given.
     """
 
     def __init__(self, uri: str, info: DatasetInfo, *, index_uri: str | None = None) -> None:

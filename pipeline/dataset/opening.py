@@ -30,8 +30,8 @@ def open_dataset(uri: str, *, cache_dir: Path | None = None) -> Manifest:
 
     Args:
         uri: Folder, or the `dataset.json` in it.
-        cache_dir: Where scans of foreign shards are kept. A folder under the user's cache directory
-            where not given.
+        cache_dir: Folder in which scans of foreign shards are kept; by default one under the
+            user's cache directory.
 
     Raises:
         DataError: Not found, unfinished, empty or damaged.

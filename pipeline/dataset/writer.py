@@ -56,18 +56,17 @@ def write_dataset(
         What `dataset.json` now says.
 
     Raises:
-        DataError: There is no shard.
+        DataError: `shards` is empty.
         InfrastructureError: The folder cannot be written.
     """
     shard_files: list[ShardFile] = []
-    files: list[ManifestFile] = []
-    with _Parts(uri, shards_per_file) as parts:
+    with _ManifestFiles(uri, shards_per_file) as manifest_files:
         for shard in shards:
-            parts.add(shard.table)
+            manifest_files.add(shard.table)
             shard_files.append(shard.file)
         if not shard_files:
             raise DataError(f"dataset: {storage.redact(uri)}: there is no shard to describe.")
-        files = parts.place()
+        files = manifest_files.put_in_place()
     info = DatasetInfo(
         name=name,
         format=container,
@@ -84,7 +83,7 @@ def write_dataset(
     return info
 
 
-class _Parts:
+class _ManifestFiles:
     """The manifest's Parquet files while they are written, in a temporary folder."""
 
     def __init__(self, uri: str, shards_per_file: int) -> None:
@@ -95,7 +94,7 @@ class _Parts:
         self._counts: list[int] = []
         self._writer: pq.ParquetWriter | None = None
 
-    def __enter__(self) -> _Parts:
+    def __enter__(self) -> _ManifestFiles:
         self._folder = tempfile.TemporaryDirectory(prefix="maelstrom-manifest-")
         return self
 
@@ -131,7 +130,7 @@ class _Parts:
             self._writer.write_table(table.to_arrow(), row_group_size=max(1, len(table)))
         self._counts[-1] += 1
 
-    def place(self) -> list[ManifestFile]:
+    def put_in_place(self) -> list[ManifestFile]:
         """Put the finished files beside the shards."""
         self._close()
         single = len(self._counts) == 1

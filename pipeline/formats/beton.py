@@ -1,5 +1,5 @@
-"""Layout of FFCV's `.beton` files, version 2: header, field descriptions, one row a sample, pages,
-allocations.
+"""Layout of FFCV's `.beton` files, version 2: header, field descriptions, one row per sample,
+pages, allocations.
 
 FFCV is not needed to read or write one. All numbers are little-endian. Source: ffcv 1.0.2, whose
 own reader and writer tests/integration/test_ffcv_interop.py compares with.
@@ -103,9 +103,9 @@ def json_bytes(value: dict[str, object]) -> bytes:
 
 
 def parse_json(data: bytes) -> dict[str, object] | None:
-    """Return the object that a JSONField holds, or nothing where it is none."""
+    """Return the object that a JSONField holds, or None if it is not valid."""
     try:
-        found = json.loads(data.split(b"\0")[0])
+        value = json.loads(data.split(b"\0")[0])
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return value if isinstance(value, dict) else None

@@ -34,11 +34,12 @@ class Layout:
     """What the tables of a beton say.
 
     Args:
-        image: Mode, width, height and place of each sample's image.
+        image: Mode, width, height and first byte of each sample's image.
         sizes: Bytes of each image.
         labels: Class numbers.
-        texts: Place and size of the JSON or bytes field that may hold the keys, where there is one.
-        texts_are_json: Whether it is JSON.
+        texts: First byte and size of the JSON or bytes field that may hold the keys; None if the
+            beton has no such field.
+        texts_are_json: Whether that field is JSON.
         ignored: Fields that are not read, by reason.
     """
 
@@ -50,6 +51,27 @@ class Layout:
     ignored: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Tables:
+    """A beton's tables as they stand in the file.
+
+    Args:
+        fields: Names and kinds of the fields of every sample.
+        rows: One row per sample, one column per field. Columns go by number, because two fields may
+            have the same name.
+        allocations: Runs of bytes that belong to samples.
+    """
+
+    fields: list[beton.Field]
+    rows: npt.NDArray
+    allocations: npt.NDArray
+
+    def column(self, number: int) -> npt.NDArray:
+        """Return one field of all samples."""
+        names = self.rows.dtype.names or ()
+        return self.rows[names[number]]
+
+
 def read_layout(file: BinaryIO, *, name: str, size_bytes: int) -> Layout:
     """Read a beton's tables.
 
@@ -59,85 +81,90 @@ def read_layout(file: BinaryIO, *, name: str, size_bytes: int) -> Layout:
         size_bytes: Its size.
 
     Raises:
-        DataError: It is no beton, of another version, cut, or has no image field.
+        DataError: It is not a beton, of another version, cut, or has no image field.
     """
-    head = _exactly(file, 0, beton.HEADER.itemsize, name).view(beton.HEADER)[0]
+    tables = _read_tables(file, name=name, size_bytes=size_bytes)
+    fields = tables.fields
+    count = len(tables.rows)
+
+    # A beton may have several images per sample; the first one is the sample's, as in a tar.
+    image_number = next((i for i, entry in enumerate(fields) if entry.type_id == beton.IMAGE), None)
+    if image_number is None:
+        raise DataError(f"{name}: no image field among {[entry.name for entry in fields]}.")
+    image = tables.column(image_number)
+    sizes = _allocated_bytes(image["data_ptr"], tables.allocations, name)
+    used = {image_number}
+
+    labels = np.full(count, NO_LABEL, np.int64)
+    label_number = _choose(fields, (beton.INT,), "label")
+    if label_number is not None:
+        labels = tables.column(label_number).astype(np.int64)
+        used.add(label_number)
+
+    texts = None
+    texts_are_json = False
+    text_number = _choose(fields, (beton.JSON, beton.BYTES), "meta", "key")
+    if text_number is not None:
+        texts = tables.column(text_number)
+        texts_are_json = fields[text_number].type_id == beton.JSON
+        used.add(text_number)
+        _check_texts(texts, tables.allocations, name)
+
+    unused = [entry for i, entry in enumerate(fields) if i not in used]
+    ignored = Counter(f"field {entry.name!r}" for entry in unused)
+    return Layout(image, sizes, labels, texts, texts_are_json, dict(ignored))
+
+
+def _read_tables(file: BinaryIO, *, name: str, size_bytes: int) -> _Tables:
+    head = _read_exactly(file, 0, beton.HEADER.itemsize, name).view(beton.HEADER)[0]
     if head["version"] != beton.VERSION:
         raise DataError(
-            f"{name}: not a beton of version {beton.VERSION} (found {head['version']}). Write it "
-            "again."
+            f"{name}: not a beton of version {beton.VERSION} (its version is {head['version']}). "
+            "Write it again."
         )
-    count, num_fields, table_at = (
-        int(head["num_samples"]),
-        int(head["num_fields"]),
-        int(head["alloc_table_ptr"]),
-    )
-    left = size_bytes - table_at
-    if (
-        not 0 < count < _MAX_SAMPLES
-        or not 0 < table_at <= size_bytes
-        or left % beton.ALLOCATION.itemsize
-    ):
+
+    # Every number is checked before memory is taken for what it counts: a damaged header may ask
+    # for terabytes.
+    count = int(head["num_samples"])
+    table_at = int(head["alloc_table_ptr"])
+    table_bytes = size_bytes - table_at
+    is_whole = 0 < table_at <= size_bytes and table_bytes % beton.ALLOCATION.itemsize == 0
+    if not is_whole or not 0 < count < _MAX_SAMPLES:
         raise DataError(
             f"{name}: the beton is empty, cut or was never finished: {count} samples, allocations "
-            f"at byte {table_at} "
-            f"of {size_bytes}. Copy it again from its source, or write it again."
+            f"at byte {table_at} of {size_bytes}. Copy it again from its source, or write it again."
         )
-    descriptions = _exactly(
-        file, beton.HEADER.itemsize, num_fields * beton.FIELD.itemsize, name
-    ).view(beton.FIELD)
+
+    fields_at = beton.HEADER.itemsize
+    fields_bytes = int(head["num_fields"]) * beton.FIELD.itemsize
+    descriptions = _read_exactly(file, fields_at, fields_bytes, name).view(beton.FIELD)
     fields = beton.fields_of(descriptions)
     unknown = [entry.name for entry in fields if entry.type_id not in beton.FIELD_ROWS]
     if unknown:
+        # The width of its column is unknown, and so is where every later column begins.
         raise DataError(
             f"{name}: field {unknown[0]!r} is of a custom kind, so the samples' rows cannot be "
             "read."
         )
-    dtype = beton.row_dtype([entry.type_id for entry in fields])
-    rows = _exactly(
-        file, beton.HEADER.itemsize + descriptions.nbytes, count * dtype.itemsize, name
-    ).view(dtype)
-    allocations = _exactly(file, table_at, left, name).view(beton.ALLOCATION)
-    names = dtype.names or ()
-    images = [i for i, entry in enumerate(fields) if entry.type_id == beton.IMAGE]
-    if not images:
-        raise DataError(f"{name}: no image field among {[entry.name for entry in fields]}.")
-    image = rows[names[images[0]]]
-    used = {images[0]}
-    labels = np.full(count, NO_LABEL, np.int64)
-    label = _choose(fields, (beton.INT,), "label")
-    if label is not None:
-        labels = rows[names[label]].astype(np.int64)
-        used.add(label)
-    text = _choose(fields, (beton.JSON, beton.BYTES), "meta", "key")
-    if text is not None:
-        used.add(text)
-        texts = rows[names[text]]
-        held = texts[texts["size"] > 0]
-        if (_sizes(held["ptr"], allocations, name) != held["size"]).any():
-            raise DataError(
-                f"{name}: the beton's tables disagree about a sample's texts. Write it again."
-            )
-    ignored = Counter(f"field {entry.name!r}" for i, entry in enumerate(fields) if i not in used)
-    return Layout(
-        image=image,
-        sizes=_sizes(image["data_ptr"], allocations, name),
-        labels=labels,
-        texts=None if text is None else rows[names[text]],
-        texts_are_json=text is not None and fields[text].type_id == beton.JSON,
-        ignored=dict(ignored),
-    )
+
+    row = beton.row_dtype([entry.type_id for entry in fields])
+    rows_at = fields_at + fields_bytes
+    rows = _read_exactly(file, rows_at, count * row.itemsize, name).view(row)
+    allocations = _read_exactly(file, table_at, table_bytes, name).view(beton.ALLOCATION)
+    return _Tables(fields, rows, allocations)
 
 
 def _choose(fields: list[beton.Field], kinds: tuple[int, ...], *names: str) -> int | None:
     """Return the field of one of these kinds that has one of these names, or the only one of these
     kinds."""
-    fitting = [i for i, entry in enumerate(fields) if entry.type_id in kinds]
-    named = [i for i in fitting if fields[i].name in names]
-    return named[0] if named else fitting[0] if len(fitting) == 1 else None
+    of_kind = [i for i, entry in enumerate(fields) if entry.type_id in kinds]
+    named = [i for i in of_kind if fields[i].name in names]
+    if named:
+        return named[0]
+    return of_kind[0] if len(of_kind) == 1 else None
 
 
-def _exactly(file: BinaryIO, start: int, size: int, name: str) -> npt.NDArray[np.uint8]:
+def _read_exactly(file: BinaryIO, start: int, size: int, name: str) -> npt.NDArray[np.uint8]:
     file.seek(start)
     data = file.read(size)
     if len(data) != size:
@@ -148,25 +175,42 @@ def _exactly(file: BinaryIO, start: int, size: int, name: str) -> npt.NDArray[np
     return np.frombuffer(data, np.uint8)
 
 
-def _sizes(places: npt.NDArray, allocations: npt.NDArray, name: str) -> npt.NDArray[np.int64]:
-    """Return the bytes at each place: the allocation that begins there."""
+def _allocated_bytes(
+    starts: npt.NDArray, allocations: npt.NDArray, name: str
+) -> npt.NDArray[np.int64]:
+    """Return the size of the allocation that begins at each of these bytes."""
+    # FFCV's workers write pages out of order: the table is not sorted by itself.
     order = np.argsort(allocations["ptr"], kind="stable")
-    starts = allocations["ptr"][order]
-    found = np.searchsorted(starts, places).clip(max=max(len(starts) - 1, 0))
-    if len(places) and (not len(starts) or (starts[found] != places).any()):
+    known_starts = allocations["ptr"][order]
+    known_sizes = allocations["size"][order].astype(np.int64)
+    if not len(starts):
+        return np.empty(0, np.int64)
+
+    # Past the last allocation `searchsorted` gives its length; the comparison then tells.
+    last = max(len(known_starts) - 1, 0)
+    nearest = np.searchsorted(known_starts, starts).clip(max=last)
+    if not len(known_starts) or (known_starts[nearest] != starts).any():
         raise DataError(
             f"{name}: a sample lies where nothing was allocated; the beton was cut or damaged. "
-            "Copy it again from its "
-            "source, or write it again."
+            "Copy it again from its source, or write it again."
         )
-    return allocations["size"][order][found].astype(np.int64)
+    return known_sizes[nearest]
+
+
+def _check_texts(texts: npt.NDArray, allocations: npt.NDArray, name: str) -> None:
+    # An image row has no size of its own; a text row has one, which must agree with its allocation.
+    written = texts[texts["size"] > 0]
+    if (_allocated_bytes(written["ptr"], allocations, name) != written["size"]).any():
+        raise DataError(
+            f"{name}: the beton's tables disagree about a sample's texts. Write it again."
+        )
 
 
 def index_shard(uri: str) -> ShardIndex:
-    """Read a beton once, from end to end, and return its samples' places, sizes and hashes.
+    """Read a beton once, from end to end, and return where its samples lie and their hashes.
 
     Raises:
-        DataError: It is no beton, cut or damaged.
+        DataError: It is not a beton, cut or damaged.
     """
     name = storage.redact(uri)
     size_bytes = storage.size_of(uri)
@@ -199,23 +243,16 @@ class _Pass:
         self.digest = hashlib.sha256()
         self.bad: list[tuple[str, Refused]] = []
         count = len(layout.image)
-        self._found: list[Probe | Refused] = [Refused(Reason.EMPTY)] * count
+        self._probes: list[Probe | Refused] = [Refused(Reason.EMPTY)] * count
         self._hashes = [0] * count
         self._texts: dict[int, bytes] = {}
 
     def run(self) -> None:
         """Read the file."""
-        places, sizes = self._layout.image["data_ptr"].tolist(), self._layout.sizes.tolist()
-        spans = [(*span, row, True) for row, span in enumerate(zip(places, sizes, strict=True))]
-        if self._layout.texts is not None:
-            spans += [
-                (int(entry["ptr"]), int(entry["size"]), row, False)
-                for row, entry in enumerate(self._layout.texts)
-                if 0 < entry["size"] <= _MAX_TEXT_BYTES
-            ]
         self._file.seek(0)
         at = 0
-        for start, size, row, is_image in sorted(spans):
+        # By first byte: the file is read once, from front to back, whatever the samples' order.
+        for start, size, row, is_image in sorted(self._spans()):
             if start < at:
                 raise DataError(
                     f"{self._name}: samples lie on top of each other at byte {start}. Write it "
@@ -226,11 +263,27 @@ class _Pass:
             at = start + size
             if is_image:
                 self._hashes[row] = xxhash.xxh3_64_intdigest(data)
-                self._found[row] = self._look(row, data)
+                self._probes[row] = self._look(row, data)
             else:
                 self._texts[row] = data
-        while part := self._file.read(_CHUNK_BYTES):
-            self.digest.update(part)
+        # What follows the last sample counts for the sha256 too.
+        while chunk := self._file.read(_CHUNK_BYTES):
+            self.digest.update(chunk)
+
+    def _spans(self) -> list[tuple[int, int, int, bool]]:
+        """Return first byte, size, row and whether it is an image, of all that is looked at."""
+        starts = self._layout.image["data_ptr"].tolist()
+        sizes = self._layout.sizes.tolist()
+        rows = range(len(starts))
+        spans = [(starts[row], sizes[row], row, True) for row in rows]
+        texts = self._layout.texts
+        if texts is None:
+            return spans
+        for row, (start, size) in enumerate(texts.tolist()):
+            # Longer texts are no keys, and need not be in memory; they are hashed all the same.
+            if 0 < size <= _MAX_TEXT_BYTES:
+                spans.append((start, size, row, False))
+        return spans
 
     def _read(self, size: int) -> bytes:
         data = self._file.read(size)
@@ -247,47 +300,52 @@ class _Pass:
 
     def _look(self, row: int, data: bytes) -> Probe | Refused:
         entry = self._layout.image[row]
-        width, height = int(entry["width"]), int(entry["height"])
+        width = int(entry["width"])
+        height = int(entry["height"])
         if entry["mode"] == beton.MODE_RAW:
             if len(data) != width * height * 3:
                 return Refused(Reason.TRUNCATED)
             return Probe("raw", width, height, "RGB")
-        found = probe(data)
-        if isinstance(found, Probe) and (found.width, found.height) != (width, height):
-            detail = f"{found.width} x {found.height} pixels, the beton says {width} x {height}"
+        probed = probe(data)
+        if isinstance(probed, Probe) and (probed.width, probed.height) != (width, height):
+            detail = f"{probed.width} x {probed.height} pixels, the beton says {width} x {height}"
             return Refused(Reason.SIZE_DIFFERS, detail)
-        return found
+        return probed
 
     def table(self) -> ShardTable:
         """Return the rows, in the order of the beton's own table."""
         rows = TableBuilder()
         keys = self._keys()
-        layout = self._layout
-        for row, (key, found) in enumerate(zip(keys, self._found, strict=True)):
-            if isinstance(found, Refused):
-                self.bad.append((key, found))
-                found = Probe("bad", 0, 0, "")
-            label = int(layout.labels[row])
+        starts = self._layout.image["data_ptr"].tolist()
+        sizes = self._layout.sizes.tolist()
+        labels = self._layout.labels.tolist()
+        for row, (key, probed) in enumerate(zip(keys, self._probes, strict=True)):
+            if isinstance(probed, Refused):
+                self.bad.append((key, probed))
+                # The sample keeps its row, so that ids and order do not depend on what is broken.
+                probed = Probe("bad", 0, 0, "")
+            # The manifest holds 32 bits; other writers use any integer for "no label".
+            label = labels[row] if 0 <= labels[row] < 2**31 else NO_LABEL
             rows.add(
                 key,
-                offset=int(layout.image["data_ptr"][row]),
-                size=int(layout.sizes[row]),
-                label=label if 0 <= label < 2**31 else NO_LABEL,
-                width=found.width,
-                height=found.height,
-                image_format=found.format,
-                mode=found.mode,
+                offset=starts[row],
+                size=sizes[row],
+                label=label,
+                width=probed.width,
+                height=probed.height,
+                image_format=probed.format,
+                mode=probed.mode,
                 xxh3=self._hashes[row],
             )
         return rows.build()
 
     def _keys(self) -> list[str]:
-        """Return the stored keys where every sample has one of its own, or the file's name and the
-        number."""
-        keys = [
-            _key_of(self._texts.get(row, b""), self._layout.texts_are_json)
-            for row in range(len(self._found))
-        ]
+        """Return the stored keys if every sample has one of its own, or else the file's name and
+        the sample's number."""
+        is_json = self._layout.texts_are_json
+        rows = range(len(self._probes))
+        keys = [_key_of(self._texts.get(row, b""), is_json) for row in rows]
+        # All or none: a mixture could repeat a key that another shard has.
         if all(keys) and len(set(keys)) == len(keys):
             return keys
         stem = "_".join(self._stem.replace(".", "_").split())
@@ -296,8 +354,8 @@ class _Pass:
 
 def _key_of(text: bytes, is_json: bool) -> str:
     if is_json:
-        found = (beton.parse_json(text) or {}).get("key")
-        return found if isinstance(found, str) else ""
+        key = (beton.parse_json(text) or {}).get("key")
+        return key if isinstance(key, str) else ""
     try:
         return text.rstrip(b"\0").decode()
     except UnicodeDecodeError:
@@ -306,10 +364,10 @@ def _key_of(text: bytes, is_json: bool) -> str:
 
 def read_metas(uri: str) -> list[dict[str, object] | None]:
     """Return what a beton knows of each image beside its key: `about`, or all of another writer's
-    JSON; or nothing.
+    JSON, or None.
 
     Raises:
-        DataError: It is no beton, or cut.
+        DataError: It is not a beton, or cut.
     """
     with storage.open_read(uri) as file:
         layout = read_layout(file, name=storage.redact(uri), size_bytes=storage.size_of(uri))
@@ -318,7 +376,10 @@ def read_metas(uri: str) -> list[dict[str, object] | None]:
         metas = []
         for entry in layout.texts:
             file.seek(int(entry["ptr"]))
-            found = beton.parse_json(file.read(min(int(entry["size"]), _MAX_TEXT_BYTES)))
-            about = found.get("about") if found is not None and "key" in found else found
+            size = min(int(entry["size"]), _MAX_TEXT_BYTES)
+            stored = beton.parse_json(file.read(size))
+            # Only our own writer has both names; another writer's JSON is kept whole.
+            is_ours = stored is not None and "key" in stored
+            about = stored.get("about") if stored is not None and is_ours else stored
             metas.append(about if isinstance(about, dict) else None)
         return metas

@@ -60,8 +60,8 @@ class ShardTable:
     Args:
         offsets: First byte of the image in the shard file.
         sizes: Bytes of the image.
-        labels: Class numbers, -1 where there is none.
-        widths: Pixels of the stored image, before any EXIF rotation; 0 where the header cannot be
+        labels: Class numbers, -1 if there is none.
+        widths: Pixels of the stored image, before any EXIF rotation; 0 if the header cannot be
             read.
         heights: Likewise.
         formats: Indices into `FORMATS`.

@@ -1,5 +1,4 @@
-"""A strict reader of tar headers: what tarfile and webdataset pass over in silence is an error
-here.
+"""A strict reader of tar headers: what tarfile and webdataset skip in silence is an error here.
 
 Read: ustar with its prefix field, GNU long names, PAX `path` and `size`, old v7 headers. Refused:
 links, devices, sparse members, absolute names and `..`. Checked: every header's checksum, every
@@ -20,7 +19,7 @@ BLOCK_BYTES = 512
 """Unit of a tar file. Source: POSIX.1-2024, pax, "ustar Interchange Format"."""
 _ZERO_BLOCK = bytes(BLOCK_BYTES)
 _MAX_EXTENSION_BYTES = 2**20
-"""Longest PAX or GNU long-name record that is read; a name of a megabyte is no name."""
+"""Longest PAX or GNU long-name record that is read; a name of a megabyte is not a name."""
 _CHUNK_BYTES = 2**20
 _KINDS = {
     b"1": "a hard link",
@@ -177,7 +176,7 @@ class TarScanner:
             self._pending = 0
 
     def _next_header(self) -> bytes | None:
-        """Return the next header, or nothing at the archive's end mark."""
+        """Return the next header, or None at the archive's end mark."""
         start = self._at
         block = self._stream.read(BLOCK_BYTES)
         while (
@@ -214,7 +213,7 @@ class TarScanner:
         return block
 
     def _check_end(self) -> None:
-        """Check that nothing but zeros follows the end mark: a member there would be silently lost
+        """Check that only zeros follow the end mark: a member there would be silently lost
         by every reader."""
         while block := self._stream.read(_CHUNK_BYTES):
             if block.count(0) != len(block):
@@ -295,8 +294,8 @@ class TarScanner:
 
 
 def make_header(name: str, size: int) -> bytes:
-    """Return the header of a regular file: ustar where the name fits, preceded by a PAX header
-    where it does not.
+    """Return the header of a regular file: ustar if the name fits, preceded by a PAX header
+    if it does not.
 
     Owner, group, mode and time are fixed, so that equal content gives equal bytes.
 

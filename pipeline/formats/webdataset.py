@@ -13,9 +13,9 @@ import re
 from pipeline.formats.records import SUFFIXES
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-"""Extensions of images, best first: where a key has several, the first is the sample's image."""
+"""Extensions of images, best first: if a key has several, the first is the sample's image."""
 EXTENSIONS = (*IMAGE_EXTENSIONS, "cls", "json", "txt")
-"""Members that may be read; the rest is counted and passed over."""
+"""Members that may be read; the rest is counted and skipped."""
 SUFFIX = SUFFIXES["webdataset"]
 _MEMBER = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 RESERVED_NAME = re.compile(r"^__[^/]*__($|/)")
@@ -23,7 +23,7 @@ RESERVED_NAME = re.compile(r"^__[^/]*__($|/)")
 
 
 def split_key(name: str) -> tuple[str, str] | None:
-    """Return (key, extension in lower case) of a member's path, or nothing where it has no
+    """Return (key, extension in lower case) of a member's path, or None if it has no
     extension."""
     found = _MEMBER.match(name)
     return (found.group(1), found.group(2).lower()) if found else None
@@ -33,7 +33,7 @@ def make_dali_index(samples: list[list[tuple[str, int, int, str]]]) -> bytes:
     """Return an index file for DALI's `readers.webdataset`: v1.2, as its tool wds2idx writes.
 
     Args:
-        samples: Per sample the (extension, data offset, size, member name) of its members.
+        samples: per sample, the (extension, data offset, size, member name) of its members.
     """
     lines = [f"v1.2 {len(samples)}"]
     for components in samples:

@@ -65,7 +65,7 @@ class WebDatasetWriter:
         label: int = NO_LABEL,
         metadata: dict[str, Any] | None = None,
     ) -> None:
-        """Append one sample: `key.jpg` (by its format), `key.cls` where there is a label,
+        """Append one sample: `key.jpg` (by its format), `key.cls` if there is a label,
         `key.json` if given.
 
         Args:

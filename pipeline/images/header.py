@@ -1,6 +1,6 @@
-"""What an image is, from its header alone; what may not be decoded; and the count of what was bad.
+"""What an image is, from its header alone, and what may not be decoded.
 
-Nothing here decodes pixels: an image that declares 20000x20000 costs as little as any other.
+No pixel is decoded here: an image that declares 20000x20000 costs as little as any other.
 """
 
 from __future__ import annotations
@@ -31,8 +31,19 @@ _JPEG_PROGRESSIVE = frozenset((0xC2, 0xC6, 0xCA, 0xCE))
 _PNG_MODES = {0: "L", 2: "RGB", 3: "P", 4: "LA", 6: "RGBA"}
 """Colour types. Source: PNG specification (third edition), table 11.1."""
 _PNG_MODES_16 = {0: "I;16", 2: "RGB;16", 4: "LA;16", 6: "RGBA;16"}
+_BMP_HEADER_SIZES = (
+    b"\x0c\0\0\0",
+    b"\x28\0\0\0",
+    b"\x38\0\0\0",
+    b"\x6c\0\0\0",
+    b"\x7c\0\0\0",
+)
+"""Bytes 14 to 17: two letters at the start are too few to tell a bitmap."""
+_MAGICS = (JPEG_START, b"\x89PNG\r\n\x1a\n", b"GIF89a", b"GIF87a", b"II*\0", b"MM\0*")
 _TIFF_TYPES = {1: "B", 3: "H", 4: "I"}
 _TIFF_VALUES = 1_000_000
+_TIFF_WIDTH = 256
+_TIFF_HEIGHT = 257
 _TIFF_TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}
 """Bytes of one value by type. Source: TIFF 6.0, section 2."""
 
@@ -45,7 +56,7 @@ class ScreenLimits(Settings):
     max_bytes: int = Field(default=_LOADER_DEFAULTS.max_bytes, ge=1)
     """Encoded bytes above which an image is refused."""
     max_aspect: float = Field(default=100.0, ge=1)
-    """Longer side / shorter side above which an image is refused: a strip is no picture."""
+    """Longer side / shorter side above which an image is refused: a strip is not a picture."""
 
 
 DEFAULT_LIMITS = ScreenLimits()
@@ -60,7 +71,7 @@ class Probe(NamedTuple):
             pixels.
         height: Likewise.
         mode: One of `pipeline.formats.table.MODES`.
-        orientation: EXIF orientation of a JPEG, 1 (upright) to 8; 1 where it says nothing.
+        orientation: EXIF orientation of a JPEG, 1 (upright) to 8; 1 if it has none.
         progressive: JPEG in several scans.
         animated: More than one frame; only the first is used.
     """
@@ -99,7 +110,7 @@ def refuse_size(width: int, height: int, limits: ScreenLimits = DEFAULT_LIMITS) 
 
 
 def probe(data: bytes) -> Probe | Refused:
-    """Return what an image's header says, or why it is no whole image; limits are not applied.
+    """Return what an image's header says, or why it is not a whole image; limits are not applied.
 
     The format is told by the content, never by the name.
     """
@@ -121,36 +132,34 @@ def _probe(data: bytes) -> Probe | Refused:
         return _png(data)
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return _webp(data)
+    # Not Pillow's lazy open for the next three: it opens a file that was cut, and gives bitmaps of
+    # one bit, of greys and with transparency other modes than manifests have had so far.
     if data[:6] in (b"GIF87a", b"GIF89a"):
         return _gif(data)
     if data[:4] in (b"II*\0", b"MM\0*"):
         return _tiff(data)
-    if data[:2] == b"BM" and data[14:18] in (
-        b"\x0c\0\0\0",
-        b"\x28\0\0\0",
-        b"\x6c\0\0\0",
-        b"\x7c\0\0\0",
-        b"\x38\0\0\0",
-    ):
+    if data[:2] == b"BM" and data[14:18] in _BMP_HEADER_SIZES:
         return _bmp(data)
-    whole_magics = (JPEG_START, b"\x89PNG\r\n\x1a\n", b"GIF89a", b"GIF87a", b"II*\0", b"MM\0*")
-    if any(len(data) < len(magic) and magic.startswith(data) for magic in whole_magics):
+    # A file that was cut inside its first bytes, as opposed to one of another kind.
+    if any(len(data) < len(magic) and magic.startswith(data) for magic in _MAGICS):
         return _TRUNCATED
     return _NOT_AN_IMAGE
 
 
 def _jpeg(data: bytes) -> Probe | Refused:
-    at, orientation, adobe = 2, 1, -1
+    at = 2
+    orientation = 1
+    adobe = -1
     frame: tuple[int, int, int, int] | None = None
     while True:
         if data[at] != 0xFF:
-            return _TRUNCATED if frame is None and at >= len(data) else _NOT_AN_IMAGE
+            return _NOT_AN_IMAGE
         while data[at] == 0xFF:  # fill bytes may precede a marker
             at += 1
         marker = data[at]
         at += 1
         if marker == 0x01 or 0xD0 <= marker <= 0xD7:
-            continue
+            continue  # these have no length
         if marker == 0xD9:
             return _NOT_AN_IMAGE  # the image ends before a scan
         length = (data[at] << 8) | data[at + 1]
@@ -158,21 +167,26 @@ def _jpeg(data: bytes) -> Probe | Refused:
             return _NOT_AN_IMAGE
         if marker == 0xDA:
             break
+
         if marker in _JPEG_SOF:
-            height, width = (data[at + 3] << 8) | data[at + 4], (data[at + 5] << 8) | data[at + 6]
+            height = (data[at + 3] << 8) | data[at + 4]
+            width = (data[at + 5] << 8) | data[at + 6]
             frame = marker, width, height, data[at + 7]
         elif marker == 0xE1 and data[at + 2 : at + 8] == b"Exif\0\0":
             orientation = _exif_orientation(data[at + 8 : at + length])
         elif marker == 0xEE and data[at + 2 : at + 7] == b"Adobe":
             adobe = data[at + 13]
         at += length
+
     if frame is None:
         return _NOT_AN_IMAGE
+    # Cameras and tools append bytes behind the end mark, so it need not be the last.
     if not (data.endswith(JPEG_END) or data.rfind(JPEG_END, at) >= 0):
         return _TRUNCATED
     marker, width, height, channels = frame
-    mode = {1: "L", 3: "RGB", 4: "YCCK" if adobe == 2 else "CMYK"}.get(channels, "")
-    if not mode:
+    four_channels = "YCCK" if adobe == 2 else "CMYK"
+    mode = {1: "L", 3: "RGB", 4: four_channels}.get(channels)
+    if mode is None:
         return _NOT_AN_IMAGE
     return Probe("jpeg", width, height, mode, orientation, marker in _JPEG_PROGRESSIVE)
 
@@ -221,21 +235,17 @@ def _webp(data: bytes) -> Probe | Refused:
         if data[20] != 0x2F:
             return _NOT_AN_IMAGE
         (bits,) = struct.unpack_from("<I", data, 21)
-        return Probe(
-            "webp",
-            (bits & 0x3FFF) + 1,
-            (bits >> 14 & 0x3FFF) + 1,
-            "RGBA" if bits >> 28 & 1 else "RGB",
-        )
+        width = (bits & 0x3FFF) + 1
+        height = (bits >> 14 & 0x3FFF) + 1
+        return Probe("webp", width, height, "RGBA" if bits >> 28 & 1 else "RGB")
     if chunk == b"VP8X":
         flags = data[20]
         width = int.from_bytes(data[24:27], "little") + 1
         height = int.from_bytes(data[27:30], "little") + 1
         if len(data) < 30:
             return _TRUNCATED
-        return Probe(
-            "webp", width, height, "RGBA" if flags & 0x10 else "RGB", animated=bool(flags & 0x02)
-        )
+        mode = "RGBA" if flags & 0x10 else "RGB"
+        return Probe("webp", width, height, mode, animated=bool(flags & 0x02))
     return _NOT_AN_IMAGE
 
 
@@ -245,6 +255,7 @@ def _gif(data: bytes) -> Probe | Refused:
         return _TRUNCATED
     at = 13 + _gif_table_bytes(data[10])
     frames = 0
+    # Two frames are enough to know that it moves.
     while frames < 2 and data[at] in (0x21, 0x2C):  # an extension, an image
         if data[at] == 0x2C:
             frames += 1
@@ -254,7 +265,9 @@ def _gif(data: bytes) -> Probe | Refused:
         while data[at]:  # sub-blocks, each led by its length
             at += 1 + data[at]
         at += 1
-    return Probe("gif", width, height, "P", animated=frames > 1) if frames else _NOT_AN_IMAGE
+    if not frames:
+        return _NOT_AN_IMAGE
+    return Probe("gif", width, height, "P", animated=frames > 1)
 
 
 def _gif_table_bytes(flags: int) -> int:
@@ -262,58 +275,80 @@ def _gif_table_bytes(flags: int) -> int:
 
 
 def _bmp(data: bytes) -> Probe | Refused:
-    (header,) = struct.unpack_from("<I", data, 14)
-    if header == 12:
+    (header_bytes,) = struct.unpack_from("<I", data, 14)
+    if header_bytes == 12:
         width, height, _, bits = struct.unpack_from("<HHHH", data, 18)
         compression = 0
     else:
         width, height, _, bits, compression = struct.unpack_from("<iiHHI", data, 18)
     height = abs(height)  # a negative height means top-down
+
     (start,) = struct.unpack_from("<I", data, 10)
-    if compression in (0, 3) and start + (width * bits + 31) // 32 * 4 * height > len(data):
+    row_bytes = (width * bits + 31) // 32 * 4
+    # Of compressed pixels only a decoder knows where they end.
+    if compression in (0, 3) and start + row_bytes * height > len(data):
         return _TRUNCATED
-    mode = "RGBA" if bits == 32 else "RGB" if bits > 8 else "P"
-    return Probe("bmp", width, height, mode)
+    if bits == 32:
+        return Probe("bmp", width, height, "RGBA")
+    return Probe("bmp", width, height, "RGB" if bits > 8 else "P")
 
 
 def _tiff(data: bytes) -> Probe | Refused:
     order = "<" if data[:2] == b"II" else ">"
     (start,) = struct.unpack_from(order + "I", data, 4)
     (count,) = struct.unpack_from(order + "H", data, start)
+    tags = _tiff_tags(data, order, start, count)
+    if tags is None:
+        return _TRUNCATED
+    if _TIFF_WIDTH not in tags or _TIFF_HEIGHT not in tags:
+        return _NOT_AN_IMAGE
+
+    # A TIFF has no end mark: it is whole if every strip or tile is.
+    for starts, lengths in ((273, 279), (324, 325)):
+        spans = zip(tags.get(starts, ()), tags.get(lengths, ()), strict=False)
+        ends = [first + length for first, length in spans]
+        if ends and max(ends) > len(data):
+            return _TRUNCATED
+
+    mode = _tiff_mode(tags)
+    (next_directory,) = struct.unpack_from(order + "I", data, start + 2 + 12 * count)
+    width = tags[_TIFF_WIDTH][0]
+    height = tags[_TIFF_HEIGHT][0]
+    return Probe("tiff", width, height, mode, animated=bool(next_directory))
+
+
+def _tiff_tags(
+    data: bytes, order: str, start: int, count: int
+) -> dict[int, tuple[int, ...]] | None:
+    """Return the whole-number values of a directory by tag; None if a value of any kind lies
+    outside the file."""
     tags: dict[int, tuple[int, ...]] = {}
     for entry in range(count):
         at = start + 2 + 12 * entry
         tag, kind, number = struct.unpack_from(order + "HHI", data, at)
+        # Up to four bytes stand in the entry itself, more where the entry points.
+        value_at = at + 8
         value_bytes = _TIFF_TYPE_BYTES.get(kind, 1) * number
-        if value_bytes > 4 and struct.unpack_from(order + "I", data, at + 8)[0] + value_bytes > len(
-            data
-        ):
-            return _TRUNCATED  # a profile or other value that is stored behind the pixels
+        if value_bytes > 4:
+            (value_at,) = struct.unpack_from(order + "I", data, at + 8)
+            if value_at + value_bytes > len(data):
+                return None  # a profile or other value that is stored behind the pixels
+        # A damaged count must not take gigabytes.
         if kind in _TIFF_TYPES and 1 <= number <= _TIFF_VALUES:
-            layout = f"{order}{number}{_TIFF_TYPES[kind]}"
-            place = (
-                at + 8
-                if struct.calcsize(layout) <= 4
-                else struct.unpack_from(order + "I", data, at + 8)[0]
-            )
-            tags[tag] = struct.unpack_from(layout, data, place)
-    if 256 not in tags or 257 not in tags:
-        return _NOT_AN_IMAGE
-    for starts, lengths in ((273, 279), (324, 325)):  # strips, tiles
-        ends = [
-            first + length
-            for first, length in zip(tags.get(starts, ()), tags.get(lengths, ()), strict=False)
-        ]
-        if ends and max(ends) > len(data):
-            return _TRUNCATED
-    samples, bits, photometric = (tags.get(tag, (1,))[0] for tag in (277, 258, 262))
+            tags[tag] = struct.unpack_from(f"{order}{number}{_TIFF_TYPES[kind]}", data, value_at)
+    return tags
+
+
+def _tiff_mode(tags: dict[int, tuple[int, ...]]) -> str:
+    samples = tags.get(277, (1,))[0]
+    bits = tags.get(258, (1,))[0]
+    photometric = tags.get(262, (1,))[0]
     if photometric == 5:
-        mode = "CMYK"
-    elif photometric == 3:
-        mode = "P"
-    elif samples >= 3:
-        mode = "RGBA" if samples > 3 else "RGB"
-    else:
-        mode = "I;16" if bits == 16 else "1" if bits == 1 else "L"
-    (next_directory,) = struct.unpack_from(order + "I", data, start + 2 + 12 * count)
-    return Probe("tiff", tags[256][0], tags[257][0], mode, animated=bool(next_directory))
+        return "CMYK"
+    if photometric == 3:
+        return "P"
+    if samples >= 3:
+        return "RGBA" if samples > 3 else "RGB"
+    if bits == 16:
+        return "I;16"
+    return "1" if bits == 1 else "L"

@@ -50,7 +50,7 @@ class PixelSums:
 
 
 def _decode(data: bytes, found: Probe) -> npt.NDArray[np.uint8] | None:
-    """Return RGB pixels, or nothing where the image is broken."""
+    """Return RGB pixels, or None if the image is broken."""
     if found.format == "raw":
         return np.frombuffer(data, np.uint8).reshape(found.height, found.width, 3)
     try:

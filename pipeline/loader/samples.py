@@ -55,7 +55,7 @@ class Encoded:
 
     Attributes:
         sample_ids_B, epochs_B: int64; what names every random choice.
-        labels_B: int64, -1 where there is none.
+        labels_B: int64, -1 if there is none.
         images: encoded bytes.
         boxes: where to cut, for each view.
         bad: why a sample cannot be used, by its number in the batch.
@@ -247,7 +247,7 @@ def _bad_in_any(decoded: Sequence[Decoded]) -> dict[int, Refused]:
 
 
 def _declared_size(image: U8) -> tuple[int, int] | None:
-    """Return the width and height in an image's header; None where it cannot be read, which the
+    """Return the width and height in an image's header; None if it cannot be read, which the
     decoder will say."""
     if image[:3].tobytes() == JPEG_START:
         try:

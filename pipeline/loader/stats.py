@@ -32,7 +32,7 @@ class StageCounter:
 class PipelineStats:
     """Counters of every stage, written by the loader's threads and read by whoever reports.
 
-    `wait` is the caller's own waiting: where it is near zero, the loader keeps up and the model is
+    `wait` is the caller's own waiting: if it is near zero, the loader keeps up and the model is
     the bottleneck.
     """
 

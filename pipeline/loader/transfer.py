@@ -14,7 +14,7 @@ from pipeline.config import IMAGENET_MEAN, IMAGENET_STD
 
 
 class PixelBuffers:
-    """Memory for decoded batches on the host, used again and again; pinned where a CUDA device
+    """Memory for decoded batches on the host, used again and again; pinned if a CUDA device
     copies from it.
 
     New memory for each batch would be cleared page by page by the kernel, which takes a tenth of
@@ -45,7 +45,7 @@ class PixelBuffers:
     def give_back(
         self, buffer_BHW3: torch.Tensor, *, after: torch.cuda.Event | None = None
     ) -> None:
-        """Let a buffer be used again, once an event has passed where one is given."""
+        """Let a buffer be used again, once an event has passed if one is given."""
         self._free.append((buffer_BHW3, after))
 
 

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from itertools import islice
 from pathlib import Path
 
@@ -37,7 +38,6 @@ _BUSY_RETRY_S = 1.0
 _FULL_RETRY_S = 10.0
 _FAILED_RETRY_S = (5.0, 30.0, 120.0, 600.0)
 """Pauses after the first, second, ... failure to stage one shard; the last is repeated."""
-_TAKEN = float("inf")
 _READ_ON = (errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 """Failures of the cache's disk with which a run goes on, reading from the store."""
 
@@ -84,6 +84,32 @@ class CacheCounters:
         self.add(retries=1)
 
 
+class _State(Enum):
+    """Where a shard stands that is needed and not here."""
+
+    QUEUED = auto()
+    FETCHING = auto()
+    PAUSED = auto()
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """When a shard is fetched.
+
+    Args:
+        state: `QUEUED`: the next free thread takes it. `FETCHING`: a thread has it. `PAUSED`: it
+            was tried in vain, and is tried again later.
+        again_at_s: That time, of `time.monotonic`, if it is paused.
+    """
+
+    state: _State
+    again_at_s: float = 0.0
+
+
+_QUEUED = _Turn(_State.QUEUED)
+_FETCHING = _Turn(_State.FETCHING)
+
+
 class ShardCache:
     """Verified copies of one dataset's remote shards, inside a byte budget.
 
@@ -105,11 +131,11 @@ class ShardCache:
         self._folder = _open_folder(self._root, max_bytes=max_bytes, counters=self.counters)
         self._changed = threading.Condition()
         self._needed: list[int] = []
-        self._waiting: dict[
-            int, float
-        ] = {}  # shard: not before this time; in the order in which they are needed
+        # What is needed and not here, in the order in which it is needed.
+        self._turns: dict[int, _Turn] = {}
         self._failures: dict[int, int] = {}
-        self._full_until = 0.0
+        # Set when a shard found no room, of `time.monotonic`: then no other is tried before it.
+        self._full_until_s: float | None = None
         self._warned = False
         self._closed = False
         self._stagers: list[threading.Thread] = []
@@ -144,14 +170,19 @@ class ShardCache:
             self._guarded(lambda folder: folder.need([self.name(shard) for shard in needed]))
         with self._changed:
             known = set(self._needed)
+            turns: dict[int, _Turn] = {}
+            for shard in needed:
+                turn = self._turns.get(shard)
+                # What was here when it was announced stays here: the lease protects it, and the
+                # disk is not asked again.
+                if turn is None and shard not in known and self.staged(shard) is None:
+                    turn = _QUEUED
+                if turn is not None:
+                    turns[shard] = turn
             self._needed = needed
-            # What was here when it was announced stays here: the lease protects it.
-            self._waiting = {
-                shard: self._waiting.get(shard, 0.0)
-                for shard in needed
-                if shard in self._waiting or (shard not in known and self.staged(shard) is None)
-            }
-            self._full_until = 0.0  # what is needed no more may be room for what is
+            self._turns = turns
+            # What is no longer needed may make room for what is.
+            self._full_until_s = None
             self._changed.notify_all()
         return True
 
@@ -173,9 +204,8 @@ class ShardCache:
         measurements."""
 
         def is_quiet() -> bool:
-            return bool(self._full_until) or not any(
-                time_s in (0.0, _TAKEN) for time_s in self._waiting.values()
-            )
+            paused = all(turn.state is _State.PAUSED for turn in self._turns.values())
+            return paused or self._full_until_s is not None
 
         with self._changed:
             self._changed.wait_for(is_quiet)
@@ -184,7 +214,7 @@ class ShardCache:
         """Remove a copy that was damaged where it lies; it will be fetched again."""
         self._guarded(lambda folder: folder.remove(self.name(shard)))
         with self._changed:
-            self._waiting[shard] = 0.0
+            self._turns[shard] = _QUEUED
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -208,94 +238,111 @@ class ShardCache:
             self._warn(f"{self._root}: {error.strerror}")
 
     def _stage_ahead(self) -> None:
+        """Fetch one shard after the other; the body of a thread."""
         while (shard := self._next()) is not None:
             try:
-                again_at = self._stage_one(shard)
+                turn = self._stage_one(shard)
             except (OSError, MaelstromError, RuntimeError, CancelledError) as error:
                 if self._closed:
                     return  # it was stopped, which is no failure
-                # Its samples are still readable by range; the caller meets the real failure there.
-                self.counters.add(failed_shards=1)
-                failures = self._failures[shard] = self._failures.get(shard, 0) + 1
-                again_at = (
-                    time.monotonic() + _FAILED_RETRY_S[min(failures, len(_FAILED_RETRY_S)) - 1]
-                )
-                self._warn(
-                    f"{self._manifest.shard_name(shard)} could not be staged: "
-                    f"{storage.redact(str(error))}"
-                )
+                turn = self._pause_after(error, shard)
             with self._changed:
-                if again_at is None:
-                    self._waiting.pop(shard, None)
-                elif shard in self._waiting:
-                    self._waiting[shard] = again_at
+                if turn is None:
+                    self._turns.pop(shard, None)
+                # It may be needed no longer: then it is not asked for again either.
+                elif shard in self._turns:
+                    self._turns[shard] = turn
                 self._changed.notify_all()
+
+    def _pause_after(self, error: BaseException, shard: int) -> _Turn:
+        """Count a failure and say when the shard is tried again: later after each."""
+        # Its samples are still readable by range; the caller meets the real failure there.
+        self.counters.add(failed_shards=1)
+        failures = self._failures.get(shard, 0) + 1
+        self._failures[shard] = failures
+        pause_s = _FAILED_RETRY_S[min(failures, len(_FAILED_RETRY_S)) - 1]
+        name = self._manifest.shard_name(shard)
+        self._warn(f"{name} could not be staged: {storage.redact(str(error))}")
+        return _Turn(_State.PAUSED, time.monotonic() + pause_s)
 
     def _next(self) -> int | None:
         """Wait for the next shard to be fetched and take it; None at the end."""
         with self._changed:
             while not self._closed:
-                now = time.monotonic()
-                for shard, not_before in self._waiting.items():
-                    if max(not_before, self._full_until) <= now:
-                        self._waiting[shard] = _TAKEN
+                now_s = time.monotonic()
+                soonest_s: float | None = None
+                for shard, turn in self._turns.items():
+                    if turn.state is _State.FETCHING:
+                        continue
+                    start_s = max(turn.again_at_s, self._full_until_s or 0.0)
+                    if start_s <= now_s:
+                        self._turns[shard] = _FETCHING
                         return shard
-                soonest = max(min(self._waiting.values(), default=_TAKEN), self._full_until)
-                self._changed.wait(timeout=None if soonest == _TAKEN else soonest - now)
+                    soonest_s = start_s if soonest_s is None else min(soonest_s, start_s)
+                # Without a shard to wait for, only a change can bring one.
+                self._changed.wait(timeout=None if soonest_s is None else soonest_s - now_s)
         return None
 
-    def _stage_one(self, shard: int) -> float | None:
-        """Fetch, check and place one shard; return when to try again, None where it is here."""
+    def _stage_one(self, shard: int) -> _Turn | None:
+        """Fetch, check and place one shard; return its next turn, None if it is here."""
         assert self._folder is not None
-        partial = self._folder.begin(self.name(shard), self._manifest.shard_bytes(shard))
+        size_bytes = self._manifest.shard_bytes(shard)
+        partial = self._folder.begin(self.name(shard), size_bytes)
         if partial == "here":
             return None
         if partial == "busy":
-            return time.monotonic() + _BUSY_RETRY_S
+            # Another process fills it; its rename is not announced, so the disk is looked at again.
+            return _Turn(_State.PAUSED, time.monotonic() + _BUSY_RETRY_S)
         if partial == "full":
             self.counters.add(no_room=1)
-            with self._changed:  # where one shard found no room, the next would not either
-                self._full_until = time.monotonic() + _FULL_RETRY_S
-            return 0.0
+            with self._changed:  # one shard found no room, so the next would not either
+                self._full_until_s = time.monotonic() + _FULL_RETRY_S
+            return _QUEUED
+
         try:
             self._fetch(shard, partial)
             self._folder.commit(partial)
         except BaseException:
             self._folder.abandon(partial)
             raise
-        self.counters.add(staged_shards=1, staged_bytes=self._manifest.shard_bytes(shard))
+        self.counters.add(staged_shards=1, staged_bytes=size_bytes)
         return None
 
     def _fetch(self, shard: int, partial: Partial) -> None:
-        uri, size_bytes = self._manifest.shard_uri(shard), self._manifest.shard_bytes(shard)
+        uri = self._manifest.shard_uri(shard)
+        size_bytes = self._manifest.shard_bytes(shard)
+        expected = self._manifest.shard_sha256(shard)
         for attempt in range(_TRIES):
-            if self._download(uri, size_bytes, partial) == self._manifest.shard_sha256(shard):
+            if self._download(uri, size_bytes, partial) == expected:
                 return
             self.counters.add(refused_shards=1)
             logger.warning(
                 "cache: %s arrived damaged (try %d of %d)", storage.redact(uri), attempt + 1, _TRIES
             )
         raise DataError(
-            f"cache: {storage.redact(uri)} has not the sha256 that dataset.json says, {_TRIES} "
-            "times in a row. "
+            f"cache: {storage.redact(uri)} was read {_TRIES} times and never had the sha256 that "
+            "dataset.json lists. "
             "It was replaced or damaged in the store: check it with pipeline.verify --full"
         )
 
     def _download(self, uri: str, size_bytes: int, partial: Partial) -> str:
+        """Write an object into a partial file; return its sha256, in hex."""
+
         def read(start: int) -> memoryview:
-            return storage.read_view(
-                uri, start, min(PART_BYTES, size_bytes - start), on_retry=self.counters.count_retry
-            )
+            length = min(PART_BYTES, size_bytes - start)
+            return storage.read_view(uri, start, length, on_retry=self.counters.count_retry)
 
         digest = hashlib.sha256()
+        # A try before this one may have left its bytes.
         partial.file.seek(0)
         under_way: deque[Future[memoryview]] = deque()
         starts = iter(range(0, size_bytes, PART_BYTES))
         # In order, so that the hash is taken while later parts are still under way; few, so that
         # memory stays small.
+        most = _PARTS_AT_ONCE // _SHARDS_AT_ONCE + 2
         while True:
-            room = _PARTS_AT_ONCE // _SHARDS_AT_ONCE + 2 - len(under_way)
-            under_way.extend(self._fetcher.submit(read, start) for start in islice(starts, room))
+            for start in islice(starts, most - len(under_way)):
+                under_way.append(self._fetcher.submit(read, start))
             if not under_way:
                 return digest.hexdigest()
             part = under_way.popleft().result()
@@ -319,8 +366,8 @@ def _open_folder(root: Path, *, max_bytes: int, counters: CacheCounters) -> Cach
     except OSError as error:
         if error.errno in _READ_ON:
             logger.warning(
-                "cache: %s: %s. Nothing new is cached; samples are read from the store one by one, "
-                "which is slower. "
+                "cache: %s: %s. No new shard is cached; samples are read from the store one by "
+                "one, which is slower. "
                 "Set loader.cache_dir to a folder with space",
                 root,
                 error.strerror,

@@ -3,7 +3,7 @@ processes.
 
 Nothing is trusted but the kernel: a process that lives holds an advisory lock on its lease and on
 every file it is filling, and loses it however it ends. So a lease or a half-filled file that can be
-locked belongs to nobody.
+locked belongs to no process that lives.
 
     <root>/cache.lock          held for the moment in which files are looked at, placed or removed
     <root>/leases/<pid>-<id>   what a process reads now or will read soon; locked while it lives
@@ -120,7 +120,7 @@ class CacheFolder:
             needed = self._leased_names()
             spare = [file for file in held if str(file.path.relative_to(self.root)) not in needed]
             if total_bytes - sum(file.size_bytes for file in spare) + size_bytes > self._max_bytes:
-                return "full"  # removing everything would not do, so nothing is removed for nothing
+                return "full"  # removing everything would not do, so none is removed in vain
             waiting = iter(sorted(spare, key=lambda file: file.modified_s))
             while total_bytes + size_bytes > self._max_bytes:
                 total_bytes -= self._evict(next(waiting))
@@ -196,7 +196,7 @@ class CacheFolder:
     def _take_room(
         self, path: Path, target: Path, size_bytes: int, spare: Iterator[_Held]
     ) -> Partial | Refusal:
-        """Fill the file with room; where the disk is full before the budget is, more shards go."""
+        """Fill the file with room; if the disk is full before the budget is, more shards go."""
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Partial(path, target, path.open("xb"))
         try:

@@ -98,7 +98,7 @@ class ShardReader:
                 out empty.
 
         Returns:
-            One uint8 array a sample (a view of a mapped shard where that is local), and the reason
+            One uint8 array per sample (a view of a mapped shard if that is local), and the reason
             of each that does not match the manifest's hash, by its place.
 
         Raises:
@@ -140,7 +140,7 @@ class ShardReader:
             self._maps.clear()
 
     def _read_range(self, rows: Rows, i: int) -> U8:
-        """Read one sample by its own range, again where it arrives damaged; the last try is
+        """Read one sample by its own range, again if it arrives damaged; the last try is
         returned as it is."""
         uri = self._manifest.shard_uri(int(rows.shards_B[i]))
         for _ in range(_TRIES):

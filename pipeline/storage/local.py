@@ -66,7 +66,7 @@ def write_local(
 
 
 def put_local_if_absent(path: Path, data: bytes) -> bool:
-    """Write a file only where none is, all of it at once; return whether this call wrote it."""
+    """Write a file only if there is none, all of it at once; return whether this call wrote it."""
 
     def link(tmp: Path, target: Path) -> None:
         os.link(tmp, target)

@@ -36,7 +36,7 @@ def read_view(
     *,
     on_retry: Callable[[], None] = lambda: None,
 ) -> memoryview:
-    """Read as `read_bytes` does, without a copy where the storage's client owns the memory.
+    """Read as `read_bytes` does, without a copy if the storage's client owns the memory.
 
     Args:
         uri: The file.
@@ -115,7 +115,7 @@ def _cat(fs: Any, uri: str, start: int | None, end: int | None) -> bytes:
     try:
         return bytes(fs.cat_file(uri, start=start, end=end))
     except OSError as error:
-        # S3 answers 416 where a range starts behind the end; that is a short file, not a broken
+        # S3 answers 416 if a range starts behind the end; that is a short file, not a broken
         # server.
         if start is not None and (
             "InvalidRange" in str(error)

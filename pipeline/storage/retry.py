@@ -24,7 +24,7 @@ from pipeline.storage.uri import redact
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 BUDGET_VARIABLE = "MAELSTROM_STORAGE_BUDGET_S"
-"""Environment variable: seconds a failing storage call is retried for. 60 where it is not set."""
+"""Environment variable: seconds a failing storage call is retried for. 60 if it is not set."""
 _TRANSIENT_ERRNO = {
     errno.EAGAIN,
     errno.EBUSY,
@@ -39,7 +39,7 @@ _TRANSIENT_ERRNO = {
     errno.EREMOTEIO,
     errno.ETIMEDOUT,
 }
-# By name, so that neither botocore nor aiohttp is imported where it is not used.
+# By name, so that neither botocore nor aiohttp is imported if it is not used.
 _TRANSIENT_NAMES = {
     "ClientConnectionError",
     "ClientOSError",

@@ -22,7 +22,7 @@ from typing import Any
 from pipeline.storage.uri import SCHEME
 
 _OF_BOTOCORE = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE")
-"""Certificates that only botocore knows; where they are given for an https endpoint, s3fs reads."""
+"""Certificates that only botocore knows; if they are given for an https endpoint, s3fs reads."""
 _ENVIRONMENT = (
     "AWS_ENDPOINT_URL",
     "AWS_ENDPOINT_URL_S3",
@@ -58,7 +58,7 @@ def read_s3(uri: str, start: int | None, length: int | None) -> memoryview | Uns
         length: Bytes; None reads to the end.
 
     Returns:
-        The bytes, not copied; `UNSURE` where s3fs should be asked instead.
+        The bytes, not copied; `UNSURE` if s3fs should be asked instead.
 
     Raises:
         OSError: with EIO: the store or the network failed in a way that may pass.
@@ -92,7 +92,7 @@ def _first_line(error: Exception) -> str:
 
 @lru_cache(maxsize=64)
 def _store(bucket: str, environment: tuple[str | None, ...]) -> Any:
-    """Make a bucket's store; None where obstore is not installed, or is told less than botocore
+    """Make a bucket's store; None if obstore is not installed, or is told less than botocore
     is."""
     try:
         import_module("obstore")

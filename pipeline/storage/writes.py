@@ -44,9 +44,9 @@ def put_file(local: Path, uri: str) -> None:
 
 
 def put_if_absent(uri: str, data: bytes) -> bool:
-    """Write a file only where none is; return whether this call wrote it.
+    """Write a file only if there is none; return whether this call wrote it.
 
-    The whole content appears at once: locally by a hard link (which fails where the name is taken),
+    The whole content appears at once: locally by a hard link (which fails if the name is taken),
     in object storage by a conditional PUT.
     """
     if is_local(uri):
@@ -75,7 +75,7 @@ def put_if_absent(uri: str, data: bytes) -> bool:
 
 
 def delete(uri: str) -> None:
-    """Remove a file; one that is not there is no error."""
+    """Remove a file; one that is not there is not an error."""
     if is_local(uri):
         on_disk("delete", uri, lambda path: path.unlink(missing_ok=True))
         return
