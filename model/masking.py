@@ -19,7 +19,7 @@ class PatchMask(NamedTuple):
     ids_keep_BV: Tensor
     """Patch numbers that the encoder sees, in shuffled order."""
     ids_restore_BN: Tensor
-    """Where each patch went in the shuffled order; the inverse of `ids_shuffle_BN`."""
+    """Index of each patch in the shuffled order; the inverse of `ids_shuffle_BN`."""
     mask_BN: Tensor
     """1 for a removed patch, 0 for a kept one, in the image's order; float32."""
 
@@ -27,7 +27,7 @@ class PatchMask(NamedTuple):
 def mask_patches(noise_BN: Tensor, num_visible: int) -> PatchMask:
     """Keep the patches with the smallest noise, image by image.
 
-    Nothing is drawn here: the same noise gives the same mask on every device and at every world
+    No number is drawn here: the same noise gives the same mask on every device and at every world
     size. Equal values are ordered by patch number (a stable sort), so ties are settled too.
 
     Args:
@@ -45,12 +45,14 @@ def mask_patches(noise_BN: Tensor, num_visible: int) -> PatchMask:
     if not 0 <= num_visible <= N:
         raise ValueError(f"cannot keep {num_visible} of {N} patches")
     ids_shuffle_BN = torch.argsort(noise_BN, dim=1, stable=True)
+    # Sorting a permutation gives its inverse; its values differ, so this sort need not be stable.
     ids_restore_BN = torch.argsort(ids_shuffle_BN, dim=1)
+    is_hidden_BN = ids_restore_BN >= num_visible
     return PatchMask(
         ids_shuffle_BN=ids_shuffle_BN,
         ids_keep_BV=ids_shuffle_BN[:, :num_visible],
         ids_restore_BN=ids_restore_BN,
-        mask_BN=(ids_restore_BN >= num_visible).to(torch.float32),
+        mask_BN=is_hidden_BN.to(torch.float32),
     )
 
 
@@ -64,7 +66,10 @@ def gather_rows(rows_BNE: Tensor, ids_BV: Tensor) -> Tensor:
     Returns:
         rows_BVE.
     """
-    return torch.gather(rows_BNE, 1, ids_BV.unsqueeze(-1).expand(-1, -1, rows_BNE.shape[-1]))
+    # `expand` takes no memory: every value of a row is picked by the same number.
+    width = rows_BNE.shape[-1]
+    ids_BVE = ids_BV.unsqueeze(-1).expand(-1, -1, width)
+    return torch.gather(rows_BNE, 1, ids_BVE)
 
 
 class _Unshuffle(torch.autograd.Function):
@@ -72,7 +77,7 @@ class _Unshuffle(torch.autograd.Function):
     like the forward.
 
     Autograd's own gradient of `gather` is a scatter-add, which is slow in 16 bits on a GPU, and
-    refuses or slows down where deterministic algorithms are asked for.
+    refuses or slows down when deterministic algorithms are asked for.
     """
 
     @staticmethod

@@ -234,14 +234,18 @@ class VisionTransformer(nn.Module):
         if ids_keep_BV is None:
             tokens_BVD = self.patch_embed(patches_BNP) + positions_ND
         else:
-            tokens_BVD = (
-                self.patch_embed(gather_rows(patches_BNP, ids_keep_BV)) + positions_ND[ids_keep_BV]
-            )
+            # Patches are picked before they are projected: a quarter of the work at a mask ratio
+            # of 0.75.
+            shown_BVP = gather_rows(patches_BNP, ids_keep_BV)
+            tokens_BVD = self.patch_embed(shown_BVP) + positions_ND[ids_keep_BV]
+
+        # The table's first row belongs to the class token.
         cls_11D = self.cls_token + self.pos_embed[:, :1]
-        tokens_BSD = torch.cat([cls_11D.expand(tokens_BVD.shape[0], -1, -1), tokens_BVD], dim=1)
-        encoded_BSD: Tensor = self.norm(
-            run_blocks(self.blocks, tokens_BSD, self.encoder_checkpointing)
-        )
+        cls_B1D = cls_11D.expand(tokens_BVD.shape[0], -1, -1)
+        tokens_BSD = torch.cat([cls_B1D, tokens_BVD], dim=1)
+
+        tokens_BSD = run_blocks(self.blocks, tokens_BSD, self.encoder_checkpointing)
+        encoded_BSD: Tensor = self.norm(tokens_BSD)
         return encoded_BSD
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
@@ -259,7 +263,7 @@ class VisionTransformer(nn.Module):
         """Describe whole images: the mean of all patch tokens after the final norm, class token
         left out.
 
-        Nothing is masked. This is the pooling to name beside a nearest-neighbour figure;
+        All patches are seen. This is the pooling to name beside a nearest-neighbour figure;
         fine-tuning normalises after the mean instead.
 
         Args:
@@ -286,7 +290,7 @@ def run_blocks(blocks: nn.ModuleList, tokens_BSD: Tensor, mode: ActivationCheckp
     for number, block in enumerate(blocks):
         recompute = mode == "full" or (mode == "selective" and number % 2 == 0)
         if recompute and torch.is_grad_enabled():
-            # Nothing in a block is random, so there is no generator state to keep.
+            # A block makes no random choice, so no generator's state has to be kept.
             tokens_BSD = checkpoint(
                 block, tokens_BSD, use_reentrant=False, preserve_rng_state=False
             )

@@ -1,6 +1,6 @@
 """Weights of other libraries: names out, names in, and a strict check on both ways.
 
-Pure functions on dictionaries of tensors; nothing here reads or writes files. Our own names are
+Pure functions on dictionaries of tensors; none of them reads or writes files. Our own names are
 those of the published MAE checkpoints, so most of the work is leaving out what a library does not
 want.
 
@@ -205,10 +205,9 @@ def from_published(state: Mapping[str, Any]) -> State:
             break
     others = sorted(str(name) for name, value in state.items() if not isinstance(value, Tensor))
     if others or not state:
-        raise WeightsError(
-            f"expected a dictionary of tensors, or one under {' or '.join(map(repr, _WRAPPERS))}; "
-            f"found no tensor under: {', '.join(others[:8]) or 'nothing at all'}"
-        )
+        wrappers = " or ".join(map(repr, _WRAPPERS))
+        problem = f"no tensor under: {', '.join(others[:8])}" if others else "it is empty"
+        raise WeightsError(f"expected a dictionary of tensors, or one under {wrappers}; {problem}")
     plain = {_PREFIX.sub("", name): value for name, value in state.items()}
     if any(name.startswith(("vit.", "embeddings.", "decoder.")) for name in plain):
         plain = rename_from_hf(plain)
@@ -267,7 +266,7 @@ def load_published(
             absent.
 
     Raises:
-        WeightsError: Names or shapes differ; nothing was loaded.
+        WeightsError: Names or shapes differ; the model is as it was.
     """
     fitted = fit_weights(from_published(state), model.config, part=part, old_grid=old_grid)
     model.load_state_dict(fitted, strict=part == "full")
@@ -279,7 +278,8 @@ def _square_grid(table: Tensor, config: ModelConfig) -> tuple[int, int]:
     num_patches = table.shape[1] - 1
     side = round(max(num_patches, 0) ** 0.5)
     if num_patches == config.num_patches or side * side != num_patches:
-        return config.grid  # a length that is no square is left for the check to report
+        # A length that is not a square is left for the check to report.
+        return config.grid
     return side, side
 
 

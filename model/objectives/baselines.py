@@ -27,7 +27,8 @@ def paint_mean(images_BCHW: Tensor, mask_BN: Tensor, *, patch_size: int) -> Tens
     """
     visible_BN1 = (1 - mask_BN).unsqueeze(-1)
     colours_BNC = _patch_colours(images_BCHW, patch_size)
-    mean_B1C = (colours_BNC * visible_BN1).sum(1, keepdim=True) / visible_BN1.sum(1, keepdim=True)
+    sum_B1C = (colours_BNC * visible_BN1).sum(1, keepdim=True)
+    mean_B1C = sum_B1C / visible_BN1.sum(1, keepdim=True)
     return _flat_patches(mean_B1C.expand_as(colours_BNC), patch_size)
 
 
@@ -46,15 +47,20 @@ def paint_nearby(images_BCHW: Tensor, mask_BN: Tensor, *, patch_size: int) -> Te
     Returns:
         prediction_BNP, float32.
     """
-    rows, columns = images_BCHW.shape[2] // patch_size, images_BCHW.shape[3] // patch_size
+    rows = images_BCHW.shape[2] // patch_size
+    columns = images_BCHW.shape[3] // patch_size
     colours_BNC = _patch_colours(images_BCHW, patch_size)
     number = torch.arange(rows * columns, device=images_BCHW.device)
     centres_N2 = torch.stack([number // columns, number % columns], dim=1).to(torch.float32)
-    distance_NN = (centres_N2[:, None] - centres_N2[None]).square().sum(-1)
+    offsets_NN2 = centres_N2[:, None] - centres_N2[None]
+    distance_NN = offsets_NN2.square().sum(-1)
+    # A patch's distance to itself is 0; its own weight is used only if it is visible, and then its
+    # own colour is taken below.
     weight_NN = 1 / distance_NN.fill_diagonal_(1)
     weight_BNN = weight_NN * (1 - mask_BN).unsqueeze(1)
     near_BNC = (weight_BNN @ colours_BNC) / weight_BNN.sum(-1, keepdim=True)
-    return _flat_patches(torch.where(mask_BN.unsqueeze(-1) > 0, near_BNC, colours_BNC), patch_size)
+    painted_BNC = torch.where(mask_BN.unsqueeze(-1) > 0, near_BNC, colours_BNC)
+    return _flat_patches(painted_BNC, patch_size)
 
 
 def _patch_colours(images_BCHW: Tensor, patch_size: int) -> Tensor:

@@ -69,9 +69,8 @@ class MaskedAutoencoder(VisionTransformer):
             mlp_ratio=config.mlp_ratio,
         )
         self.config = config
-        self.num_visible = (
-            config.num_visible
-        )  # exact arithmetic, which a compiler cannot trace: done once
+        # Exact arithmetic, which a compiler cannot trace: done once.
+        self.num_visible = config.num_visible
         self.decoder_checkpointing: ActivationCheckpointing = "none"
         width = config.decoder_embed_dim
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
@@ -149,9 +148,8 @@ class MaskedAutoencoder(VisionTransformer):
         tokens_BSD = self.encode(patches_BNP, mask.ids_keep_BV)
         prediction_BNP = self.decode(tokens_BSD, mask)
         target_BNP = reconstruction_target(patches_BNP, norm_pix_loss=self.config.norm_pix_loss)
-        return MAEOutput(
-            masked_loss(prediction_BNP, target_BNP, mask.mask_BN), prediction_BNP, mask.mask_BN
-        )
+        loss = masked_loss(prediction_BNP, target_BNP, mask.mask_BN)
+        return MAEOutput(loss, prediction_BNP, mask.mask_BN)
 
     def decode(self, tokens_BSD: Tensor, mask: PatchMask) -> Tensor:
         """Predict every patch from the encoded visible ones.
@@ -166,13 +164,21 @@ class MaskedAutoencoder(VisionTransformer):
         """
         tokens_BSE = self.decoder_embed(tokens_BSD)
         B, S, _ = tokens_BSE.shape
-        hidden = mask.mask_BN.shape[1] - (S - 1)
-        mask_tokens = self.mask_token.to(tokens_BSE.dtype).expand(B, hidden, -1)
-        patches_BNE = unshuffle(torch.cat([tokens_BSE[:, 1:], mask_tokens], dim=1), mask)
-        tokens_BSE = torch.cat([tokens_BSE[:, :1], patches_BNE], dim=1) + self.decoder_pos_embed
+        num_hidden = mask.mask_BN.shape[1] - (S - 1)
+
+        # Mask tokens stand behind the visible patches, as the hidden ones do in the shuffled order.
+        # Their type is the tokens': under autocast the projection above gives 16 bits.
+        mask_tokens_BHE = self.mask_token.to(tokens_BSE.dtype).expand(B, num_hidden, -1)
+        shuffled_BNE = torch.cat([tokens_BSE[:, 1:], mask_tokens_BHE], dim=1)
+        patches_BNE = unshuffle(shuffled_BNE, mask)
+
+        # The class token is not shuffled; it comes first in both orders.
+        tokens_BSE = torch.cat([tokens_BSE[:, :1], patches_BNE], dim=1)
+        tokens_BSE = tokens_BSE + self.decoder_pos_embed
         tokens_BSE = run_blocks(self.decoder_blocks, tokens_BSE, self.decoder_checkpointing)
         # The class token is dropped before the head: nothing is predicted from it.
-        prediction_BNP: Tensor = self.decoder_pred(self.decoder_norm(tokens_BSE[:, 1:]))
+        normed_BNE = self.decoder_norm(tokens_BSE[:, 1:])
+        prediction_BNP: Tensor = self.decoder_pred(normed_BNE)
         return prediction_BNP
 
     def encoder_state_dict(self) -> dict[str, Tensor]:
@@ -260,7 +266,9 @@ def masked_loss(prediction_BNP: Tensor, target_BNP: Tensor, mask_BN: Tensor) -> 
     Returns:
         A float32 scalar.
     """
-    error_BN = (prediction_BNP.to(torch.float32) - target_BNP).square().mean(dim=-1)
+    # In float32: 16 bits are too few digits for a mean of squares, and fp16 overflows at 256^2.
+    difference_BNP = prediction_BNP.to(torch.float32) - target_BNP
+    error_BN = difference_BNP.square().mean(dim=-1)
     return (error_BN * mask_BN).sum() / mask_BN.sum()
 
 
@@ -296,10 +304,10 @@ def reconstruct(
         mean_BN1, std_BN1 = patch_statistics(patches_BNP)
         predicted_BNP = predicted_BNP * std_BN1 + mean_BN1
     removed_BN1 = mask_BN.unsqueeze(-1).to(torch.bool)
+    masked_BNP = patches_BNP.masked_fill(removed_BN1, 0)
+    pasted_BNP = torch.where(removed_BN1, predicted_BNP, patches_BNP)
     return Reconstruction(
-        masked_BCHW=unpatchify(patches_BNP.masked_fill(removed_BN1, 0), patch_size, grid),
+        masked_BCHW=unpatchify(masked_BNP, patch_size, grid),
         predicted_BCHW=unpatchify(predicted_BNP, patch_size, grid),
-        pasted_BCHW=unpatchify(
-            torch.where(removed_BN1, predicted_BNP, patches_BNP), patch_size, grid
-        ),
+        pasted_BCHW=unpatchify(pasted_BNP, patch_size, grid),
     )

@@ -27,8 +27,8 @@ class Batch:
         sample_ids_B: int64 numpy array; with the seed and the epoch it names every random choice
             made for an image.
         epochs_B: int64 numpy array; a batch may span two epochs.
-        boxes: for each view, where each image was cut, and whether it was mirrored.
-        epoch, position: where the global batch begins that this is a part of.
+        boxes: for each view, how each image was cut and whether it was mirrored.
+        epoch, position: beginning of the global batch that this is a part of.
         draws: the arrays of `Sampling.draws` by name, on the same device.
     """
 
@@ -54,7 +54,7 @@ def labels_and_draws(
 
     Args:
         encoded: the batch.
-        device: where to.
+        device: the loader's.
 
     Returns:
         labels_B and the arrays by name.

@@ -56,8 +56,8 @@ class _Work:
 
     Attributes:
         encoded: what was read and drawn.
-        start: where its global batch begins.
-        end: where the next one begins, on a rank's last micro-batch of a global batch; else None.
+        start: beginning of its global batch.
+        end: beginning of the next one, on a rank's last micro-batch of a global batch; else None.
         pixels: of each view, on the device once its copy has begun.
         buffers: the host buffer that each view was decoded into; None if it has none to give back.
     """
@@ -84,7 +84,7 @@ class Loader:
         local_world_size: ranks on this machine; they share its cores.
         global_batch_size: images of one optimizer step over all ranks.
         micro_batch_size: images of one batch that this loader yields.
-        device: where batches are wanted.
+        device: of the batches.
         dtype: type of the images. uint8 gives the pixels as they are decoded; on a CPU such a batch
             stays valid until the next but one is asked for, for its memory is used again. Every
             other batch is the caller's.

@@ -124,7 +124,7 @@ class SampleSource:
             For each view, uint8 RGB of shape (B, H, W, 3).
 
         Raises:
-            DataError: too much is bad (see `DataReport`), or nothing near a bad sample is good.
+            DataError: too much is bad (see `DataReport`), or no sample near a bad one is good.
         """
         decoded = _decode_views(encoded, decoders)
         return self.replace_bad(encoded, decoded, decoders, report)

@@ -39,8 +39,8 @@ class RankBatch:
 
     Attributes:
         epochs_B, positions_B, sample_ids_B: int64 arrays, one entry a sample.
-        start: where the global batch begins.
-        end: where the next one begins.
+        start: beginning of the global batch.
+        end: beginning of the next one.
     """
 
     epochs_B: I64
@@ -142,7 +142,7 @@ class EpochOrder:
         run_first_B = first_B + windows_before_B * self._window
         run_last_B = np.minimum(run_first_B + self._window, len(self._line_starts) - 1)
 
-        # Lanes cut through shards, so the first and the last run of a lane end where the lane does.
+        # Lanes cut through shards, so a lane's first and last run are cut off at its ends.
         starts_B = np.maximum(lane_starts_B, self._line_starts[run_first_B])
         ends_B = np.minimum(lane_ends_B, self._line_starts[run_last_B])
         return starts_B, ends_B, line_B

@@ -6,6 +6,7 @@ As a program this file trains it: `test_second_objective.py WORDS.json [--crash-
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -28,7 +29,10 @@ from pipeline.config import LoaderConfig, OrderConfig, ViewConfig
 from pipeline.convert.conversion import convert
 from pipeline.convert.plan import ConvertSettings
 from pipeline.dataset import open_dataset
+from pipeline.decoders.base import Decoded, Decoder
+from pipeline.images.refused import Reason, Refused
 from pipeline.loader import Batch, Loader, read_samples
+from pipeline.loader.loader import open_reader
 from pipeline.sampling.draws import Sampling, View
 from pipeline.sampling.philox import random_words, unit_float32
 from train.config import RunConfig
@@ -249,6 +253,62 @@ def test_views_are_those_of_a_loader_for_each_alone(data: str):
     for before, after in zip(batch.views_BCHW, again.views_BCHW, strict=True):
         assert torch.equal(before, after)
     assert torch.equal(batch.draws["colours"], again.draws["colours"])
+
+
+class CannotReadOne:
+    """A decoder that finds one image of the dataset bad, as a damaged one would be."""
+
+    def __init__(self, decoder: Decoder, damaged: bytes) -> None:
+        self._decoder, self._damaged = decoder, damaged
+        self.depth, self.device = decoder.depth, decoder.device
+        self.met = 0
+
+    def submit(self, images_B: Any, boxes: Any, out_BHW3: Any = None) -> Callable[[], Decoded]:
+        wait = self._decoder.submit(images_B, boxes, out_BHW3)
+        places = [i for i, one in enumerate(images_B) if one.tobytes() == self._damaged]
+        bad = {i: Refused(Reason.TRUNCATED) for i in places}
+        self.met += len(bad)
+
+        def finish() -> Decoded:
+            decoded = wait()
+            for i in bad:
+                decoded.pixels_BHW3[i] = 0
+            return Decoded(decoded.pixels_BHW3, {**decoded.bad, **bad})
+
+        return finish
+
+    def decode(self, images_B: Any, boxes: Any) -> Decoded:
+        return self.submit(images_B, boxes)()
+
+    def close(self) -> None:
+        self._decoder.close()
+
+
+def test_an_image_that_is_bad_in_one_view_is_replaced_in_all(data: str):
+    """Two equal views stay equal, also around a substitute; its label goes with it."""
+    dataset = open_dataset(data)
+    view = View(ViewConfig(height=32, width=32))
+    settings = LoaderConfig(decoder="turbo", num_threads=1)
+    with contextlib.closing(open_reader(dataset, settings)) as reader:
+        (damaged,), _ = reader.read(dataset.lookup(np.array([21])))
+    with Loader(
+        dataset,
+        Sampling((view, view)),
+        OrderConfig(lanes=4),
+        settings,
+        seed=3,
+        global_batch_size=8,
+        micro_batch_size=4,
+        device=CPU,
+    ) as loader:
+        second = CannotReadOne(loader._decoders[1], damaged.tobytes())
+        loader._decoders[1] = second
+        stream = iter(loader)
+        for _ in range(20):
+            batch = next(stream)
+            assert torch.equal(batch.views_BCHW[0], batch.views_BCHW[1])
+        assert second.met >= 1
+        assert loader.report.num_bad >= 1
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ partition.
 4. `safe_set_*` change the fp32 masters only; the working weights are refreshed from them at the
 end.
 
-ZeRO 3 cuts parameters into padded pieces, and `safe_set_full_*` fails where a size does not divide
+ZeRO 3 cuts parameters into padded pieces, and `safe_set_full_*` fails if a size does not divide
 by the world: here the padded piece of this rank is set instead.
 """
 
@@ -170,13 +170,13 @@ def keep_going_at_lowest_scale(engine: Any) -> None:
 
 
 def is_above_floor(engine: Any) -> bool:
-    """Tell whether the loss scaler can still go down; False where nothing is scaled."""
+    """Tell whether the loss scaler can still go down; False if the loss is not scaled."""
     scaler = _dynamic_scaler(engine)
     return scaler is not None and bool(scaler.cur_scale > scaler.min_scale)
 
 
 def read_loss_scaler(engine: Any) -> dict[str, Any]:
-    """Return the dynamic loss scaler's state; empty where nothing is scaled."""
+    """Return the dynamic loss scaler's state; empty if the loss is not scaled."""
     scaler = _dynamic_scaler(engine)
     if scaler is None:
         return {}

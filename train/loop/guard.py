@@ -79,7 +79,7 @@ class SpikeGuard:
     """Finds a mean loss that is far above the recent ones.
 
     Args:
-        factor: how far above their median; 0 looks for nothing.
+        factor: how far above their median; 0 does not look.
     """
 
     def __init__(self, *, factor: float) -> None:

@@ -1,7 +1,7 @@
 """Do the ranks still hold the same weights? A memory error on one accelerator shows nowhere else.
 
 Up to ZeRO 2 every rank keeps all working weights, and they must be equal to the last bit. At ZeRO 3
-each rank keeps its own part, so there is nothing to compare.
+each rank keeps its own part, so there are no two copies to compare.
 """
 
 from __future__ import annotations
@@ -34,16 +34,18 @@ def checksums(module: nn.Module) -> tuple[list[str], Tensor]:
     Returns:
         Names, and one 64-bit sum for each.
     """
-    names, sums = [], []
+    names: list[str] = []
+    sums: list[Tensor] = []
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        bits = tensor.detach().contiguous().flatten().view(_INTEGERS[tensor.element_size()])
+        # Bits and not values: NaN differs from itself, and 0 equals -0.
+        as_integer = _INTEGERS[tensor.element_size()]
+        bits = tensor.detach().contiguous().flatten().view(as_integer)
         total = torch.zeros((), dtype=torch.int64, device=tensor.device)
         for first in range(0, bits.numel(), _CHUNK):
             part = bits[first : first + _CHUNK].to(torch.int64)
             # Odd factors have an inverse modulo 2^64: no change of one value can vanish.
-            total += (
-                part * (2 * torch.arange(first, first + part.numel(), device=part.device) + 1)
-            ).sum()
+            indices = torch.arange(first, first + part.numel(), device=part.device)
+            total += (part * (2 * indices + 1)).sum()
         names.append(name)
         sums.append(total)
     return names, torch.stack(sums)
@@ -57,16 +59,23 @@ def find_differing(sums: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]
 
     Returns:
         The tensors that differ, and the ranks that are alone with their value: those outside the
-        majority of all ranks. No ranks where there is no majority, as between two.
+        majority of all ranks. Without a majority, as between two ranks, none is named.
     """
-    columns = [tensor for tensor in range(len(sums[0])) if len({rank[tensor] for rank in sums}) > 1]
+    columns = []
+    for tensor in range(len(sums[0])):
+        values = {of_rank[tensor] for of_rank in sums}
+        if len(values) > 1:
+            columns.append(tensor)
     if not columns:
         return [], []
-    votes = Counter(tuple(rank) for rank in sums)
-    most, count = votes.most_common(1)[0]
+
+    # Ranks vote with all of their weights: one that differs in two tensors is one culprit.
+    votes = Counter(tuple(of_rank) for of_rank in sums)
+    majority, count = votes.most_common(1)[0]
     if 2 * count <= len(sums):
         return columns, []
-    return columns, [number for number, rank in enumerate(sums) if tuple(rank) != most]
+    culprits = [rank for rank, of_rank in enumerate(sums) if tuple(of_rank) != majority]
+    return columns, culprits
 
 
 def check_replicas(module: nn.Module, *, world: World, step: int) -> None:
@@ -87,6 +96,7 @@ def check_replicas(module: nn.Module, *, world: World, step: int) -> None:
     tensors, ranks = find_differing([part for part, _ in gathered])
     if not tensors:
         return
+    # Every rank has the same sums by now, so all of them raise, and none waits for another.
     shown = ", ".join(names[tensor] for tensor in tensors[:_NAMES_SHOWN])
     more = f" and {len(tensors) - _NAMES_SHOWN} more" if len(tensors) > _NAMES_SHOWN else ""
     if ranks:

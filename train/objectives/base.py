@@ -1,7 +1,7 @@
 """What an objective is: all that the loop, the engines and the measurements know of one.
 
 A new objective is one file in this folder that has these methods, its model in `model.objectives`,
-and a line in `choose`. Nothing else in the trainer names an objective.
+and a line in `choose`. No other part of the trainer names one.
 
 Shapes: B images, C channels, H height, W width.
 """
@@ -27,8 +27,8 @@ class Objective(Protocol):
     def sampling(self) -> Sampling:
         """Say what is cut out of and drawn for each image.
 
-        An objective draws nothing itself: a batch is a pure function of seed, epoch and samples,
-        and `Sampling` is the only place that draws while a run trains.
+        An objective makes no random choice itself: a batch is a pure function of seed, epoch and
+        samples, and `Sampling` is the only place that draws while a run trains.
         """
 
     def build(self) -> nn.Module:
@@ -78,16 +78,19 @@ def make_batch(
     Returns:
         A batch without labels (all -1).
     """
-    device, count = views_BCHW[0].device, len(views_BCHW[0])
+    device = views_BCHW[0].device
+    count = len(views_BCHW[0])
+    # Ids are made up, so that equal calls give equal draws.
     ids_B = np.arange(first_id, first_id + count, dtype=np.int64)
     epochs_B = np.zeros_like(ids_B)
     arrays = sampling.draw_arrays(seed=seed, epochs_B=epochs_B, sample_ids_B=ids_B)
+    draws = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
     return Batch(
         views_BCHW=tuple(views_BCHW),
         labels_B=torch.full((count,), -1, device=device),
         sample_ids_B=ids_B,
         epochs_B=epochs_B,
-        draws={name: torch.from_numpy(array).to(device) for name, array in arrays.items()},
+        draws=draws,
     )
 
 
@@ -96,8 +99,8 @@ def random_batch(objective: Objective, *, images: int, device: torch.device) -> 
 
     Args:
         objective: whose views and draws.
-        images: how many.
-        device: where they are wanted.
+        images: number of images.
+        device: of the batch.
     """
     sampling = objective.sampling()
     views_BCHW = []

@@ -10,7 +10,7 @@ from train.objectives.mae import MaskedAutoencoding
 def choose_objective(config: RunConfig) -> Objective:
     """Give the objective that the settings ask for.
 
-    There is one, so there is no setting for it yet. When the second comes, so does its setting,
+    There is one, and no setting for it yet. When the second comes, so does its setting,
     with this one as the default: checkpoints made before must go on loading.
     """
     return MaskedAutoencoding(config)
