@@ -37,8 +37,8 @@ def to_json(row: Row) -> dict[str, Any]:
             plain[column] = value
             continue
         stem, _, unit = column.rpartition("_")
-        # `median_s` names the middle already.
-        stem = "" if stem == "median" else f"{stem}_"
+        # `median_s` names the middle already; a ratio may have no unit.
+        stem = "" if stem in ("", "median") else f"{stem}_"
         plain[column] = value.median
         plain[f"{stem}min_{unit}"] = value.low
         plain[f"{stem}max_{unit}"] = value.high

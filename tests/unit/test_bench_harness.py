@@ -93,6 +93,7 @@ def test_tables_and_json_come_from_the_same_rows():
     plain = {"what": "a", "step_s": 1.5, "step_min_s": 1.0, "step_max_s": 12345.0}
     assert to_json(rows[0]) == {**plain, "rate_per_s": 123.456}
     assert list(to_json({"median_s": Spread(2, 1, 3)})) == ["median_s", "min_s", "max_s"]
+    assert list(to_json({"ratio": Spread(2, 1, 3)})) == ["ratio", "min_ratio", "max_ratio"]
     outcome = report(rows, ratios={"a / b": Spread(2.0, 1.0, 3.0)}, facts={"files": 3, "deep": {}})
     assert outcome.data["ratios"] == {"a / b": 2.0}
     assert "| a / b | 2 (1-3) |" in outcome.text
