@@ -169,7 +169,6 @@ def test_the_demo_goes_on_where_it_was(
         "$ ",
         "pipeline.convert",
         "--num_gpus",
-        "Evaluating: ",
         "mean colour",
         "nearest neighbours",
         "reconstruction.png",

@@ -74,7 +74,7 @@ class Pictures:
         val: folder of held-out pictures.
         num_train: how many.
         num_val: how many.
-        num_classes: class folders; 0 where the pictures have no labels.
+        num_classes: class folders; 0 if the pictures have no labels.
     """
 
     train: Path
@@ -91,16 +91,18 @@ def photo_path(name: str) -> Path:
         name: one of `PHOTOS`.
 
     Raises:
-        ConfigError: where the package is not installed or does not hold the file.
+        ConfigError: the package is not installed or does not hold the file.
     """
     package, _, inside = name.partition("/")
+    # Looked up and not imported: scikit-image takes a second, and only its files are wanted.
     spec = importlib.util.find_spec(package)
-    folder = Path(spec.origin).parent if spec and spec.origin else None
+    folder = None
+    if spec is not None and spec.origin is not None:
+        folder = Path(spec.origin).parent
     if folder is None or not (folder / inside).is_file():
         raise ConfigError(
-            f"the demo's photograph {name} is not there: install the demo extra (pip install -e "
-            "'.[demo]'), "
-            "or give a folder of pictures of your own with --src"
+            f"the demo's photograph {name} is not there: install the demo extra "
+            "(pip install -e '.[demo]'), or give a folder of your own pictures with --src"
         )
     return folder / inside
 
@@ -120,12 +122,21 @@ def boxes(
     Yields:
         left, top, right, bottom in pixels.
     """
-    left, top, right, bottom = 0, 0, width, height
-    if width >= height:
-        left, right = (0, width // 2) if half == "train" else (width // 2, width)
+    trains = half == "train"
+    left, top = 0, 0
+    right, bottom = width, height
+    # Along the longer side, so that both halves have room for crops.
+    if width >= height and trains:
+        right = width // 2
+    elif width >= height:
+        left = width // 2
+    elif trains:
+        bottom = height // 2
     else:
-        top, bottom = (0, height // 2) if half == "train" else (height // 2, height)
-    stride = plan.train_stride if half == "train" else plan.size
+        top = height // 2
+
+    # Training crops overlap; held-out ones do not, for each counts as one image in a figure.
+    stride = plan.train_stride if trains else plan.size
     for y in range(top, bottom - plan.size + 1, stride):
         for x in range(left, right - plan.size + 1, stride):
             yield x, y, x + plan.size, y + plan.size
@@ -144,20 +155,24 @@ def cut_photos(folder: Path, plan: CropPlan = CropPlan()) -> Pictures:
         The two folders and their counts.
 
     Raises:
-        ConfigError: where a photograph is not installed.
+        ConfigError: a photograph is not installed.
     """
     settings: dict[str, object] = {"plan": dataclasses.asdict(plan), "photos": list(PHOTOS)}
     ready = _finished(folder, settings)
     if ready is not None:
         return ready
+
     counts = {"train": 0, "val": 0}
     for name in PHOTOS:
         photo = _open_photo(photo_path(name), max_side=plan.max_side)
         label = Path(name).stem
         for half in counts:
-            (folder / half / label).mkdir(parents=True, exist_ok=True)
+            class_folder = folder / half / label
+            class_folder.mkdir(parents=True, exist_ok=True)
             for box in boxes(photo.width, photo.height, plan=plan, half=half):
-                path = folder / half / label / f"{label}-{box[1]:04d}-{box[0]:04d}.jpg"
+                left, top, _, _ = box
+                path = class_folder / f"{label}-{top:04d}-{left:04d}.jpg"
+                # Full colour resolution: the crops are small, and are shrunk once more.
                 photo.crop(box).save(path, quality=plan.quality, subsampling=0)
                 counts[half] += 1
     return _finish(folder, settings, num_classes=len(PHOTOS), **counts)
@@ -166,59 +181,81 @@ def cut_photos(folder: Path, plan: CropPlan = CropPlan()) -> Pictures:
 def split_folder(source: Path, folder: Path) -> Pictures:
     """Split a folder of one's own pictures into training and held-out ones, by a hash of each name.
 
-    The same picture always falls on the same side, however many are added later. Nothing is copied:
-    the two folders hold links.
+    The same picture always falls on the same side, however many are added later. Pictures are not
+    copied: the two folders hold links.
 
     Args:
-        source: a flat folder, or one of class folders; nothing in it is changed.
+        source: a flat folder, or one of class folders; it is not changed.
         folder: local folder for the links.
 
     Raises:
-        ConfigError: where `source` is no folder.
-        DataError: where it holds fewer than two pictures.
+        ConfigError: `source` is not a folder.
+        DataError: it holds fewer than two pictures.
     """
     if not source.is_dir():
         raise ConfigError(
             f"--src {source}: no such folder; give a folder of pictures or of class folders of "
             "pictures"
         )
-    names = sorted(
-        p.relative_to(source) for p in source.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES
-    )
+    names = _picture_names(source)
     if len(names) < 2:
+        suffixes = ", ".join(sorted(PICTURE_SUFFIXES))
         raise DataError(
-            f"--src {source}: found {len(names)} pictures ({', '.join(sorted(PICTURE_SUFFIXES))}); "
-            "at least 2 are "
-            "needed, one to train on and one to hold out"
+            f"--src {source}: found {len(names)} pictures ({suffixes}); at least 2 are needed, one "
+            "to train on and one to hold out"
         )
+    all_names = "\n".join(str(name) for name in names)
     settings: dict[str, object] = {
         "source": str(source.resolve()),
-        "names": _digest("\n".join(str(name) for name in names)),
+        "names": _digest(all_names),
     }
     ready = _finished(folder, settings)
     if ready is not None:
         return ready
-    ranked = sorted(names, key=lambda name: _digest(name.as_posix()))
-    limit = int(VAL_SHARE * 16**8)
-    held_out = {name for name in ranked if int(_digest(name.as_posix())[:8], 16) < limit} or {
-        ranked[0]
-    }
-    if len(held_out) == len(names):
-        held_out = {ranked[0]}
+
+    # Links of an earlier split may point to pictures that are gone.
     for half in ("train", "val"):
         shutil.rmtree(folder / half, ignore_errors=True)
         (folder / half).mkdir(parents=True)
+
+    held_out = _choose_held_out(names)
     for name in names:
-        link = folder / ("val" if name in held_out else "train") / name
+        half = "val" if name in held_out else "train"
+        link = folder / half / name
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to((source / name).resolve())
-    classes = {name.parts[0] for name in names if len(name.parts) > 1}
-    if any(len(name.parts) == 1 for name in names):
-        classes = set()
     num_val = len(held_out)
-    return _finish(
-        folder, settings, train=len(names) - num_val, val=num_val, num_classes=len(classes)
-    )
+    num_train = len(names) - num_val
+    num_classes = _count_classes(names)
+    return _finish(folder, settings, train=num_train, val=num_val, num_classes=num_classes)
+
+
+def _picture_names(source: Path) -> list[Path]:
+    """Find the pictures below a folder, as paths relative to it, in a fixed order."""
+    names = []
+    for path in source.rglob("*"):
+        if path.suffix.lower() in PICTURE_SUFFIXES:
+            names.append(path.relative_to(source))
+    return sorted(names)
+
+
+def _choose_held_out(names: list[Path]) -> set[Path]:
+    """Choose about a tenth by a hash of each name; at least one, and not all."""
+    digests = {name: _digest(name.as_posix()) for name in names}
+    # The first eight hexadecimal digits are a number below 16^8.
+    limit = int(VAL_SHARE * 16**8)
+    held_out = {name for name, digest in digests.items() if int(digest[:8], 16) < limit}
+    if not held_out or len(held_out) == len(names):
+        lowest = min(names, key=lambda name: digests[name])
+        return {lowest}
+    return held_out
+
+
+def _count_classes(names: list[Path]) -> int:
+    """Count class folders; 0 if any picture lies beside them, for then there are no labels."""
+    if any(len(name.parts) == 1 for name in names):
+        return 0
+    return len({name.parts[0] for name in names})
 
 
 def _open_photo(path: Path, *, max_side: int) -> Image.Image:
@@ -237,15 +274,18 @@ def _finished(folder: Path, settings: dict[str, object]) -> Pictures | None:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    return _pictures(folder, marker["counts"]) if marker["settings"] == settings else None
+    if marker["settings"] != settings:
+        return None
+    return _pictures(folder, marker["counts"])
 
 
 def _finish(
     folder: Path, settings: dict[str, object], *, train: int, val: int, num_classes: int
 ) -> Pictures:
     counts = {"num_train": train, "num_val": val, "num_classes": num_classes}
-    marker = json.dumps({"settings": settings, "counts": counts}, indent=1) + "\n"
-    storage.write_atomic(str(folder / MARKER), marker.encode())
+    text = json.dumps({"settings": settings, "counts": counts}, indent=1) + "\n"
+    # Half a marker would be taken for a finished folder of other settings, and cut again.
+    storage.write_atomic(str(folder / MARKER), text.encode())
     return _pictures(folder, counts)
 
 
