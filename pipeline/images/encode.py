@@ -34,8 +34,8 @@ _PROFILE_SEARCH_BYTES = 65_536
 def reencode(
     data: bytes, found: Probe, *, short_side: int | None, long_side: int | None = None, quality: int
 ) -> bytes | Refused:
-    """Return a JPEG whose sides are at most `short_side` and `long_side`, or the reason why there
-    is none.
+    """Return a JPEG whose sides are at most `short_side` and `long_side`, or why it cannot be
+    made.
 
     Upright (EXIF applied), sRGB (an embedded profile is converted), CMYK converted, alpha dropped,
     first frame only, grey stays grey, never enlarged. Bicubic with antialiasing. A JPEG that is all
@@ -63,8 +63,8 @@ def reencode(
 def to_pixels(
     data: bytes, *, short_side: int | None, long_side: int | None
 ) -> tuple[Probe, bytes] | Refused:
-    """Return an image as bare RGB pixels, shrunk and made plain as `reencode` does, or the reason
-    why there is none.
+    """Return an image as bare RGB pixels, shrunk and made plain as `reencode` does, or why they
+    cannot be made.
 
     Returns:
         What the pixels are, and height x width x 3 bytes.
@@ -93,17 +93,15 @@ def shrunk_size(
     if long_side is not None:
         scales.append(long_side / max(width, height))
     scale = min(scales)
-    return (
-        (max(1, round(width * scale)), max(1, round(height * scale)))
-        if scale < 1
-        else (width, height)
-    )
+    if scale == 1:
+        return width, height
+    # A strip may shrink to less than half a pixel.
+    return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def _is_upright(found: Probe) -> bool:
-    return (
-        found.format == "jpeg" and found.orientation == 1
-    )  # of other formats the probe reads no orientation
+    # The probe does not read the orientation of other formats.
+    return found.format == "jpeg" and found.orientation == 1
 
 
 def _shrunk(
@@ -112,16 +110,15 @@ def _shrunk(
     """Decode an image: upright, 8-bit sRGB or grey, shrunk. One that is known to be upright is not
     copied for it."""
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # Pillow warns of sizes that the screen has already let through
+        # Pillow warns of sizes that the screen has already let through.
+        warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data)) as image:
             plain = _plain(image if upright else ImageOps.exif_transpose(image))
             size = shrunk_size(*plain.size, short_side=short_side, long_side=long_side)
-            # A fully decoded copy: the file is closed on return.
-            return (
-                plain.resize(size, Image.Resampling.BICUBIC) if size != plain.size else plain.copy()
-            )
+            # A fully decoded copy in either case: the file is closed on return.
+            if size == plain.size:
+                return plain.copy()
+            return plain.resize(size, Image.Resampling.BICUBIC)
 
 
 def _is_fine(data: bytes, found: Probe, short_side: int | None, long_side: int | None) -> bool:
@@ -145,8 +142,6 @@ def _plain(image: Image.Image) -> Image.Image:
                 return converted
         except (ImageCms.PyCMSError, OSError):
             pass  # a broken profile says nothing about the pixels
-    return (
-        image
-        if image.mode in ("RGB", "L")
-        else image.convert("L" if image.mode in ("1", "LA") else "RGB")
-    )
+    if image.mode in ("RGB", "L"):
+        return image
+    return image.convert("L" if image.mode in ("1", "LA") else "RGB")

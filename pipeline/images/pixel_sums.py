@@ -57,9 +57,8 @@ def _decode(data: bytes, found: Probe) -> npt.NDArray[np.uint8] | None:
         if found.format == "jpeg" and found.mode in ("RGB", "L"):
             return simplejpeg.decode_jpeg(data, "RGB")
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # Pillow warns of sizes that the screen has already let through
+            # Pillow warns of sizes that the screen has already let through.
+            warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data)) as image:
                 return np.asarray(image.convert("RGB"))
     except DECODER_ERRORS:
