@@ -4,17 +4,15 @@ go on."""
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from pipeline.images.refused import Reason, Refused
 from pipeline.loader.data_report import DataReport, merge_reports
-from train.demo.launching import deepspeed_command, environment, run_training
+from tests import launch
 from train.process.outcome import read_status
 from train.report.metrics_file import read_metrics
 
@@ -47,11 +45,7 @@ def words(data: str, run_dir: Path, **changes: str) -> list[str]:
 
 
 def alone(*args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "train.pretrain", *args]
-    env = environment(ranks=1, has_gpu=False) | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, env=env, capture_output=True, text=True, timeout=180, check=False
-    )
+    return launch.run(["-m", "train.pretrain", *args])
 
 
 def test_reports_are_added_up_and_no_rank_hides_another():
@@ -79,9 +73,8 @@ def test_all_ranks_and_all_starts_of_a_run_are_in_one_report(make_dataset, tmp_p
     data, run_dir = make_dataset(replace=bad), tmp_path / "run"
     for steps in (4, 8):  # 60 samples are an epoch of 3.75 steps
         args = words(data, run_dir, train__steps=str(steps))
-        command = deepspeed_command("demo", args[1:], ranks=2)
-        env = environment(ranks=2, has_gpu=False) | {"OMP_NUM_THREADS": "1"}
-        run_training(command, run_dir=run_dir, stop_at=None, env=env)
+        done = launch.run(["-m", "train.pretrain", *args], ranks=2)
+        assert done.returncode == 0, done.stderr
         report = json.loads((run_dir / "data_report.json").read_text())
         assert report["num_bad"] >= steps // 4 * len(bad)
         assert {(entry["shard"], entry["key"]) for entry in report["first"]} == {
@@ -136,27 +129,12 @@ def test_no_secret_is_in_anything_that_a_run_writes(make_dataset, s3_bucket, tmp
         checkpoint__dir=f"{s3_bucket}/run",
         log__every_steps="1",
     )
-    env = {**os.environ, **environment(ranks=1, has_gpu=False), "AWS_SECRET_ACCESS_KEY": secret}
-    env |= {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    env = launch.environment() | {"AWS_SECRET_ACCESS_KEY": secret}
+    env |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "MAELSTROM_STORAGE_BUDGET_S": "1"}
     said = ""
     for extra in ([], ["--data.train", f"https://me:{secret}@127.0.0.1:9/x?sig={secret}"]):
-        command = [
-            sys.executable,
-            "-m",
-            "train.pretrain",
-            *args,
-            "--run.dir",
-            str(tmp_path / f"run{len(extra)}"),
-            *extra,
-        ]
-        done = subprocess.run(
-            command,
-            env=env | {"MAELSTROM_STORAGE_BUDGET_S": "1"},
-            capture_output=True,
-            text=True,
-            timeout=180,
-            check=False,
-        )
+        run_dir = str(tmp_path / f"run{len(extra)}")
+        done = launch.run(["-m", "train.pretrain", *args, "--run.dir", run_dir, *extra], env=env)
         assert done.returncode == (76 if extra else 0), done.stderr
         said += done.stdout + done.stderr
     assert secret not in said

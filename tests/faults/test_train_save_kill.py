@@ -6,12 +6,14 @@ from __future__ import annotations
 import random
 import signal
 import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import launch
+from tests.limits import wait_until
 from train.checkpoint.files import find_steps
 from train.checkpoint.state import load_weights
 from train.checkpoint.store import CheckpointStore
@@ -21,12 +23,10 @@ from train.process.world import World
 pytestmark = pytest.mark.slow
 
 WORKER = Path(__file__).with_name("train_save_worker.py")
-LIMIT_S = 120
 
 
 def run(folder: Path, *, phase: str, last: int, mode: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(WORKER), str(folder), phase, str(last), mode]
-    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    return launch.run([str(WORKER), str(folder), phase, str(last), mode])
 
 
 def read_state(folder: Path) -> tuple[int, dict[str, torch.Tensor]]:
@@ -78,18 +78,16 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     moments = random.Random(20)
     seen = 0
     for _ in range(6):
-        with subprocess.Popen(
-            [sys.executable, str(WORKER), str(tmp_path), "never", "400", "async"],
-            stdout=subprocess.PIPE,
-            text=True,
-        ) as child:
-            assert child.stdout is not None
-            assert child.stdout.readline().startswith("from ")
-            for _ in range(moments.randrange(1, 4)):
-                child.stdout.readline()
-            with pytest.raises(subprocess.TimeoutExpired):
-                child.wait(moments.random() * 0.1)
-            child.kill()
+        words = [str(WORKER), str(tmp_path), "never", "400", "async"]
+        with launch.start(words) as child:
+            saves = moments.randrange(1, 4)
+            wait_until(
+                lambda child=child, saves=saves: child.stdout.count("saved ") >= saves,
+                what=f"{saves} saves",
+                still_possible=child.is_running,
+            )
+            time.sleep(moments.random() * 0.1)  # no wait: it chooses where in a save the kill falls
+            assert child.is_running()
         step, _ = read_state(tmp_path)
         assert step >= seen
         seen = step

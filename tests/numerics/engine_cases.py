@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.launch import run
+
 WORKER = Path(__file__).with_name("engine_worker.py")
-LIMIT_S = 280
 
 Results = dict[str, dict[str, Any]]
 
@@ -22,21 +20,7 @@ def run_cases(cases: Sequence[dict[str, Any]], folder: Path, *, world_size: int)
     folder.mkdir(parents=True, exist_ok=True)
     listed = folder / "cases.json"
     listed.write_text(json.dumps(list(cases)))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
-    command = [
-        sys.executable,
-        *(launcher if world_size > 1 else []),
-        str(WORKER),
-        str(listed),
-        str(folder),
-    ]
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    env = {name: value for name, value in os.environ.items() if name not in names} | {
-        "OMP_NUM_THREADS": "1"
-    }
-    done = subprocess.run(
-        command, env=env, capture_output=True, text=True, timeout=LIMIT_S, check=False
-    )
+    done = run([str(WORKER), str(listed), str(folder)], ranks=world_size)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-6000:]
     ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world_size)]
     for rank in ranks[1:]:

@@ -1,9 +1,9 @@
 """One rank of the engine tests: runs a list of cases in one process, because starting one takes
 seconds.
 
-Started as `python -m torch.distributed.run ... engine_worker.py CASES.json OUT`, or without a
-launcher. Each case trains a tiny model on fixed images and leaves its losses, hashes and whatever
-it was asked for in OUT/<rank>.json.
+Usage: engine_worker.py CASES.json OUT, with the variables of a launcher or without. Each case
+trains a tiny model on fixed images and leaves its losses, hashes and whatever it was asked for in
+OUT/<rank>.json.
 
 Shapes: B images, C channels, H height, W width, N patches.
 """
