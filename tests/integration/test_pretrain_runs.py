@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +17,9 @@ import pytest
 from pipeline import storage
 from pipeline.convert.conversion import convert
 from pipeline.convert.settings import ConvertSettings
-from train.demo.launching import deepspeed_command, environment, run_training
+from tests import launch
+from tests.limits import HANG_S, wait_until
+from train.demo.launching import deepspeed_command, run_training
 from train.process.outcome import read_status
 from train.report.metrics_file import read_metrics
 
@@ -43,7 +44,6 @@ TINY = {
     "log.every-steps": "1",
     "log.num-pictures": "4",
 }
-LIMIT_S = 180.0
 
 
 class Data(NamedTuple):
@@ -73,15 +73,12 @@ def words(data: Data, run_dir: Path, **changes: str) -> list[str]:
     return ["demo", *(word for name, value in settings.items() for word in (f"--{name}", value))]
 
 
-def env(ranks: int = 1) -> dict[str, str]:
-    return environment(ranks=ranks, has_gpu=False) | {"OMP_NUM_THREADS": "1"}
-
-
 def alone(data: Data, run_dir: Path, **changes: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "train.pretrain", *words(data, run_dir, **changes)]
-    return subprocess.run(
-        command, env=env(), capture_output=True, text=True, timeout=LIMIT_S, check=False
-    )
+    return launch.run(["-m", "train.pretrain", *words(data, run_dir, **changes)])
+
+
+def together(data: Data, run_dir: Path, **changes: str) -> subprocess.CompletedProcess[str]:
+    return launch.run(["-m", "train.pretrain", *words(data, run_dir, **changes)], ranks=2)
 
 
 def losses(run_dir: Path) -> dict[int, float]:
@@ -89,14 +86,6 @@ def losses(run_dir: Path) -> dict[int, float]:
     steps = [line["step"] for line in lines]
     assert len(steps) == len(set(steps)), "a step was written twice"
     return {line["step"]: line["loss"] for line in lines}
-
-
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + LIMIT_S
-    while not condition():
-        assert process.poll() is None, f"ended early with {process.returncode}"
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def at_step(run_dir: Path, step: int) -> Callable[[], bool]:
@@ -108,20 +97,18 @@ def at_step(run_dir: Path, step: int) -> Callable[[], bool]:
 # ----------------------------------------------------------------------------------- stop and go on
 
 
-def test_two_ranks_stopped_and_resumed_lose_what_an_unbroken_run_loses(
-    data: Data, tmp_path: Path, capfd
-):
-    """Stopped by SIGTERM under the deepspeed launcher; resumed there; then longer, alone, from the
-    same folder."""
-    command = deepspeed_command("demo", words(data, tmp_path / "whole")[1:], ranks=2)
-    run_training(command, run_dir=tmp_path / "whole", stop_at=None, env=env(2))
+def test_two_ranks_stopped_and_resumed_lose_what_an_unbroken_run_loses(data: Data, tmp_path: Path):
+    """Stopped by SIGTERM under the deepspeed launcher; resumed; then longer, alone, from the same
+    folder."""
+    done = together(data, tmp_path / "whole")
+    assert done.returncode == 0, done.stderr
     whole = losses(tmp_path / "whole")
     assert list(whole) == list(range(1, 41))
     assert whole[40] < whole[1]
 
     broken = tmp_path / "broken"
     command = deepspeed_command("demo", words(data, broken)[1:], ranks=2)
-    run_training(command, run_dir=broken, stop_at=5, env=env(2))
+    run_training(command, run_dir=broken, stop_at=5, env=launch.environment())
     status = read_status(broken)
     assert (status["state"], status["exit_code"]) == ("preempted", 75)
     stopped = status["step"]
@@ -129,10 +116,9 @@ def test_two_ranks_stopped_and_resumed_lose_what_an_unbroken_run_loses(
     assert list(losses(broken)) == list(range(1, stopped + 1))
     assert [path.name for path in (broken / "checkpoints").glob(f"step-*{stopped}")]
 
-    capfd.readouterr()
-    command = deepspeed_command("demo", words(data, broken)[1:], ranks=2)
-    run_training(command, run_dir=broken, stop_at=None, env=env(2))
-    text = capfd.readouterr().out
+    resumed = together(data, broken)
+    assert resumed.returncode == 0, resumed.stderr
+    text = resumed.stdout
     assert text.count(f"resumed from step {stopped} (images_seen {16 * stopped:,})") == 1
     assert losses(broken) == whole, "a resumed run does not see or compute the same"
     status = read_status(broken)
@@ -181,14 +167,12 @@ def test_a_finished_run_leaves_what_the_contract_names(data: Data, tmp_path: Pat
 
 def test_sigterm_saves_and_ends_with_75(data: Data, tmp_path: Path):
     run_dir = tmp_path / "run"
-    command = [sys.executable, "-m", "train.pretrain", *words(data, run_dir, train__steps="4000")]
-    process = subprocess.Popen(
-        command, env=env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    wait_until(at_step(run_dir, 3), process)
-    process.terminate()
-    _, stderr = process.communicate(timeout=LIMIT_S)
-    assert process.returncode == 75, stderr
+    command = ["-m", "train.pretrain", *words(data, run_dir, train__steps="4000")]
+    with launch.start(command) as process:
+        wait_until(at_step(run_dir, 3), what="the third step", still_possible=process.is_running)
+        process.send_signal(signal.SIGTERM)
+        code, stderr = process.wait(), process.stderr
+    assert code == 75, stderr
     status = read_status(run_dir)
     assert (status["state"], status["exit_code"]) == ("preempted", 75)
     assert stderr.count("the same command line goes on from there") == 1
@@ -203,21 +187,25 @@ def test_ctrl_c_under_the_deepspeed_launcher_saves(data: Data, tmp_path: Path):
     command = deepspeed_command("demo", words(data, run_dir, train__steps="4000")[1:], ranks=2)
     process = subprocess.Popen(
         command,
-        env=env(2),
+        env=launch.environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
-    wait_until(at_step(run_dir, 3), process)
+    wait_until(
+        at_step(run_dir, 3),
+        what="the third step",
+        still_possible=lambda: process.poll() is None,
+    )
     ranks = [
         child
         for child in psutil.Process(process.pid).children(recursive=True)
         if not child.children()
     ]
     os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=LIMIT_S)
-    psutil.wait_procs(ranks, timeout=LIMIT_S)
+    process.communicate(timeout=HANG_S)
+    psutil.wait_procs(ranks, timeout=HANG_S)
     status = read_status(run_dir)
     assert (status["state"], status["exit_code"]) == ("preempted", 75)
     assert (run_dir / "checkpoints" / f"step-{status['step']:06d}" / "MANIFEST.json").exists()
@@ -237,7 +225,12 @@ def torchrun(data: Data, run_dir: Path, **changes: str) -> subprocess.CompletedP
     ]
     command = [*launcher, "-m", "train.pretrain", *words(data, run_dir, **changes)]
     return subprocess.run(
-        command, env=env(2), capture_output=True, text=True, timeout=LIMIT_S, check=False
+        command,
+        env=launch.environment(),
+        capture_output=True,
+        text=True,
+        timeout=HANG_S,
+        check=False,
     )
 
 
@@ -259,7 +252,7 @@ def test_damaged_images_end_both_ranks_with_code_3(data: Data, tmp_path: Path):
             content = bytearray(len(content))
         (damaged / path.name).write_bytes(content)
     changes = {"data__train": str(damaged), "loader__max_bad_in_a_row": "8"}
-    done = torchrun(data, tmp_path / "run", **changes)
+    done = together(data, tmp_path / "run", **changes)
     assert done.returncode != 0
     status = read_status(tmp_path / "run")
     assert (status["state"], status["exit_code"]) == ("failed", 3), done.stderr
@@ -295,14 +288,6 @@ def test_shards_and_checkpoints_may_live_in_object_storage(
     assert second.returncode == 0, second.stderr
     assert f"resumed from step 5 (images_seen 80) of {checkpoints}/step-000005" in second.stdout
     assert not (tmp_path / "run" / "checkpoints").exists()
-    command = [
-        sys.executable,
-        "-m",
-        "train.reconstruct",
-        checkpoints,
-        "--out",
-        str(tmp_path / "r.png"),
-    ]
-    drawn = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    drawn = launch.run(["-m", "train.reconstruct", checkpoints, "--out", str(tmp_path / "r.png")])
     assert drawn.returncode == 0, drawn.stderr
     assert "step 6" in drawn.stdout
