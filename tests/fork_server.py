@@ -53,7 +53,7 @@ class Request:
     """A program to run.
 
     Attributes:
-        words: `-m MODULE WORD ...` or `SCRIPT WORD ...`.
+        words: `-m MODULE WORD ...`, `-c CODE WORD ...` or `SCRIPT WORD ...`.
         env: its whole environment.
         cwd: its folder.
     """
@@ -126,7 +126,7 @@ def _report(key: selectors.SelectorKey, selector: selectors.BaseSelector) -> Non
 
 
 def run(request: Request) -> None:
-    """Become the program: as `python -m MODULE` or `python SCRIPT` would."""
+    """Become the program, as `python` with these words would."""
     os.environ.clear()
     os.environ.update(request.env)
     os.chdir(request.cwd)
@@ -134,6 +134,9 @@ def run(request: Request) -> None:
     if words[0] == "-m":
         sys.argv = words[1:]
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    elif words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
     else:
         sys.argv = words
         sys.path.insert(0, str(Path(words[0]).parent))

@@ -70,7 +70,7 @@ def run(
     """Run a program to its end, whatever that is.
 
     Args:
-        words: `-m MODULE WORD ...` or `SCRIPT WORD ...`.
+        words: `-m MODULE WORD ...`, `-c CODE WORD ...` or `SCRIPT WORD ...`.
         ranks: processes; several get the variables that torchrun sets.
         env: the environment; `environment()` by default.
 

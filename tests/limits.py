@@ -26,7 +26,7 @@ def wait_until(
     *,
     what: str,
     still_possible: Callable[[], object] = lambda: True,
-    limit_s: float = HANG_S,
+    poll_s: float = POLL_S,
 ) -> None:
     """Wait until something is so, and fail as soon as it can no longer become so.
 
@@ -34,11 +34,11 @@ def wait_until(
         condition: asked again and again.
         what: what is waited for, for the message.
         still_possible: falsy once waiting is in vain, such as when a process has ended.
-        limit_s: when to take it for a hang.
+        poll_s: seconds between two questions.
     """
-    deadline_s = time.monotonic() + limit_s
+    deadline_s = time.monotonic() + HANG_S
     while not condition():
         # Asked again: what ended the wait may have happened between the two questions.
         assert still_possible() or condition(), f"{what}: can no longer happen"
-        assert time.monotonic() < deadline_s, f"{what}: not within {limit_s:g} s"
-        time.sleep(POLL_S)
+        assert time.monotonic() < deadline_s, f"{what}: not within {HANG_S:g} s"
+        time.sleep(poll_s)

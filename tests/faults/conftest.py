@@ -19,6 +19,8 @@ from typing import Literal
 
 import pytest
 
+from tests.limits import HANG_S
+
 Kind = Literal["503", "500", "403", "reset", "cut", "cut_reset", "slow", "flip", "hang"]
 Body = Literal["any", "ranged", "full"]
 _PASSED_ON = ("content-type", "content-range", "etag", "last-modified", "accept-ranges")
@@ -71,8 +73,8 @@ class FaultProxy:
         self.url = ""
 
     def plan_outage(self, seconds: float, *, match: str) -> None:
-        """Answer 503 to every request for so long, from the next PUT on whose path holds
-        `match`."""
+        """Answer 503 to every request for so long, and to two at least, from the next PUT on whose
+        path holds `match`."""
         self._outage = (match, seconds)
 
     def is_out(self, method: str, path: str) -> bool:
@@ -80,7 +82,9 @@ class FaultProxy:
         with self._lock:
             if self._outage and method == "PUT" and re.search(self._outage[0], path):
                 self._back_at, self._outage = time.monotonic() + self._outage[1], None
-            out = time.monotonic() < self._back_at
+            # At least a second request, however long a slow client takes to send it.
+            begun = self._back_at > 0
+            out = time.monotonic() < self._back_at or (begun and self.done["outage"] < 2)
             self.done["outage"] += out
             return out
 
@@ -184,7 +188,7 @@ class _Handler(BaseHTTPRequestHandler):
         holds."""
         sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         upstream = http.client.HTTPConnection(
-            self.proxy.upstream.hostname or "", self.proxy.upstream.port, timeout=60
+            self.proxy.upstream.hostname or "", self.proxy.upstream.port, timeout=HANG_S
         )
         try:
             upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
@@ -228,7 +232,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data[:half])
             if kind == "hang":
                 self.proxy.hanging.set()
-                self.proxy.released.wait(60)
+                self.proxy.released.wait(HANG_S)
                 self.wfile.write(data[half:])
             elif kind == "cut":
                 self.close_connection = True

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,13 +17,18 @@ import psutil
 import pytest
 
 from pipeline.storage.local import TMP_MARK
+from tests.limits import HANG_S, wait_until
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-LIMIT_S = 120.0
 
 
 def command(*args: object) -> list[str]:
     return [sys.executable, "-m", "pipeline.convert", *map(str, args)]
+
+
+def behind(words: list[str]) -> list[str]:
+    """Let a program run behind this one, which must see how far it has come before it ends."""
+    return ["nice", "-n", "19", *words]
 
 
 def run(*args: object, prefix: list[str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -33,7 +37,7 @@ def run(*args: object, prefix: list[str] | None = None) -> subprocess.CompletedP
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=LIMIT_S,
+        timeout=HANG_S,
         check=False,
     )
 
@@ -92,20 +96,21 @@ def test_a_killed_converter_goes_on(
     target = tmp_path / "dst"
     args = (source, target, *OPTIONS, "--workers", workers)
     process = subprocess.Popen(
-        command(*args), cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        behind(command(*args)), cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     children: list[psutil.Process] = []
     try:
-        deadline_s = time.monotonic() + LIMIT_S
-        while len(list(target.glob("_parts/train-*.parquet"))) < after:
-            assert process.poll() is None, "the converter ended before it could be killed"
-            assert time.monotonic() < deadline_s
-            time.sleep(0.001)
+        wait_until(
+            lambda: len(list(target.glob("_parts/train-*.parquet"))) >= after,
+            what=f"{after} shards",
+            still_possible=lambda: process.poll() is None,
+            poll_s=0.001,
+        )
         children = psutil.Process(process.pid).children(recursive=True)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    _, alive = psutil.wait_procs(children, timeout=30)
+    _, alive = psutil.wait_procs(children, timeout=HANG_S)
     for child in alive:
         child.kill()
     assert not alive, "workers outlived the converter"
@@ -130,13 +135,16 @@ def test_a_killed_worker_is_said_and_the_rest_is_kept(
 ) -> None:
     target = tmp_path / "dst"
     args = (source, target, *OPTIONS, "--workers", 2)
-    process = subprocess.Popen(command(*args), cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        behind(command(*args)), cwd=REPOSITORY, stderr=subprocess.PIPE, text=True
+    )
     try:
-        deadline_s = time.monotonic() + LIMIT_S
-        while not list(target.glob("_parts/train-*.parquet")):
-            assert process.poll() is None, "the converter ended before a worker could be killed"
-            assert time.monotonic() < deadline_s
-            time.sleep(0.001)
+        wait_until(
+            lambda: list(target.glob("_parts/train-*.parquet")),
+            what="the first shard",
+            still_possible=lambda: process.poll() is None,
+            poll_s=0.001,
+        )
         # Workers are forked off a process of their own, which imports for all of them.
         workers = [
             p
@@ -144,7 +152,7 @@ def test_a_killed_worker_is_said_and_the_rest_is_kept(
             if p.ppid() != process.pid
         ]
         workers[0].kill()
-        _, errors = process.communicate(timeout=LIMIT_S)
+        _, errors = process.communicate(timeout=HANG_S)
     finally:
         if process.poll() is None:
             process.kill()
@@ -169,7 +177,7 @@ def peak_bytes(source: Path, target: Path, *options: str) -> int:
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=LIMIT_S,
+        timeout=HANG_S,
         check=False,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
     )
@@ -227,7 +235,7 @@ def test_a_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
     )
     size = sum(path.stat().st_size for path in source.rglob("*.jpg"))
     assert size < found["estimated_bytes"] < 3 * size + 80 * 4096
-    assert found["estimated_s"] < LIMIT_S
+    assert found["estimated_s"] > 0
     assert (found["tried"], found["refused"]) == (48, 0)
     assert not (tmp_path / "dst").exists()
 
@@ -299,7 +307,7 @@ def test_bombs_cost_no_memory(source: Path, tmp_path: Path) -> None:
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=LIMIT_S,
+        timeout=HANG_S,
         check=False,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
     )

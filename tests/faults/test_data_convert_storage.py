@@ -19,6 +19,7 @@ from pipeline import storage
 from pipeline.convert.conversion import convert
 from pipeline.convert.settings import ConvertSettings
 from pipeline.dataset import open_dataset
+from tests.limits import HANG_S
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 SETTINGS = ConvertSettings(samples_per_shard=4)
@@ -148,7 +149,7 @@ def test_tars_parquet_and_lists_are_read_over_https(source: Path, tmp_path: Path
             capture_output=True,
             text=True,
             check=False,
-            timeout=120,
+            timeout=HANG_S,
         )
         assert done.returncode == 0, done.stderr
         dataset = open_dataset(str(tmp_path / name))

@@ -6,8 +6,6 @@ from __future__ import annotations
 import io
 import json
 import struct
-import subprocess
-import sys
 import tarfile
 import zlib
 from pathlib import Path
@@ -20,6 +18,7 @@ from PIL import Image
 from pipeline.config import LoaderConfig, ViewConfig
 from pipeline.dataset import open_dataset
 from pipeline.loader import read_samples
+from tests import launch
 
 DECODERS = ["dali", "turbo", "ffcv"]
 VIEW = ViewConfig(height=48, width=48, crop="center")
@@ -175,13 +174,8 @@ def test_bombs_are_replaced_before_they_are_decoded(
         open_dataset(folder, cache_dir=tmp_path / "cache")
     else:
         folder = make_dataset((8,), replace=bombs)
-    command = [sys.executable, "-c", LOAD, folder, decoder, FILTER[decoder]]
-    env = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-    import os
-
-    done = subprocess.run(
-        command, env={**os.environ, **env}, capture_output=True, text=True, timeout=120, check=False
-    )
+    env = launch.environment() | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = launch.run(["-c", LOAD, folder, decoder, FILTER[decoder]], env=env)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["shape"] == [8, 3, 48, 48]

@@ -20,6 +20,7 @@ from pipeline.images.refused import Reason, Refused
 from pipeline.reading.cache import ShardCache
 from pipeline.reading.reader import ShardReader
 from pipeline.storage.retry import BUDGET_VARIABLE
+from tests.limits import HANG_S
 
 pytestmark = pytest.mark.remote
 
@@ -188,7 +189,7 @@ def test_a_process_killed_while_it_fills_the_cache_leaves_nothing_that_is_served
     fault_proxy.plan("hang", match="000002.tar")
     env = {**os.environ, "AWS_ENDPOINT_URL": fault_proxy.url}
     process = subprocess.Popen([sys.executable, "-c", STAGE, remote.uri, str(tmp_path)], env=env)
-    assert fault_proxy.hanging.wait(60)
+    assert fault_proxy.hanging.wait(HANG_S)
     # The other stager is done with the other shards when only the one that hangs is left.
     cache = ShardCache(remote, folder=tmp_path, max_bytes=2**30)
     cache.need([2])
@@ -202,7 +203,7 @@ def test_a_process_killed_while_it_fills_the_cache_leaves_nothing_that_is_served
     assert list(tmp_path.rglob(".partial-*"))
     fault_proxy.released.set()
     with cache._changed:
-        assert cache._changed.wait_for(lambda: cache.staged(2) is not None, timeout=60)
+        assert cache._changed.wait_for(lambda: cache.staged(2) is not None, timeout=HANG_S)
     assert cache.path(2).read_bytes() == storage.read_bytes(remote.shard_uri(2))
     assert not list(tmp_path.rglob(".partial-*"))
     cache.close()
@@ -225,13 +226,13 @@ def test_closing_in_the_middle_of_a_download_is_no_failure(
     cache = ShardCache(remote, folder=tmp_path, max_bytes=2**30)
     cache.need(range(4))
     cache.begin()
-    assert proxy.hanging.wait(60)
+    assert proxy.hanging.wait(HANG_S)
     closing = threading.Thread(target=cache.close)
     closing.start()
     with cache._changed:
-        assert cache._changed.wait_for(lambda: cache._closed, timeout=60)
+        assert cache._changed.wait_for(lambda: cache._closed, timeout=HANG_S)
     proxy.released.set()
-    closing.join(60)
+    closing.join(HANG_S)
     assert not closing.is_alive()
     assert failures == []
     assert cache.counters.failed_shards == 0
@@ -259,7 +260,7 @@ def test_sigkill_at_any_point_of_staging_is_made_good_by_the_next_process(remote
     }[point]
     script = STAGE.replace("\ncache = ", f"\nimport os\n{kill}\ncache = ", 1)
     process = subprocess.run(
-        [sys.executable, "-c", script, remote.uri, str(tmp_path)], timeout=60, check=False
+        [sys.executable, "-c", script, remote.uri, str(tmp_path)], timeout=HANG_S, check=False
     )
     assert process.returncode == -9
     assert list(tmp_path.rglob(".partial-*"))
@@ -303,7 +304,7 @@ def read_on_small_disk(uri: str, folder: Path, options: str, before: str = "true
     if probe.returncode:
         pytest.skip("needs the right to mount a tmpfs in a namespace of its own")
     command = [*prefix, sys.executable, "-c", READ, uri, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, check=False)
     assert done.returncode == 0, done.stderr
     return [int(word) for word in done.stdout.split()]
 

@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,11 +23,11 @@ from pipeline.convert.settings import ConvertSettings
 from pipeline.convert.target import Job, parse_job
 from pipeline.dataset import DatasetInfo, open_dataset
 from pipeline.errors import ConfigError
+from tests.limits import HANG_S, wait_until
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 OPTIONS = ("--samples-per-shard", "4", "--resize", "32")
 SETTINGS = ConvertSettings(samples_per_shard=4, resize=32)
-LIMIT_S = 120.0
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -159,11 +158,12 @@ def start(source: Path, target: Path) -> subprocess.Popen[str]:
 
 
 def wait_for_parts(target: Path, count: int, process: subprocess.Popen[str]) -> None:
-    deadline_s = time.monotonic() + LIMIT_S
-    while len(list(target.glob("_parts/train-*.parquet"))) < count:
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
-        assert time.monotonic() < deadline_s
-        time.sleep(0.001)
+    wait_until(
+        lambda: len(list(target.glob("_parts/train-*.parquet"))) >= count,
+        what=f"{count} shards",
+        still_possible=lambda: process.poll() is None,
+        poll_s=0.001,
+    )
 
 
 def kill(process: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -179,11 +179,11 @@ def kill(process: subprocess.Popen[str]) -> list[psutil.Process]:
     ]
     process.send_signal(signal.SIGKILL)
     process.wait()
-    _, alive = psutil.wait_procs(workers, timeout=60)
+    _, alive = psutil.wait_procs(workers, timeout=HANG_S)
     for child in children:
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
-    psutil.wait_procs(children, timeout=60)
+    psutil.wait_procs(children, timeout=HANG_S)
     return alive
 
 
@@ -202,7 +202,7 @@ def test_ray_makes_the_same_bytes_though_a_worker_is_killed(
         ]
         for worker in workers[:1]:
             worker.kill()
-        _, errors = process.communicate(timeout=LIMIT_S)
+        _, errors = process.communicate(timeout=HANG_S)
     finally:
         if process.poll() is None:
             kill(process)
@@ -270,7 +270,7 @@ def ray_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str
         for child in children:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
-        psutil.wait_procs(children, timeout=60)
+        psutil.wait_procs(children, timeout=HANG_S)
 
 
 @pytest.mark.slow
@@ -287,7 +287,7 @@ def test_a_cluster_that_runs_already_makes_the_same_bytes(
     ]
     command += [*OPTIONS, "--engine", "ray", "--ray-address", ray_cluster]
     done = subprocess.run(
-        command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=LIMIT_S
+        command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=HANG_S
     )
     assert done.returncode == 0, done.stderr
     assert hashes(tmp_path / "dst") == undisturbed
@@ -310,7 +310,7 @@ def test_a_failure_in_ray_is_said_as_it_is(source: Path, tmp_path: Path) -> None
     ]
     command += ["--samples-per-shard", "4", "--engine", "ray", "--workers", "1"]
     done = subprocess.run(
-        command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=LIMIT_S
+        command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=HANG_S
     )
     assert done.returncode == 3, done.stderr
     assert "not an image" in done.stderr

@@ -17,6 +17,7 @@ from pipeline.dataset import open_dataset
 from pipeline.errors import DataError, InfrastructureError
 from pipeline.storage.retry import BUDGET_VARIABLE
 from pipeline.verify import verify
+from tests.limits import HANG_S
 
 pytestmark = pytest.mark.remote
 
@@ -101,7 +102,7 @@ def test_a_forked_child_has_connections_of_its_own(s3_bucket: str) -> None:
     queue = context.Queue()
     child = context.Process(target=_read_in_child, args=(uri, queue))
     child.start()
-    assert queue.get(timeout=60) == b"hello"
+    assert queue.get(timeout=HANG_S) == b"hello"
     child.join()
     assert storage.read_bytes(uri) == b"hello"
 

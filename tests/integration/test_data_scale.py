@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from pipeline.bench.generated_dataset import generate_manifest
+from tests.limits import HANG_S
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +51,7 @@ print(json.dumps({**first, "walked_bytes": peak_bytes(), "epoch": cursor.epoch})
 def test_size_costs_neither_time_nor_memory(tmp_path, num_shards, samples_per_shard):
     generate_manifest(tmp_path / "data", num_shards=num_shards, samples_per_shard=samples_per_shard)
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "data")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     print(f"{num_shards:,} shards of {samples_per_shard:,}: {found}")

@@ -19,10 +19,10 @@ import psutil
 import pytest
 from safetensors import safe_open
 
+from tests.limits import HANG_S
 from train.process.outcome import read_status
 from train.report.metrics_file import read_metrics
 
-LIMIT_S = 280.0
 STEPS = 16
 MARK = "MAELSTROM_DEMO_TEST"
 """Variable of the environment that a demo and all its children share: an orphan is found by it."""
@@ -59,14 +59,14 @@ class RunningDemo:
         return False
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        deadline_s = time.monotonic() + LIMIT_S
+        deadline_s = time.monotonic() + HANG_S
         while not condition():
             assert self.process.poll() is None, self.text()
             assert time.monotonic() < deadline_s, self.text()
             time.sleep(0.02)
 
     def end(self) -> int:
-        return self.process.wait(timeout=LIMIT_S)
+        return self.process.wait(timeout=HANG_S)
 
 
 @pytest.fixture
@@ -147,7 +147,6 @@ def test_interrupted_while_pictures_are_converted(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_the_demo_goes_on_where_it_was(
     start: Callable[..., RunningDemo], source: Path, tmp_path: Path
 ):

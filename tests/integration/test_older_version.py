@@ -9,10 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ from pipeline.convert.settings import ConvertSettings
 from pipeline.dataset import open_dataset
 from pipeline.loader import Batch, Loader
 from pipeline.verify import verify
+from tests import launch
 from train.objectives.choose import choose_objective
 from train.objectives.mae import MASK_NOISE
 from train.process.outcome import read_status
@@ -33,7 +31,6 @@ from train.report.metrics_file import read_metrics
 from train.settings.command_line import parse_run
 
 WRITTEN = Path(__file__).parents[1] / "data" / "version-0.1.0"
-LIMIT_S = 120.0
 ROUNDING = 2e-5
 """Relative difference of losses between processors, which add in other orders. Adam without its
 moments differs by more from the second step after a resume on."""
@@ -180,14 +177,7 @@ from train.pretrain import run
 from train.settings.command_line import parse_run
 sys.exit(max(run(parse_run(words)) for words in json.loads(sys.argv[1])))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(lines)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-        check=False,
-    )
+    done = launch.run(["-c", code, json.dumps(lines)])
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("resumed from step 4 (images_seen 16)") == 2, done.stdout
     then = {int(step): loss for step, loss in expected["losses"].items()}

@@ -35,8 +35,8 @@ from pipeline.loader import Batch, Loader, read_samples
 from pipeline.loader.loader import open_reader
 from pipeline.sampling.draws import Sampling, View
 from pipeline.sampling.philox import random_words, unit_float32
+from tests import launch
 from train.config import RunConfig
-from train.demo.launching import environment
 from train.loop.loop import train
 from train.process.outcome import Outcome, read_status
 from train.report.metrics_file import read_metrics
@@ -45,7 +45,6 @@ from train.settings.command_line import parse_run
 pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
 NUM_CLASSES = 4
-LIMIT_S = 180
 WORDS = {
     "model.image-size": "32",
     "model.embed-dim": "32",
@@ -173,12 +172,7 @@ def start(
     words = ["demo", *(word for name, value in given.items() for word in (f"--{name}", value))]
     listed = folder / "words.json"
     listed.write_text(json.dumps({"words": words, "crash_after": crash_after}))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [sys.executable, *(torchrun if ranks > 1 else []), __file__, str(listed)]
-    env = environment(ranks=ranks, has_gpu=False) | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, env=env, capture_output=True, text=True, timeout=LIMIT_S, check=False
-    )
+    return launch.run([__file__, str(listed)], ranks=ranks)
 
 
 def losses(folder: Path) -> dict[int, Any]:

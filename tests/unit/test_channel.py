@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from pipeline.loader.channel import Channel, ChannelClosedError
+from tests.limits import HANG_S
 
 
 def test_items_arrive_in_order_and_never_more_than_the_capacity_wait():
@@ -55,5 +56,5 @@ def test_closing_wakes_a_thread_that_waits(side):
     waiter = threading.Thread(target=wait)
     waiter.start()
     channel.close()
-    waiter.join(timeout=30)
+    waiter.join(timeout=HANG_S)
     assert ended == [True]

@@ -13,6 +13,7 @@ import pytest
 from model.config import SIZES
 from model.flops import train_flops
 from pipeline.errors import ConfigError
+from tests.limits import HANG_S
 from train.recipes import RECIPES
 from train.settings.command_line import HelpRequested, parse_command, parse_run
 from train.settings.text import to_toml
@@ -266,7 +267,12 @@ def test_recipes_are_those_of_the_paper():
 def command(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
     program = [sys.executable, "-m", "train.pretrain", *words]
     return subprocess.run(
-        program, env={**os.environ, **env}, capture_output=True, text=True, timeout=120, check=False
+        program,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=HANG_S,
+        check=False,
     )
 
 
@@ -288,7 +294,7 @@ def test_a_mistake_is_found_without_torch():
         "sys.exit(code)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", source], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", source], capture_output=True, text=True, timeout=HANG_S, check=False
     )
     assert done.returncode == 2, done.stderr
 
@@ -308,7 +314,7 @@ def test_a_dry_run_prints_settings_and_size_and_writes_nothing(tmp_path: Path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -16,6 +16,7 @@ import pytest
 
 from pipeline import console
 from pipeline.errors import DataError, InfrastructureError
+from tests.limits import HANG_S
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GUARDS = ("return run_command(", "return guard(", "return run_bench(")
@@ -89,7 +90,7 @@ def run_door(
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_S,
         check=False,
     )
 

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from tests.limits import HANG_S
 from train.checkpoint.files import find_steps
 from train.checkpoint.saver import Saver
 from train.checkpoint.state import load_weights
@@ -79,7 +80,7 @@ class Gate:
     def __call__(self, phase: str) -> None:
         if phase == self._phase:
             self.reached.set()
-            assert self.opened.wait(30)
+            assert self.opened.wait(HANG_S)
 
 
 def test_training_goes_on_while_what_was_captured_is_written(tmp_path: Path):
@@ -87,7 +88,7 @@ def test_training_goes_on_while_what_was_captured_is_written(tmp_path: Path):
     saver, engine = make_saver(tmp_path, on_phase=gate), make_engine()
     captured = train(engine)
     saver.start(1, engine, {"position": 1})
-    assert gate.reached.wait(30)
+    assert gate.reached.wait(HANG_S)
     assert saver.pending == 1
     assert not saver.is_ready()
     later = train(engine)  # the weights change under the writer's hands

@@ -13,6 +13,7 @@ import pytest
 from pipeline import storage
 from pipeline.errors import ConfigError, DataError, InfrastructureError, MaelstromError
 from pipeline.storage.retry import BUDGET_VARIABLE, explain, with_retries
+from tests.limits import HANG_S
 
 
 @pytest.fixture(params=["local", "file", "memory"])
@@ -305,5 +306,5 @@ def test_a_forked_child_reads_too(tmp_path: Path) -> None:
     queue = context.Queue()
     child = context.Process(target=_read_in_child, args=(uri, queue))
     child.start()
-    assert queue.get(timeout=30) == b"x"
+    assert queue.get(timeout=HANG_S) == b"x"
     child.join()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.limits import HANG_S
 from train.process.watchdog import Watchdog
 
 CODE = """
@@ -24,7 +25,7 @@ def test_hanging_rank_writes_its_stacks_and_ends_as_infrastructure(tmp_path: Pat
     root = str(Path(__file__).resolve().parents[2])
     code = CODE.format(root=root, folder=str(tmp_path))
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_S, check=False
     )
     assert done.returncode == 76
     assert "rank 3: no step for" in done.stderr
