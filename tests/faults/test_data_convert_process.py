@@ -235,7 +235,7 @@ def test_a_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
     )
     size = sum(path.stat().st_size for path in source.rglob("*.jpg"))
     assert size < found["estimated_bytes"] < 3 * size + 80 * 4096
-    assert found["estimated_s"] > 0
+    assert found["estimated_s"] >= 0
     assert (found["tried"], found["refused"]) == (48, 0)
     assert not (tmp_path / "dst").exists()
 
