@@ -7,7 +7,8 @@ PY := .venv/bin/python
 STAMP := .venv/.setup-stamp
 PYTEST := $(PY) -m pytest
 # Tests run small models: more threads than cores would only fight over them.
-# Two at a time: many tests start ranks of their own. Set to 0 to debug in one process.
+# Two at a time: many tests start ranks of their own. Set to 0 to debug in one process. Files go to
+# the workers in order of their folders: the longest first, unit tests last.
 WORKERS ?= 2
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONFAULTHANDLER=1
 
@@ -26,7 +27,7 @@ demo: $(STAMP) ## convert, pre-train, resume and paint on this machine (settings
 	  $(if $(STEPS),--steps '$(STEPS)') $(if $(MINUTES),--minutes '$(MINUTES)')
 
 test: $(STAMP) ## all tests that need no GPU
-	$(TEST_ENV) $(PYTEST) -m "not gpu" -n $(WORKERS) --dist loadfile --durations=12 --durations-min=5 $(ARGS)
+	$(TEST_ENV) $(PYTEST) -m "not gpu" -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=12 --durations-min=5 $(ARGS)
 
 test-unit: $(STAMP) ## the fast tests, under a minute
 	$(TEST_ENV) $(PYTEST) tests/unit -m "not slow and not gpu and not slurm" $(ARGS)
