@@ -29,10 +29,11 @@ def patchify(images_BCHW: Tensor, patch_size: int) -> Tensor:
         raise ValueError(
             f"images of {H} x {W} pixels do not divide into patches of {patch_size} x {patch_size}"
         )
-    rows, columns = H // patch_size, W // patch_size
-    cells = images_BCHW.reshape(B, C, rows, patch_size, columns, patch_size).permute(
-        0, 2, 4, 3, 5, 1
-    )
+    rows = H // patch_size
+    columns = W // patch_size
+    cells = images_BCHW.reshape(B, C, rows, patch_size, columns, patch_size)
+    # To (image, row, column, y, x, channel): published weights have the channel change fastest.
+    cells = cells.permute(0, 2, 4, 3, 5, 1)
     return cells.reshape(B, rows * columns, patch_size * patch_size * C)
 
 
@@ -58,7 +59,7 @@ def unpatchify(patches_BNP: Tensor, patch_size: int, grid: tuple[int, int]) -> T
             f"{patch_size} pixels"
         )
     C = P // patch_size**2
-    cells = patches_BNP.reshape(B, rows, columns, patch_size, patch_size, C).permute(
-        0, 5, 1, 3, 2, 4
-    )
+    cells = patches_BNP.reshape(B, rows, columns, patch_size, patch_size, C)
+    # From (image, row, column, y, x, channel), as `patchify` made them.
+    cells = cells.permute(0, 5, 1, 3, 2, 4)
     return cells.reshape(B, C, rows * patch_size, columns * patch_size)

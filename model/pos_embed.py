@@ -36,15 +36,18 @@ def sincos_table(grid: tuple[int, int], embed_dim: int) -> Tensor:
             f"embed_dim {embed_dim} is not a multiple of 4, which a sine-cosine table needs"
         )
     rows, columns = grid
-    exponents = torch.arange(embed_dim // 4, dtype=torch.float64) / (embed_dim // 4)
+    num_frequencies = embed_dim // 4
+    exponents = torch.arange(num_frequencies, dtype=torch.float64) / num_frequencies
     omega = BASE**-exponents
-    column_angles = torch.arange(columns, dtype=torch.float64).repeat(rows).unsqueeze(1) * omega
-    row_angles = (
-        torch.arange(rows, dtype=torch.float64).repeat_interleave(columns).unsqueeze(1) * omega
-    )
-    patches_ND = torch.cat(
-        [column_angles.sin(), column_angles.cos(), row_angles.sin(), row_angles.cos()], dim=1
-    )
+
+    # Patches row by row, as `patchify` lays them out: the column changes fastest.
+    column_of_N = torch.arange(columns, dtype=torch.float64).repeat(rows)
+    row_of_N = torch.arange(rows, dtype=torch.float64).repeat_interleave(columns)
+    across = column_of_N.unsqueeze(1) * omega
+    down = row_of_N.unsqueeze(1) * omega
+    patches_ND = torch.cat([across.sin(), across.cos(), down.sin(), down.cos()], dim=1)
+
+    # The class token has no position.
     cls_1D = torch.zeros(1, embed_dim, dtype=torch.float64)
     return torch.cat([cls_1D, patches_ND]).unsqueeze(0).to(torch.float32)
 
@@ -72,12 +75,13 @@ def interpolate_table(
     if table.ndim != 3 or table.shape[:2] != (1, 1 + rows * columns):
         raise ValueError(
             f"position table of shape {tuple(table.shape)} does not belong to a grid of {rows} x "
-            f"{columns} patches: "
-            f"expected (1, {1 + rows * columns}, width)"
+            f"{columns} patches: expected (1, {1 + rows * columns}, width)"
         )
     if old_grid == new_grid:
         return table
-    cls, patches = table[:, :1], table[:, 1:]
+    cls = table[:, :1]
+    patches = table[:, 1:]
+    # In float32, so that a table in 16 bits is rounded once, at the end.
     picture = patches.reshape(1, rows, columns, -1).permute(0, 3, 1, 2).to(torch.float32)
     picture = F.interpolate(picture, size=new_grid, mode="bicubic", align_corners=False)
     patches = picture.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)

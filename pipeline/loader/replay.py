@@ -42,7 +42,7 @@ def read_samples(
         settings: how they are read and decoded.
         seed: key of the run.
         epoch: of all samples.
-        device: where the batch is wanted.
+        device: of the batch.
         dtype: type of the images; uint8 gives the pixels as they are decoded.
 
     Returns:

@@ -57,7 +57,7 @@ class Encoded:
         sample_ids_B, epochs_B: int64; what names every random choice.
         labels_B: int64, -1 if there is none.
         images: encoded bytes.
-        boxes: where to cut, for each view.
+        boxes: how each image is cut, for each view.
         bad: why a sample cannot be used, by its number in the batch.
         draws: the arrays that `Sampling.draws` asks for, by name.
     """

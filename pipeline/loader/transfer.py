@@ -56,7 +56,7 @@ class DeviceCopier:
     the step before.
 
     Args:
-        device: where images are wanted.
+        device: of the images.
         dtype: their type; uint8 leaves the pixels as they are.
     """
 

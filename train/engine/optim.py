@@ -109,7 +109,7 @@ def build_optimizer(
     Args:
         module: the unwrapped model.
         config: optimizer settings.
-        device: where the optimizer will run, a GPU or the CPU; torch has a fused kernel for both.
+        device: that the optimizer runs on, a GPU or the CPU; torch has a fused kernel for both.
             Plain loops take 2 to 6 times as long on the CPU (ViT-B).
     """
     return torch.optim.AdamW(

@@ -134,7 +134,7 @@ def _loop(run: Run, preemption: Preemption, watchdog: Watchdog) -> None:
         if is_last or _is_due(done, config.log.pictures_every_steps):
             draw_pictures(run, done)
 
-        # Stop. On the last step there is nothing left to stop.
+        # Stop. After the last step the run ends by itself.
         if is_stopping and not is_last:
             preemption.disarm()
             raise Preempted(_stop_message(run, preemption.reason))

@@ -1,5 +1,5 @@
-"""Opening a run: data, model, engine, checkpoints and reports, brought to where the run was
-left."""
+"""Opening a run: data, model, engine, checkpoints and reports, brought to its newest
+checkpoint."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def open_run(
 
 
 def _restore_cursor(loader: Loader, state: CheckpointState, config: RunConfig) -> None:
-    """Bring the loader to where the checkpoint's run was."""
+    """Move the loader to the cursor that the checkpoint was saved with."""
     cursor = state.client["loader"]
     trained_on = kept_description(config.checkpoint_dir, cursor["fingerprint"])
     loader.load_state_dict(cursor, trained_on=trained_on, on_change=config.data.on_change)
@@ -209,8 +209,8 @@ def _opening_line(
     if state is None:
         return f"starting {config.run.name or config.recipe}: {total_steps} steps, {data}, {ranks}"
     seen = state.client.get("images_seen", 0)
-    where = f"step {state.step} (images_seen {seen:,}) of {redact(state.uri)}"
-    return f"resumed from {where}: to step {total_steps}, {ranks}"
+    checkpoint = f"step {state.step} (images_seen {seen:,}) of {redact(state.uri)}"
+    return f"resumed from {checkpoint}: to step {total_steps}, {ranks}"
 
 
 def _write_settings(config: RunConfig, run_dir: Path, *, world_size: int) -> None:
