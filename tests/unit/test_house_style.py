@@ -13,14 +13,13 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 FOLDER_FILES = 12
 WHERE_PER_MILLE = 1.5
-"""Occurrences of "where" in a thousand words of the pages; "if" and "when" are other words."""
+"""Occurrences of "where" in a thousand words; "if" and "when" are other words."""
 
-# The source is on its way: the goals are 64 lines, 8.5 nodes, 4% and 1.5. Lower a limit whenever a
+# The source is on its way: the goals are 64 lines, 8.5 nodes and 4%. Lower a limit whenever a
 # change allows it; never raise one.
-FUNCTION_LINES = 78
-NODES_PER_LINE = 10.0
-COMMENT_SHARE = 0.024
-SOURCE_WHERE_PER_MILLE = 3.2
+FUNCTION_LINES = 77
+NODES_PER_LINE = 9.7
+COMMENT_SHARE = 0.028
 
 # tests/ is not a package: the script is loaded from its file.
 _spec = importlib.util.spec_from_file_location(
@@ -63,7 +62,7 @@ def test_the_source_is_airy_commented_and_plain() -> None:
     assert measured.code_lines > 10_000
     assert measured.nodes_per_line <= NODES_PER_LINE
     assert measured.comment_share >= COMMENT_SHARE
-    assert measured.per_mille("where") <= SOURCE_WHERE_PER_MILLE
+    assert measured.per_mille("where") <= WHERE_PER_MILLE
 
 
 # -------------------------------------------------------------------------------------- the measure
