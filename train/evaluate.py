@@ -14,14 +14,13 @@ if __name__ == "__main__":
 
     start_command("train.evaluate")
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from pipeline.console import run_command, say_json, starting
+from pipeline.console import run_command, say_json, say_result, starting
 from pipeline.errors import ConfigError
 from train.process.outcome import write_json
 
@@ -69,7 +68,7 @@ def _run(arguments: Arguments) -> int:
     if arguments.json:
         say_json(result)
     else:
-        sys.stdout.write(report(result) + "\n")
+        say_result(report(result) + "\n")
     return 0
 
 

@@ -10,7 +10,6 @@ if __name__ == "__main__":
     start_command("train.export")
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from pipeline import storage
-from pipeline.console import run_command, say_json, starting
+from pipeline.console import run_command, say_json, say_result, starting
 from pipeline.errors import ConfigError, InfrastructureError
 from pipeline.storage.local import commit_file, tmp_path
 
@@ -243,7 +242,7 @@ def _run(arguments: Arguments) -> int:
             }
         )
     else:
-        sys.stdout.write("".join(f"{name}\n" for name in names))
+        say_result("".join(f"{name}\n" for name in names))
     return 0
 
 

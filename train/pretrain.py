@@ -22,7 +22,7 @@ import sys
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 
-from pipeline.console import guard, starting
+from pipeline.console import guard, say_result, starting
 from train.config import RunConfig
 from train.process.outcome import INTERRUPTED, Outcome
 from train.process.place import rank_of, ranks_of_node
@@ -53,7 +53,7 @@ def _run(words: Sequence[str]) -> int:
     try:
         command = parse_command(words)
     except HelpRequested as help_text:
-        sys.stdout.write(str(help_text))
+        say_result(str(help_text))
         return 0
     if command.action == "dry-run":
         return _dry_run(command.config)
@@ -116,5 +116,5 @@ def _dry_run(config: RunConfig) -> int:
 
     if rank_of(os.environ) == 0:
         notes = [f"# {line}\n" for line in describe_size(config)]
-        sys.stdout.write(to_toml(config) + "\n" + "".join(notes))
+        say_result(to_toml(config) + "\n" + "".join(notes))
     return 0

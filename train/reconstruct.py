@@ -9,14 +9,13 @@ if __name__ == "__main__":
 
     start_command("train.reconstruct")
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from pipeline.console import run_command, say_json, starting
+from pipeline.console import run_command, say_json, say_result, starting
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def _run(arguments: Arguments) -> int:
             }
         )
     else:
-        sys.stdout.write(f"{arguments.out}: step {saved.step}, mean masked loss {drawn.loss:.4f}\n")
+        say_result(f"{arguments.out}: step {saved.step}, mean masked loss {drawn.loss:.4f}\n")
     return 0
 
 

@@ -15,7 +15,7 @@ from pipeline.bench.against import Checkouts
 from pipeline.bench.probes import machine
 from pipeline.bench.rows import Row, rows_table, to_json
 from pipeline.bench.turns import Spread
-from pipeline.console import run_command, say_json
+from pipeline.console import run_command, say_json, say_result
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def run_bench(
         if arguments.json:
             say_json({"machine": machine(), **outcome.data})
         else:
-            sys.stdout.write(f"{outcome.text}\n")
+            say_result(f"{outcome.text}\n")
         return 0
 
     name = module.rpartition(".")[2]

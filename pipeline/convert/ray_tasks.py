@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline import storage
 from pipeline.convert.shard import Part, ShardTask, make_shard
 from pipeline.convert.workers import Workers, cores
 from pipeline.errors import ConfigError, InfrastructureError, MaelstromError
@@ -117,7 +118,8 @@ def _ray_options(workers: Workers) -> dict[str, Any]:
 def _has_ray_token() -> bool:
     if os.environ.get("RAY_AUTH_TOKEN"):
         return True
-    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser().is_file()
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token"
+    return storage.local_path(named).is_file()
 
 
 def _slots(ray: Any, workers: Workers) -> int:

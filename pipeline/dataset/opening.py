@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import AcquireReturnProxy, FileLock
 
 from pipeline import storage
 from pipeline.dataset.info import (
@@ -19,7 +18,7 @@ from pipeline.dataset.info import (
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.scan import finished_shards, list_shards, logger
 from pipeline.dataset.writer import write_dataset
-from pipeline.errors import DataError
+from pipeline.errors import DataError, InfrastructureError, MaelstromError
 
 
 def open_dataset(uri: str, *, cache_dir: Path | None = None) -> Manifest:
@@ -57,8 +56,7 @@ def open_dataset(uri: str, *, cache_dir: Path | None = None) -> Manifest:
 
 def default_cache_dir() -> Path:
     """Return the folder under the user's cache directory."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "maelstrom"
+    return Path(storage.cache_home()) / "maelstrom"
 
 
 def scan_cached(uri: str, *, cache_dir: Path | None) -> Manifest:
@@ -77,12 +75,29 @@ def scan_cached(uri: str, *, cache_dir: Path | None) -> Manifest:
     for file in files:
         digest.update(f"\0{file.name}\0{file.size_bytes}\0{file.version}".encode())
     index_uri = str((cache_dir or default_cache_dir()) / "scans" / digest.hexdigest()[:32])
-    storage.make_folder(index_uri)
-    with FileLock(
-        storage.join(index_uri, "lock")
-    ):  # the ranks of a node start together: one scans, the rest wait
+    # The ranks of a node start together: one scans, the rest wait.
+    with _cache_lock(uri, index_uri):
         info = _scan_once(uri, container, files, index_uri)
     return Manifest(uri, info, index_uri=index_uri)
+
+
+def _cache_lock(uri: str, index_uri: str) -> AcquireReturnProxy:
+    """Take the lock of a scan's folder in the cache.
+
+    Raises:
+        InfrastructureError: The cache cannot be written.
+    """
+    try:
+        storage.make_folder(index_uri)
+        return FileLock(storage.join(index_uri, "lock")).acquire()
+    except (OSError, MaelstromError) as error:
+        shown = storage.redact(uri)
+        raise InfrastructureError(
+            f"dataset: {shown} has no {DATASET_FILE}, so that its index is kept in the cache, "
+            f"which cannot be written: {error} Set XDG_CACHE_HOME to a folder that can be written, "
+            f"or keep the index next to the shards: python -m pipeline.verify {shown} "
+            "--write-manifest"
+        ) from error
 
 
 def _scan_once(

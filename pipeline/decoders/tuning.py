@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from pydantic import Field, ValidationError
 
+from pipeline import storage
 from pipeline.config import Settings
 from pipeline.errors import ConfigError
 
@@ -98,7 +99,7 @@ def read_tuning(path: str, *, device: torch.device) -> Tuning:
         ConfigError: it cannot be read, or was written on another kind of machine.
     """
     try:
-        content = tomllib.loads(Path(path).expanduser().read_text())
+        content = tomllib.loads(Path(storage.expand_home(path)).read_text())
         tuning = Tuning(**content.get("loader", {}))
     except (OSError, tomllib.TOMLDecodeError, ValidationError) as error:
         raise ConfigError(

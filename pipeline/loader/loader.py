@@ -20,6 +20,7 @@ from typing import Literal, TypedDict
 import numpy as np
 import torch
 
+from pipeline import storage
 from pipeline.config import LoaderConfig, OrderConfig, ViewConfig
 from pipeline.dataset import DatasetInfo
 from pipeline.dataset.manifest import Manifest, describe_change
@@ -418,7 +419,7 @@ def open_reader(dataset: Manifest, settings: LoaderConfig) -> ShardReader:
     """Open the reader that the settings of a loader ask for."""
     return ShardReader(
         dataset,
-        cache_dir=Path(settings.cache_dir).expanduser() if settings.cache_dir else None,
+        cache_dir=Path(storage.expand_home(settings.cache_dir)) if settings.cache_dir else None,
         cache_bytes=int(settings.cache_size_gib * 2**30),
         verify_hashes=settings.verify_hashes,
     )

@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
-import os
 import threading
 import time
 from collections import deque
@@ -45,7 +44,7 @@ _READ_ON = (errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 def default_cache_dir() -> Path:
     """Return the folder under which shards and scans are kept: `$XDG_CACHE_HOME/maelstrom` or
     `~/.cache/maelstrom`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maelstrom"
+    return Path(storage.cache_home()) / "maelstrom"
 
 
 @dataclass

@@ -4,13 +4,15 @@ redaction."""
 from pipeline.storage.door import exists, is_folder, is_local, list_files, local_path, size_of
 from pipeline.storage.local import FileInfo
 from pipeline.storage.reads import open_read, read_bytes, read_twice, read_view, reader_below
-from pipeline.storage.uri import join, name_of, redact
+from pipeline.storage.uri import cache_home, expand_home, join, name_of, redact
 from pipeline.storage.writes import delete, make_folder, put_file, put_if_absent, write_atomic
 
 __all__ = [
     "FileInfo",
+    "cache_home",
     "delete",
     "exists",
+    "expand_home",
     "is_folder",
     "is_local",
     "join",

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage.local import FileInfo, list_local
 from pipeline.storage.retry import explain, is_transient, with_retries
-from pipeline.storage.uri import SCHEME, redact, split_scheme
+from pipeline.storage.uri import SCHEME, expand_home, redact, split_scheme
 
 T = TypeVar("T")
 _EXTRAS = {
@@ -41,7 +41,7 @@ def local_path(uri: str) -> Path:
     scheme, path = split_scheme(uri)
     if scheme not in ("", "file"):
         raise ConfigError(f"storage: {redact(uri)!r} is not a local path, and one is needed here.")
-    return Path(path).expanduser()
+    return Path(expand_home(path))
 
 
 def file_system(scheme: str, use: Literal["read", "any"] = "any") -> Any:
@@ -100,6 +100,8 @@ def on_disk(action: str, uri: str, call: Callable[[Path], T]) -> T:
 
 
 def _info_of(uri: str) -> dict[str, Any] | None:
+    uri = split_scheme(uri)[1]
+
     def info(fs: Any) -> dict[str, Any] | None:
         try:
             return dict(fs.info(uri))
@@ -157,6 +159,7 @@ def list_files(uri: str, *, recursive: bool = False) -> Iterator[FileInfo]:
     if is_local(uri):
         yield from list_local(uri, local_path(uri), recursive=recursive)
         return
+    scheme, uri = split_scheme(uri)
     found = in_store(
         "list",
         uri,
@@ -168,7 +171,6 @@ def list_files(uri: str, *, recursive: bool = False) -> Iterator[FileInfo]:
     )
     if not found and not exists(uri):
         raise explain("list", uri, FileNotFoundError(uri))
-    scheme = split_scheme(uri)[0]
     base = SCHEME.sub("", uri).strip("/") + "/"
     for name, entry in found.items():
         path = str(name).lstrip("/")

@@ -99,7 +99,7 @@ def read_twice(uri: str) -> bytes:
 
 
 def _read_remote(uri: str, start: int, length: int | None) -> memoryview:
-    scheme = split_scheme(uri)[0]
+    scheme, uri = split_scheme(uri)
     is_whole = start == 0 and length is None
     if scheme == "s3":
         data = read_s3(uri, None if is_whole else start, length)

@@ -72,6 +72,9 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 def is_transient(error: BaseException) -> bool:
     """Return whether the same call may succeed a little later."""
+    # As a failed connection it looks like the network's fault, and passes no sooner for waiting.
+    if has_too_many_files(error):
+        return False
     for link in _chain(error):
         status = getattr(link, "status", None)
         if isinstance(status, int) and (status >= 500 or status == 429):
@@ -83,6 +86,19 @@ def is_transient(error: BaseException) -> bool:
         if isinstance(link, OSError) and link.errno in _TRANSIENT_ERRNO:
             return True
     return False
+
+
+TOO_MANY_FILES = (
+    "too many open files. Allow more with `ulimit -n 65536` in the shell that starts the command "
+    "(as root or in /etc/security/limits.conf if the hard limit, `ulimit -Hn`, is lower)."
+)
+"""What is said of EMFILE and ENFILE, wherever they are met."""
+
+
+def has_too_many_files(error: BaseException) -> bool:
+    """Return whether a process, or the machine, had no file descriptor left."""
+    codes = (errno.EMFILE, errno.ENFILE)
+    return any(isinstance(link, OSError) and link.errno in codes for link in _chain(error))
 
 
 def _budget_s() -> float:
@@ -118,6 +134,8 @@ def explain(action: str, uri: str, error: BaseException) -> MaelstromError:
     where = f"storage: cannot {action} {redact(uri)}"
     if isinstance(error, MaelstromError):
         return error
+    if has_too_many_files(error):
+        return InfrastructureError(f"{where}: {TOO_MANY_FILES}")
     code = error.errno if isinstance(error, OSError) else None
     if isinstance(error, PermissionError) or code in (errno.EACCES, errno.EPERM):
         return InfrastructureError(
@@ -133,7 +151,10 @@ def explain(action: str, uri: str, error: BaseException) -> MaelstromError:
             f"{where}: {os.strerror(code)}. Free some space or choose another folder."
         )
     if isinstance(error, FileNotFoundError) and not is_transient(error):
-        return DataError(f"{where}: not found. Check the path, the bucket and the spelling.")
+        hint = ""
+        if uri.lower().startswith("file:") and "%" in uri:
+            hint = " Escapes such as %20 are not decoded: give the plain path."
+        return DataError(f"{where}: not found. Check the path, the bucket and the spelling.{hint}")
     if isinstance(error, IsADirectoryError | NotADirectoryError):
         return DataError(
             f"{where}: {_brief(error)}. A file was expected there."

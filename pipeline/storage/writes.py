@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.storage.door import in_store, is_local, on_disk
 from pipeline.storage.local import commit_file, put_local_if_absent, write_local
+from pipeline.storage.uri import split_scheme
 
 
 def make_folder(uri: str) -> None:
@@ -27,6 +28,7 @@ def write_atomic(uri: str, data: bytes) -> None:
             "write", uri, lambda path: write_local(path, lambda file: file.write(data), commit_file)
         )
         return
+    uri = split_scheme(uri)[1]
     in_store("write", uri, lambda fs: fs.pipe_file(uri, data))
 
 
@@ -40,6 +42,7 @@ def put_file(local: Path, uri: str) -> None:
 
         on_disk("write", uri, copy)
         return
+    uri = split_scheme(uri)[1]
     in_store("write", uri, lambda fs: fs.put_file(str(local), uri))
 
 
@@ -51,6 +54,7 @@ def put_if_absent(uri: str, data: bytes) -> bool:
     """
     if is_local(uri):
         return on_disk("write", uri, lambda path: put_local_if_absent(path, data))
+    uri = split_scheme(uri)[1]
     attempts = 0
 
     def put(fs: Any) -> bool:
@@ -79,6 +83,8 @@ def delete(uri: str) -> None:
     if is_local(uri):
         on_disk("delete", uri, lambda path: path.unlink(missing_ok=True))
         return
+
+    uri = split_scheme(uri)[1]
 
     def remove(fs: Any) -> None:
         with suppress(FileNotFoundError):

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -291,3 +292,42 @@ def test_shards_and_checkpoints_may_live_in_object_storage(
     drawn = launch.run(["-m", "train.reconstruct", checkpoints, "--out", str(tmp_path / "r.png")])
     assert drawn.returncode == 0, drawn.stderr
     assert "step 6" in drawn.stdout
+
+
+# ------------------------------------------------------------------------------- nobody reads along
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kind", ["dead", "full", "closed"])
+def test_a_run_goes_on_when_nobody_reads_its_output(
+    data: Data, tmp_path: Path, kind: str, ranks: int
+) -> None:
+    """Its lines are lost; its steps, files and exit code are not."""
+    script = tmp_path / "start.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import io, os, runpy, sys
+            for descriptor in (1, 2):
+                if {kind!r} == "closed":
+                    os.close(descriptor)
+                    continue
+                reader, writer = os.pipe()
+                if {kind!r} == "full":
+                    writer = os.open("/dev/full", os.O_WRONLY)
+                os.dup2(writer, descriptor)
+                os.close(reader)
+            if {kind!r} == "closed":
+                sys.stdout = sys.__stdout__ = sys.stderr = sys.__stderr__ = None
+            sys.argv = ["train.pretrain", *sys.argv[1:]]
+            runpy.run_module("train.pretrain", run_name="__main__", alter_sys=True)
+            """
+        )
+    )
+    run_dir = tmp_path / "run"
+    given = words(data, run_dir, train__steps="6", checkpoint__every_steps="3")
+    done = launch.run([str(script), *given], ranks=ranks)
+    assert done.returncode == 0, read_status(run_dir)
+    assert read_status(run_dir)["exit_code"] == 0
+    assert list(losses(run_dir)) == [1, 2, 3, 4, 5, 6]
+    assert (run_dir / "checkpoints").is_dir()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import pwd
+import re
+import resource
 import threading
 from pathlib import Path
 
@@ -12,7 +15,8 @@ import pytest
 
 from pipeline import storage
 from pipeline.errors import ConfigError, DataError, InfrastructureError, MaelstromError
-from pipeline.storage.retry import BUDGET_VARIABLE, explain, with_retries
+from pipeline.storage.retry import BUDGET_VARIABLE, explain, is_transient, with_retries
+from pipeline.storage.uri import split_scheme
 from tests.limits import HANG_S
 
 
@@ -308,3 +312,123 @@ def test_a_forked_child_reads_too(tmp_path: Path) -> None:
     child.start()
     assert queue.get(timeout=HANG_S) == b"x"
     child.join()
+
+
+# ---------------------------------------------------------------------------------- what is written
+@pytest.mark.parametrize("uri", ["S3://bucket/a", "s3://bucket/a"])
+def test_the_case_of_a_scheme_does_not_matter(uri: str) -> None:
+    assert split_scheme(uri) == ("s3", "s3://bucket/a")
+    assert storage.join(uri, "b") == "s3://bucket/a/b"
+    assert not storage.is_local(uri)
+
+
+def test_an_upper_case_scheme_reads_and_writes() -> None:
+    storage.write_atomic("MEMORY://folder-of-case/a", b"abc")
+    assert storage.read_bytes("memory://folder-of-case/a") == b"abc"
+    assert storage.read_bytes("Memory://folder-of-case/a", 1, 1) == b"b"
+    assert storage.size_of("MEMORY://folder-of-case/a") == 3
+    assert [file.name for file in storage.list_files("MEMORY://folder-of-case")] == ["a"]
+    assert storage.put_if_absent("MEMORY://folder-of-case/b", b"b")
+    storage.delete("MEMORY://folder-of-case/b")
+    assert not storage.exists("memory://folder-of-case/b")
+    storage.delete("memory://folder-of-case/a")
+
+
+def test_file_uris_name_local_files(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    for root in ("file://", "FILE://", "file:", "file://localhost"):
+        assert storage.read_bytes(f"{root}{tmp_path}/a") == b"abc"
+        assert storage.read_bytes(storage.join(f"{root}{tmp_path}", "a")) == b"abc"
+        assert [file.name for file in storage.list_files(f"{root}{tmp_path}")] == ["a"]
+    with pytest.raises(DataError, match="not decoded"):
+        storage.read_bytes(f"file://{tmp_path}/a%20b")
+
+
+@pytest.mark.parametrize(
+    ("uri", "says"),
+    [
+        ("gcs://bucket/a", "Write gs://"),
+        ("s3a://bucket/a", "Write s3://"),
+        ("abfss://bucket/a", "Write az://"),
+        ("http://host/a", "Write https://"),
+        ("ftp://host/a", "Download the data first"),
+        ("hdfs://host/a", "Download the data first"),
+        ("s3:/bucket/a", "Write s3://bucket/a"),
+        ("GS:/bucket/a", "Write gs://bucket/a"),
+        ("s3://", "names no bucket"),
+        ("s3:///a", "names no bucket"),
+        ("a\0b", "NUL byte"),
+        ("~nosuchuser/x", "there is no user called 'nosuchuser'"),
+        ("file://~nosuchuser/x", "there is no user called 'nosuchuser'"),
+    ],
+)
+def test_what_is_not_opened_says_what_to_write(uri: str, says: str) -> None:
+    for call in (storage.exists, storage.read_bytes, lambda uri: list(storage.list_files(uri))):
+        with pytest.raises(ConfigError, match=re.escape(says)):
+            call(uri)
+
+
+def test_the_home_folder_is_looked_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    known = pwd.getpwuid(os.getuid())
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert storage.local_path("~/a") == tmp_path / "a"
+    assert storage.local_path("~") == tmp_path
+    assert storage.local_path(f"~{known.pw_name}/a") == Path(known.pw_dir) / "a"
+    assert storage.local_path("a/~/b") == Path("a/~/b")
+    assert storage.cache_home() == f"{tmp_path}/.cache"
+    # An empty HOME counts as none.
+    for change in (lambda: monkeypatch.setenv("HOME", ""), lambda: monkeypatch.delenv("HOME")):
+        change()
+        assert storage.local_path("~/a") == Path(known.pw_dir) / "a"
+        assert storage.cache_home() == f"{known.pw_dir}/.cache"
+
+
+def test_a_user_without_a_home_is_told_what_to_set(tmp_path: Path) -> None:
+    """In a process of its own that runs under a number that no user has."""
+    if os.getuid():
+        pytest.skip("only root may run as another user")
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        os.environ.pop("HOME", None)
+        os.environ.pop("XDG_CACHE_HOME", None)
+        os.setuid(54_321)
+        for call in (lambda: storage.exists("~/a"), storage.cache_home):
+            try:
+                call()
+            except ConfigError as error:
+                os.write(writer, f"{error}\n".encode())
+        os._exit(0)
+    os.close(writer)
+    os.waitpid(child, 0)
+    with os.fdopen(reader) as told:
+        lines = told.read().splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert "Set HOME" in line
+        assert "XDG_CACHE_HOME" in line
+
+
+def test_too_many_open_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.open(os.devnull, os.O_RDONLY)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        with pytest.raises(InfrastructureError, match="ulimit -n"):
+            storage.read_bytes(str(tmp_path / "a"))
+        with pytest.raises(InfrastructureError, match="ulimit -n"):
+            list(storage.list_files(str(tmp_path)))
+        with pytest.raises(InfrastructureError, match="ulimit -n"):
+            storage.write_atomic(str(tmp_path / "b"), b"abc")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        os.close(lowest)
+
+
+def test_an_exhausted_process_is_not_a_network_to_wait_for() -> None:
+    failed = ConnectionError("cannot connect")
+    failed.__cause__ = OSError(errno.EMFILE, "Too many open files")
+    assert not is_transient(failed)
+    assert "ulimit -n" in str(explain("read", "s3://bucket/a", failed))
