@@ -90,7 +90,7 @@ def has_ended(pid: int) -> bool:
         return True
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_plain_python_stops_and_says_preempted(
     tmp_path: Path, start: Start, number: signal.Signals
 ) -> None:
@@ -100,11 +100,20 @@ def test_plain_python_stops_and_says_preempted(
     assert read_stopped(tmp_path, ranks=1)[0]["reason"] == number.name
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("before", "number"),
+    [
+        ([], signal.SIGTERM),
+        ([], signal.SIGINT),
+        ([], signal.SIGHUP),
+        # torchrun sets its own handler, so that a terminal which goes away stops the run after all.
+        (["nohup"], signal.SIGHUP),
+    ],
+)
 def test_torchrun_told_to_end_lets_both_ranks_stop_at_one_step(
-    tmp_path: Path, start: Start, number: signal.Signals
+    tmp_path: Path, start: Start, before: list[str], number: signal.Signals
 ) -> None:
-    process = start(TORCHRUN, ranks=2)
+    process = start([*before, *TORCHRUN], ranks=2)
     process.send_signal(number)
     stopped = read_stopped(tmp_path, ranks=2)
     assert stopped[0]["step"] == stopped[1]["step"]

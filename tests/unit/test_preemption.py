@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.limits import HANG_S, wait_until
@@ -20,7 +22,7 @@ def wait_for_request(preemption: Preemption) -> None:
     wait_until(preemption.requested, what="a request")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_each_signal_asks_to_stop_and_handlers_are_put_back(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with Preemption(World()) as preemption:
@@ -30,6 +32,35 @@ def test_each_signal_asks_to_stop_and_handlers_are_put_back(number: signal.Signa
         assert preemption.reason == number.name
         assert preemption.requested()
     assert signal.getsignal(number) == before
+
+
+@pytest.fixture
+def ignored_hangup() -> Iterator[None]:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("ignored_hangup")
+def test_nohup_is_respected_but_for_the_ranks_of_torchrun(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with Preemption(World()) as preemption:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert not preemption.requested()
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_for_request(preemption)
+        assert preemption.reason == "SIGTERM"
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    # torchrun kills its ranks some seconds after it has passed the signal on.
+    launchers = [(psutil.Process(), "torchrun")]
+    monkeypatch.setattr("train.process.preemption.find_launchers", lambda: launchers)
+    with Preemption(World()) as preemption:
+        os.kill(os.getpid(), signal.SIGHUP)
+        wait_for_request(preemption)
+        assert preemption.reason == "SIGHUP"
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def test_agreement_happens_only_when_due() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.errors import DataError
@@ -23,7 +22,7 @@ from train.process.lease import RunLease
 from train.process.outcome import Outcome
 from train.process.preemption import Preemption
 from train.process.watchdog import Watchdog
-from train.process.world import World, init_world
+from train.process.world import init_world
 from train.report.data_record import leave_data_report
 
 
@@ -39,36 +38,30 @@ def train(config: RunConfig, outcome: Outcome, objective: Objective | None = Non
         MaelstromError: whatever ends a run early; see `train.errors`.
     """
     objective = objective or choose_objective(config)
-    world = init_world(config)
     run_dir = Path(config.run_dir)
-    with Preemption(world) as preemption, _hold(run_dir, world=world, outcome=outcome):
-        if world.is_main:
+    # Before the processes meet: a second start of this run ends here, and not because its port is
+    # taken, which would look like a failure of the first.
+    lease = RunLease(run_dir, rank=outcome.rank, launch=outcome.launch, on_beat=outcome.beat)
+    with lease:
+        if outcome.rank == 0:
             outcome.write("running", exit_code=None)
-        run = open_run(config, objective, world=world, outcome=outcome)
-        if run is not None:
-            try:
-                with Watchdog(
-                    timeout_s=config.engine.timeout_s, folder=run_dir, rank=world.rank
-                ) as watchdog:
-                    _loop(run, preemption, watchdog)
-            except DataError:
-                leave_data_report(run.loader.report, run_dir=run_dir, rank=world.rank)
-                raise
-            finally:
-                run.reporter.close()
-                run.loader.close()
-        preemption.disarm()
-    world.end()
-
-
-@contextmanager
-def _hold(run_dir: Path, *, world: World, outcome: Outcome) -> Iterator[None]:
-    """Hold the run folder for this job; a job that cannot hold it must not touch its status
-    either."""
-    outcome.in_use = True
-    with RunLease(run_dir, world=world):
-        outcome.in_use = False
-        yield
+        world = init_world(config)
+        with Preemption(world) as preemption:
+            run = open_run(config, objective, world=world, outcome=outcome)
+            if run is not None:
+                try:
+                    with Watchdog(
+                        timeout_s=config.engine.timeout_s, folder=run_dir, rank=world.rank
+                    ) as watchdog:
+                        _loop(run, preemption, watchdog)
+                except DataError:
+                    leave_data_report(run.loader.report, run_dir=run_dir, rank=world.rank)
+                    raise
+                finally:
+                    run.reporter.close()
+                    run.loader.close()
+            preemption.disarm()
+        world.end()
 
 
 def _loop(run: Run, preemption: Preemption, watchdog: Watchdog) -> None:

@@ -1,31 +1,34 @@
-"""One job a run folder: a lease file that says who works here, and whether it still does."""
+"""One job a run folder: a lease file that says who works here, and whether it still does.
+
+Taken before the processes of a run meet: a second start ends here, whatever port it was given.
+Imports no torch.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 import threading
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
-import psutil
 from filelock import FileLock
 
 from pipeline import storage
-from pipeline.errors import ConfigError, MaelstromError
-from train.process.world import World
+from pipeline.errors import ConfigError
+from train.process.liveness import BEAT_S, STALE_S, Identity, is_alive, this_process
 
 LEASE_FILE = "lease.json"
-BEAT_S = 15.0
-"""How often the holder touches its lease."""
-STALE_S = 120.0
-"""A lease of another machine that was not touched for so long is free: eight beats."""
 _GUARD_WAIT_S = 30.0
+
+
+class FolderInUseError(ConfigError):
+    """Another job works in this run folder: its files, its status too, must be left alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +36,32 @@ class Holder:
     """Who holds a lease.
 
     Args:
-        host: machine and process namespace; only there can the process be looked up.
+        host: machine, boot and process namespace, as `name#boot#namespace`; only there can the
+            process be looked up.
         pid: process of rank 0.
         started_s: when that process started, so that a reused pid is told apart.
-        token: unique to this lease.
+        token: unique to this lease; behind `@` the name of the start of the program.
         command: for the message.
     """
 
+    # A file with other keys is taken for a free one: older releases must find these and no others.
     host: str
     pid: int
     started_s: float
     token: str
     command: str
+
+    @property
+    def process(self) -> Identity:
+        """Whose number the pid is."""
+        name, _, rest = self.host.partition("#")
+        boot_id, _, namespace = rest.partition("#")
+        return Identity(name, boot_id, namespace, self.pid, self.started_s)
+
+    @property
+    def launch(self) -> str:
+        """Name of the start of the program; empty if an older release wrote the lease."""
+        return self.token.partition("@")[2]
 
 
 class RunLease:
@@ -52,31 +69,33 @@ class RunLease:
 
     Args:
         folder: local folder of the run; made if needed.
-        world: the processes of the run.
+        rank: of this process. The others rely on rank 0: refused, it ends, and its launcher ends
+            them.
+        launch: name of this start of the program, see `place.name_start`.
+        on_beat: called every `BEAT_S` by a thread of rank 0; it must not raise.
 
     Raises:
-        ConfigError: on entering, on every rank: another job works in this folder.
+        FolderInUseError: on entering, at rank 0: another job works in this folder.
     """
 
-    def __init__(self, folder: Path, *, world: World) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        rank: int = 0,
+        launch: str = "",
+        on_beat: Callable[[], None] | None = None,
+    ) -> None:
         self._path = folder / LEASE_FILE
-        self._world = world
-        self._token = uuid.uuid4().hex
+        self._rank = rank
+        self._token = f"{uuid.uuid4().hex}@{launch}"
+        self._on_beat = on_beat
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> RunLease:
-        problem: str | None = None
-        if self._world.is_main:
-            try:
-                self._take()
-            except (MaelstromError, OSError) as error:
-                problem = str(error)
-        # All ranks end alike; rank 0 alone would leave the others waiting for it.
-        problem = self._world.broadcast(problem)
-        if problem is not None:
-            raise ConfigError(problem)
-        if self._world.is_main:
+        if self._rank == 0:
+            self._take()
             self._thread = threading.Thread(
                 target=self._beat,
                 name="lease",
@@ -107,18 +126,19 @@ class RunLease:
         # lease.
         with FileLock(self._path.with_name(f".{LEASE_FILE}.lock"), timeout=_GUARD_WAIT_S):
             holder = _read(self._path)
-            if holder is not None and _is_alive(holder, self._path):
-                raise ConfigError(
+            if holder is not None and _works(holder, self._path):
+                raise FolderInUseError(
                     f"run.dir {self._path.parent}: process {holder.pid} on "
-                    f"{holder.host.partition('#')[0]} works here "
+                    f"{holder.process.host} works here "
                     f"({holder.command}). Stop it first, or give another run.dir."
                 )
+            here = this_process()
             mine = Holder(
-                _host(),
-                os.getpid(),
-                psutil.Process().create_time(),
-                self._token,
-                " ".join(sys.argv)[:200],
+                host=f"{here.host}#{here.boot_id}#{here.pid_namespace}",
+                pid=here.pid,
+                started_s=here.started_s,
+                token=self._token,
+                command=" ".join(sys.argv)[:200],
             )
             storage.write_atomic(str(self._path), json.dumps(asdict(mine)).encode())
 
@@ -126,17 +146,35 @@ class RunLease:
         while not self._closing.wait(BEAT_S):
             with suppress(OSError):
                 os.utime(self._path)
+            if self._on_beat is not None:
+                self._on_beat()
 
 
-def _host() -> str:
-    # Containers may share a host name; process numbers only mean something within one namespace.
-    namespace = ""
-    with suppress(OSError):
-        namespace = str(Path("/proc/self/ns/pid").readlink())
-    boot = ""
-    with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{socket.gethostname()}#{boot}#{namespace}"
+def is_held_by_another(folder: Path, *, launch: str) -> bool:
+    """Tell whether another start of the program works in a run folder; False if it cannot be told.
+
+    Args:
+        folder: local folder of the run; need not exist.
+        launch: name of this start of the program, see `place.name_start`.
+    """
+    path = folder / LEASE_FILE
+    try:
+        holder = _read(path)
+        if holder is None or _is_of(holder, launch):
+            return False
+        return _works(holder, path)
+    except OSError:
+        return False
+
+
+def _is_of(holder: Holder, launch: str) -> bool:
+    """Tell whether a lease belongs to a start of the program, seen from any of its nodes."""
+    if holder.process.host == this_process().host:
+        return holder.launch == launch
+    # The last part is the launcher's process, another one on every node.
+    theirs = holder.launch.rpartition(":")[0]
+    ours = launch.rpartition(":")[0]
+    return theirs == ours != ""
 
 
 def _read(path: Path) -> Holder | None:
@@ -146,21 +184,11 @@ def _read(path: Path) -> Holder | None:
         return None
 
 
-def _is_alive(holder: Holder, path: Path) -> bool:
-    if holder.host == _host():
-        try:
-            process = psutil.Process(holder.pid)
-            same = abs(float(process.create_time()) - holder.started_s) < 1.0
-            return same and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.Error:
-            return False
-    here = socket.gethostname()
-    if holder.host.partition("#")[0] == here and _boot_of(holder.host) not in (
-        "",
-        _boot_of(_host()),
-    ):
-        # This machine, before its last start: no process outlives that.
-        return False
+def _works(holder: Holder, path: Path) -> bool:
+    """Tell whether the holder of a lease still works."""
+    alive = is_alive(holder.process)
+    if alive is not None:
+        return alive
     # Clocks of two machines differ; the file server's own clock is compared with itself.
     probe = path.with_name(f".{LEASE_FILE}.{uuid.uuid4().hex}")
     probe.touch()
@@ -168,7 +196,3 @@ def _is_alive(holder: Holder, path: Path) -> bool:
         return probe.stat().st_mtime - path.stat().st_mtime < STALE_S
     finally:
         probe.unlink()
-
-
-def _boot_of(host: str) -> str:
-    return host.split("#")[1] if host.count("#") == 2 else ""

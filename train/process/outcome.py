@@ -9,19 +9,22 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
+import threading
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from pipeline import storage
 from pipeline.console import EXIT_INTERRUPTED, EXIT_UNEXPECTED
 from pipeline.errors import InfrastructureError, MaelstromError
 from pipeline.storage import redact
 from train.errors import Preempted
+from train.process.lease import FolderInUseError, is_held_by_another
+from train.process.liveness import now_text, this_process
 from train.process.place import name_start, rank_of
 
 RunState = Literal["running", "done", "failed", "preempted"]
@@ -74,9 +77,11 @@ class Outcome:
         self.rank = rank_of(os.environ)
         self.step = 0
         """Optimizer steps done, kept up to date by the loop."""
-        self.in_use = False
-        """Whether another job works in this folder; its status is then left alone."""
-        self._launch = name_start(os.environ, parent_pid=os.getppid())
+        self.launch = name_start(os.environ, parent_pid=os.getppid())
+        """Name of this start of the program, equal on the ranks of one node."""
+        self._process = this_process()
+        # Between the loop, which writes, and the thread that says that the run is alive.
+        self._writing = threading.Lock()
 
     def write(
         self, state: RunState, *, exit_code: int | None, reason: str = "", **more: Any
@@ -94,12 +99,30 @@ class Outcome:
             "exit_code": exit_code,
             "step": self.step,
             "reason": reason,
-            "updated": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "updated": now_text(),
+            "heartbeat": now_text(),
             **more,
-            # Last: it is for other ranks, not for people.
-            "launch": self._launch,
+            # Last: they are for programs, not for people.
+            "process": self._process.to_json(),
+            "launch": self.launch,
         }
-        write_json(self.run_dir / STATUS_FILE, content)
+        with self._writing:
+            write_json(self.run_dir / STATUS_FILE, content)
+
+    def beat(self) -> None:
+        """Write down that this run is alive, for readers on other machines; see
+        `liveness.judge_status`. Never raises: a full disk must not end a run."""
+        with suppress(OSError, InfrastructureError, Timeout), self._writing, self._file_lock():
+            known = read_status(self.run_dir)
+            # Another rank may have written how the run ended, which stays.
+            is_ours = known.get("launch") == self.launch
+            if is_ours and known.get("exit_code") is None:
+                known["step"] = self.step
+                known["heartbeat"] = now_text()
+                write_json(self.run_dir / STATUS_FILE, known)
+
+    def _file_lock(self) -> FileLock:
+        return FileLock(self.run_dir / f".{STATUS_FILE}.lock", timeout=LOCK_WAIT_S)
 
     def conclude(self, error: BaseException) -> int:
         """Report an error once and say which code to end with.
@@ -114,17 +137,19 @@ class Outcome:
             The exit code.
         """
         code = exit_code_of(error)
-        if self.in_use:
-            if self.rank == 0:  # every rank was refused alike
+        is_refused = isinstance(error, FolderInUseError)
+        if is_refused or is_held_by_another(self.run_dir, launch=self.launch):
+            # The status here is that of a job which goes on; this start must not touch it.
+            if self.rank == 0:
                 sys.stderr.write(describe(error))
             return code
         state: RunState = "preempted" if isinstance(error, Preempted) else "failed"
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             # The ranks of a node fail within milliseconds; only the first knows the reason.
-            with FileLock(self.run_dir / f".{STATUS_FILE}.lock", timeout=LOCK_WAIT_S):
+            with self._file_lock():
                 known = read_status(self.run_dir)
-                if known.get("launch") == self._launch and known.get("exit_code") is not None:
+                if known.get("launch") == self.launch and known.get("exit_code") is not None:
                     return int(known["exit_code"])
                 self.write(
                     state,

@@ -20,9 +20,10 @@ import psutil
 
 from train.process.world import World
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 """TERM comes from schedulers, launchers and people, INT from a terminal, USR1 from `sbatch
---signal=USR1@120`."""
+--signal=USR1@120`, HUP from a terminal that was closed, such as that of an ssh that dropped.
+torchrun passes HUP on to its ranks, even under nohup."""
 REPEAT_AFTER_S = 1.0
 """Signals closer together than this count as one: a launcher that is interrupted passes a second
 one on at once."""
@@ -75,12 +76,16 @@ class Preemption:
         for end in self._pipe:
             # The interpreter writes to it from its signal handler, where it must not wait.
             os.set_blocking(end, False)
+        self._launchers = find_launchers()
         for number in STOP_SIGNALS:
+            # nohup has HUP ignored, and means it. A rank of torchrun is killed soon after it.
+            is_ignored = signal.getsignal(number) == signal.SIG_IGN
+            if number == signal.SIGHUP and is_ignored and not self._is_under_torchrun():
+                continue
             self._saved_handlers[number] = signal.signal(number, _noted)
         self._saved_wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         # A forked child shares the pipe: its signals would be taken for ours.
         os.register_at_fork(after_in_child=self._forget)
-        self._launchers = find_launchers()
         self._thread = threading.Thread(
             target=self._watch,
             name="preemption",
@@ -175,8 +180,11 @@ class Preemption:
             return
         with suppress(ValueError, OSError):
             signal.set_wakeup_fd(-1)
-            for number in STOP_SIGNALS:
+            for number in self._saved_handlers:
                 signal.signal(number, signal.SIG_DFL)
+
+    def _is_under_torchrun(self) -> bool:
+        return any(name == "torchrun" for _, name in self._launchers)
 
 
 def _noted(number: int, frame: FrameType | None) -> None:
