@@ -24,6 +24,11 @@ class Reason(StrEnum):
     HASH_DIFFERS = "hash mismatch"
     NEEDS_RESIZE = "format needs --resize"
     NOT_FOUND = "not found"
+    NO_PERMISSION = "no permission to read"
+    NOT_A_FILE = "not a file"
+    BAD_ROW = "row cannot be read"
+    NO_PATH = "no path or URL"
+    BAD_PATH = "not a valid path or URL"
 
 
 @dataclass(frozen=True, slots=True)

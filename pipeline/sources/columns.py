@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import fnmatch
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
+from pipeline.console import say
 from pipeline.errors import ConfigError, DataError
+from pipeline.formats.table import NO_LABEL
 from pipeline.sources.listing import SourceSettings
+from pipeline.sources.tables.image_field import ImageField, fields_of, is_binary
+from pipeline.sources.tables.label_column import LabelPart, Labels, labels_of_parts
 
 LABEL_COLUMNS = ("label", "labels", "class", "cls", "target", "category", "fine_label")
 _BUFFER_BYTES = 2**20
@@ -27,16 +32,22 @@ def find_files(uri: str) -> list[storage.FileInfo]:
         DataError: There is no such file.
     """
     name = storage.name_of(uri)
-    is_pattern = has_pattern(uri)
+    # Folders and files called data[1] exist: then the brackets are part of the name.
+    is_pattern = has_pattern(uri) and not storage.exists(uri)
     is_folder = not uri.startswith("https:") and not is_pattern and storage.is_folder(uri)
-    if not is_folder and not is_pattern and name.endswith(".parquet"):
+    if not is_folder and not is_pattern and name.lower().endswith(".parquet"):
         return [storage.FileInfo(name, uri, storage.size_of(uri))]
 
     folder = uri
     pattern = "*.parquet"
     if not is_folder:
         folder, pattern = uri.rsplit("/", 1) if "/" in uri else (".", uri)
-    files = [file for file in storage.list_files(folder) if fnmatch.fnmatch(file.name, pattern)]
+    listed = storage.list_files(folder)
+    if is_folder:
+        # Cameras and Windows programs write endings in upper case.
+        files = [file for file in listed if file.name.lower().endswith(".parquet")]
+    else:
+        files = [file for file in listed if fnmatch.fnmatch(file.name, pattern)]
     if not files:
         # A data set cloned from a hub keeps its files one folder below.
         data_folder = storage.join(uri, "data")
@@ -78,28 +89,106 @@ def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
 
 
 def holds_images(uri: str, settings: SourceSettings) -> bool:
-    """Tell whether the tables hold images, and not their URIs."""
+    """Tell whether the tables hold images, and not only their URIs or paths."""
     with open_parquet(find_files(uri)[0].uri) as parquet:
-        schema = parquet.schema_arrow
-    return any(
-        path_of_bytes(field) for field in schema if settings.image_column in (None, field.name)
-    )
+        fields = fields_of(parquet.schema_arrow)
+        asked = settings.image_column
+        with_bytes = [field for field in fields if field.bytes_path and asked in (None, field.name)]
+        return any(_has_bytes(parquet, field) for field in with_bytes)
 
 
-def path_of_bytes(field: pa.Field) -> str:
-    """Return the path of a column's bytes; empty if it has none.
+def _has_bytes(parquet: pq.ParquetFile, field: ImageField) -> bool:
+    """Tell whether a column of bytes has any: records may come with paths alone."""
+    if not field.text_path or is_binary(field.kind):
+        return True
+    path = field.bytes_path
+    for number in range(parquet.num_row_groups):
+        group = parquet.metadata.row_group(number)
+        leaf = next(
+            group.column(i)
+            for i in range(group.num_columns)
+            if group.column(i).path_in_schema == path
+        )
+        statistics: Any = leaf.statistics
+        if statistics is not None and statistics.has_null_count:
+            if statistics.null_count < group.num_rows:
+                return True
+            continue
+        # A file without statistics: a column of nulls is short, one of images is not read here.
+        if leaf.total_uncompressed_size > _BUFFER_BYTES:
+            return True
+        rows = parquet.read_row_group(number, columns=[path], use_threads=False)
+        if field.leaf(rows).null_count < group.num_rows:
+            return True
+    return parquet.metadata.num_rows == 0
 
-    A column may hold bytes itself, or records of (bytes, path) as Hugging Face's datasets does.
+
+def choose_label(
+    names: list[str], settings: SourceSettings, *, shown: str, is_needed: bool = True
+) -> str | None:
+    """Return the column of labels; None if there is none, or none is wanted.
+
+    Args:
+        names: Columns of the table.
+        settings: Which column is meant.
+        shown: What to call the table in errors.
+        is_needed: Whether a column that was asked for must be there. Of several files some may
+            lack it.
     """
-    kind: Any = field.type
-    if not pa.types.is_struct(kind):
-        return field.name if _is_binary(kind) else ""
-    inner = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
-    return f"{field.name}.bytes" if _is_binary(inner.get("bytes")) else ""
+    asked = settings.label_column
+    if settings.labels == "none" or not (is_needed or asked is None or asked in names):
+        return None
+    return choose_column(names, LABEL_COLUMNS, asked, option="--label-column", shown=shown)
 
 
-def _is_binary(kind: Any) -> bool:
-    return kind is not None and (pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+def labels_of_files(
+    parts: Sequence[LabelPart], columns: Sequence[str], settings: SourceSettings, *, shown: str
+) -> Labels:
+    """Return the labels of a source's files, and say which images have none.
+
+    Args:
+        parts: The labels of each file.
+        columns: Names of the columns in any of the files.
+        settings: Which column is meant.
+        shown: What to call the source.
+
+    Raises:
+        As `labels_of_parts` does.
+        ConfigError: No file has the column asked for.
+    """
+    names = list(dict.fromkeys(columns))
+    without = [part for part in parts if part.column is None]
+    if settings.labels == "none":
+        return labels_of_parts(parts)
+    if len(without) == len(parts):
+        # Raises if a column was asked for: no file has it.
+        choose_label(names, settings, shown=shown)
+        say(
+            f"convert: {shown}: no label column was found, so no image gets a label. Looked for "
+            f"{', '.join(LABEL_COLUMNS)}; there are {', '.join(names)}. Choose one with "
+            "--label-column; --labels none says that there is none."
+        )
+        return labels_of_parts(parts)
+
+    labels, classes = labels_of_parts(parts)
+    if without:
+        say(
+            f"convert: {shown}: {len(without):,} of {len(parts):,} files have no label column, for "
+            f"example {without[0].shown}. Their images get no label."
+        )
+    num_without = int(np.count_nonzero(labels == NO_LABEL))
+    num_expected = sum(len(part.values) for part in without)
+    if num_without > num_expected:
+        say(
+            f"convert: {shown}: {num_without:,} of {len(labels):,} images have no label (empty, "
+            "null, NaN or -1)."
+        )
+    if classes is not None and len(labels) and int(labels.max()) >= len(classes):
+        say(
+            f"convert: {shown}: labels run to {labels.max()}, but there are names for "
+            f"{len(classes):,} classes only. The numbers are kept."
+        )
+    return labels, classes
 
 
 def choose_column(
@@ -115,8 +204,20 @@ def choose_column(
         shown: What to call the table in errors.
 
     Raises:
-        ConfigError: The table does not have the column asked for.
+        ConfigError: The table does not have the column asked for, or has it twice.
     """
+    chosen = _choose(names, usual, asked, option=option, shown=shown)
+    if chosen is not None and names.count(chosen) > 1:
+        raise ConfigError(
+            f"convert: {shown} has {names.count(chosen)} columns called {chosen!r}. Rename one, or "
+            f"choose another column{f' with {option}' if option else ''}."
+        )
+    return chosen
+
+
+def _choose(
+    names: list[str], usual: tuple[str, ...], asked: str | None, *, option: str, shown: str
+) -> str | None:
     if asked is not None:
         if asked not in names:
             raise ConfigError(

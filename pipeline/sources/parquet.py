@@ -26,28 +26,22 @@ from pipeline.console import Progress
 from pipeline.errors import ConfigError, DataError
 from pipeline.images.refused import Refused
 from pipeline.sources.columns import (
-    LABEL_COLUMNS,
     choose_column,
+    choose_label,
     find_files,
+    labels_of_files,
     open_parquet,
-    path_of_bytes,
 )
-from pipeline.sources.labels import labels_of_column
 from pipeline.sources.listing import QUIET_S, Listing, SourceSettings, Wanted, name_and_class
 from pipeline.sources.names import sample_keys
-
-IMAGE_COLUMNS = (
-    "image",
-    "img",
-    "jpg",
-    "jpeg",
-    "png",
-    "webp",
-    "picture",
-    "photo",
-    "bytes",
-    "image_bytes",
+from pipeline.sources.tables.image_field import (
+    IMAGE_COLUMNS,
+    ImageField,
+    explain_lists,
+    fields_of,
 )
+from pipeline.sources.tables.label_column import LabelPart
+
 LOCATION = np.dtype([("file", np.int32), ("group", np.int32), ("row", np.int32)])
 """Where an image lies: number of the file, row group in the file, row in the group."""
 _BATCH_ROWS = 64
@@ -57,9 +51,7 @@ _READERS = 16
 
 @dataclass(frozen=True)
 class _Columns:
-    image: str
-    """Path of the column of bytes: `image.bytes` in a struct."""
-    path: str | None
+    image: ImageField
     label: str | None
 
 
@@ -80,33 +72,35 @@ class ParquetSource:
         return name_and_class(name, class_name)
 
     def _columns(self, schema: pa.Schema, shown: str) -> _Columns:
-        paths = {field.name: path_of_bytes(field) for field in schema}
-        with_bytes = [name for name, path in paths.items() if path]
+        image = self._image_field(schema, shown)
+        # Another file may have the column: whether none has it is seen when all have been read.
+        label = choose_label(list(schema.names), self._settings, shown=shown, is_needed=False)
+        return _Columns(image, label)
+
+    def _image_field(self, schema: pa.Schema, shown: str) -> ImageField:
+        """Return the column of images.
+
+        Raises:
+            ConfigError: It cannot be told which one it is.
+        """
+        fields = [field for field in fields_of(schema) if field.bytes_path]
+        names = [field.name for field in fields]
         option = "--image-column"
         chosen = choose_column(
-            with_bytes, IMAGE_COLUMNS, self._settings.image_column, option=option, shown=shown
+            names, IMAGE_COLUMNS, self._settings.image_column, option=option, shown=shown
         )
-        if chosen is None and len(with_bytes) == 1:
-            chosen = with_bytes[0]
+        # A record's field is taken only if no column holds images.
+        columns = [field.name for field in fields if len(field.names) == 1]
+        alone = columns or names
+        if chosen is None and len(alone) == 1:
+            chosen = alone[0]
         if chosen is None:
             raise ConfigError(
                 f"convert: {shown} has no column of images with a usual name; columns with bytes: "
-                f"{', '.join(with_bytes) or 'none'}; all columns: {', '.join(schema.names)}. "
-                f"Choose one with {option}."
+                f"{', '.join(names) or 'none'}; all columns: {', '.join(schema.names)}. "
+                f"Choose one with {option}.{explain_lists(schema)}"
             )
-        # No labels asked for: a label column of any kind is then ignored.
-        label = None
-        if self._settings.labels != "none":
-            label = choose_column(
-                schema.names,
-                LABEL_COLUMNS,
-                self._settings.label_column,
-                option="--label-column",
-                shown=shown,
-            )
-        kind: Any = schema.field(chosen).type
-        has_path = pa.types.is_struct(kind) and kind.get_field_index("path") >= 0
-        return _Columns(paths[chosen], f"{chosen}.path" if has_path else None, label)
+        return fields[names.index(chosen)]
 
     def listing(self) -> Listing:
         """Return the images in the order of the files; sizes are the mean of their row group.
@@ -136,10 +130,12 @@ class ParquetSource:
             raise DataError(
                 f"convert: {storage.redact(self.uri)} has no rows. Check that it is complete."
             )
-        # Hugging Face repeats the class names in every file; the first that has them will do.
-        class_names = next((index.class_names for index in indices if index.class_names), None)
-        values = pa.chunked_array([chunk for index in indices for chunk in index.labels.chunks])
-        labels, classes = labels_of_column(values, class_names)
+        labels, classes = labels_of_files(
+            [index.label for index in indices],
+            [name for index in indices for name in index.columns],
+            self._settings,
+            shown=storage.redact(self.uri),
+        )
         rows_per_group = np.concatenate([index.rows_per_group for index in indices])
         group_ends = np.cumsum(rows_per_group)
         return Listing(
@@ -160,25 +156,32 @@ class ParquetSource:
 
     def _read_index(self, number: int, file: storage.FileInfo) -> _Index:
         """Read all of a file but the images."""
+        shown = storage.redact(file.uri)
         with open_parquet(file.uri) as parquet:
-            columns = self._columns(parquet.schema_arrow, storage.redact(file.uri))
+            schema = parquet.schema_arrow
+            columns = self._columns(schema, shown)
+            image = columns.image
             groups = [parquet.metadata.row_group(g) for g in range(parquet.num_row_groups)]
             rows_per_group = np.array([group.num_rows for group in groups], np.int64)
-            # The footer has no size per image, only per column of a row group: all get the mean.
-            image_bytes = [_column_bytes(group, columns.image) for group in groups]
-            mean_bytes = np.array(image_bytes, np.int64) // np.maximum(1, rows_per_group)
-            small = [name for name in (columns.path, columns.label) if name]
-            table = parquet.read(columns=small, use_threads=False) if small else None
-            class_names = _class_names(parquet.schema_arrow, columns.label)
 
-        count = int(rows_per_group.sum())
-        labels = pa.chunked_array([pa.nulls(count)])
-        if table is not None and columns.label is not None:
-            labels = table[columns.label]
+            # The footer has no size per image, only per column of a row group: all get the mean.
+            image_bytes = [_column_bytes(group, image.bytes_path, shown) for group in groups]
+            mean_bytes = np.array(image_bytes, np.int64) // np.maximum(1, rows_per_group)
+
+            # One column at a time: two of one name, or a name in a record, cannot be mixed up.
+            count = int(rows_per_group.sum())
+            paths = None
+            if image.text_path:
+                paths = image.leaf(parquet.read(columns=[image.text_path], use_threads=False))
+            labels = pa.chunked_array([pa.nulls(count)])
+            if columns.label is not None:
+                labels = parquet.read(columns=[columns.label], use_threads=False).column(0)
+
+        label = LabelPart(shown, columns.label, labels, _class_names(schema, columns.label))
         return _Index(
-            names=_image_names(file, table, columns, count),
-            labels=labels,
-            class_names=class_names,
+            names=_image_names(file, paths, count),
+            label=label,
+            columns=list(schema.names),
             sizes=np.repeat(mean_bytes, rows_per_group),
             locations=file_locations(number, rows_per_group),
             rows_per_group=rows_per_group,
@@ -204,14 +207,12 @@ class ParquetSource:
     ) -> None:
         """Read some rows of a row group, each into its position of `found`."""
         with open_parquet(uri) as parquet:
-            column = self._columns(parquet.schema_arrow, storage.redact(uri)).image
+            image = self._image_field(parquet.schema_arrow, storage.redact(uri))
             start = 0
             for batch in parquet.iter_batches(
-                _BATCH_ROWS, row_groups=[group], columns=[column], use_threads=False
+                _BATCH_ROWS, row_groups=[group], columns=[image.bytes_path], use_threads=False
             ):
-                values: Any = batch.column(0)
-                if pa.types.is_struct(values.type):
-                    values = pc.struct_field(values, [0])
+                values = image.leaf(batch)
                 # Only rows that are wanted become Python objects: each is a copy of an image.
                 for row in range(len(batch)):
                     position = position_of.get(start + row)
@@ -225,26 +226,23 @@ class _Index:
     """What a file says of its images."""
 
     names: pa.StringArray
-    labels: pa.ChunkedArray
-    class_names: list[str] | None
+    label: LabelPart
+    columns: list[str]
     sizes: npt.NDArray[np.int64]
     locations: npt.NDArray[np.void]
     rows_per_group: npt.NDArray[np.int64]
 
 
-def _image_names(
-    file: storage.FileInfo, table: pa.Table | None, columns: _Columns, count: int
-) -> pa.StringArray:
+def _image_names(file: storage.FileInfo, paths: Any, count: int) -> pa.StringArray:
     """Return the path that the table gives each image; the file's name and the row if it gives
     none."""
     stem = PurePosixPath(file.name).stem
     numbered = pa.array([f"{stem}/{row:08d}" for row in range(count)], pa.string())
-    if table is None or columns.path is None:
+    if paths is None:
         return numbered
-    struct = table[columns.path.partition(".")[0]]
-    paths = pc.struct_field(struct, [0]).combine_chunks().cast(pa.string())
-    has_path = pc.match_substring_regex(pc.fill_null(paths, ""), ".")
-    names: Any = pc.if_else(has_path, paths, numbered)
+    texts = paths.cast(pa.string()).combine_chunks()
+    has_path = pc.match_substring_regex(pc.fill_null(texts, ""), ".")
+    names: Any = pc.if_else(has_path, texts, numbered)
     if isinstance(names, pa.ChunkedArray):
         names = pa.concat_arrays(names.chunks)
     return names
@@ -260,16 +258,19 @@ def file_locations(file: int, rows_per_group: npt.NDArray[np.int64]) -> npt.NDAr
     return locations
 
 
-def _column_bytes(group: Any, path: str) -> int:
-    columns = (group.column(i) for i in range(group.num_columns))
-    return next(
-        (
-            int(column.total_uncompressed_size)
-            for column in columns
-            if column.path_in_schema == path
-        ),
-        0,
-    )
+def _column_bytes(group: Any, path: str, shown: str) -> int:
+    """Return the bytes of a column in a row group, before compression."""
+    sizes = [
+        int(column.total_uncompressed_size)
+        for column in (group.column(i) for i in range(group.num_columns))
+        if column.path_in_schema == path
+    ]
+    # A column called `image.bytes` beside a record `image` with a field `bytes`.
+    if len(sizes) > 1:
+        raise ConfigError(
+            f"convert: {shown} has {len(sizes)} columns with the path {path!r}. Rename one of them."
+        )
+    return sizes[0] if sizes else 0
 
 
 def _class_names(schema: pa.Schema, label: str | None) -> list[str] | None:
