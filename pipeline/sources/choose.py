@@ -17,7 +17,7 @@ from pipeline.sources.folder import FolderSource
 from pipeline.sources.listing import Source, SourceKind, SourceSettings
 from pipeline.sources.names import IMAGE_SUFFIXES
 from pipeline.sources.parquet import ParquetSource
-from pipeline.sources.table import ListSource
+from pipeline.sources.table import TEXT_SUFFIXES, ListSource
 from pipeline.sources.tar import TarSource
 from pipeline.storage.uri import split_scheme
 
@@ -38,7 +38,10 @@ def find_kind(uri: str, settings: SourceSettings) -> SourceKind:
     suffix = PurePosixPath(path).suffix.lower()
     # A local folder may be called x.tar; asking a store for each name would cost a request.
     is_file = not (storage.is_local(uri) and storage.is_folder(uri))
-    by_name: dict[str, SourceKind] = {".tar": "tar", ".csv": "list", ".tsv": "list"}
+    by_name: dict[str, SourceKind] = {
+        ".tar": "tar",
+        **dict.fromkeys(TEXT_SUFFIXES, "list"),
+    }
     if suffix in by_name and is_file:
         return by_name[suffix]
     if is_pattern(uri) or (suffix == ".parquet" and is_file):

@@ -53,7 +53,7 @@ class FolderSource:
         if storage.exists(self.uri) and not storage.is_folder(self.uri):
             raise ConfigError(
                 f"convert: {storage.redact(self.uri)} is a file. Give the folder that holds the "
-                "images, or a .tar, .parquet, .csv or .tsv file."
+                "images, or a .tar, .parquet, .csv, .tsv or .jsonl file."
             )
         builder = ListingBuilder(self.uri)
         for file in storage.list_files(self.uri, recursive=True):

@@ -7,6 +7,7 @@ import posixpath
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -66,6 +67,8 @@ SIZE_COLUMNS = ("size_bytes", "size", "bytes")
 DELIMITED_SUFFIXES = {".csv": ",", ".tsv": "\t"}
 """Endings of text tables, and the delimiter that each promises."""
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
+TEXT_SUFFIXES = (*DELIMITED_SUFFIXES, *JSON_LINES_SUFFIXES)
+"""Endings of every list that is text."""
 _UNKNOWN_SIZE_BYTES = 110_000
 """Size assumed for an image if the list gives none: the mean of ImageNet's train set."""
 ROW = np.dtype([("reason", np.int8)])
@@ -153,14 +156,31 @@ class ListSource:
     def _whole(self, name: str) -> str:
         scheme, path = split_scheme(name)
         if not SCHEME.match(name) and not path.startswith("/"):
-            folder = self.uri.rsplit("/", 1)[0] if "/" in self.uri else "."
-            return storage.join(folder or "/", name)
+            return storage.join(self._folder_of(name), name)
         if scheme in ("", "file") and not storage.is_local(self.uri):
             raise ConfigError(
                 f"convert: {storage.redact(self.uri)} names the local file {path!r}; a list from "
                 "elsewhere must not. Copy the list to this machine if you trust it."
             )
         return name
+
+    @cached_property
+    def _folders(self) -> list[str]:
+        """Return the folders that paths may be taken from, the likeliest first."""
+        above = self.uri.rstrip("/").rsplit("/", 1)[0] if "/" in self.uri else "."
+        if self.uri.startswith("https:") or not storage.is_folder(self.uri):
+            return [above or "/"]
+        # The files may lie one folder below, as those of a data set cloned from a hub.
+        own = find_files(self.uri)[0].uri.rsplit("/", 1)[0]
+        return list(dict.fromkeys([own, self.uri.rstrip("/"), above or "/"]))
+
+    def _folder_of(self, name: str) -> str:
+        """Return the folder that a path is taken from."""
+        folders = self._folders
+        if len(folders) == 1 or not storage.is_local(self.uri):
+            return folders[0]
+        there = (f for f in folders if storage.local_path(storage.join(f, name)).exists())
+        return next(there, folders[0])
 
     def listing(self) -> Listing:
         """Return the images in the order of the list, and behind them the rows that cannot be used.
@@ -205,7 +225,7 @@ class ListSource:
 
     def _read_tables(self) -> list[_Table]:
         suffix = PurePosixPath(storage.name_of(self.uri)).suffix.lower()
-        if suffix not in DELIMITED_SUFFIXES and suffix not in JSON_LINES_SUFFIXES:
+        if suffix not in TEXT_SUFFIXES:
             return [self._read_parquet(file.uri) for file in find_files(self.uri)]
 
         shown = storage.redact(self.uri)
