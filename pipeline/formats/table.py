@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,6 +39,8 @@ MODES = (
 """Colour layout of the stored pixels, in Pillow's names; `;16` is 16 bits a channel."""
 NO_LABEL = -1
 """Label of a sample that has none."""
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?nan", re.ASCII | re.IGNORECASE)
+_NUMBER_CHARACTERS = 40
 SCHEMA = pa.schema(
     (
         pa.field("key", pa.string()),
@@ -51,6 +55,35 @@ SCHEMA = pa.schema(
     )
 )
 """Columns of `manifest.parquet`, one row a sample, one row group a shard."""
+
+
+def class_number(value: object) -> int | None:
+    """Return the label that a value of JSON or a text means; None if it is not one.
+
+    Args:
+        value: A whole number, also as a float or as text (4, 4.0, "4", "4.0"), or true or false. A
+            missing value (null, NaN, empty text) means -1.
+    """
+    if isinstance(value, str):
+        text = value.strip()
+        if not text:
+            return NO_LABEL
+        # Python refuses to read thousands of digits.
+        if len(text) > _NUMBER_CHARACTERS or not _NUMBER.fullmatch(text):
+            return None
+        value = int(text) if text.lstrip("+-").isdigit() else float(text)
+    if isinstance(value, float):
+        if math.isnan(value):
+            return NO_LABEL
+        if not value.is_integer():
+            return None
+        value = int(value)
+    if value is None:
+        return NO_LABEL
+    # True and False are whole numbers to Python too.
+    if isinstance(value, int) and NO_LABEL <= value < 2**31:
+        return int(value)
+    return None
 
 
 @dataclass(frozen=True)

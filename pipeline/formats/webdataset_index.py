@@ -14,7 +14,7 @@ import xxhash
 from pipeline import storage
 from pipeline.errors import DataError
 from pipeline.formats.records import ShardFile, ShardIndex
-from pipeline.formats.table import NO_LABEL, ShardTable, TableBuilder
+from pipeline.formats.table import NO_LABEL, ShardTable, TableBuilder, class_number
 from pipeline.formats.tar import TarMember, TarScanner
 from pipeline.formats.webdataset import (
     EXTENSIONS,
@@ -171,14 +171,13 @@ class _Indexer:
     def _label(self, sample: _Sample) -> int:
         """Return the number in `.cls`, or `label` in `.json`, or -1."""
         value: object = None
-        with suppress(ValueError, RecursionError):
-            if "cls" in sample.texts:
-                value = int(sample.texts["cls"].decode("ascii"))
-            elif "json" in sample.texts:
+        if "cls" in sample.texts:
+            value = sample.texts["cls"].decode(errors="replace")
+        elif "json" in sample.texts:
+            with suppress(ValueError, RecursionError):
                 parsed = json.loads(sample.texts["json"])
                 value = parsed.get("label") if isinstance(parsed, dict) else None
-        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31:
-            return value
-        if "cls" in sample.texts and value != NO_LABEL:
+        number = class_number(value)
+        if number is None:
             self.ignored["labels that are no class number"] += 1
-        return NO_LABEL
+        return NO_LABEL if number is None else number

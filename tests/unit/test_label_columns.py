@@ -4,7 +4,9 @@ that differ, and values that cannot be one."""
 from __future__ import annotations
 
 import decimal
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError, DataError
+from pipeline.formats.webdataset_index import index_shard
 from pipeline.sources.choose import open_source
 from pipeline.sources.listing import Listing, SourceSettings
 
@@ -283,6 +286,55 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="2 columns called 'label'"):
         listed(str(tmp_path))
     assert listed(str(tmp_path), label_column="more").labels.tolist() == [3]
+
+
+# ------------------------------------------------------------------------------- samples of a tar
+
+SAMPLES: list[tuple[str, str, int, bool]] = [
+    ("cls", "4", 4, True),
+    ("cls", " 4\n", 4, True),
+    ("cls", "4.0", 4, True),
+    ("cls", "-1", NONE, True),
+    ("cls", "", NONE, True),
+    ("cls", "nan", NONE, True),
+    ("cls", "dog", NONE, False),
+    ("cls", "4.5", NONE, False),
+    ("cls", "-2", NONE, False),
+    ("cls", "2147483648", NONE, False),
+    ("cls", "9" * 5000, NONE, False),
+    ("json", '{"label": 4}', 4, True),
+    ("json", '{"label": "4"}', 4, True),
+    ("json", '{"label": " 4 "}', 4, True),
+    ("json", '{"label": 2.0}', 2, True),
+    ("json", '{"label": "2.0"}', 2, True),
+    ("json", '{"label": true}', 1, True),
+    ("json", '{"label": null}', NONE, True),
+    ("json", '{"label": ""}', NONE, True),
+    ("json", '{"label": NaN}', NONE, True),
+    ("json", '{"label": -1}', NONE, True),
+    ("json", '{"caption": "4"}', NONE, True),
+    ("json", "[4]", NONE, True),
+    ("json", "{", NONE, True),
+    ("json", '{"label": "dog"}', NONE, False),
+    ("json", '{"label": 2.5}', NONE, False),
+    ("json", '{"label": Infinity}', NONE, False),
+    ("json", '{"label": [4]}', NONE, False),
+    ("json", '{"label": 1000000000000}', NONE, False),
+]
+
+
+def test_labels_of_a_tars_samples(tmp_path: Path, crops: list[bytes]) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for number, (ending, text, _, _) in enumerate(SAMPLES):
+            for name, data in (("jpg", crops[0]), (ending, text.encode())):
+                member = tarfile.TarInfo(f"{number:03}.{name}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    index = index_shard(str(tmp_path / "a.tar"))
+    found = dict(zip([row[:2] for row in SAMPLES], index.table.labels.tolist(), strict=True))
+    assert found == {row[:2]: row[2] for row in SAMPLES}
+    # Those that are lost are counted.
+    assert sum(index.ignored.values()) == sum(not fine for *_, fine in SAMPLES)
 
 
 @given(

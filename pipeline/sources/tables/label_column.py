@@ -28,8 +28,9 @@ MISSING_WORDS = frozenset(
 )
 """Words that stand for a missing value in CSV, which has no null of its own; pandas' list."""
 _MAX_LABEL = 2**31 - 1
-_WHOLE = re.compile(r"[+-]?\d+")
-_DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+# Python refuses to read thousands of digits as a whole number, but not as a float.
+_WHOLE = re.compile(r"[+-]?\d{1,40}", re.ASCII)
+_DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _TRUTH = {"true": True, "false": False}
 
 
