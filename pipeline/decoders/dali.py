@@ -24,7 +24,8 @@ from pipeline.config import ViewConfig
 from pipeline.decoders.base import U8, Decoded, Pending, decode_single
 from pipeline.decoders.jpeg import is_whole_jpeg
 from pipeline.errors import ConfigError
-from pipeline.images.header import JPEG_START, Probe, probe
+from pipeline.images.header import Probe, probe
+from pipeline.images.jpeg_header import JPEG_START
 from pipeline.images.refused import refused_by
 from pipeline.sampling.boxes import Boxes
 

@@ -16,7 +16,7 @@ import simplejpeg
 
 from pipeline.decoders.base import U8, too_small
 from pipeline.decoders.tuning import is_installed
-from pipeline.images.header import JPEG_END, JPEG_START
+from pipeline.images.jpeg_header import JPEG_END, JPEG_START, is_common
 
 _TAIL_BYTES = 4096
 """The end of a JPEG is looked for in so many bytes: some cameras write a little behind it."""
@@ -33,13 +33,14 @@ _REGION_MAX_SHARE = 0.95
 
 
 def is_whole_jpeg(image: U8) -> bool:
-    """Say whether a file begins, declares itself and ends as a JPEG does.
+    """Say whether a file begins, declares itself and ends as a JPEG of the common kinds does.
 
     What decodes only a part of an image must ask this first: it would not notice that the rest is
     missing. And nvImageCodec ends the process on some damaged headers, all of which libjpeg-turbo's
-    parser refuses.
+    parser refuses. Stray bytes between segments, lossless and arithmetic coding are not common:
+    parsers other than libjpeg's have not been tried on them.
     """
-    if not _has_both_ends(image):
+    if not (_has_both_ends(image) and is_common(image.data)):
         return False
     try:
         simplejpeg.decode_jpeg_header(image)
@@ -118,6 +119,7 @@ class JpegCutter:
             and height * width <= _REGION_MAX_SHARE * num_pixels
             and width >= _REGION_MIN_WIDTH
             and _has_both_ends(image)  # with the header that was read: `is_whole_jpeg`
+            and is_common(image.data)
         ):
             return self._region(image, (top, left, bottom, right))
         try:

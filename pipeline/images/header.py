@@ -11,41 +11,28 @@ from typing import NamedTuple
 from pydantic import Field
 
 from pipeline.config import LoaderConfig, Settings
+from pipeline.images.jpeg_header import JPEG_START, read_jpeg_header
 from pipeline.images.refused import Reason, Refused
+from pipeline.images.tiff_header import TIFF_STARTS, read_tiff_header
 
 _NOT_AN_IMAGE = Refused(Reason.NOT_AN_IMAGE)
 _TRUNCATED = Refused(Reason.TRUNCATED)
 _LOADER_DEFAULTS = LoaderConfig()
-JPEG_START = b"\xff\xd8\xff"
-"""How every JPEG begins: the marker SOI, and the first byte of the next marker. Source: ITU-T T.81,
-table B.1."""
-JPEG_END = b"\xff\xd9"
-"""The marker EOI."""
 _TAIL_BYTES = 4096
-_JPEG_SOF = frozenset(
-    (0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
-)
-"""Start-of-frame markers, which carry the size. Source: ITU-T T.81, table B.1 (all C0-CF but DHT,
-JPG and DAC)."""
-_JPEG_PROGRESSIVE = frozenset((0xC2, 0xC6, 0xCA, 0xCE))
 _PNG_MODES = {0: "L", 2: "RGB", 3: "P", 4: "LA", 6: "RGBA"}
 """Colour types. Source: PNG specification (third edition), table 11.1."""
 _PNG_MODES_16 = {0: "I;16", 2: "RGB;16", 4: "LA;16", 6: "RGBA;16"}
 _BMP_HEADER_SIZES = (
     b"\x0c\0\0\0",
     b"\x28\0\0\0",
+    b"\x34\0\0\0",
     b"\x38\0\0\0",
+    b"\x40\0\0\0",
     b"\x6c\0\0\0",
     b"\x7c\0\0\0",
 )
 """Bytes 14 to 17: two letters at the start are too few to tell a bitmap."""
-_MAGICS = (JPEG_START, b"\x89PNG\r\n\x1a\n", b"GIF89a", b"GIF87a", b"II*\0", b"MM\0*")
-_TIFF_TYPES = {1: "B", 3: "H", 4: "I"}
-_TIFF_VALUES = 1_000_000
-_TIFF_WIDTH = 256
-_TIFF_HEIGHT = 257
-_TIFF_TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}
-"""Bytes of one value by type. Source: TIFF 6.0, section 2."""
+_MAGICS = (JPEG_START, b"\x89PNG\r\n\x1a\n", b"GIF89a", b"GIF87a", *TIFF_STARTS)
 
 
 class ScreenLimits(Settings):
@@ -118,7 +105,7 @@ def probe(data: bytes) -> Probe | Refused:
         return Refused(Reason.EMPTY)
     try:
         found = _probe(data)
-    except (struct.error, IndexError):
+    except (struct.error, IndexError, OverflowError):
         return _TRUNCATED
     if isinstance(found, Probe) and (found.width < 1 or found.height < 1):
         return _NOT_AN_IMAGE
@@ -136,7 +123,7 @@ def _probe(data: bytes) -> Probe | Refused:
     # one bit, of greys and with transparency other modes than manifests have had so far.
     if data[:6] in (b"GIF87a", b"GIF89a"):
         return _gif(data)
-    if data[:4] in (b"II*\0", b"MM\0*"):
+    if data[:4] in TIFF_STARTS:
         return _tiff(data)
     if data[:2] == b"BM" and data[14:18] in _BMP_HEADER_SIZES:
         return _bmp(data)
@@ -147,65 +134,17 @@ def _probe(data: bytes) -> Probe | Refused:
 
 
 def _jpeg(data: bytes) -> Probe | Refused:
-    at = 2
-    orientation = 1
-    adobe = -1
-    frame: tuple[int, int, int, int] | None = None
-    while True:
-        if data[at] != 0xFF:
-            return _NOT_AN_IMAGE
-        while data[at] == 0xFF:  # fill bytes may precede a marker
-            at += 1
-        marker = data[at]
-        at += 1
-        if marker == 0x01 or 0xD0 <= marker <= 0xD7:
-            continue  # these have no length
-        if marker == 0xD9:
-            return _NOT_AN_IMAGE  # the image ends before a scan
-        length = (data[at] << 8) | data[at + 1]
-        if length < 2:
-            return _NOT_AN_IMAGE
-        if marker == 0xDA:
-            break
-
-        if marker in _JPEG_SOF:
-            height = (data[at + 3] << 8) | data[at + 4]
-            width = (data[at + 5] << 8) | data[at + 6]
-            frame = marker, width, height, data[at + 7]
-        elif marker == 0xE1 and data[at + 2 : at + 8] == b"Exif\0\0":
-            orientation = _exif_orientation(data[at + 8 : at + length])
-        elif marker == 0xEE and data[at + 2 : at + 7] == b"Adobe":
-            adobe = data[at + 13]
-        at += length
-
-    if frame is None:
-        return _NOT_AN_IMAGE
-    # Cameras and tools append bytes behind the end mark, so it need not be the last.
-    if not (data.endswith(JPEG_END) or data.rfind(JPEG_END, at) >= 0):
-        return _TRUNCATED
-    marker, width, height, channels = frame
-    four_channels = "YCCK" if adobe == 2 else "CMYK"
-    mode = {1: "L", 3: "RGB", 4: four_channels}.get(channels)
-    if mode is None:
-        return _NOT_AN_IMAGE
-    return Probe("jpeg", width, height, mode, orientation, marker in _JPEG_PROGRESSIVE)
-
-
-def _exif_orientation(tiff: bytes) -> int:
-    """Return tag 0x0112 of the first directory; a broken EXIF block counts as upright."""
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
-    if order is None:
-        return 1
-    try:
-        (start,) = struct.unpack_from(order + "I", tiff, 4)
-        (count,) = struct.unpack_from(order + "H", tiff, start)
-        for entry in range(count):
-            tag, kind, _, value = struct.unpack_from(order + "HHIH", tiff, start + 2 + 12 * entry)
-            if tag == 0x0112:
-                return value if kind == 3 and 1 <= value <= 8 else 1
-    except struct.error:
-        return 1
-    return 1
+    header = read_jpeg_header(data)
+    if isinstance(header, Refused):
+        return header
+    return Probe(
+        "jpeg",
+        header.width,
+        header.height,
+        header.mode,
+        header.orientation,
+        header.progressive,
+    )
 
 
 def _png(data: bytes) -> Probe | Refused:
@@ -288,67 +227,20 @@ def _bmp(data: bytes) -> Probe | Refused:
     # Of compressed pixels only a decoder knows where they end.
     if compression in (0, 3) and start + row_bytes * height > len(data):
         return _TRUNCATED
-    if bits == 32:
+    # These two headers have no mask for alpha: the fourth byte is padding.
+    if bits == 32 and header_bytes not in (52, 64):
         return Probe("bmp", width, height, "RGBA")
     return Probe("bmp", width, height, "RGB" if bits > 8 else "P")
 
 
 def _tiff(data: bytes) -> Probe | Refused:
-    order = "<" if data[:2] == b"II" else ">"
-    (start,) = struct.unpack_from(order + "I", data, 4)
-    (count,) = struct.unpack_from(order + "H", data, start)
-    tags = _tiff_tags(data, order, start, count)
-    if tags is None:
-        return _TRUNCATED
-    if _TIFF_WIDTH not in tags or _TIFF_HEIGHT not in tags:
-        return _NOT_AN_IMAGE
-
-    # A TIFF has no end mark: it is whole if every strip or tile is.
-    for starts, lengths in ((273, 279), (324, 325)):
-        spans = zip(tags.get(starts, ()), tags.get(lengths, ()), strict=False)
-        ends = [first + length for first, length in spans]
-        if ends and max(ends) > len(data):
-            return _TRUNCATED
-
-    mode = _tiff_mode(tags)
-    (next_directory,) = struct.unpack_from(order + "I", data, start + 2 + 12 * count)
-    width = tags[_TIFF_WIDTH][0]
-    height = tags[_TIFF_HEIGHT][0]
-    return Probe("tiff", width, height, mode, animated=bool(next_directory))
-
-
-def _tiff_tags(
-    data: bytes, order: str, start: int, count: int
-) -> dict[int, tuple[int, ...]] | None:
-    """Return the whole-number values of a directory by tag; None if a value of any kind lies
-    outside the file."""
-    tags: dict[int, tuple[int, ...]] = {}
-    for entry in range(count):
-        at = start + 2 + 12 * entry
-        tag, kind, number = struct.unpack_from(order + "HHI", data, at)
-        # Up to four bytes stand in the entry itself, more where the entry points.
-        value_at = at + 8
-        value_bytes = _TIFF_TYPE_BYTES.get(kind, 1) * number
-        if value_bytes > 4:
-            (value_at,) = struct.unpack_from(order + "I", data, at + 8)
-            if value_at + value_bytes > len(data):
-                return None  # a profile or other value that is stored behind the pixels
-        # A damaged count must not take gigabytes.
-        if kind in _TIFF_TYPES and 1 <= number <= _TIFF_VALUES:
-            tags[tag] = struct.unpack_from(f"{order}{number}{_TIFF_TYPES[kind]}", data, value_at)
-    return tags
-
-
-def _tiff_mode(tags: dict[int, tuple[int, ...]]) -> str:
-    samples = tags.get(277, (1,))[0]
-    bits = tags.get(258, (1,))[0]
-    photometric = tags.get(262, (1,))[0]
-    if photometric == 5:
-        return "CMYK"
-    if photometric == 3:
-        return "P"
-    if samples >= 3:
-        return "RGBA" if samples > 3 else "RGB"
-    if bits == 16:
-        return "I;16"
-    return "1" if bits == 1 else "L"
+    header = read_tiff_header(data)
+    if isinstance(header, Refused):
+        return header
+    return Probe(
+        "tiff",
+        header.width,
+        header.height,
+        header.mode,
+        animated=header.has_more_pages,
+    )

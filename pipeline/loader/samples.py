@@ -19,7 +19,8 @@ from pipeline.dataset.manifest import Manifest, Rows
 from pipeline.decoders.base import Decoded, Decoder
 from pipeline.errors import DataError
 from pipeline.formats.table import FORMATS
-from pipeline.images.header import JPEG_START, probe
+from pipeline.images.header import probe
+from pipeline.images.jpeg_header import JPEG_START
 from pipeline.images.refused import Reason, Refused
 from pipeline.loader.data_report import DataReport
 from pipeline.reading.reader import U8, ShardReader
