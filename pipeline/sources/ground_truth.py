@@ -26,6 +26,10 @@ from pipeline.formats.tar import TarScanner
 _LABELS_FILE = "ILSVRC2012_validation_ground_truth.txt"
 _META_FILE = "meta.mat"
 _MAX_FILE_BYTES = 64 * 2**20
+_HEADERS = frozenset(
+    {"imageid", "image_id", "image", "image_name", "filename", "file_name", "file", "path", "img"}
+)
+"""First words of a line that names columns, in lower case."""
 _HOW = (
     "Give the devkit (ILSVRC2012_devkit_t12.tar.gz or its folder), or a text file with a class "
     "name such as n01440764 "
@@ -101,9 +105,10 @@ def read_ground_truth(uri: str, synsets: str | None = None) -> GroundTruth:
         missing = [name for name in (_LABELS_FILE, _META_FILE) if name not in files]
         if missing and not (missing == [_META_FILE] and synsets):
             raise DataError(f"convert: {shown} does not hold {' and '.join(missing)}. {_HOW}")
-        meta = synsets and storage.read_bytes(synsets)
-        classes = _read_synsets(meta or files[_META_FILE], shown=storage.redact(synsets or uri))
-        return _numbered(files[_LABELS_FILE].decode().split(), classes, shown=shown)
+        meta = storage.read_bytes(synsets) if synsets else files[_META_FILE]
+        classes = _read_synsets(meta, shown=storage.redact(synsets or uri))
+        numbers = _text(files[_LABELS_FILE], shown).split()
+        return _numbered(numbers, classes, shown=shown)
     return _read_text(storage.read_bytes(uri), synsets, shown=shown)
 
 
@@ -111,7 +116,8 @@ def _read_text(data: bytes, synsets: str | None, *, shown: str) -> GroundTruth:
     """Read a text file: a number or a name per line, or an image's name and its class."""
     lines = _text(data, shown).splitlines()
     rows = [re.split(r"[\s,]+", line.strip()) for line in lines if line.strip()]
-    if rows and rows[0][0].lower() in ("imageid", "image", "filename", "file"):
+    # A header taken for an image would add a class called `label` and shift those behind it.
+    if rows and rows[0][0].lower() in _HEADERS:
         rows = rows[1:]
     if not rows:
         raise DataError(f"convert: {shown} is empty. {_HOW}")
@@ -133,7 +139,16 @@ def _read_text(data: bytes, synsets: str | None, *, shown: str) -> GroundTruth:
     is_numbered = all(len(row) >= 2 and row[1].isdecimal() for row in rows)
     if is_numbered or any(len(row) < 2 for row in rows):
         raise DataError(f"convert: {shown} cannot be understood: {' '.join(rows[0])!r}. {_HOW}")
-    by_name = {PurePosixPath(row[0]).stem: row[1] for row in rows}
+    by_name: dict[str, str] = {}
+    for name, class_name in (row[:2] for row in rows):
+        stem = PurePosixPath(name).stem
+        # Images are found by their names without folder: two classes for one name are no answer.
+        if by_name.setdefault(stem, class_name) != class_name:
+            raise DataError(
+                f"convert: {shown} gives {stem!r} the classes {by_name[stem]!r} and "
+                f"{class_name!r}. Images of one name in several folders cannot be labelled by a "
+                "text file: give a CSV list of paths and labels as the source."
+            )
     return GroundTruth(shown, sorted(set(by_name.values())), [], by_name)
 
 
@@ -153,11 +168,12 @@ def _numbered(numbers: list[str], classes: dict[int, str], *, shown: str) -> Gro
 def _devkit(uri: str) -> dict[str, bytes]:
     """Return the two files of a devkit that matter, or an empty dict if it is not a devkit."""
     wanted = (_LABELS_FILE, _META_FILE)
-    if uri.endswith((".tar.gz", ".tgz", ".tar")):
+    name = storage.name_of(uri).lower()
+    if name.endswith((".tar.gz", ".tgz", ".tar")):
         with storage.open_read(uri) as packed:
-            plain = (
-                packed if uri.endswith(".tar") else cast(BinaryIO, gzip.GzipFile(fileobj=packed))
-            )
+            plain = packed
+            if not name.endswith(".tar"):
+                plain = cast(BinaryIO, gzip.GzipFile(fileobj=packed))
             try:
                 return dict(_unpack(TarScanner(plain, shard=storage.redact(uri)), wanted))
             except (gzip.BadGzipFile, EOFError) as error:
@@ -165,12 +181,11 @@ def _devkit(uri: str) -> dict[str, bytes]:
                     f"convert: {storage.redact(uri)} is damaged ({error}). Download it again."
                 ) from error
     if not uri.startswith("https:") and storage.is_folder(uri):
-        found = {
-            storage.name_of(file.name): file.uri for file in storage.list_files(uri, recursive=True)
-        }
-        return {name: storage.read_bytes(found[name]) for name in wanted if name in found} or {
-            "": b""
-        }
+        files = storage.list_files(uri, recursive=True)
+        uri_of = {storage.name_of(file.name): file.uri for file in files}
+        found = {name: storage.read_bytes(uri_of[name]) for name in wanted if name in uri_of}
+        # A folder is a devkit even if it lacks both files: the error then says what is missing.
+        return found or {"": b""}
     return {}
 
 
@@ -211,9 +226,8 @@ def _read_meta(data: bytes, *, shown: str) -> dict[int, str]:
             "give --synsets a text file with `ILSVRC2012_ID class` a line."
         ) from None
     try:
-        table: Any = loadmat(io.BytesIO(data), squeeze_me=True, variable_names=["synsets"])[
-            "synsets"
-        ]
+        variables: Any = loadmat(io.BytesIO(data), squeeze_me=True, variable_names=["synsets"])
+        table = variables["synsets"]
         rows = zip(table["ILSVRC2012_ID"], table["WNID"], table["num_children"], strict=True)
         # Classes are the leaves; the rest are the groups they fall into.
         return {int(number): str(wnid) for number, wnid, children in rows if int(children) == 0}
@@ -224,7 +238,12 @@ def _read_meta(data: bytes, *, shown: str) -> dict[int, str]:
 
 
 def _text(data: bytes, shown: str) -> str:
+    """Return a file's text; spreadsheets on Windows write a mark before it."""
     try:
-        return data.decode()
-    except UnicodeDecodeError:
-        raise DataError(f"convert: {shown} is not a text file. {_HOW}") from None
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"convert: {shown} is not a text file in UTF-8 (line {line}: byte "
+            f"0x{data[error.start]:02x}). {_HOW}"
+        ) from None
