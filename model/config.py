@@ -151,12 +151,16 @@ class ModelConfig(BaseModel):
     @property
     def image_height(self) -> int:
         """Height of the input in pixels."""
-        return self.image_size if isinstance(self.image_size, int) else self.image_size[0]
+        if isinstance(self.image_size, int):
+            return self.image_size
+        return self.image_size[0]
 
     @property
     def image_width(self) -> int:
         """Width of the input in pixels."""
-        return self.image_size if isinstance(self.image_size, int) else self.image_size[1]
+        if isinstance(self.image_size, int):
+            return self.image_size
+        return self.image_size[1]
 
     @property
     def grid(self) -> tuple[int, int]:

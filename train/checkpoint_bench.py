@@ -119,7 +119,9 @@ def measure(name: str, uri: str, mode: Mode, *, saves: int, images: int) -> Row:
 
 
 def _device() -> torch.device:
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda", 0)
+    return torch.device("cpu")
 
 
 def _state_bytes(engine: Engine) -> int:

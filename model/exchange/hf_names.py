@@ -124,7 +124,9 @@ def _plain_hf_name(name: str) -> str:
     # transformers 5 writes this odd name when it saves a model that it had loaded from legacy
     # names.
     name = name.replace("decoder.decoder_encoder.layer.", "decoder.decoder_layers.")
-    return name if name.startswith(("vit.", "decoder.")) else f"vit.{name}"
+    if name.startswith(("vit.", "decoder.")):
+        return name
+    return f"vit.{name}"
 
 
 def _block_from_hf(name: str, value: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -263,7 +263,9 @@ def _run(arguments: Arguments) -> Outcome:
         )
     if arguments.peers:
         return _compare_with_peers(arguments)
-    return _tune(arguments) if arguments.tune else _measure_one(arguments)
+    if arguments.tune:
+        return _tune(arguments)
+    return _measure_one(arguments)
 
 
 def main(args: Sequence[str] | None = None) -> int:

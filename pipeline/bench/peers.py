@@ -130,7 +130,10 @@ class _Runner:
         assert process.stdout is not None
         line = process.stdout.readline()
         # A process that has ended closes its pipe: an empty line, without the newline.
-        answer = json.loads(line) if line else {"problem": f"ended with code {process.wait()}"}
+        if line:
+            answer = json.loads(line)
+        else:
+            answer = {"problem": f"ended with code {process.wait()}"}
         self.problem = str(answer.pop("problem", ""))
         return dict(answer)
 

@@ -50,11 +50,15 @@ def _cell(value: object) -> str:
         return ""
     if isinstance(value, Spread):
         return f"{_number(value.median)} ({_number(value.low)}-{_number(value.high)})"
-    return _number(value) if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return _number(value)
+    return str(value)
 
 
 def _number(value: float) -> str:
     """Write about four digits, and never an exponent for what is large."""
     if abs(value) >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.1f}" if abs(value) >= 100 else f"{value:.4g}"
+    if abs(value) >= 100:
+        return f"{value:.1f}"
+    return f"{value:.4g}"

@@ -71,22 +71,25 @@ class _OpenFile:
     def __init__(self, uri: str, expected: ManifestFile) -> None:
         self.uri = uri
         self.lock = threading.Lock()
+        # Before anything is parsed: the footer is the file's last part, so that a cut file looks
+        # like any damage to Arrow.
         size_bytes = storage.size_of(uri)
         if size_bytes != expected.size_bytes:
             raise DataError(
                 f"manifest: {storage.redact(uri)} has {size_bytes} bytes, dataset.json says "
-                f"{expected.size_bytes}. "
-                "It was cut or replaced: write it again with pipeline.verify --write-manifest."
+                f"{expected.size_bytes}. It was cut or replaced: write it again with "
+                "pipeline.verify --write-manifest."
             )
         if storage.is_local(uri):
             source: Any = pa.OSFile(str(storage.local_path(uri)), "rb")
         else:
-            source = pa.PythonFile(
-                cast(io.IOBase, storage.open_read(uri, buffer_bytes=2**18)), mode="r"
-            )
+            # Arrow's own object stores know neither our retries nor our settings.
+            opened = storage.open_read(uri, buffer_bytes=2**18)
+            source = pa.PythonFile(cast(io.IOBase, opened), mode="r")
         with _damage_as_data_error(uri):
             self.parquet = pq.ParquetFile(
                 source,
+                # A handful of distinct names: decoded to strings they take most of the time.
                 read_dictionary=["format", "mode"],
                 page_checksum_verification=True,
                 pre_buffer=False,
@@ -94,11 +97,12 @@ class _OpenFile:
         if self.parquet.num_row_groups != expected.num_shards:
             raise DataError(
                 f"manifest: {storage.redact(uri)} holds {self.parquet.num_row_groups} shards, "
-                "dataset.json says "
-                f"{expected.num_shards}. Write it again with pipeline.verify --write-manifest."
+                f"dataset.json says {expected.num_shards}. Write it again with pipeline.verify "
+                "--write-manifest."
             )
 
     def read(self, group: int, columns: list[str]) -> pa.Table:
+        # One thread: the loader's own threads are busy beside it, and a row group is small.
         with self.lock, _damage_as_data_error(self.uri):
             return self.parquet.read_row_group(group, columns=columns, use_threads=False)
 
@@ -131,16 +135,25 @@ class Manifest:
     def __init__(self, uri: str, info: DatasetInfo, *, index_uri: str | None = None) -> None:
         self.uri = uri
         self.info = info
-        self.index_uri = index_uri if index_uri is not None else uri
+        self.index_uri = uri
+        # Shards that cannot be written to have their manifest in another folder.
+        if index_uri is not None:
+            self.index_uri = index_uri
         self.shard_sizes = np.array(info.shards.columns["num_samples"], dtype=np.int64)
-        self.shard_starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.shard_sizes)])
-        self._first_shards = np.array([file.first_shard for file in info.manifest], dtype=np.int64)
+        # One more than there are shards: the last is the number of samples.
+        ends = np.cumsum(self.shard_sizes)
+        self.shard_starts = np.concatenate([np.zeros(1, np.int64), ends])
+        first_shards = [file.first_shard for file in info.manifest]
+        self._first_shards = np.array(first_shards, dtype=np.int64)
+
+        # Held while the two caches change, never while a file is read.
         self._lock = threading.Lock()
         self._files: OrderedDict[int, _OpenFile] = OrderedDict()
         self._tables: OrderedDict[int, ShardTable] = OrderedDict()
         self._cached_rows = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
+        # Locks and open files cannot be pickled, and cached rows are not worth sending.
         return _reopen, (self.uri, self.info, self.index_uri)
 
     def shard_name(self, s: int) -> str:
@@ -166,7 +179,9 @@ class Manifest:
             s: Shard.
             use: `anew` opens the file again: what a file keeps of a bad read would be bad for ever.
         """
-        number = int(np.searchsorted(self._first_shards, s, side="right")) - 1
+        # "right" less one: the last file that begins at this shard or before it.
+        behind = np.searchsorted(self._first_shards, s, side="right")
+        number = int(behind) - 1
         expected = self.info.manifest[number]
         with self._lock:
             if use == "anew":
@@ -175,9 +190,12 @@ class Manifest:
             if file is not None:
                 self._files.move_to_end(number)
         if file is None:
-            file = _OpenFile(storage.join(self.index_uri, expected.name), expected)
+            # Two threads may open the same file, which wastes 3 ms; the first one's is kept.
+            uri = storage.join(self.index_uri, expected.name)
+            opened = _OpenFile(uri, expected)
             with self._lock:
-                file = self._files.setdefault(number, file)
+                file = self._files.setdefault(number, opened)
+                # Dropped, not closed: another thread may be reading from it.
                 while len(self._files) > _OPEN_FILES:
                     self._files.popitem(last=False)
         return file, s - expected.first_shard
@@ -196,8 +214,8 @@ class Manifest:
         if table.num_rows != self.shard_sizes[s]:
             raise DataError(
                 f"manifest: {storage.redact(file.uri)}: {self.shard_name(s)} has {table.num_rows} "
-                "rows, dataset.json "
-                f"says {self.shard_sizes[s]}. Write it again with pipeline.verify --write-manifest."
+                f"rows, dataset.json says {self.shard_sizes[s]}. Write it again with "
+                "pipeline.verify --write-manifest."
             )
         return table
 
@@ -216,16 +234,22 @@ class Manifest:
             if known is not None:
                 self._tables.move_to_end(s)
                 return known
-        table = ShardTable.from_arrow(
-            self._read(s, _COLUMNS), keys=lambda: key_list(self._read(s, ["key"]))
-        )
+        columns = self._read(s, _COLUMNS)
+        table = ShardTable.from_arrow(columns, keys=lambda: self._read_keys(s))
         with self._lock:
+            # Another thread may have read the same rows meanwhile; they count once.
             if s not in self._tables:
                 self._tables[s] = table
                 self._cached_rows += len(table)
+            # A single table above the limit stays, or every look-up would read it again.
             while self._cached_rows > _CACHED_ROWS and len(self._tables) > 1:
-                self._cached_rows -= len(self._tables.popitem(last=False)[1])
+                _, oldest = self._tables.popitem(last=False)
+                self._cached_rows -= len(oldest)
         return table
+
+    def _read_keys(self, s: int) -> list[str]:
+        table = self._read(s, ["key"])
+        return key_list(table)
 
     def locate(
         self, sample_ids_B: npt.NDArray[np.int64]
@@ -236,13 +260,16 @@ class Manifest:
             DataError: A sample id is outside the dataset.
         """
         ids_B = np.asarray(sample_ids_B, dtype=np.int64)
+        # numpy would take a negative id for one that counts from the end.
         if ids_B.size and not (ids_B.min() >= 0 and ids_B.max() < self.info.num_samples):
             raise DataError(
                 f"manifest: sample ids {ids_B.min()} to {ids_B.max()} were asked for; "
                 f"the dataset has samples 0 to {self.info.num_samples - 1}."
             )
+        # An empty shard begins where the next one does; "right" passes over it.
         shards_B = np.searchsorted(self.shard_starts, ids_B, side="right") - 1
-        return shards_B.astype(np.int64), ids_B - self.shard_starts[shards_B]
+        indices_B = ids_B - self.shard_starts[shards_B]
+        return shards_B.astype(np.int64), indices_B
 
     def lookup(self, sample_ids_B: npt.NDArray[np.int64]) -> Rows:
         """Return what the manifest says of some samples, in the order given.
@@ -253,29 +280,34 @@ class Manifest:
         shards_B, indices_B = self.locate(sample_ids_B)
         names = ("offsets", "sizes", "labels", "widths", "heights", "hashes", "formats", "modes")
         dtypes = ("int64", "int64", "int32", "int32", "int32", "uint64", "uint8", "uint8")
-        columns = {
-            name: np.empty(len(shards_B), dtype=np.dtype(dtype))
-            for name, dtype in zip(names, dtypes, strict=True)
-        }
+        columns = {}
+        for name, dtype in zip(names, dtypes, strict=True):
+            columns[name] = np.empty(len(shards_B), dtype=np.dtype(dtype))
+
+        # Shard by shard: a batch of scattered samples must not ask for a table once per sample.
         order_B = np.argsort(shards_B, kind="stable")
         unique, starts = np.unique(shards_B[order_B], return_index=True)
-        groups = np.split(order_B, starts[1:]) if len(unique) else []
+        if len(unique):
+            groups = np.split(order_B, starts[1:])
+        else:
+            groups = []
         for s, places in zip(unique.tolist(), groups, strict=True):
             table = self.shard_table(s)
+            rows = indices_B[places]
             for name, column in columns.items():
-                column[places] = getattr(table, name)[indices_B[places]]
-        return Rows(
-            shards_B, indices_B, **{f"{name}_B": column for name, column in columns.items()}
-        )
+                column[places] = getattr(table, name)[rows]
+        by_field = {f"{name}_B": column for name, column in columns.items()}
+        return Rows(shards_B, indices_B, **by_field)
 
     def keys(self, sample_ids_B: npt.NDArray[np.int64]) -> list[str]:
         """Return the keys of some samples, in the order given; for reports, not for the hot
         path."""
         shards_B, indices_B = self.locate(sample_ids_B)
-        return [
-            self.shard_table(s).keys[i]
-            for s, i in zip(shards_B.tolist(), indices_B.tolist(), strict=True)
-        ]
+        keys = []
+        for s, i in zip(shards_B.tolist(), indices_B.tolist(), strict=True):
+            table = self.shard_table(s)
+            keys.append(table.keys[i])
+        return keys
 
 
 def _reopen(uri: str, info: DatasetInfo, index_uri: str) -> Manifest:
@@ -287,11 +319,9 @@ def diff(a: DatasetInfo, b: DatasetInfo) -> list[str]:
     order."""
     first = {shard.name: shard.content_hash for shard in a.shards}
     second = {shard.name: shard.content_hash for shard in b.shards}
-    return [
-        name
-        for name in [*first, *(name for name in second if name not in first)]
-        if first.get(name) != second.get(name)
-    ]
+    # The first one's order, then what only the second has; a dict's keys keep both.
+    names = dict.fromkeys([*first, *second])
+    return [name for name in names if first.get(name) != second.get(name)]
 
 
 def describe_change(dataset: Manifest, fingerprint: str, trained_on: DatasetInfo | None) -> str:
@@ -300,24 +330,22 @@ def describe_change(dataset: Manifest, fingerprint: str, trained_on: DatasetInfo
     Args:
         dataset: what is there now.
         fingerprint: of what the run was started on.
-        trained_on: its description, where it was kept.
+        trained_on: its description, if it was kept.
     """
     what = (
         f"dataset: {storage.redact(dataset.uri)} has fingerprint {dataset.info.fingerprint[:16]}, "
-        "the run was started "
-        f"on {fingerprint[:16]}: its samples changed"
+        f"the run was started on {fingerprint[:16]}: its samples changed"
     )
-    changed = (
-        diff(trained_on, dataset.info)
-        if trained_on and trained_on.fingerprint == fingerprint
-        else []
-    )
-    if changed:
-        more = f" and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
-        named = ", ".join(changed[:_NAMED])
-        what += f" in {len(changed)} of {dataset.info.num_shards} shards: {named}{more}"
-    elif trained_on and trained_on.fingerprint == fingerprint:
-        what += " places: the same shards are in another order"
+    # A description of another dataset says little about this change.
+    if trained_on and trained_on.fingerprint == fingerprint:
+        changed = diff(trained_on, dataset.info)
+        if changed:
+            named = ", ".join(changed[:_NAMED])
+            what += f" in {len(changed)} of {dataset.info.num_shards} shards: {named}"
+            if len(changed) > _NAMED:
+                what += f" and {len(changed) - _NAMED} more"
+        else:
+            what += " places: the same shards are in another order"
     return (
         f"{what}. Restore the old shards, start a new run, or accept them with "
         "data.on_change next-epoch"

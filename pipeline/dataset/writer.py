@@ -67,10 +67,13 @@ def write_dataset(
         if not shard_files:
             raise DataError(f"dataset: {storage.redact(uri)}: there is no shard to describe.")
         files = manifest_files.put_in_place()
+
+    # Everything that it names is in place before it appears: a folder with it is complete.
+    num_samples = sum(shard.num_samples for shard in shard_files)
     info = DatasetInfo(
         name=name,
         format=container,
-        num_samples=sum(shard.num_samples for shard in shard_files),
+        num_samples=num_samples,
         num_shards=len(shard_files),
         classes=classes,
         made_by=made_by or {},
@@ -79,7 +82,8 @@ def write_dataset(
         shards=Shards.of(shard_files),
         fingerprint=fingerprint_of(shard.content_hash for shard in shard_files),
     )
-    storage.write_atomic(storage.join(uri, DATASET_FILE), info.to_json())
+    dataset_file = storage.join(uri, DATASET_FILE)
+    storage.write_atomic(dataset_file, info.to_json())
     return info
 
 
@@ -91,10 +95,13 @@ class _ManifestFiles:
             raise ConfigError(f"manifest: shards_per_file is {shards_per_file}; at least 1.")
         self._uri = uri
         self._per_file = shards_per_file
+        # Shards of each file so far; the last file may be open.
         self._counts: list[int] = []
         self._writer: pq.ParquetWriter | None = None
 
     def __enter__(self) -> _ManifestFiles:
+        # Local, whatever the dataset's store: Parquet writes its footer last, and stores take
+        # whole objects.
         self._folder = tempfile.TemporaryDirectory(prefix="maelstrom-manifest-")
         return self
 
@@ -106,8 +113,10 @@ class _ManifestFiles:
         return Path(self._folder.name) / f"{number:05d}.parquet"
 
     def _close(self) -> None:
-        if self._writer is not None:
-            writer, self._writer = self._writer, None
+        writer = self._writer
+        if writer is not None:
+            # Forgotten first: a close that fails must not be tried again by `__exit__`.
+            self._writer = None
             with _write_as_infrastructure(self._folder.name):
                 writer.close()
 
@@ -118,16 +127,21 @@ class _ManifestFiles:
             self._counts.append(0)
         with _write_as_infrastructure(self._folder.name):
             if self._writer is None:
+                path = self._path(len(self._counts) - 1)
                 self._writer = pq.ParquetWriter(
-                    self._path(len(self._counts) - 1),
+                    path,
                     SCHEMA,
                     compression="zstd",
                     use_dictionary=["format", "mode"],  # type: ignore[arg-type]
+                    # Statistics and a second schema would swell the footer, which every reader
+                    # must parse whole.
                     write_statistics=False,
                     write_page_checksum=True,
                     store_schema=False,
                 )
-            self._writer.write_table(table.to_arrow(), row_group_size=max(1, len(table)))
+            # One row group per call, however many rows; Arrow refuses a size of 0.
+            group_rows = max(1, len(table))
+            self._writer.write_table(table.to_arrow(), row_group_size=group_rows)
         self._counts[-1] += 1
 
     def put_in_place(self) -> list[ManifestFile]:
@@ -137,9 +151,13 @@ class _ManifestFiles:
         files = []
         for number, count in enumerate(self._counts):
             path = self._path(number)
-            name = "manifest.parquet" if single else f"manifest-{number:05d}.parquet"
+            name = f"manifest-{number:05d}.parquet"
+            if single:
+                name = "manifest.parquet"
             storage.put_file(path, storage.join(self._uri, name))
-            files.append(ManifestFile(name, number * self._per_file, count, path.stat().st_size))
+            first_shard = number * self._per_file
+            size_bytes = path.stat().st_size
+            files.append(ManifestFile(name, first_shard, count, size_bytes))
         return files
 
 

@@ -102,7 +102,9 @@ class DaliDecoder:
         self._hw_decoder_load = hw_decoder_load
         self.depth = depth
         self.device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)
         self._ahead: dict[Stored, _Ahead] = {"encoded": _Ahead(self._build("encoded", depth))}
         self._alone: dict[Stored, Any] = {}
 

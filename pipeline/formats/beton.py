@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 VERSION = 2
+# As FFCV's `types.py` has it: 24 bytes, with every number on a multiple of its size.
 HEADER = np.dtype(
     [
         ("version", "<u2"),
@@ -24,12 +25,16 @@ HEADER = np.dtype(
     ],
     align=True,
 )
+# All parts are single bytes, so that `align` adds none: 1,041 bytes a field.
 FIELD = np.dtype([("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 1024)], align=True)
+# A sample may have several runs, or none: rows and allocations meet by `ptr` only.
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 """One run of bytes that belongs to a sample, anywhere in the pages."""
+# Packed, not aligned: FFCV aligns the row of all fields, and never the parts of one field.
 IMAGE_ROW = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 BYTES_ROW = np.dtype([("ptr", "<u8"), ("size", "<u8")])
 _PTR_ROW = np.dtype("<u8")
+# FFCV's type ids. 255 stands for a user's own class, whose row only that class knows.
 INT, IMAGE, BYTES, JSON = 1, 2, 3, 5
 FIELD_ROWS: dict[int, np.dtype] = {
     0: np.dtype("<f8"),
@@ -74,12 +79,14 @@ def row_dtype(type_ids: list[int]) -> np.dtype:
 
 def fields_of(descriptions: npt.NDArray) -> list[Field]:
     """Return names and kinds from the field descriptions."""
-    return [
-        Field(
-            bytes(entry["name"]).split(b"\0")[0].decode("ascii", "replace"), int(entry["type_id"])
-        )
-        for entry in descriptions
-    ]
+    fields = []
+    for entry in descriptions:
+        # Names are padded with zero bytes. A name only chooses a field, so a damaged one may pass.
+        stored_name, *_ = bytes(entry["name"]).split(b"\0")
+        name = stored_name.decode("ascii", "replace")
+        type_id = int(entry["type_id"])
+        fields.append(Field(name, type_id))
+    return fields
 
 
 def describe_fields(fields: tuple[tuple[str, int], ...]) -> npt.NDArray:
@@ -94,7 +101,9 @@ def describe_fields(fields: tuple[tuple[str, int], ...]) -> npt.NDArray:
 
 def align(at: int, page_bytes: int) -> int:
     """Return the first page boundary at or behind a place."""
-    return -(-at // page_bytes) * page_bytes
+    # Rounded up in whole numbers: a float loses bytes beyond 2**53.
+    num_pages = -(-at // page_bytes)
+    return num_pages * page_bytes
 
 
 def json_bytes(value: dict[str, object]) -> bytes:
@@ -104,8 +113,12 @@ def json_bytes(value: dict[str, object]) -> bytes:
 
 def parse_json(data: bytes) -> dict[str, object] | None:
     """Return the object that a JSONField holds, or None if it is not valid."""
+    text, *_ = data.split(b"\0")
     try:
-        value = json.loads(data.split(b"\0")[0])
+        value = json.loads(text)
+    # Deep nesting is a RecursionError, not a ValueError: a text from elsewhere must not end a scan.
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+    if isinstance(value, dict):
+        return value
+    return None

@@ -25,6 +25,8 @@ from pipeline.images.header import Probe, probe
 from pipeline.images.refused import Reason, Refused
 
 _CHUNK_BYTES = 2**20
+# Limits on what a damaged or hostile header may make this program allocate. Real keys take less
+# than a kilobyte.
 _MAX_SAMPLES = 2**32
 _MAX_TEXT_BYTES = 2**20
 
@@ -88,19 +90,23 @@ def read_layout(file: BinaryIO, *, name: str, size_bytes: int) -> Layout:
     count = len(tables.rows)
 
     # A beton may have several images per sample; the first one is the sample's, as in a tar.
-    image_number = next((i for i, entry in enumerate(fields) if entry.type_id == beton.IMAGE), None)
-    if image_number is None:
-        raise DataError(f"{name}: no image field among {[entry.name for entry in fields]}.")
+    image_numbers = [i for i, entry in enumerate(fields) if entry.type_id == beton.IMAGE]
+    if not image_numbers:
+        names = [entry.name for entry in fields]
+        raise DataError(f"{name}: no image field among {names}.")
+    image_number = image_numbers[0]
     image = tables.column(image_number)
     sizes = _allocated_bytes(image["data_ptr"], tables.allocations, name)
     used = {image_number}
 
+    # A beton without a label is a dataset for pre-training, not an error.
     labels = np.full(count, NO_LABEL, np.int64)
     label_number = _choose(fields, (beton.INT,), "label")
     if label_number is not None:
         labels = tables.column(label_number).astype(np.int64)
         used.add(label_number)
 
+    # A JSON field of another writer may be anything; what it says is looked at sample by sample.
     texts = None
     texts_are_json = False
     text_number = _choose(fields, (beton.JSON, beton.BYTES), "meta", "key")
@@ -110,13 +116,15 @@ def read_layout(file: BinaryIO, *, name: str, size_bytes: int) -> Layout:
         used.add(text_number)
         _check_texts(texts, tables.allocations, name)
 
+    # Reported by name, so that nobody takes a second image or a mask for read.
     unused = [entry for i, entry in enumerate(fields) if i not in used]
     ignored = Counter(f"field {entry.name!r}" for entry in unused)
     return Layout(image, sizes, labels, texts, texts_are_json, dict(ignored))
 
 
 def _read_tables(file: BinaryIO, *, name: str, size_bytes: int) -> _Tables:
-    head = _read_exactly(file, 0, beton.HEADER.itemsize, name).view(beton.HEADER)[0]
+    head_bytes = _read_exactly(file, 0, beton.HEADER.itemsize, name)
+    head = head_bytes.view(beton.HEADER)[0]
     if head["version"] != beton.VERSION:
         raise DataError(
             f"{name}: not a beton of version {beton.VERSION} (its version is {head['version']}). "
@@ -127,8 +135,11 @@ def _read_tables(file: BinaryIO, *, name: str, size_bytes: int) -> _Tables:
     # for terabytes.
     count = int(head["num_samples"])
     table_at = int(head["alloc_table_ptr"])
+    # The allocations are the file's last part and have no count of their own: they go to its end.
+    # FFCV writes their place when it is done, so that 0 marks a file that was never finished.
     table_bytes = size_bytes - table_at
-    is_whole = 0 < table_at <= size_bytes and table_bytes % beton.ALLOCATION.itemsize == 0
+    is_inside = 0 < table_at <= size_bytes
+    is_whole = is_inside and table_bytes % beton.ALLOCATION.itemsize == 0
     if not is_whole or not 0 < count < _MAX_SAMPLES:
         raise DataError(
             f"{name}: the beton is empty, cut or was never finished: {count} samples, allocations "
@@ -137,7 +148,8 @@ def _read_tables(file: BinaryIO, *, name: str, size_bytes: int) -> _Tables:
 
     fields_at = beton.HEADER.itemsize
     fields_bytes = int(head["num_fields"]) * beton.FIELD.itemsize
-    descriptions = _read_exactly(file, fields_at, fields_bytes, name).view(beton.FIELD)
+    description_bytes = _read_exactly(file, fields_at, fields_bytes, name)
+    descriptions = description_bytes.view(beton.FIELD)
     fields = beton.fields_of(descriptions)
     unknown = [entry.name for entry in fields if entry.type_id not in beton.FIELD_ROWS]
     if unknown:
@@ -147,10 +159,13 @@ def _read_tables(file: BinaryIO, *, name: str, size_bytes: int) -> _Tables:
             "read."
         )
 
-    row = beton.row_dtype([entry.type_id for entry in fields])
+    type_ids = [entry.type_id for entry in fields]
+    row = beton.row_dtype(type_ids)
     rows_at = fields_at + fields_bytes
-    rows = _read_exactly(file, rows_at, count * row.itemsize, name).view(row)
-    allocations = _read_exactly(file, table_at, table_bytes, name).view(beton.ALLOCATION)
+    row_bytes = _read_exactly(file, rows_at, count * row.itemsize, name)
+    rows = row_bytes.view(row)
+    allocation_bytes = _read_exactly(file, table_at, table_bytes, name)
+    allocations = allocation_bytes.view(beton.ALLOCATION)
     return _Tables(fields, rows, allocations)
 
 
@@ -161,7 +176,10 @@ def _choose(fields: list[beton.Field], kinds: tuple[int, ...], *names: str) -> i
     named = [i for i in of_kind if fields[i].name in names]
     if named:
         return named[0]
-    return of_kind[0] if len(of_kind) == 1 else None
+    # Among several of the kind without a known name a choice would be a guess.
+    if len(of_kind) == 1:
+        return of_kind[0]
+    return None
 
 
 def _read_exactly(file: BinaryIO, start: int, size: int, name: str) -> npt.NDArray[np.uint8]:
@@ -188,7 +206,8 @@ def _allocated_bytes(
 
     # Past the last allocation `searchsorted` gives its length; the comparison then tells.
     last = max(len(known_starts) - 1, 0)
-    nearest = np.searchsorted(known_starts, starts).clip(max=last)
+    nearest = np.searchsorted(known_starts, starts)
+    nearest = nearest.clip(max=last)
     if not len(known_starts) or (known_starts[nearest] != starts).any():
         raise DataError(
             f"{name}: a sample lies where nothing was allocated; the beton was cut or damaged. "
@@ -199,8 +218,10 @@ def _allocated_bytes(
 
 def _check_texts(texts: npt.NDArray, allocations: npt.NDArray, name: str) -> None:
     # An image row has no size of its own; a text row has one, which must agree with its allocation.
+    # An empty text has no allocation at all, so that its `ptr` says little.
     written = texts[texts["size"] > 0]
-    if (_allocated_bytes(written["ptr"], allocations, name) != written["size"]).any():
+    allocated = _allocated_bytes(written["ptr"], allocations, name)
+    if (allocated != written["size"]).any():
         raise DataError(
             f"{name}: the beton's tables disagree about a sample's texts. Write it again."
         )
@@ -212,16 +233,17 @@ def index_shard(uri: str) -> ShardIndex:
     Raises:
         DataError: It is not a beton, cut or damaged.
     """
+    # For messages; a URI may carry a secret.
     name = storage.redact(uri)
+    file_name = storage.name_of(uri)
+    stem = file_name.removesuffix(SUFFIXES["ffcv"])
     size_bytes = storage.size_of(uri)
     with storage.open_read(uri) as file:
         layout = read_layout(file, name=name, size_bytes=size_bytes)
-        pass_over = _Pass(
-            file, layout, name=name, stem=storage.name_of(uri).removesuffix(SUFFIXES["ffcv"])
-        )
+        pass_over = _Pass(file, layout, name=name, stem=stem)
         pass_over.run()
+    # The table names bad images on the way, so that it is built before they are asked for.
     table = pass_over.table()
-    file_name = storage.name_of(uri)
     sha256 = pass_over.digest.hexdigest()
     return ShardIndex(
         ShardFile.of(table, name=file_name, size_bytes=size_bytes, sha256=sha256),
@@ -242,6 +264,7 @@ class _Pass:
         self._stem = stem
         self.digest = hashlib.sha256()
         self.bad: list[tuple[str, Refused]] = []
+        # By row, not in the order of the file: the two may differ.
         count = len(layout.image)
         self._probes: list[Probe | Refused] = [Refused(Reason.EMPTY)] * count
         self._hashes = [0] * count
@@ -295,19 +318,25 @@ class _Pass:
         return data
 
     def _skip(self, size: int) -> None:
+        # Read, not sought: these bytes are a part of the file's sha256.
         while size:
-            size -= len(self._read(min(size, _CHUNK_BYTES)))
+            chunk = self._read(min(size, _CHUNK_BYTES))
+            size -= len(chunk)
 
     def _look(self, row: int, data: bytes) -> Probe | Refused:
         entry = self._layout.image[row]
         width = int(entry["width"])
         height = int(entry["height"])
+        # Raw pixels have no header to look at: their number is all that can be checked.
         if entry["mode"] == beton.MODE_RAW:
             if len(data) != width * height * 3:
                 return Refused(Reason.TRUNCATED)
             return Probe("raw", width, height, "RGB")
         probed = probe(data)
-        if isinstance(probed, Probe) and (probed.width, probed.height) != (width, height):
+        if isinstance(probed, Refused):
+            return probed
+        # Boxes are drawn from the table's size; cut from an image of another, they lie elsewhere.
+        if (probed.width, probed.height) != (width, height):
             detail = f"{probed.width} x {probed.height} pixels, the beton says {width} x {height}"
             return Refused(Reason.SIZE_DIFFERS, detail)
         return probed
@@ -325,7 +354,10 @@ class _Pass:
                 # The sample keeps its row, so that ids and order do not depend on what is broken.
                 probed = Probe("bad", 0, 0, "")
             # The manifest holds 32 bits; other writers use any integer for "no label".
-            label = labels[row] if 0 <= labels[row] < 2**31 else NO_LABEL
+            if 0 <= labels[row] < 2**31:
+                label = labels[row]
+            else:
+                label = NO_LABEL
             rows.add(
                 key,
                 offset=starts[row],
@@ -344,18 +376,29 @@ class _Pass:
         the sample's number."""
         is_json = self._layout.texts_are_json
         rows = range(len(self._probes))
-        keys = [_key_of(self._texts.get(row, b""), is_json) for row in rows]
+        keys = []
+        for row in rows:
+            text = self._texts.get(row, b"")
+            keys.append(_key_of(text, is_json))
         # All or none: a mixture could repeat a key that another shard has.
-        if all(keys) and len(set(keys)) == len(keys):
+        are_distinct = len(set(keys)) == len(keys)
+        if all(keys) and are_distinct:
             return keys
-        stem = "_".join(self._stem.replace(".", "_").split())
-        return [f"{stem}/{row:08d}" for row in range(len(keys))]
+        # A key may hold neither dots nor blanks, so that the sample can go into a tar as well.
+        words = self._stem.replace(".", "_").split()
+        stem = "_".join(words)
+        return [f"{stem}/{row:08d}" for row in rows]
 
 
 def _key_of(text: bytes, is_json: bool) -> str:
+    """Return the key that a text holds, or an empty one."""
     if is_json:
-        key = (beton.parse_json(text) or {}).get("key")
-        return key if isinstance(key, str) else ""
+        stored = beton.parse_json(text) or {}
+        key = stored.get("key")
+        if isinstance(key, str):
+            return key
+        return ""
+    # A bytes field may hold anything, a mask for example: then it is not a key.
     try:
         return text.rstrip(b"\0").decode()
     except UnicodeDecodeError:
@@ -369,17 +412,24 @@ def read_metas(uri: str) -> list[dict[str, object] | None]:
     Raises:
         DataError: It is not a beton, or cut.
     """
+    name = storage.redact(uri)
+    size_bytes = storage.size_of(uri)
     with storage.open_read(uri) as file:
-        layout = read_layout(file, name=storage.redact(uri), size_bytes=storage.size_of(uri))
+        layout = read_layout(file, name=name, size_bytes=size_bytes)
         if layout.texts is None or not layout.texts_are_json:
             return [None] * len(layout.image)
-        metas = []
+        metas: list[dict[str, object] | None] = []
         for entry in layout.texts:
             file.seek(int(entry["ptr"]))
             size = min(int(entry["size"]), _MAX_TEXT_BYTES)
             stored = beton.parse_json(file.read(size))
             # Only our own writer has both names; another writer's JSON is kept whole.
             is_ours = stored is not None and "key" in stored
-            about = stored.get("about") if stored is not None and is_ours else stored
-            metas.append(about if isinstance(about, dict) else None)
+            about: object = stored
+            if stored is not None and is_ours:
+                about = stored.get("about")
+            if isinstance(about, dict):
+                metas.append(about)
+            else:
+                metas.append(None)
         return metas

@@ -19,7 +19,7 @@ from pipeline import storage
 from pipeline.errors import DataError
 from pipeline.formats import beton
 from pipeline.formats.records import ShardFile, ShardIndex
-from pipeline.formats.table import NO_LABEL, TableBuilder
+from pipeline.formats.table import NO_LABEL, ShardTable, TableBuilder
 from pipeline.images.header import Probe
 from pipeline.storage.retry import explain
 from pipeline.storage.unfinished import UnfinishedFile
@@ -30,10 +30,13 @@ _CHUNK_BYTES = 2**20
 def storable(found: Probe) -> bool:
     """Tell whether FFCV's readers can decode an image of this kind: a JPEG in RGB or grey, or raw
     RGB."""
-    small = max(found.width, found.height) <= beton.MAX_SIDE
-    return small and (
-        (found.format == "jpeg" and found.mode in ("RGB", "L")) or found.format == "raw"
-    )
+    longer_side = max(found.width, found.height)
+    if longer_side > beton.MAX_SIDE:
+        return False
+    # FFCV hands every JPEG to libjpeg-turbo for RGB, which refuses CMYK.
+    if found.format == "jpeg":
+        return found.mode in ("RGB", "L")
+    return found.format == "raw"
 
 
 class BetonWriter:
@@ -58,15 +61,18 @@ class BetonWriter:
         # Images as they come; never committed, only read back when all places are known.
         self._spool = UnfinishedFile(uri)
         self._file = UnfinishedFile(uri)
+        # What the image is, its size in bytes, label and xxh3_64: the pixels stay on disk.
         self._images: list[tuple[Probe, int, int, int]] = []
         self._metas: list[bytes] = []
         self._labels: list[int] = []
+        # A dict, because a set forgets the order in which keys came.
         self._keys: dict[str, None] = {}
 
     def __enter__(self) -> BetonWriter:
         self._spool.__enter__()
         try:
             self._file.__enter__()
+        # `with` does not call `__exit__` if `__enter__` raises: the spool would stay on disk.
         except BaseException:
             self._spool.__exit__(None, None, None)
             raise
@@ -107,12 +113,12 @@ class BetonWriter:
             DataError: The key is taken, or FFCV cannot read such an image.
             InfrastructureError: The disk is full or not writable.
         """
+        # Everything is checked before the first byte is written: a refused sample leaves no trace.
         if not storable(found):
             raise DataError(
                 f"{key}: a {found.mode} {found.format} of {found.width} x {found.height} pixels "
-                "cannot be stored in a "
-                "beton, which holds JPEG or raw pixels; re-encode it (--resize, or --write-mode "
-                "raw)."
+                "cannot be stored in a beton, which holds JPEG or raw pixels; re-encode it "
+                "(--resize, or --write-mode raw)."
             )
         if found.format == "raw" and len(image) != found.width * found.height * 3:
             raise ValueError(
@@ -122,16 +128,21 @@ class BetonWriter:
             raise DataError(
                 f"{key!r} is already in {storage.name_of(self._uri)}: keys must be unique."
             )
-        known = {} if metadata is None else {"about": dict(sorted(metadata.items()))}
+        if metadata is None:
+            known = {}
+        else:
+            known = {"about": dict(sorted(metadata.items()))}
         meta = beton.json_bytes({"key": key, **known})
+        # A sample cannot cross pages, and the header has 32 bits for the size of one.
         if len(image) + len(meta) > beton.MAX_PAGE_BYTES:
             raise DataError(
                 f"{key}: {len(image)} bytes do not fit in a beton's page of at most 2 GiB; use "
                 "--resize."
             )
+        digest = xxhash.xxh3_64_intdigest(image)
         self._spool.write(image)
         self._keys[key] = None
-        self._images.append((found, len(image), label, xxhash.xxh3_64_intdigest(image)))
+        self._images.append((found, len(image), label, digest))
         self._metas.append(meta)
 
     def close(self) -> ShardIndex:
@@ -140,10 +151,10 @@ class BetonWriter:
         Raises:
             InfrastructureError: The disk is full or not writable.
         """
-        needed = max(
-            size + len(meta)
-            for (_, size, _, _), meta in zip(self._images, self._metas, strict=True)
-        )
+        needed = 0
+        for (_, size, _, _), meta in zip(self._images, self._metas, strict=True):
+            needed = max(needed, size + len(meta))
+        # FFCV finds a page by shifting, so that its size must stay a power of two.
         while self._page_bytes < needed:
             self._page_bytes *= 2
         head, places, end = self._lay_out()
@@ -152,10 +163,16 @@ class BetonWriter:
         except OSError as error:
             raise explain("write", self._uri, error) from error
         self._file.commit()
+        table = self._table(places)
+        name = storage.name_of(self._uri)
+        file = ShardFile.of(table, name=name, size_bytes=size_bytes, sha256=sha256)
+        return ShardIndex(file, table)
+
+    def _table(self, places: list[tuple[int, int]]) -> ShardTable:
+        """Return the rows that a later pass over the file would find."""
         rows = TableBuilder()
-        for key, (found, size, label, digest), (offset, _) in zip(
-            self._keys, self._images, places, strict=True
-        ):
+        samples = zip(self._keys, self._images, places, strict=True)
+        for key, (found, size, label, digest), (offset, _) in samples:
             rows.add(
                 key,
                 offset=offset,
@@ -167,44 +184,55 @@ class BetonWriter:
                 mode=found.mode,
                 xxh3=digest,
             )
-        table = rows.build()
-        name = storage.name_of(self._uri)
-        return ShardIndex(
-            ShardFile.of(table, name=name, size_bytes=size_bytes, sha256=sha256), table
-        )
+        return rows.build()
 
     def _lay_out(self) -> tuple[bytes, list[tuple[int, int]], int]:
         """Return (all that stands before the pages, where each sample's image and meta go, where
         the pages end)."""
-        row = beton.row_dtype([type_id for _, type_id in beton.OUR_FIELDS])
+        type_ids = [type_id for _, type_id in beton.OUR_FIELDS]
+        row = beton.row_dtype(type_ids)
         fields = beton.describe_fields(beton.OUR_FIELDS)
+        # Zeros, not `empty`: the bytes that align a row's fields go into the file and its sha256.
         samples = np.zeros(len(self._images), row)
+        # The names that numpy gave, by number: FFCV's own names are in the descriptions.
         image_name, label_name, meta_name = row.names or ()
-        first_page = beton.align(
-            beton.HEADER.itemsize + fields.nbytes + samples.nbytes, self._page_bytes
-        )
-        at, left = first_page, self._page_bytes
+
+        # Pages begin at multiples of their size, because FFCV tells a page from an address.
+        tables_bytes = beton.HEADER.itemsize + fields.nbytes + samples.nbytes
+        at = beton.align(tables_bytes, self._page_bytes)
+        left = self._page_bytes
         places = []
-        for sample, (found, size, label, _), meta in zip(
-            samples, self._images, self._metas, strict=True
-        ):
-            if size + len(meta) > left:
-                at, left = at + left, self._page_bytes
-            places.append((at, at + size))
-            mode = beton.MODE_RAW if found.format == "raw" else beton.MODE_JPEG
+        rows = zip(samples, self._images, self._metas, strict=True)
+        for sample, (found, size, label, _), meta in rows:
+            # Image and text share a page, which FFCV's page cache then reads once.
+            sample_bytes = size + len(meta)
+            if sample_bytes > left:
+                at += left
+                left = self._page_bytes
+            meta_at = at + size
+            places.append((at, meta_at))
+            mode = beton.MODE_JPEG
+            if found.format == "raw":
+                mode = beton.MODE_RAW
             sample[image_name] = (mode, found.width, found.height, at)
             sample[label_name] = label
-            sample[meta_name] = (at + size, len(meta))
-            at, left = at + size + len(meta), left - size - len(meta)
+            sample[meta_name] = (meta_at, len(meta))
+            at += sample_bytes
+            left -= sample_bytes
+
+        # The last page is whole too, because FFCV's page cache reads whole pages only.
         end = at + left
         header = np.zeros(1, beton.HEADER)
         header[0] = (beton.VERSION, len(fields), self._page_bytes, len(samples), end)
-        return header.tobytes() + fields.tobytes() + samples.tobytes(), places, end
+        head = header.tobytes() + fields.tobytes() + samples.tobytes()
+        return head, places, end
 
     def _write(self, head: bytes, places: list[tuple[int, int]], end: int) -> tuple[str, int]:
+        """Write everything from first to last byte; return sha256 and size."""
         spool = self._spool.file
         file = self._file.file
         spool.seek(0)
+        # Hashed while written: reading the shard again would double its I/O.
         digest = hashlib.sha256()
         at = 0
 
@@ -215,14 +243,17 @@ class BetonWriter:
             at += len(data)
 
         def fill(until: int) -> None:
+            # In pieces: a page may have 2 GiB.
             while at < until:
-                put(bytes(min(_CHUNK_BYTES, until - at)))
+                missing = until - at
+                put(bytes(min(_CHUNK_BYTES, missing)))
 
         put(head)
+        # Two runs a sample, image and text, in the order of the file.
         allocations = np.zeros(2 * len(places), beton.ALLOCATION)
-        for i, ((offset, meta_offset), (_, size, _, _), meta) in enumerate(
-            zip(places, self._images, self._metas, strict=True)
-        ):
+        samples = zip(places, self._images, self._metas, strict=True)
+        for i, ((offset, meta_offset), (_, size, _, _), meta) in enumerate(samples):
+            # Samples lie in the order in which they were spooled: the spool is read straight on.
             fill(offset)
             put(spool.read(size))
             put(meta)

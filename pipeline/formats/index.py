@@ -12,5 +12,6 @@ def index_shard(uri: str) -> ShardIndex:
     Raises:
         DataError: The file is cut, damaged or badly made, or holds no sample.
     """
-    reader = beton_index if uri.endswith(SUFFIXES["ffcv"]) else webdataset_index
-    return reader.index_shard(uri)
+    if uri.endswith(SUFFIXES["ffcv"]):
+        return beton_index.index_shard(uri)
+    return webdataset_index.index_shard(uri)

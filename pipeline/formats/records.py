@@ -8,6 +8,7 @@ from pipeline.errors import DataError
 from pipeline.formats.table import ShardTable
 from pipeline.images.refused import Refused
 
+# Containers are told by the ending alone, so that no two may share one.
 SUFFIXES = {"webdataset": ".tar", "ffcv": ".beton"}
 """Ending of a shard's file name, by container."""
 
@@ -33,7 +34,9 @@ class ShardFile:
     @classmethod
     def of(cls, table: ShardTable, *, name: str, size_bytes: int, sha256: str) -> ShardFile:
         """Describe the file that holds the samples of a table."""
-        return cls(name, len(table), size_bytes, sha256, table.content_hash())
+        # Reads every key; it is done once, when the shard is written or indexed.
+        content_hash = table.content_hash()
+        return cls(name, len(table), size_bytes, sha256, content_hash)
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,9 @@ def suffix_of(container: str) -> str:
         DataError: There is no such container.
     """
     if container not in SUFFIXES:
+        known = ", ".join(SUFFIXES)
         raise DataError(
-            f"dataset: the format {container!r} is not one of {', '.join(SUFFIXES)}. "
+            f"dataset: the format {container!r} is not one of {known}. "
             "Use the version of this program that made the dataset, or convert it again."
         )
     return SUFFIXES[container]

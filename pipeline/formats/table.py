@@ -7,7 +7,7 @@ import re
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ from pipeline.errors import DataError
 
 Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
+# Only names are stored; the numbers below live in memory. Still "bad" stays first: an unknown name
+# of a newer writer is read as 0.
 FORMATS = ("bad", "jpeg", "png", "webp", "gif", "bmp", "tiff", "raw")
 """What an image member may be. `bad`: its header cannot be read; its width and height are 0."""
 MODES = (
@@ -119,7 +121,10 @@ class ShardTable:
     @cached_property
     def keys(self) -> list[str]:
         """Return the samples' keys."""
-        return list(self.key_source() if callable(self.key_source) else self.key_source)
+        # Training needs no keys, and they take more memory than all other columns together.
+        if callable(self.key_source):
+            return list(self.key_source())
+        return list(self.key_source)
 
     def content_hash(self) -> str:
         """Return the xxh3_128 of what the shard holds, in order: the same whatever the container
@@ -128,6 +133,8 @@ class ShardTable:
         Hashed per sample: length of the key in bytes (uint32), key (UTF-8), label, width, height
         (int32 each) and xxh3_64 of the image (uint64), little-endian.
         """
+        # Every fingerprint rests on these bytes: after a change no run could resume on its dataset.
+        # Offsets stay out, because they belong to the container.
         digest = xxhash.xxh3_128()
         pack = struct.Struct("<iiiQ").pack
         rows = zip(
@@ -140,11 +147,15 @@ class ShardTable:
         )
         for key, *values in rows:
             text = key.encode()
-            digest.update(len(text).to_bytes(4, "little") + text + pack(*values))
+            # With its length in front, no key can run into the numbers behind it.
+            length = len(text).to_bytes(4, "little")
+            digest.update(length + text + pack(*values))
         return digest.hexdigest()
 
     def to_arrow(self) -> pa.Table:
         """Return the rows as an Arrow table with the columns of `SCHEMA`."""
+        formats = [FORMATS[code] for code in self.formats.tolist()]
+        modes = [MODES[code] for code in self.modes.tolist()]
         columns: list[pa.Array[Any]] = [
             pa.array(self.keys, pa.string()),
             pa.array(self.offsets),
@@ -152,8 +163,8 @@ class ShardTable:
             pa.array(self.labels),
             pa.array(self.widths),
             pa.array(self.heights),
-            pa.array([FORMATS[code] for code in self.formats.tolist()], pa.string()),
-            pa.array([MODES[code] for code in self.modes.tolist()], pa.string()),
+            pa.array(formats, pa.string()),
+            pa.array(modes, pa.string()),
             pa.array(self.hashes),
         ]
         return pa.Table.from_arrays(columns, schema=SCHEMA)
@@ -170,8 +181,12 @@ class ShardTable:
         """
 
         def column(name: str, dtype: str) -> npt.NDArray:
-            return np.array(table.column(name).to_numpy(), dtype=dtype)
+            # A copy: a view would keep the whole row group's buffers in memory.
+            values = table.column(name).to_numpy()
+            return np.array(values, dtype=dtype)
 
+        if keys is None:
+            keys = partial(key_list, table)
         return cls(
             offsets=column("offset", "int64"),
             sizes=column("size", "int64"),
@@ -181,7 +196,7 @@ class ShardTable:
             formats=_codes(table.column("format"), FORMATS),
             modes=_codes(table.column("mode"), MODES),
             hashes=column("xxh3", "uint64"),
-            key_source=keys if keys is not None else (lambda: key_list(table)),
+            key_source=keys,
         )
 
 
@@ -214,27 +229,23 @@ class TableBuilder:
         xxh3: int,
     ) -> None:
         """Append one sample."""
+        format_code = _code(image_format, FORMATS)
+        mode_code = _code(mode, MODES)
+        row = (offset, size, label, width, height, format_code, mode_code, xxh3)
         self._keys.append(key)
-        self._rows.append(
-            (
-                offset,
-                size,
-                label,
-                width,
-                height,
-                _code(image_format, FORMATS),
-                _code(mode, MODES),
-                xxh3,
-            )
-        )
+        self._rows.append(row)
 
     def build(self) -> ShardTable:
         """Return what was added as columns."""
-        columns = list(zip(*self._rows, strict=True)) if self._rows else [()] * 8
+        if self._rows:
+            columns = list(zip(*self._rows, strict=True))
+        else:
+            columns = [()] * 8
+        # In the order of `ShardTable`'s fields, which they are handed to by position.
         dtypes = ("int64", "int64", "int32", "int32", "int32", "uint8", "uint8", "uint64")
-        arrays: list[Any] = [
-            np.array(values, dtype=dtype) for values, dtype in zip(columns, dtypes, strict=True)
-        ]
+        arrays: list[Any] = []
+        for values, dtype in zip(columns, dtypes, strict=True):
+            arrays.append(np.array(values, dtype=dtype))
         return ShardTable(*arrays, key_source=self._keys)  # type: ignore[misc]
 
 
@@ -242,18 +253,22 @@ def _code(name: str, names: tuple[str, ...]) -> int:
     try:
         return names.index(name)
     except ValueError:
-        raise DataError(
-            f"manifest: {name!r} is not one of {', '.join(map(repr, names))}."
-        ) from None
+        known = ", ".join(repr(name) for name in names)
+        raise DataError(f"manifest: {name!r} is not one of {known}.") from None
 
 
 def _codes(column: pa.ChunkedArray, names: tuple[str, ...]) -> npt.NDArray[np.uint8]:
     """Return a text column as indices into the known names; an unknown name gets 0."""
     parts = [np.empty(0, np.uint8)]
+    # Names are looked up once per distinct value, not once per row: rows may be millions.
     for chunk in column.chunks:
-        encoded = chunk if isinstance(chunk, pa.DictionaryArray) else chunk.dictionary_encode()
-        known = [
-            names.index(name) if name in names else 0 for name in encoded.dictionary.to_pylist()
-        ]
-        parts.append(np.array(known, np.uint8)[encoded.indices.to_numpy()])
+        encoded: Any = chunk
+        if not isinstance(chunk, pa.DictionaryArray):
+            encoded = chunk.dictionary_encode()
+        codes = []
+        for name in encoded.dictionary.to_pylist():
+            codes.append(names.index(name) if name in names else 0)
+        lookup = np.array(codes, np.uint8)
+        indices = encoded.indices.to_numpy()
+        parts.append(lookup[indices])
     return np.concatenate(parts)

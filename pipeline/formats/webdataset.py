@@ -17,6 +17,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 EXTENSIONS = (*IMAGE_EXTENSIONS, "cls", "json", "txt")
 """Members that may be read; the rest is counted and skipped."""
 SUFFIX = SUFFIXES["webdataset"]
+# The folder belongs to the key, and dots in it do not count: "a.b/c.seg.png" is "a.b/c", "seg.png".
 _MEMBER = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 RESERVED_NAME = re.compile(r"^__[^/]*__($|/)")
 """Members such as `__metadata__`, which the webdataset library keeps for itself."""
@@ -26,7 +27,11 @@ def split_key(name: str) -> tuple[str, str] | None:
     """Return (key, extension in lower case) of a member's path, or None if it has no
     extension."""
     found = _MEMBER.match(name)
-    return (found.group(1), found.group(2).lower()) if found else None
+    if found:
+        key = found.group(1)
+        extension = found.group(2)
+        return key, extension.lower()
+    return None
 
 
 def make_dali_index(samples: list[list[tuple[str, int, int, str]]]) -> bytes:
@@ -37,12 +42,12 @@ def make_dali_index(samples: list[list[tuple[str, int, int, str]]]) -> bytes:
     """
     lines = [f"v1.2 {len(samples)}"]
     for components in samples:
-        if any(
-            not name or name.split() != [name] or len(part.split()) != 1
-            for part, _, _, name in components
-        ):
-            return b""
-        lines.append(
-            " ".join(f"{part} {offset} {size} {name}" for part, offset, size, name in components)
-        )
-    return ("\n".join(lines) + "\n").encode()
+        words = []
+        for part, offset, size, name in components:
+            # The format splits at blanks and quotes none: DALI would read the wrong bytes.
+            if name.split() != [name] or part.split() != [part]:
+                return b""
+            words.append(f"{part} {offset} {size} {name}")
+        lines.append(" ".join(words))
+    text = "\n".join(lines) + "\n"
+    return text.encode()

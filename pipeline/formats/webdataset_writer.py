@@ -18,6 +18,7 @@ from pipeline.formats.webdataset import RESERVED_NAME, make_dali_index, split_ke
 from pipeline.images.header import Probe
 from pipeline.storage.unfinished import UnfinishedFile
 
+# Sorted keys, because a dict's order would decide the shard's bytes.
 _to_json = json.JSONEncoder(ensure_ascii=False, sort_keys=True).encode
 _EXTENSION_OF = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 
@@ -85,11 +86,10 @@ class WebDatasetWriter:
                 f"{key}: a {found.format} image cannot be stored in a WebDataset; re-encode it "
                 "(--resize)."
             )
-        if (
-            split_key(f"{key}.{extension}") != (key, extension)
-            or key.split() != [key]
-            or RESERVED_NAME.match(key)
-        ):
+        # The test is what a reader will do with the name, not a list of what it may not hold.
+        is_split_back = split_key(f"{key}.{extension}") == (key, extension)
+        has_blanks = key.split() != [key]
+        if not is_split_back or has_blanks or RESERVED_NAME.match(key):
             raise DataError(
                 f"{key!r} cannot be a WebDataset key: no dots in its last part, no blanks, no "
                 "__name__."
@@ -99,29 +99,37 @@ class WebDatasetWriter:
                 f"{key!r} is already in {storage.name_of(self._uri)}: keys must be unique."
             )
         self._keys.add(key)
+
+        # The image comes first; its offset is taken from the first component below.
         members = [(extension, image)]
         if label != NO_LABEL:
             members.append(("cls", str(label).encode()))
         if metadata is not None:
             members.append(("json", _to_json(metadata).encode()))
+
+        # Each member is a header and its data, filled up with zeros to a block of 512 bytes.
         components = []
         # What stands around the image goes out in one piece: calls cost more than bytes here.
         small = b""
         for part, data in members:
             name = f"{key}.{part}"
             small += make_header(name, len(data))
-            components.append((part, self._at + len(small), len(data), name))
+            offset = self._at + len(small)
+            components.append((part, offset, len(data), name))
+            filling = bytes(-len(data) % 512)
             if data is image:
+                # Not joined: a copy of every image would cost more than one call.
                 self._write(small)
                 self._write(data)
-                small = bytes(-len(data) % 512)
+                small = filling
             else:
-                small += data + bytes(-len(data) % 512)
+                small += data + filling
         self._write(small)
         self._components.append(components)
+        _, image_offset, _, _ = components[0]
         self._rows.add(
             key,
-            offset=components[0][1],
+            offset=image_offset,
             size=len(image),
             label=label,
             width=found.width,
@@ -142,13 +150,15 @@ class WebDatasetWriter:
         Raises:
             InfrastructureError: The disk is full or not writable.
         """
+        # Without the end mark a reader cannot tell a whole archive from one that was cut.
         self._write(end_mark(self._at))
         self._file.commit()
         table = self._rows.build()
+        dali_index = make_dali_index(self._components)
         file = ShardFile.of(
             table,
             name=storage.name_of(self._uri),
             size_bytes=self._at,
             sha256=self._digest.hexdigest(),
         )
-        return ShardIndex(file, table, make_dali_index(self._components))
+        return ShardIndex(file, table, dali_index)

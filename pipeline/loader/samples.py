@@ -257,4 +257,6 @@ def _declared_size(image: U8) -> tuple[int, int] | None:
             return None
         return int(width), int(height)
     found = probe(image.tobytes())
-    return None if isinstance(found, Refused) else (found.width, found.height)
+    if isinstance(found, Refused):
+        return None
+    return (found.width, found.height)

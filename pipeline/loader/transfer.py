@@ -69,7 +69,9 @@ class DeviceCopier:
         self._shift_C11 = (-torch.tensor(IMAGENET_MEAN, dtype=torch.float64) / std_13).to(
             device, torch.float32
         )[:, None, None]
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)
 
     @property
     def keeps_pixels(self) -> bool:

@@ -55,13 +55,11 @@ class ShardReader:
         self._lock = threading.Lock()
         self._maps: OrderedDict[int, U8] = OrderedDict()
         self._max_maps = _maps_allowed()
-        self._cache = (
-            None
-            if storage.is_local(manifest.uri)
-            else ShardCache(
-                manifest, folder=cache_dir or default_cache_dir(), max_bytes=cache_bytes
-            )
-        )
+        # A local shard is mapped where it lies: a copy of it would only take room.
+        self._cache: ShardCache | None = None
+        if not storage.is_local(manifest.uri):
+            folder = cache_dir or default_cache_dir()
+            self._cache = ShardCache(manifest, folder=folder, max_bytes=cache_bytes)
         self.counters = self._cache.counters if self._cache else CacheCounters()
         """What the cache did; all zero for local shards."""
         self._ranges = ThreadPoolExecutor(_RANGES_AT_ONCE, thread_name_prefix="range")
@@ -162,9 +160,10 @@ class ShardReader:
             if mapped is not None:
                 self._maps.move_to_end(shard)
                 return mapped
-        mapped = (
-            self._map_local(shard) if self._cache is None else self._map_cached(self._cache, shard)
-        )
+        if self._cache is None:
+            mapped = self._map_local(shard)
+        else:
+            mapped = self._map_cached(self._cache, shard)
         if mapped is not None:
             with self._lock:
                 self._maps[shard] = mapped
@@ -223,9 +222,14 @@ def _maps_allowed() -> int:
     """Say how many shards may be mapped at once. Each map keeps a file open: the process's limit is
     raised for it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * _MOST_MAPS if hard == resource.RLIM_INFINITY else min(2 * _MOST_MAPS, hard)
+    if hard == resource.RLIM_INFINITY:
+        wanted = 2 * _MOST_MAPS
+    else:
+        wanted = min(2 * _MOST_MAPS, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
             soft = wanted
-    return _MOST_MAPS if soft == resource.RLIM_INFINITY else max(16, min(_MOST_MAPS, soft // 2))
+    if soft == resource.RLIM_INFINITY:
+        return _MOST_MAPS
+    return max(16, min(_MOST_MAPS, soft // 2))

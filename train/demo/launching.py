@@ -184,7 +184,10 @@ def run_training(
     status = read_status(run_dir)
     if process.returncode == 0 or (told and status.get("state") in ("preempted", "done")):
         return
-    code = status.get("exit_code") if status.get("state") in ("failed", "preempted") else None
+    if status.get("state") in ("failed", "preempted"):
+        code = status.get("exit_code")
+    else:
+        code = None
     raise StageFailed("training", code or abs(process.returncode))
 
 
