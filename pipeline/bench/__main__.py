@@ -33,7 +33,9 @@ from pipeline.errors import ConfigError
 from pipeline.loader import Loader
 from pipeline.storage import redact
 
+# What was decoded ahead before the clock starts would count as free.
 _WARM_UP_BATCHES = 4
+# Short, so that many rounds fit in: a busy minute of the machine then falls on all subjects.
 _SECONDS_OF_TURN = 2.0
 
 
@@ -100,7 +102,9 @@ def measure(arguments: Arguments) -> dict[str, Any]:
         DataError: The dataset cannot be read.
     """
     device = _device(arguments)
-    seconds = 10.0 if arguments.seconds is None else arguments.seconds
+    seconds = 10.0
+    if arguments.seconds is not None:
+        seconds = arguments.seconds
     dataset = open_dataset(arguments.uri)
     num_samples = dataset.info.num_samples
     start_s = time.perf_counter()
@@ -119,7 +123,9 @@ def measure(arguments: Arguments) -> dict[str, Any]:
         start_cpu_s = cpu_s()
         start_s = time.perf_counter()
         while time.perf_counter() - start_s < seconds:
-            images += next(batches).images_BCHW.shape[0]
+            batch = next(batches)
+            images += batch.images_BCHW.shape[0]
+            # Memory that grows with the epochs would show as a difference from the end's.
             if not rss_epoch_bytes and images >= num_samples:
                 rss_epoch_bytes = rss_bytes()
 
@@ -130,6 +136,8 @@ def measure(arguments: Arguments) -> dict[str, Any]:
         used_cpu_s = cpu_s() - start_cpu_s
         after = loader.stats.snapshot()
         num_bad = loader.report.num_bad
+
+    # Counters run from the loader's start: the warm-up's part is taken off.
     stages = {}
     for stage, counters in after.items():
         stages[stage] = {name: value - before[stage][name] for name, value in counters.items()}
@@ -149,26 +157,36 @@ def measure(arguments: Arguments) -> dict[str, Any]:
 
 def _open_loader(arguments: Arguments, dataset: Any, *, device: torch.device) -> Loader:
     side = arguments.size
+    view = ViewConfig(height=side, width=side, interpolation=arguments.interpolation)
+    settings = LoaderConfig(
+        decoder=arguments.decoder,
+        num_threads=arguments.num_threads,
+        dali_depth=arguments.dali_depth,
+        hw_decoder_load=arguments.hw_decoder_load,
+    )
+    # One rank that has the machine to itself: figures of several would depend on each other.
+    dtype = torch.float32
+    if arguments.output == "uint8":
+        dtype = torch.uint8
     return Loader(
         dataset,
-        ViewConfig(height=side, width=side, interpolation=arguments.interpolation),
+        view,
         OrderConfig(),
-        LoaderConfig(
-            decoder=arguments.decoder,
-            num_threads=arguments.num_threads,
-            dali_depth=arguments.dali_depth,
-            hw_decoder_load=arguments.hw_decoder_load,
-        ),
+        settings,
         seed=0,
         global_batch_size=arguments.batch_size,
         micro_batch_size=arguments.batch_size,
         device=device,
-        dtype=torch.uint8 if arguments.output == "uint8" else torch.float32,
+        dtype=dtype,
     )
 
 
 def _device(arguments: Arguments) -> torch.device:
-    return torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if arguments.device:
+        return torch.device(arguments.device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("cpu")
 
 
 def _measure_one(arguments: Arguments) -> Outcome:
@@ -192,23 +210,28 @@ def _measure_one(arguments: Arguments) -> Outcome:
 
 def _tune(arguments: Arguments) -> Outcome:
     device = _device(arguments)
-    ways = {
-        describe(way): way
-        for way in candidates(device=device, interpolation=arguments.interpolation)
-    }
+    found = candidates(device=device, interpolation=arguments.interpolation)
+    ways = {describe(way): way for way in found}
 
+    # A new loader for each turn: its threads and DALI's pipelines would disturb the others'.
     def measure_way(way: Tuning) -> Figures:
         seconds = arguments.seconds or _SECONDS_OF_TURN
-        once = measure(replace(arguments, **way.model_dump(), seconds=seconds))
+        words = replace(arguments, **way.model_dump(), seconds=seconds)
+        once = measure(words)
         return {"images_per_s": once["images_per_s"]}
 
+    subjects = {name: partial(measure_way, way) for name, way in ways.items()}
     turns = Turns("bench", rounds=arguments.repeats)
     for _ in turns.rounds():
-        turns.take({name: partial(measure_way, way) for name, way in ways.items()})
+        turns.take(subjects)
 
     rates = {name: turns.spread(name, "images_per_s") for name in ways}
     ranked = sorted(ways, key=lambda name: rates[name].median, reverse=True)
-    lines = [f"{rates[name].text(',.0f')} images/s  {name}" for name in ranked]
+    lines = []
+    for name in ranked:
+        rate = rates[name].text(",.0f")
+        lines.append(f"{rate} images/s  {name}")
+    # The file says how it came about: settings that were fastest for other pixels may not be here.
     how = (
         f"Written by python -m pipeline.bench --tune on {redact(arguments.uri)}: "
         f"{arguments.size} pixels, {arguments.interpolation}, batches of {arguments.batch_size}.\n"
@@ -217,9 +240,10 @@ def _tune(arguments: Arguments) -> Outcome:
     best = ways[ranked[0]]
     write_tuning(arguments.tuning_file, best, device=device, comment=how + "\n".join(lines))
     lines.append(f"bench: wrote {arguments.tuning_file}; use it with --loader.tuning-file")
-    tried = [
-        {**ways[name].model_dump(), "rates": turns.values(name, "images_per_s")} for name in ranked
-    ]
+    tried = []
+    for name in ranked:
+        rates_of_rounds = turns.values(name, "images_per_s")
+        tried.append({**ways[name].model_dump(), "rates": rates_of_rounds})
     return Outcome({"best": best.model_dump(), "images_per_s": tried}, "\n".join(lines))
 
 
@@ -238,21 +262,27 @@ def _compare_with_peers(arguments: Arguments) -> Outcome:
     num_threads = arguments.num_threads or len(os.sched_getaffinity(0))
     device = _device(arguments).type
     about = {**machine(), "num_threads": num_threads, "batch_size": arguments.batch_size}
+    subjects = SUBJECTS
+    if device == "cuda":
+        subjects = GPU_SUBJECTS
     rows = measure_peers(
         Setup(folder, num_threads, arguments.batch_size, device),
         repeats=arguments.repeats,
         seconds=arguments.seconds or _SECONDS_OF_TURN,
-        subjects=GPU_SUBJECTS if device == "cuda" else SUBJECTS,
+        subjects=subjects,
     )
     result = {"machine": about, "subjects": [row.to_json() for row in rows]}
-    (folder / "peers.json").write_text(json.dumps(result, indent=1) + "\n")
+    # Kept before the report is drawn: a chart that fails must not cost the measurement.
+    text = json.dumps(result, indent=1)
+    (folder / "peers.json").write_text(text + "\n")
     if arguments.report is not None:
         write_report(arguments.report, rows, about)
     return Outcome(result, as_table(rows))
 
 
 def _run(arguments: Arguments) -> Outcome:
-    if bool(arguments.uri) == arguments.peers or (arguments.peers and arguments.tune):
+    has_dataset = bool(arguments.uri)
+    if has_dataset == arguments.peers or (arguments.peers and arguments.tune):
         raise ConfigError("bench: give either a dataset's URI, with or without --tune, or --peers.")
     counts = (arguments.batch_size, arguments.repeats)
     seconds_fit = arguments.seconds is None or arguments.seconds > 0

@@ -21,7 +21,7 @@ from typing import Any
 from pipeline.bench.probes import commit_of
 from pipeline.bench.rows import Row
 from pipeline.bench.turns import Figures, Spread, Turns, divide_pairs
-from pipeline.errors import ConfigError, InfrastructureError
+from pipeline.errors import ConfigError, InfrastructureError, MaelstromError
 
 _HERE = Path(__file__).resolve().parents[2]
 _THIS, _OTHER = "this", "other"
@@ -75,8 +75,9 @@ class Checkouts:
             InfrastructureError: either failed.
         """
         turns = Turns(f"{self._module} --against", rounds=rounds, warm_up_rounds=1)
+        subjects = {_THIS: self._this.measure, _OTHER: self._other.measure}
         for _ in turns.rounds():
-            turns.take({_THIS: self._this.measure, _OTHER: self._other.measure})
+            turns.take(subjects)
         rows: list[Row] = []
         for figure in turns.figures(_THIS):
             mine = turns.values(_THIS, figure)
@@ -84,16 +85,18 @@ class Checkouts:
             # Zero stands for "not measured" in every benchmark, and a ratio of it says little.
             if not theirs or 0 in (*mine, *theirs):
                 continue
-            is_rate = figure.endswith(_HIGHER_IS_BETTER)
-            worse = divide_pairs(theirs, mine) if is_rate else divide_pairs(mine, theirs)
-            rows.append(
-                {
-                    "figure": figure,
-                    "this": Spread.of(mine),
-                    "other": Spread.of(theirs),
-                    "slowdown": worse,
-                }
-            )
+            # One sense for all figures: above 1 this checkout is worse.
+            if figure.endswith(_HIGHER_IS_BETTER):
+                worse = divide_pairs(theirs, mine)
+            else:
+                worse = divide_pairs(mine, theirs)
+            row = {
+                "figure": figure,
+                "this": Spread.of(mine),
+                "other": Spread.of(theirs),
+                "slowdown": worse,
+            }
+            rows.append(row)
         if not rows:
             raise ConfigError("--against: no figure is in the results of both checkouts")
         return rows
@@ -114,8 +117,11 @@ class _Checkout:
     """A command in one checkout, in a process of its own for each turn."""
 
     def __init__(self, root: Path, module: str, words: Sequence[str]) -> None:
+        # Its own packages if it has them: a change of versions is a part of what is compared.
         python = root / ".venv" / "bin" / "python"
-        interpreter = str(python) if python.exists() else sys.executable
+        interpreter = sys.executable
+        if python.exists():
+            interpreter = str(python)
         self._command = [interpreter, "-m", module, *words]
         self._title = f"{module} of {root}"
         self._json_words = list(_JSON_WORDS)
@@ -132,9 +138,12 @@ class _Checkout:
             done = self._run()
         if done.returncode:
             said = done.stderr.strip()[-800:]
-            kind = ConfigError if done.returncode == _USAGE_ERROR else InfrastructureError
+            kind: type[MaelstromError] = InfrastructureError
+            if done.returncode == _USAGE_ERROR:
+                kind = ConfigError
             raise kind(f"{self._title} ended with code {done.returncode}: {said}")
-        return dict(_figures(json.loads(done.stdout)))
+        result = json.loads(done.stdout)
+        return dict(_figures(result))
 
     def _run(self) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

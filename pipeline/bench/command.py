@@ -61,8 +61,10 @@ def report(
     data = {**about, "rows": [to_json(row) for row in rows]}
     blocks = [rows_table(rows)]
     if ratios:
+        # Medians for programs, spreads for a person, who must see whether a difference is one.
         data["ratios"] = {name: ratio.median for name, ratio in ratios.items()}
-        blocks.append(rows_table([{"ratio": name, "": ratio} for name, ratio in ratios.items()]))
+        ratio_rows = [{"ratio": name, "": ratio} for name, ratio in ratios.items()]
+        blocks.append(rows_table(ratio_rows))
     # Nested facts, such as all settings, are for programs.
     plain = [f"{name} {value}" for name, value in about.items() if not isinstance(value, dict)]
     if plain:
@@ -90,7 +92,10 @@ def run_bench(
         args: words of the command line; None for the process's own.
         stopped: what to tell after Ctrl-C besides that it stopped.
     """
-    words = list(sys.argv[1:] if args is None else args)
+    # Kept as they were typed: `--against` hands them to another checkout, whose options may differ.
+    if args is None:
+        args = sys.argv[1:]
+    words = list(args)
 
     def body(arguments: A) -> int:
         if arguments.against is None:
@@ -100,6 +105,7 @@ def run_bench(
             rows = checkouts.compare(rounds=arguments.against_rounds)
             outcome = report(rows, facts=checkouts.facts(rows))
         if arguments.json:
+            # A benchmark that knows more of the machine has a "machine" of its own, which wins.
             say_json({"machine": machine(), **outcome.data})
         else:
             say_result(f"{outcome.text}\n")

@@ -33,6 +33,7 @@ def generate_manifest(folder: Path, *, num_shards: int, samples_per_shard: int) 
     """
     table = _table(samples_per_shard)
     content_hash = table.content_hash()
+    # Two files are written at most, a full one and the rest; all others are hard links.
     whole, rest = divmod(num_shards, SHARDS_PER_FILE)
     files: list[ManifestFile] = []
     info: DatasetInfo | None = None
@@ -40,24 +41,22 @@ def generate_manifest(folder: Path, *, num_shards: int, samples_per_shard: int) 
         if not count or not times:
             continue
         part = folder / f"part-{count}"
-        info = write_dataset(
-            str(part),
-            shards=[
-                ShardIndex(ShardFile(f"{s}", len(table), 1, "", content_hash), table)
-                for s in range(count)
-            ],
-            name="generated",
-            container="webdataset",
-        )
+        shards = []
+        for s in range(count):
+            file = ShardFile(f"{s}", len(table), 1, "", content_hash)
+            shards.append(ShardIndex(file, table))
+        info = write_dataset(str(part), shards=shards, name="generated", container="webdataset")
         source = part / info.manifest[0].name
+        size_bytes = source.stat().st_size
         for _ in range(times):
-            name = f"manifest-{len(files):05d}.parquet"
+            number = len(files)
+            name = f"manifest-{number:05d}.parquet"
             os.link(source, folder / name)
-            files.append(
-                ManifestFile(name, len(files) * SHARDS_PER_FILE, count, source.stat().st_size)
-            )
+            files.append(ManifestFile(name, number * SHARDS_PER_FILE, count, size_bytes))
         shutil.rmtree(part)
     assert info is not None
+
+    # Made up, but of the right length: reading `dataset.json` must cost what it costs for real.
     hashes = [f"{s:032x}" for s in range(num_shards)]
     columns: dict[str, list[Any]] = {
         "name": [f"train-{s:06d}.tar" for s in range(num_shards)],
@@ -79,7 +78,9 @@ def generate_manifest(folder: Path, *, num_shards: int, samples_per_shard: int) 
 
 
 def _table(count: int) -> ShardTable:
-    hashes = np.random.default_rng(0).integers(0, 2**63, count)
+    # Random, because equal hashes would compress to nothing, and so would the cost of reading.
+    random = np.random.default_rng(0)
+    hashes = random.integers(0, 2**63, count)
     builder = TableBuilder()
     for i, value in enumerate(hashes.tolist()):
         builder.add(

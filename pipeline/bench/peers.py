@@ -76,10 +76,13 @@ def measure_peers(
         # One after the other: a start must not be measured against another's.
         for count, runner in enumerate(runners, start=1):
             runner.start()
-            problem = f": {runner.problem}" if runner.problem else ""
+            problem = ""
+            if runner.problem:
+                problem = f": {runner.problem}"
             say(f"bench: started {count} of {len(runners)}, {runner.title}{problem}")
+        subjects = {runner.title: runner.turn(seconds) for runner in runners}
         for _ in turns.rounds():
-            turns.take({runner.title: runner.turn(seconds) for runner in runners})
+            turns.take(subjects)
     finally:
         for runner in runners:
             runner.close()
@@ -100,10 +103,13 @@ class _Runner:
     def start(self) -> None:
         """Start the process and wait for its first batch."""
         setup = self._setup
+        # By number, because builders are functions, which cannot be written on a command line.
         index = _ALL.index(self._subject)
         words = (index, setup.folder, setup.num_threads, setup.batch_size, setup.device)
+        command = [sys.executable, "-m", "pipeline.bench.peers"]
+        command += [str(word) for word in words]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.bench.peers", *map(str, words)],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -142,6 +148,7 @@ class _Runner:
         process = self._process
         if process is None:
             return
+        # Children first: once their parent has gone, they can no longer be found by it.
         with suppress(psutil.NoSuchProcess):
             for child in psutil.Process(process.pid).children(recursive=True):
                 child.kill()
@@ -154,7 +161,11 @@ class _Runner:
 
     def row(self, turns: Turns) -> PeerRow:
         """Return the figures of all rounds."""
+        # The last round's, when everything has been allocated that ever will be.
         rss = turns.values(self.title, "rss_bytes")
+        rss_mib = 0.0
+        if rss:
+            rss_mib = rss[-1] / 2**20
         return PeerRow(
             self._subject.name,
             self._subject.dataset,
@@ -162,7 +173,7 @@ class _Runner:
             self._first_batch_s,
             turns.values(self.title, "cpu_ms_per_image"),
             turns.values(self.title, "images_per_s"),
-            rss[-1] / 2**20 if rss else 0.0,
+            rss_mib,
             self.problem,
         )
 
@@ -179,11 +190,13 @@ def _measure_once(batches: Batches, seconds: float, device: str) -> dict[str, fl
     start_s = time.perf_counter()
     while time.perf_counter() - start_s < seconds:
         images += next(batches)
+    # Work on a GPU is only queued when a batch is handed over.
     if device != "cpu":
         torch.cuda.synchronize()
     wall_s = time.perf_counter() - start_s
+    used_cpu_s = cpu_s() - start_cpu_s
     return {
-        "cpu_ms_per_image": 1e3 * (cpu_s() - start_cpu_s) / images,
+        "cpu_ms_per_image": 1e3 * used_cpu_s / images,
         "images_per_s": images / wall_s,
         "rss_bytes": rss_bytes(),
     }
@@ -202,11 +215,15 @@ def _serve(subject: Subject, setup: Setup, commands: TextIO, answers: TextIO) ->
         answer({"problem": f"not installed ({error.name})"})
         return
     except Exception as error:  # noqa: BLE001 - a peer that does not run here is a row of the table
-        answer({"problem": f"does not run here ({type(error).__name__}: {error})".splitlines()[0]})
+        problem = f"does not run here ({type(error).__name__}: {error})"
+        # One line: the answer becomes a cell of a Markdown table.
+        first_line, *_ = problem.splitlines()
+        answer({"problem": first_line})
         return
     answer({"first_batch_s": time.perf_counter() - start_s})
     for line in commands:
-        answer(_measure_once(batches, float(line), setup.device))
+        figures = _measure_once(batches, float(line), setup.device)
+        answer(figures)
 
 
 def _main() -> None:

@@ -14,16 +14,19 @@ from pipeline.convert.conversion import convert
 from pipeline.convert.settings import ConvertSettings
 from pipeline.errors import ConfigError
 
+# By name, because the folders also hold text, logos and drawings. The order decides which crop
+# comes from which photograph, and so every figure.
 PHOTOS = (
-    *(
-        f"skimage/data/{name}"
-        for name in ("astronaut.png", "chelsea.png", "coffee.png", "ihc.png", "rocket.jpg")
-    ),
-    *(
-        f"skimage/data/{name}"
-        for name in ("motorcycle_left.png", "hubble_deep_field.jpg", "retina.jpg")
-    ),
-    *(f"sklearn/datasets/images/{name}" for name in ("china.jpg", "flower.jpg")),
+    "skimage/data/astronaut.png",
+    "skimage/data/chelsea.png",
+    "skimage/data/coffee.png",
+    "skimage/data/ihc.png",
+    "skimage/data/rocket.jpg",
+    "skimage/data/motorcycle_left.png",
+    "skimage/data/hubble_deep_field.jpg",
+    "skimage/data/retina.jpg",
+    "sklearn/datasets/images/china.jpg",
+    "sklearn/datasets/images/flower.jpg",
 )
 """Colour photographs in the wheels of scikit-image and scikit-learn (extra `demo`)."""
 _QUALITY = 97
@@ -57,11 +60,13 @@ def make_sources(
         ConfigError: The photographs are not installed.
     """
     images = folder / "images"
+    # A mark of its own: the folder is there from the first image on, also of a run that stopped.
     done = folder / f"images-{num_images}.done"
     if not done.exists():
         write_crops(images, num_images)
         done.touch()
     made = {"images": images}
+    # A finished conversion is found and left as it is.
     for name in variants:
         made[name] = folder / name
         convert(str(images), str(made[name]), VARIANTS[name])
@@ -87,15 +92,21 @@ def make_crops(count: int) -> Iterator[bytes]:
     for number in range(count):
         image = sources[number % len(sources)]
         image_size = np.array(image.size)
-        size = np.array([rng.integers(420, 581), rng.integers(320, 431)])
+        # Around ImageNet's usual 500 x 375.
+        width = rng.integers(420, 581)
+        height = rng.integers(320, 431)
+        size = np.array([width, height])
         # Some stand upright, as in every collection of photographs.
         if rng.random() < 0.25:
             size = size[::-1]
         scale = rng.uniform(0.7, 1.3)
+        # Some photographs are smaller than what a crop asks for: then more is enlarged.
         region = np.minimum(size / scale, image_size)
-        left, top = (rng.random(2) * (image_size - region)).tolist()
+        corner = rng.random(2) * (image_size - region)
+        left, top = corner.tolist()
         box = (left, top, left + region[0], top + region[1])
-        crop = image.resize((int(size[0]), int(size[1])), Image.Resampling.BICUBIC, box=box)
+        crop_size = (int(size[0]), int(size[1]))
+        crop = image.resize(crop_size, Image.Resampling.BICUBIC, box=box)
         buffer = io.BytesIO()
         crop.save(buffer, "JPEG", quality=_QUALITY)
         yield buffer.getvalue()

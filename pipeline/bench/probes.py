@@ -42,7 +42,9 @@ def cpu_s() -> float:
     total = time.process_time() + mine.children_user + mine.children_system
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            total += sum(child.cpu_times()[:4])
+            # Its own user and system time, then those of its children that have ended.
+            times = child.cpu_times()
+            total += sum(times[:4])
     return total
 
 
@@ -61,7 +63,9 @@ def peak_rss_bytes() -> int:
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         name, _, value = line.partition(":")
         if name == "VmHWM":
-            return int(value.split()[0]) * 1024
+            # In kB, which the kernel counts as 1,024 bytes.
+            kib, *_ = value.split()
+            return int(kib) * 1024
     raise InfrastructureError("/proc/self/status has no line VmHWM: the peak of memory is unknown")
 
 
@@ -98,10 +102,13 @@ def run_counted(command: Sequence[str]) -> dict[str, float]:
         raise InfrastructureError(
             f"{' '.join(command[:4])} ended with code {process.returncode}: {errors[-500:]}"
         )
+    used_s = sum(use.ru_utime + use.ru_stime for use in uses)
+    # Linux gives kilobytes here.
+    peak_kib = max(use.ru_maxrss for use in uses)
     return {
         "wall_s": wall_s,
-        "cpu_s": sum(use.ru_utime + use.ru_stime for use in uses),
-        "peak_mib": max(use.ru_maxrss for use in uses) / 1024,
+        "cpu_s": used_s,
+        "peak_mib": peak_kib / 1024,
     }
 
 

@@ -95,12 +95,16 @@ def as_table(rows: Sequence[PeerRow]) -> str:
 
 
 def _cells(row: PeerRow) -> tuple[str, ...]:
+    # A loader that is not installed keeps its row: a table without it would look complete.
     if row.problem or not row.cpu_ms_per_image:
-        figures = (row.problem or "not measured", "", "", "")
+        problem = row.problem or "not measured"
+        figures = (problem, "", "", "")
     else:
+        cpu_ms = Spread.of(row.cpu_ms_per_image)
+        rate = Spread.of(row.images_per_s)
         figures = (
-            Spread.of(row.cpu_ms_per_image).text(".3f"),
-            Spread.of(row.images_per_s).text(",.0f"),
+            cpu_ms.text(".3f"),
+            rate.text(",.0f"),
             f"{row.first_batch_s:.1f}",
             f"{row.rss_mib:,.0f}",
         )
@@ -109,7 +113,9 @@ def _cells(row: PeerRow) -> tuple[str, ...]:
 
 def bars_table(rows: Sequence[PeerRow]) -> str:
     """Return the ratios against their bars: the median over rounds of the ratio in each round."""
-    by_key = {(row.name, row.dataset, row.resize_filter): row for row in rows}
+    by_key: dict[Key, PeerRow] = {}
+    for row in rows:
+        by_key[(row.name, row.dataset, row.resize_filter)] = row
     table = []
     for bar in BARS:
         ours = by_key.get(bar.subject)
@@ -131,6 +137,7 @@ def bars_table(rows: Sequence[PeerRow]) -> str:
 
 
 def _bar_cells(bar: Bar, ours: PeerRow, other: PeerRow) -> tuple[str, ...]:
+    # Less CPU time is better, more images: the limit is an upper one or a lower one.
     if bar.figure == "CPU time":
         ratio = divide_pairs(ours.cpu_ms_per_image, other.cpu_ms_per_image)
         is_met = ratio.median <= bar.limit
@@ -147,7 +154,10 @@ def _bar_cells(bar: Bar, ours: PeerRow, other: PeerRow) -> tuple[str, ...]:
 
 def write_report(path: Path, rows: Sequence[PeerRow], about: dict[str, Any]) -> None:
     """Replace the measured part of a Markdown file, and draw the chart next to it."""
-    text = path.read_text() if path.exists() else f"# Loaders\n\n{_START}\n{_END}\n"
+    text = f"# Loaders\n\n{_START}\n{_END}\n"
+    if path.exists():
+        text = path.read_text()
+    # What a person wrote around the measured part stays.
     head, _, rest = text.partition(_START)
     _, _, tail = rest.partition(_END)
     chart = path.with_suffix(".png")
@@ -167,6 +177,7 @@ def write_report(path: Path, rows: Sequence[PeerRow], about: dict[str, Any]) -> 
 
 def draw(path: Path, rows: Sequence[PeerRow]) -> None:
     """Draw CPU time per image, with the lowest and highest of the rounds."""
+    # `Figure` itself, not pyplot, which keeps global state and may look for a display.
     from matplotlib.figure import Figure
 
     # A bar chart fills from below: the table's first row goes on top.

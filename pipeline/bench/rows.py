@@ -13,16 +13,22 @@ Row = Mapping[str, Any]
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Lay rows of cells out as a Markdown table."""
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    titles = " | ".join(header)
+    rule = "|---" * len(header)
+    lines = [f"| {titles} |", f"{rule}|"]
     for cells in rows:
-        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+        texts = " | ".join(str(cell) for cell in cells)
+        lines.append(f"| {texts} |")
     return "\n".join(lines)
 
 
 def rows_table(rows: Sequence[Row]) -> str:
     """Lay rows out as a Markdown table, a spread as `median (lowest-highest)`."""
     # A row that has a problem may lack the figures of the others.
-    columns = list(dict.fromkeys(column for row in rows for column in row))
+    known: dict[str, None] = {}
+    for row in rows:
+        known.update(dict.fromkeys(row))
+    columns = list(known)
     cells = []
     for row in rows:
         cells.append([_cell(row.get(column)) for column in columns])
@@ -49,7 +55,10 @@ def _cell(value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, Spread):
-        return f"{_number(value.median)} ({_number(value.low)}-{_number(value.high)})"
+        middle = _number(value.median)
+        low = _number(value.low)
+        high = _number(value.high)
+        return f"{middle} ({low}-{high})"
     if isinstance(value, float):
         return _number(value)
     return str(value)

@@ -40,7 +40,9 @@ class Spread:
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
         """Summarise values; there must be at least one."""
-        return cls(median(values), min(values), max(values))
+        # The median, because a mean follows the one turn in which the machine was busy.
+        middle = median(values)
+        return cls(middle, min(values), max(values))
 
     def text(self, form: str = ".2f", *, scale: float = 1.0) -> str:
         """Write `median (low-high)`.
@@ -61,7 +63,8 @@ def divide_pairs(values: Sequence[float], others: Sequence[float]) -> Spread:
     Ratios of pairs are steadier than a ratio of medians: what slows a whole round cancels out.
     A subject that ended early has fewer values; the rounds that both have are compared.
     """
-    ratios = [value / other for value, other in zip(values, others, strict=False)]
+    pairs = zip(values, others, strict=False)
+    ratios = [value / other for value, other in pairs]
     return Spread.of(ratios)
 
 
@@ -79,6 +82,7 @@ class Turns:
         self._num_rounds = rounds
         self._num_warm_up = warm_up_rounds
         self._round = 0
+        # By subject, then by figure: a value for each round that counted.
         self._figures: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
 
     @property
@@ -93,8 +97,11 @@ class Turns:
         for self._round in range(total):
             yield self._round
             done = self._round + 1
-            left_s = (time.monotonic() - start_s) / done * (total - done)
-            note = " (to warm up, not counted)" if self._round < self._num_warm_up else ""
+            round_s = (time.monotonic() - start_s) / done
+            left_s = round_s * (total - done)
+            note = ""
+            if self._round < self._num_warm_up:
+                note = " (to warm up, not counted)"
             say(f"{self._label}: round {done} of {total}{note}, about {left_s:,.0f} s left")
 
     def take(self, subjects: Mapping[str, Callable[[], Figures]]) -> None:
@@ -109,9 +116,11 @@ class Turns:
         # Tables keep the order in which subjects are given, whoever goes first.
         for name in names:
             self._figures[name].update()
+        # Who goes second finds the caches of the first, and a processor that is warm.
         first = self._round % len(names)
         for name in names[first:] + names[:first]:
-            self.record(name, subjects[name]())
+            figures = subjects[name]()
+            self.record(name, figures)
 
     def take_timed(self, calls: Mapping[str, Callable[[], Any]]) -> None:
         """Measure calls as `take` does; their figures are `wall_s` and `cpu_s`."""
@@ -119,7 +128,8 @@ class Turns:
         def timed(call: Callable[[], Any]) -> Callable[[], Figures]:
             return lambda: time_call(call)
 
-        self.take({name: timed(call) for name, call in calls.items()})
+        subjects = {name: timed(call) for name, call in calls.items()}
+        self.take(subjects)
 
     def record(self, subject: str, figures: Figures) -> None:
         """Keep the figures of one turn, unless this round is to warm up."""
@@ -135,7 +145,8 @@ class Turns:
     def values(self, subject: str, figure: str) -> list[float]:
         """Return a figure of a subject, one value per round; empty if there is none."""
         # Not by [], which would make a row for a subject that was never measured.
-        return self._figures.get(subject, {}).get(figure, [])
+        figures = self._figures.get(subject, {})
+        return figures.get(figure, [])
 
     def spread(self, subject: str, figure: str) -> Spread:
         """Summarise a figure of a subject over the rounds."""
@@ -143,7 +154,9 @@ class Turns:
 
     def ratio(self, subject: str, other: str, figure: str) -> Spread:
         """Divide a figure of a subject by another subject's, round by round."""
-        return divide_pairs(self.values(subject, figure), self.values(other, figure))
+        values = self.values(subject, figure)
+        others = self.values(other, figure)
+        return divide_pairs(values, others)
 
 
 def time_call(call: Callable[[], Any]) -> Figures:
@@ -153,4 +166,5 @@ def time_call(call: Callable[[], Any]) -> Figures:
     start_s = time.perf_counter()
     call()
     wall_s = time.perf_counter() - start_s
-    return {"wall_s": wall_s, "cpu_s": cpu_s() - before_s}
+    used_s = cpu_s() - before_s
+    return {"wall_s": wall_s, "cpu_s": used_s}

@@ -103,11 +103,14 @@ def decode_single(image: U8, boxes: Boxes, view: ViewConfig) -> U8:
             if image.ndim == 3:
                 rgb = Image.fromarray(image)
             else:
-                opened = Image.open(io.BytesIO(image.tobytes()))
+                encoded = io.BytesIO(image.tobytes())
+                opened = Image.open(encoded)
+                # Opening reads the header only: damage behind it shows here.
                 opened.load()
                 rgb = to_rgb(opened)
     except UnidentifiedImageError as error:
         raise RefusedError(Refused(Reason.NOT_AN_IMAGE)) from error
+    # What Pillow's plugins are known to raise for damaged files; anything else is a defect here.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise RefusedError(Refused(Reason.UNDECODABLE, str(error))) from error
     top = int(boxes.tops_B[0])
@@ -117,7 +120,9 @@ def decode_single(image: U8, boxes: Boxes, view: ViewConfig) -> U8:
     # Pillow would fill what is missing with black.
     if bottom > rgb.height or right > rgb.width:
         raise too_small(rgb.width, rgb.height)
-    cut_HW3 = np.asarray(rgb.crop((left, top, right, bottom)))
+    # Cut before the resize: the filter must not see pixels outside of the box.
+    cut = rgb.crop((left, top, right, bottom))
+    cut_HW3 = np.asarray(cut)
     pixels_HW3 = resize_with_pillow(cut_HW3, view)
     if not boxes.flips_B[0]:
         return pixels_HW3

@@ -46,7 +46,8 @@ def build_decoder(
     on_gpu = device.type == "cuda"
     has_filter = view.interpolation != "area"
     fits = on_gpu and has_filter and is_installed("nvidia.dali")
-    if settings.decoder == "dali" or (settings.decoder == "auto" and fits):
+    takes_dali = settings.decoder == "auto" and fits
+    if settings.decoder == "dali" or takes_dali:
         # DALI takes a second to import, which a run on another decoder does not pay.
         from pipeline.decoders.dali import DaliDecoder
 
@@ -58,6 +59,7 @@ def build_decoder(
             depth=settings.dali_depth or DALI_DEPTH,
             hw_decoder_load=settings.hw_decoder_load or HW_DECODER_LOAD,
         )
+    # Only by name or by a tuning file: its pixels differ by a level or two from the others'.
     if settings.decoder == "ffcv":
         from pipeline.decoders.ffcv import FfcvDecoder
 
@@ -76,16 +78,17 @@ def with_tuning(settings: LoaderConfig, *, device: torch.device) -> LoaderConfig
     if not settings.tuning_file:
         return settings
     tuned = read_tuning(settings.tuning_file, device=device)
-    # What is set goes before what was tuned, setting by setting.
-    decoder = tuned.decoder if settings.decoder == "auto" else settings.decoder
-    return settings.model_copy(
-        update={
-            "decoder": decoder,
-            "num_threads": settings.num_threads or tuned.num_threads,
-            "dali_depth": settings.dali_depth or tuned.dali_depth,
-            "hw_decoder_load": settings.hw_decoder_load or tuned.hw_decoder_load,
-        }
-    )
+    # What is set goes before what was tuned, setting by setting; 0 and "auto" mean "not set".
+    decoder = settings.decoder
+    if decoder == "auto":
+        decoder = tuned.decoder
+    update = {
+        "decoder": decoder,
+        "num_threads": settings.num_threads or tuned.num_threads,
+        "dali_depth": settings.dali_depth or tuned.dali_depth,
+        "hw_decoder_load": settings.hw_decoder_load or tuned.hw_decoder_load,
+    }
+    return settings.model_copy(update=update)
 
 
 def threads_of_rank(settings: LoaderConfig, *, local_world_size: int) -> int:

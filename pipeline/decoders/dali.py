@@ -48,10 +48,13 @@ def _route(image: U8) -> Route:
     if image.ndim == 3:
         return "raw"
     if image[:3].tobytes() == JPEG_START:
-        whole = is_whole_jpeg(image)
+        is_whole = is_whole_jpeg(image)
     else:
-        whole = isinstance(probe(image.tobytes()), Probe)
-    return "encoded" if whole else "pillow"
+        probed = probe(image.tobytes())
+        is_whole = isinstance(probed, Probe)
+    if is_whole:
+        return "encoded"
+    return "pillow"
 
 
 @dataclass
@@ -105,7 +108,12 @@ class DaliDecoder:
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)
-        self._ahead: dict[Stored, _Ahead] = {"encoded": _Ahead(self._build("encoded", depth))}
+        # Built now, so that a missing DALI is met before the first batch. The one for raw pixels
+        # is built when a dataset turns out to have them.
+        encoded = self._build("encoded", depth)
+        self._ahead: dict[Stored, _Ahead] = {"encoded": _Ahead(encoded)}
+        # Pipelines of depth 1 for single images and repeats: one that has batches in hand would
+        # give those first.
         self._alone: dict[Stored, Any] = {}
 
     def submit(
@@ -116,7 +124,9 @@ class DaliDecoder:
         # One image for Pillow, or both ways of storing, and the batch cannot go through one
         # pipeline.
         routes = {_route(image) for image in images_B}
-        stored = next(iter(routes)) if len(routes) == 1 else "pillow"
+        stored: Route = "pillow"
+        if len(routes) == 1:
+            (stored,) = routes
         if stored == "pillow":
             decoded = self.decode(images_B, boxes)
             return lambda: decoded
@@ -154,7 +164,8 @@ class DaliDecoder:
             if not some:
                 continue
             some_images = [images_B[i] for i in some]
-            some_boxes = boxes.take(np.array(some))
+            some_indices = np.array(some)
+            some_boxes = boxes.take(some_indices)
             part = self._decode_alike(some_images, some_boxes, stored)
             rows = torch.tensor(some, device=self.device)
             decoded.pixels_BHW3[rows] = part.pixels_BHW3
@@ -192,7 +203,9 @@ class DaliDecoder:
         """Have the last word on an image: what Pillow can read is not lost, and every decoder gives
         up on the same."""
         try:
-            decoded.pixels_BHW3[i] = torch.from_numpy(decode_single(image, box, self._view).copy())
+            pixels_HW3 = decode_single(image, box, self._view)
+            # A copy, because Pillow's memory cannot be written, which torch warns of.
+            decoded.pixels_BHW3[i] = torch.from_numpy(pixels_HW3.copy())
         except ValueError as error:
             decoded.bad[i] = refused_by(error)
 
@@ -200,9 +213,10 @@ class DaliDecoder:
         """Run a batch on a pipeline that has nothing else in hand."""
         if stored not in self._alone:
             self._alone[stored] = self._build(stored, 1)
+        pipeline = self._alone[stored]
         try:
-            _feed(self._alone[stored], images_B, boxes)
-            return self._outputs(self._alone[stored], None)
+            _feed(pipeline, images_B, boxes)
+            return self._outputs(pipeline, None)
         except RuntimeError:
             # A pipeline that has failed gives no more batches.
             del self._alone[stored]
@@ -217,7 +231,8 @@ class DaliDecoder:
                 # On a stream of its own, not behind the step that is running; and over before the
                 # buffer goes back.
                 with torch.cuda.stream(self._stream):
-                    copy_BHW3 = torch.utils.dlpack.from_dlpack(output.as_tensor()).clone()
+                    shared_BHW3 = torch.utils.dlpack.from_dlpack(output.as_tensor())
+                    copy_BHW3 = shared_BHW3.clone()
                 self._stream.synchronize()
                 return copy_BHW3
             pixels_BHW3 = np.asarray(output.as_tensor())
@@ -240,16 +255,25 @@ class DaliDecoder:
                 "loader.decoder 'turbo'"
             ) from error
         on_gpu = self.device.type == "cuda"
-        # The CPU has no such option.
-        engine = {"hw_decoder_load": self._hw_decoder_load} if on_gpu else {}
+        # What the two devices do not share. The CPU has no JPEG engine, and refuses its option.
+        engine = {}
+        device_id = None
+        backend = "cpu"
+        if on_gpu:
+            engine["hw_decoder_load"] = self._hw_decoder_load
+            device_id = self.device.index or 0
+            backend = "mixed"
+        # Without a device a pipeline needs neither a GPU nor its driver.
         pipeline = dali.Pipeline(
             batch_size=self._max_batch_size,
             num_threads=self._num_threads,
-            device_id=(self.device.index or 0) if on_gpu else None,
+            device_id=device_id,
             prefetch_queue_depth=depth,
         )
+        layout: dict[str, Any] = {"ndim": 1}
+        if stored == "raw":
+            layout = {"layout": "HWC"}
         with pipeline:
-            layout = {"ndim": 1} if stored == "encoded" else {"layout": "HWC"}
             images = fn.external_source(name="images", dtype=types.UINT8, **layout)
             starts = fn.external_source(name="starts", dtype=types.INT32, ndim=1)
             sizes = fn.external_source(name="sizes", dtype=types.INT32, ndim=1)
@@ -260,7 +284,7 @@ class DaliDecoder:
                     starts,
                     sizes,
                     axes=[0, 1],
-                    device="mixed" if on_gpu else "cpu",
+                    device=backend,
                     output_type=types.RGB,
                     # Boxes are in stored pixels, as the manifest counts them.
                     adjust_orientation=False,
@@ -269,14 +293,19 @@ class DaliDecoder:
             else:
                 # Cut on the host, so that only the box crosses the bus.
                 pixels = fn.slice(images, starts, sizes, axes=[0, 1])
-                pixels = pixels.gpu() if on_gpu else pixels
+                if on_gpu:
+                    pixels = pixels.gpu()
+            # Antialiased, as the published recipes shrink images.
+            filter_name = _FILTERS[self._view.interpolation]
             pixels = fn.resize(
                 pixels,
                 size=[self._view.height, self._view.width],
-                interp_type=getattr(types, _FILTERS[self._view.interpolation]),
+                interp_type=getattr(types, filter_name),
                 antialias=True,
             )
-            pipeline.set_outputs(fn.flip(pixels, horizontal=flips))
+            # Mirrored last, as by every decoder: see `decode_single`.
+            mirrored = fn.flip(pixels, horizontal=flips)
+            pipeline.set_outputs(mirrored)
         pipeline.build()
         _start(pipeline, stored, depth)
         return pipeline
@@ -288,7 +317,8 @@ def _start(pipeline: Any, stored: Stored, depth: int) -> None:
     pixels_HW3 = np.full((16, 16, 3), 128, dtype=np.uint8)
     image = pixels_HW3
     if stored == "encoded":
-        image = np.frombuffer(simplejpeg.encode_jpeg(pixels_HW3), dtype=np.uint8)
+        jpeg = simplejpeg.encode_jpeg(pixels_HW3)
+        image = np.frombuffer(jpeg, dtype=np.uint8)
     zero = np.zeros(1, dtype=np.int32)
     side = np.full(1, 16, dtype=np.int32)
     whole = Boxes(zero, zero, side, side, zero.astype(np.bool_))

@@ -40,8 +40,7 @@ class FfcvDecoder(ThreadedDecoder):
         if view.interpolation != "area":
             raise ConfigError(
                 f"view.interpolation {view.interpolation!r}: FFCV has only area; choose it, or "
-                "loader.decoder 'turbo' "
-                "or 'dali'"
+                "loader.decoder 'turbo' or 'dali'"
             )
         _library()  # a missing FFCV is a mistake of the configuration, to be met now
         super().__init__(view=view, num_threads=num_threads, kernels=_FfcvKernels)
@@ -55,9 +54,13 @@ class _FfcvKernels:
     def cut(self, image: U8, *, top: int, left: int, height: int, width: int) -> U8 | None:
         """Decode an image whole into scratch memory and return its box (see `Kernels.cut`)."""
         header = read_header(image, bottom=top + height, right=left + width)
-        if header is None or header[2] not in ("YCbCr", "Gray"):
+        if header is None:
             return None
-        image_height, image_width, _ = header
+        image_height, image_width, colours = header
+        # libjpeg-turbo does not make RGB of CMYK; Pillow does.
+        if colours not in ("YCbCr", "Gray"):
+            return None
+        # Too little memory would not be an error: the kernel writes past its end.
         num_bytes = image_height * image_width * 3
         if self._scratch.size < num_bytes:
             self._scratch = np.empty(num_bytes, dtype=np.uint8)
@@ -65,6 +68,7 @@ class _FfcvKernels:
             *(image.ctypes.data, image.size, image_height, image_width, self._scratch.ctypes.data),
             *(image_height, image_width, 0, 0, 1, 1, False, False),
         )
+        # Damaged: Pillow has the last word, so that every decoder gives up on the same images.
         if failed:
             return None
         whole_HW3 = self._scratch[:num_bytes].reshape(image_height, image_width, 3)
@@ -74,6 +78,8 @@ class _FfcvKernels:
     def resize(self, cut_HW3: U8, out_HW3: U8, *, flip: bool) -> None:
         """Average over areas with FFCV's kernel (see `Kernels.resize`)."""
         height, width = cut_HW3.shape[:2]
+        # The kernel takes the width of the whole image and a range of columns: the cut is a view
+        # into scratch memory or a mapped shard, whose rows are further apart than it is wide.
         row_pixels = cut_HW3.strides[0] // 3
         self._library.resize(
             *(0, cut_HW3.ctypes.data, height, row_pixels, 0, height, 0, width),
@@ -99,6 +105,7 @@ def _library() -> ctypes.CDLL:
             "ffcv among its EXTRAS, "
             "or choose loader.decoder 'turbo', which reads betons too"
         )
+    # CDLL, not PyDLL: it lets go of the GIL during a call, which is what the threads are for.
     library = ctypes.CDLL(str(files[0]))
     u32 = ctypes.c_uint32
     # (source, its bytes, height, width, destination, crop height and width, x, y, scale as a

@@ -88,13 +88,17 @@ class JpegCutter:
             # It writes to stderr of each damaged image; those are counted and reported here, with
             # their names.
             os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
-            self._codec = import_module("nvidia.nvimgcodec")
-            self._decoder = self._codec.Decoder(
-                device_id=self._codec.NVIMGCODEC_DEVICE_CPU_ONLY,
+            codec: Any = import_module("nvidia.nvimgcodec")
+            self._codec = codec
+            backend = codec.Backend(codec.CPU_ONLY)
+            # One thread: this object belongs to one of the decoder's own threads.
+            self._decoder = codec.Decoder(
+                device_id=codec.NVIMGCODEC_DEVICE_CPU_ONLY,
                 max_num_cpu_threads=1,
-                backends=[self._codec.Backend(self._codec.CPU_ONLY)],
+                backends=[backend],
             )
-            self._as_stored = self._codec.DecodeParams(apply_exif_orientation=False)
+            # Boxes are in stored pixels, as the manifest counts them.
+            self._as_stored = codec.DecodeParams(apply_exif_orientation=False)
 
     def cut(self, image: U8, *, top: int, left: int, height: int, width: int) -> U8 | None:
         """Return the pixels of a box, uint8 RGB (height, width, 3), valid until the next call.
@@ -106,7 +110,8 @@ class JpegCutter:
         Raises:
             ValueError: the image is smaller than its box.
         """
-        bottom, right = top + height, left + width
+        bottom = top + height
+        right = left + width
         header = read_header(image, bottom=bottom, right=right)
         if header is None:
             return None
@@ -122,10 +127,9 @@ class JpegCutter:
             and is_common(image.data)
         ):
             return self._region(image, (top, left, bottom, right))
+        scratch = self._scratch_of(num_pixels * 3)
         try:
-            whole_HW3 = simplejpeg.decode_jpeg(
-                image, "RGB", buffer=self._scratch_of(num_pixels * 3)
-            )
+            whole_HW3 = simplejpeg.decode_jpeg(image, "RGB", buffer=scratch)
         except ValueError:
             # Damaged: Pillow has the last word, so that every decoder gives up on the same images.
             return None
@@ -137,7 +141,9 @@ class JpegCutter:
         region = stream.get_sub_code_stream(region=self._codec.Region(*box))
         cut = self._decoder.decode(region, params=self._as_stored)
         # None for a damaged image: Pillow has the last word.
-        return None if cut is None else np.asarray(cut)
+        if cut is None:
+            return None
+        return np.asarray(cut)
 
     def _scratch_of(self, num_bytes: int) -> U8:
         if self._scratch.size >= num_bytes:

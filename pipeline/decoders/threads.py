@@ -43,7 +43,8 @@ class ThreadedDecoder:
         kernels: makes what one thread works with.
     """
 
-    depth = 2  # so that no thread idles while a batch's last images are decoded
+    # So that no thread idles while a batch's last images are decoded.
+    depth = 2
     device = torch.device("cpu")
 
     def __init__(
@@ -52,6 +53,7 @@ class ThreadedDecoder:
         self._view = view
         self._num_threads = num_threads
         self._kernels = kernels
+        # Kernels hold scratch memory and a codec: each thread has its own.
         self._local = threading.local()
         self._pool = ThreadPoolExecutor(
             num_threads, thread_name_prefix="decode", initializer=self._begin_thread
@@ -75,9 +77,11 @@ class ThreadedDecoder:
         pieces = []
         for first in range(0, count, size):
             piece = range(first, min(first + size, count))
-            pieces.append(self._pool.submit(self._decode_piece, piece, images_B, boxes, array_BHW3))
+            future = self._pool.submit(self._decode_piece, piece, images_B, boxes, array_BHW3)
+            pieces.append(future)
 
         def wait() -> Decoded:
+            # Every piece is waited for, so that no thread writes to memory that is given back.
             bad: dict[int, Refused] = {}
             for future in pieces:
                 bad.update(future.result())
@@ -122,7 +126,8 @@ class ThreadedDecoder:
                 else:
                     cut_HW3 = kernels.cut(image, top=top, left=left, height=height, width=width)
                 if cut_HW3 is None:
-                    out_BHW3[i] = decode_single(image, boxes.take(slice(i, i + 1)), self._view)
+                    box = boxes.take(slice(i, i + 1))
+                    out_BHW3[i] = decode_single(image, box, self._view)
                 else:
                     kernels.resize(cut_HW3, out_BHW3[i], flip=flip)
             except ValueError as error:
@@ -133,6 +138,9 @@ class ThreadedDecoder:
 
 
 def _cut_raw(image_HW3: U8, top: int, left: int, height: int, width: int) -> U8:
-    if top + height > image_HW3.shape[0] or left + width > image_HW3.shape[1]:
+    bottom = top + height
+    right = left + width
+    # numpy would give a smaller cut without a word, and the resize would stretch it.
+    if bottom > image_HW3.shape[0] or right > image_HW3.shape[1]:
         raise too_small(image_HW3.shape[1], image_HW3.shape[0])
-    return image_HW3[top : top + height, left : left + width]
+    return image_HW3[top:bottom, left:right]

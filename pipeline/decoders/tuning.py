@@ -30,6 +30,7 @@ class Tuning(Settings):
 def is_installed(package: str) -> bool:
     """Say whether a package can be imported, without importing it; `a.b` is not installed
     either if `a` is missing."""
+    # `find_spec` imports the parents of a dotted name.
     try:
         return find_spec(package) is not None
     except ModuleNotFoundError:
@@ -44,7 +45,11 @@ def candidates(*, device: torch.device, interpolation: str) -> list[Tuning]:
         interpolation: the view's filter.
     """
     cores = len(os.sched_getaffinity(0))
-    threads = sorted({max(1, cores // 4), max(1, cores // 2), cores})
+    # Fewer threads than cores may be faster: the model's launches need cores too. A set, because
+    # on a small machine some of the three are equal.
+    quarter = max(1, cores // 4)
+    half = max(1, cores // 2)
+    threads = sorted({quarter, half, cores})
     ways = [Tuning(decoder="turbo", num_threads=count) for count in threads]
     if interpolation == "area" and is_installed("ffcv"):
         ways += [Tuning(decoder="ffcv", num_threads=count) for count in threads]
@@ -52,6 +57,8 @@ def candidates(*, device: torch.device, interpolation: str) -> list[Tuning]:
         return ways
     if device.type != "cuda":
         return ways + [Tuning(decoder="dali", num_threads=count) for count in threads]
+    # Depth and share depend on each other: the JPEG engine and the CUDA kernels work at once, and
+    # how well they are fed depends on the batches in hand. So all pairs are tried.
     for count in threads:
         for depth in (2, 3):
             for load in (0.5, 0.65, 0.8, 1.0):
@@ -70,8 +77,11 @@ def describe(tuning: Tuning) -> str:
 
 def describe_machine(device: torch.device) -> str:
     """Name what a tuning is good for: the device's model and the cores this process may use."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+    name = "cpu"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    cores = len(os.sched_getaffinity(0))
+    return f"{name}, {cores} cores"
 
 
 def write_tuning(path: Path, tuning: Tuning, *, device: torch.device, comment: str) -> None:
@@ -83,10 +93,15 @@ def write_tuning(path: Path, tuning: Tuning, *, device: torch.device, comment: s
         device: what it was measured on.
         comment: how it was measured, lines of text.
     """
+    # By hand: the standard library reads TOML and does not write it.
     lines = [f"# {line}".rstrip() for line in comment.splitlines()]
-    lines += [f'machine = "{describe_machine(device)}"', "", "[loader]"]
-    for name, value in tuning.model_dump(exclude_defaults=True).items():
-        text = f'"{value}"' if isinstance(value, str) else value
+    machine = describe_machine(device)
+    lines += [f'machine = "{machine}"', "", "[loader]"]
+    settings = tuning.model_dump(exclude_defaults=True)
+    for name, value in settings.items():
+        text = value
+        if isinstance(value, str):
+            text = f'"{value}"'
         lines.append(f"{name} = {text}")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")

@@ -34,16 +34,20 @@ class TurboDecoder(ThreadedDecoder):
     """
 
     def __init__(self, *, view: ViewConfig, num_threads: int, regions: bool = True) -> None:
-        super().__init__(
-            view=view, num_threads=num_threads, kernels=lambda: _TurboKernels(view, regions=regions)
-        )
+        def make_kernels() -> _TurboKernels:
+            return _TurboKernels(view, regions=regions)
+
+        super().__init__(view=view, num_threads=num_threads, kernels=make_kernels)
 
 
 class _TurboKernels:
     def __init__(self, view: ViewConfig, *, regions: bool) -> None:
         self._view = view
-        self._torch_resizes = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+        # "AVX2" or "AVX512": only with them torch has the kernel that is fast here.
+        capability = torch.backends.cpu.get_cpu_capability()
+        self._torch_resizes = capability.startswith("AVX")
         self._cutter = JpegCutter(regions=regions)
+        # Bound once: a method that passes the call on would cost one more call per image.
         self.cut = self._cutter.cut
 
     def resize(self, cut_HW3: U8, out_HW3: U8, *, flip: bool) -> None:
@@ -65,6 +69,7 @@ class _TurboKernels:
         size = (self._view.height, self._view.width)
         if not self._torch_resizes:
             return resize_with_pillow(cut_HW3, self._view)
+        # As Pillow does: nothing is resampled, so that no value changes.
         if cut_HW3.shape[:2] == size:
             return cut_HW3
         # Packed channels-last is what the kernel works on in place; anything else it takes apart

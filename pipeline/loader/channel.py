@@ -32,6 +32,7 @@ class Channel(Generic[T]):
         self._error: BaseException | None = None
 
     def __len__(self) -> int:
+        # Without the lock: only the one that reads asks, and then there are no fewer.
         return len(self._items)
 
     def put(self, item: T) -> None:
@@ -45,6 +46,7 @@ class Channel(Generic[T]):
             if self._closed:
                 raise ChannelClosedError
             self._items.append(item)
+            # All, not one: both sides wait on the same condition.
             self._changed.notify_all()
 
     def get(self) -> T:
@@ -56,6 +58,7 @@ class Channel(Generic[T]):
         """
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._items or self._error is not None)
+            # Items before errors: what was read before a failure is as good as ever.
             if self._items and not self._closed:
                 item = self._items.popleft()
                 self._changed.notify_all()
@@ -67,6 +70,7 @@ class Channel(Generic[T]):
     def fail(self, error: BaseException) -> None:
         """Let the reader meet an error once it has taken what came before."""
         with self._changed:
+            # The first failure is the cause; later ones follow from it.
             self._error = self._error or error
             self._changed.notify_all()
 
@@ -74,5 +78,6 @@ class Channel(Generic[T]):
         """End both sides now."""
         with self._changed:
             self._closed = True
+            # Batches hold images: their memory must not wait for the channel to go.
             self._items.clear()
             self._changed.notify_all()

@@ -15,6 +15,7 @@ from pipeline.errors import DataError
 from pipeline.images.refused import Refused
 
 _WINDOW = 10_000
+# In `data_report.json` and in every checkpoint: enough to see a pattern, small enough to keep.
 _KEPT = 100
 _DEFAULTS = LoaderConfig()
 
@@ -37,6 +38,7 @@ class DataReport:
     ) -> None:
         self._max_bad = max_bad_share * _WINDOW
         self._max_in_a_row = max_bad_in_a_row
+        # The decode thread counts; the training loop reads the report when it saves.
         self._lock = threading.Lock()
         self._num_seen = 0
         self._in_a_row = 0
@@ -87,18 +89,22 @@ class DataReport:
                     continue
                 self._count(why, shard, key)
                 problem = problem or self._passed_limit()
+        # Raised once all are counted, so that a report written after it is whole.
         if problem:
             raise DataError(problem)
 
     def _count(self, refused: Refused, shard: str, key: str) -> None:
         self._in_a_row += 1
+        # Only bad positions are kept: a good sample, the usual case, costs no memory.
         self._recent.append(self._num_seen)
         while self._recent[0] <= self._num_seen - _WINDOW:
             self._recent.popleft()
         self._reasons[str(refused.reason)] += 1
         self._shards[shard] += 1
+        # With what is known of this one; the counter above goes by the bare reason.
         if len(self._first) < _KEPT:
-            self._first.append({"shard": shard, "key": key, "reason": str(refused)})
+            entry = {"shard": shard, "key": key, "reason": str(refused)}
+            self._first.append(entry)
 
     def _passed_limit(self) -> str:
         if self._in_a_row >= self._max_in_a_row:
@@ -108,13 +114,12 @@ class DataReport:
             found = f"{count} among the last {_WINDOW:,} (limit {self._max_bad:g})"
         else:
             return ""
-        reasons = ", ".join(f"{reason} ({count})" for reason, count in self._reasons.most_common(3))
-        shards = ", ".join(f"{shard} ({count})" for shard, count in self._shards.most_common(3))
+        reasons = _most_common(self._reasons)
+        shards = _most_common(self._shards)
         return (
             f"data: {found}, {self._reasons.total()} of {self._num_seen} in all. Reasons: "
-            f"{reasons}. Shards: {shards}. "
-            "Check them with pipeline.verify --full; loader.max_bad_share and "
-            "loader.max_bad_in_a_row set the limits."
+            f"{reasons}. Shards: {shards}. Check them with pipeline.verify --full; "
+            "loader.max_bad_share and loader.max_bad_in_a_row set the limits."
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -130,9 +135,12 @@ class DataReport:
 
     def write(self, uri: str) -> None:
         """Write the report as JSON."""
-        storage.write_atomic(
-            uri, json.dumps(self.to_json(), indent=1, ensure_ascii=False).encode() + b"\n"
-        )
+        text = json.dumps(self.to_json(), indent=1, ensure_ascii=False)
+        storage.write_atomic(uri, text.encode() + b"\n")
+
+
+def _most_common(counter: Counter[str]) -> str:
+    return ", ".join(f"{name} ({count})" for name, count in counter.most_common(3))
 
 
 def merge_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -150,16 +158,20 @@ def merge_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
         reasons.update(report["reasons"])
         shards.update(report["shards"])
     # In turn, so that no rank's list hides another's.
-    in_turn = [
-        entry
-        for row in zip_longest(*(report["first"] for report in reports))
-        for entry in row
-        if entry
-    ]
-    unique = {(entry["shard"], entry["key"], entry["reason"]): entry for entry in in_turn}
+    unique: dict[tuple[str, str, str], dict[str, str]] = {}
+    first_of_reports = [report["first"] for report in reports]
+    for row in zip_longest(*first_of_reports):
+        for entry in row:
+            # None fills up the shorter lists.
+            if entry is None:
+                continue
+            # A bad sample comes again in each epoch; naming it once leaves room for others.
+            unique[(entry["shard"], entry["key"], entry["reason"])] = entry
+    num_seen = sum(report["num_seen"] for report in reports)
+    num_bad = sum(report["num_bad"] for report in reports)
     return {
-        "num_seen": sum(report["num_seen"] for report in reports),
-        "num_bad": sum(report["num_bad"] for report in reports),
+        "num_seen": num_seen,
+        "num_bad": num_bad,
         "reasons": dict(reasons.most_common()),
         "shards": dict(shards.most_common(_KEPT)),
         "first": list(unique.values())[:_KEPT],

@@ -113,8 +113,7 @@ class Loader:
         if micro_batch_size < 1 or global_batch_size % (micro_batch_size * world_size):
             raise ConfigError(
                 f"train.global_batch_size {global_batch_size} is not a multiple of "
-                "train.micro_batch_size "
-                f"{micro_batch_size} x {world_size} ranks"
+                f"train.micro_batch_size {micro_batch_size} x {world_size} ranks"
             )
         self._dataset = dataset
         self._seed = seed
@@ -148,9 +147,13 @@ class Loader:
         for view in sampling.views:
             shape_BHW3 = (micro_batch_size, view.settings.height, view.settings.width, 3)
             self._buffers.append(PixelBuffers(shape_BHW3, pinned=device.type == "cuda"))
+        # Buffers of batches that the caller may still look at, oldest first.
         self._lent: deque[list[torch.Tensor | None]] = deque()
         self._prefetch = settings.prefetch_batches
+        # Behind the last batch that was handed over, not the last that was read: the threads are
+        # ahead of it, and what they hold is lost in a stop.
         self._cursor = Cursor()
+        # Read -> decode -> caller; each bound keeps the one in front from filling the memory.
         self._encoded: Channel[_Work] = Channel(settings.prefetch_batches)
         self._decoded: Channel[_Work] = Channel(settings.prefetch_batches)
         self._threads: list[threading.Thread] = []
@@ -164,7 +167,8 @@ class Loader:
     @property
     def wait_s(self) -> float:
         """Seconds that the caller has waited for batches so far."""
-        return self.stats.snapshot()["wait"]["wait_s"]
+        stages = self.stats.snapshot()
+        return stages["wait"]["wait_s"]
 
     def state_dict(self) -> LoaderState:
         """Return the cursor after the last global batch that was yielded whole."""
@@ -196,6 +200,7 @@ class Loader:
             DataError: the dataset is not the one that the state is of.
             ConfigError: the seed is another, or batches have already been taken.
         """
+        # The threads have begun at the old cursor, and cannot be called back.
         if self._threads:
             raise ConfigError("loader: the state must be loaded before the first batch is taken")
         if state["seed"] != self._seed:
@@ -206,13 +211,19 @@ class Loader:
         if state["fingerprint"] == self._dataset.info.fingerprint:
             self._cursor = Cursor(state["epoch"], state["position"])
         elif on_change == "next-epoch":
-            self._cursor = Cursor(state["epoch"] + bool(state["position"]), 0)
+            # At position 0 the epoch has not begun: then it is the next one itself.
+            epoch = state["epoch"]
+            if state["position"]:
+                epoch += 1
+            self._cursor = Cursor(epoch, 0)
         else:
-            raise DataError(describe_change(self._dataset, state["fingerprint"], trained_on))
+            problem = describe_change(self._dataset, state["fingerprint"], trained_on)
+            raise DataError(problem)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield micro-batches without end; iterating again goes on from where the last one
         stopped."""
+        # Not in the constructor: a state is loaded between it and the first batch.
         if not self._threads:
             self._start()
         while True:
@@ -243,6 +254,7 @@ class Loader:
         if self._closed:
             return
         self._closed = True
+        # In this order: channels wake the threads, threads let go of decoders and reader.
         self._encoded.close()
         self._decoded.close()
         for thread in self._threads:
@@ -258,23 +270,31 @@ class Loader:
         self.close()
 
     def _start(self) -> None:
-        for target, name in ((self._read_ahead, "read"), (self._decode_ahead, "decode")):
-            thread = threading.Thread(target=target, name=f"loader-{name}", daemon=True)
+        bodies = {"read": self._read_ahead, "decode": self._decode_ahead}
+        for name, body in bodies.items():
+            # Daemons: a run that ends by an exception must not wait for a read from the store.
+            thread = threading.Thread(target=body, name=f"loader-{name}", daemon=True)
             self._threads.append(thread)
             thread.start()
 
     def _read_ahead(self) -> None:
         try:
             for rank_batch in self._order.rank_batches(self._cursor):
+                # Once per global batch: which shards are needed changes slowly.
                 if self._reader.is_staging:
-                    self._reader.prepare(self._shards_ahead(rank_batch))
+                    shards = self._shards_ahead(rank_batch)
+                    self._reader.prepare(shards)
                 count = len(rank_batch.sample_ids_B)
                 for first in range(0, count, self._micro):
-                    encoded = self._read(rank_batch, slice(first, first + self._micro))
-                    is_last = first + self._micro >= count
-                    end = rank_batch.end if is_last else None
+                    behind = first + self._micro
+                    encoded = self._read(rank_batch, slice(first, behind))
+                    # Only whole global batches move the cursor: a step is never resumed half-way.
+                    end = None
+                    if behind >= count:
+                        end = rank_batch.end
+                    work = _Work(encoded, rank_batch.start, end)
                     with self.stats.waiting("read"):
-                        self._encoded.put(_Work(encoded, rank_batch.start, end))
+                        self._encoded.put(work)
         except ChannelClosedError:
             pass
         except BaseException as error:  # noqa: BLE001 - whatever it is, the caller must meet it
@@ -282,9 +302,11 @@ class Loader:
 
     def _read(self, rank_batch: RankBatch, piece: slice) -> Encoded:
         ids_B = rank_batch.sample_ids_B[piece]
+        epochs_B = rank_batch.epochs_B[piece]
         with self.stats.busy("read", items=self._micro), self._naming("read", ids_B):
-            encoded = self._source.fetch(ids_B, rank_batch.epochs_B[piece])
-        self.stats.add("read", num_bytes=sum(image.size for image in encoded.images))
+            encoded = self._source.fetch(ids_B, epochs_B)
+        num_bytes = sum(image.size for image in encoded.images)
+        self.stats.add("read", num_bytes=num_bytes)
         return encoded
 
     def _recycle(self, work: _Work) -> None:
@@ -292,13 +314,18 @@ class Loader:
         longer look at it."""
         self._lent.append(work.buffers)
         # Batches that are the decoded pixels themselves stay valid while the next one is in use.
-        while len(self._lent) > (2 if self._copier.keeps_pixels else 0):
+        num_kept = 0
+        if self._copier.keeps_pixels:
+            num_kept = 2
+        while len(self._lent) > num_kept:
             for pool, buffer_BHW3 in zip(self._buffers, self._lent.popleft(), strict=True):
                 if buffer_BHW3 is not None:
                     pool.give_back(buffer_BHW3)
 
     def _decode_ahead(self) -> None:
+        # A decoder's batches are waited for in the order in which they were submitted.
         under_way: deque[tuple[_Work, list[Pending]]] = deque()
+        # Of several views the one that holds least sets the pace.
         depth = min(decoder.depth for decoder in self._decoders)
         try:
             while True:
@@ -306,7 +333,8 @@ class Loader:
                 while not under_way or (len(under_way) < depth and len(self._encoded)):
                     with self.stats.waiting("decode"):
                         work = self._encoded.get()
-                    under_way.append((work, self._begin_decode(work)))
+                    pending = self._begin_decode(work)
+                    under_way.append((work, pending))
                 work, pending = under_way.popleft()
                 self._end_decode(work, pending)
                 self._decoded.put(work)
@@ -329,9 +357,12 @@ class Loader:
             views = zip(self._decoders, self._buffers, encoded.boxes, strict=True)
             for decoder, pool, boxes in views:
                 # A decoder on the GPU allocates its own output there.
-                buffer_BHW3 = pool.take() if decoder.device.type == "cpu" else None
+                buffer_BHW3 = None
+                if decoder.device.type == "cpu":
+                    buffer_BHW3 = pool.take()
                 work.buffers.append(buffer_BHW3)
-                pending.append(decoder.submit(encoded.images, boxes, buffer_BHW3))
+                decoding = decoder.submit(encoded.images, boxes, buffer_BHW3)
+                pending.append(decoding)
         return pending
 
     def _end_decode(self, work: _Work, pending: list[Pending]) -> None:
@@ -340,6 +371,7 @@ class Loader:
         num_bytes = 0
         with self.stats.busy("decode", items=len(ids_B)), self._naming("decode", ids_B):
             decoded = [wait() for wait in pending]
+            # Before the copy: a substitute is written into the host's memory.
             views = self._source.replace_bad(work.encoded, decoded, self._decoders, self.report)
             for number, pixels_BHW3 in enumerate(views):
                 on_device_BHW3, copied = self._copier.begin(pixels_BHW3)
@@ -356,7 +388,9 @@ class Loader:
     def _shards_ahead(self, rank_batch: RankBatch) -> list[int]:
         """List the shards that are read now, then those that each lane comes to one shard later."""
         num_samples = self._order.num_samples
+        # Positions of all epochs on one line, so that a batch may look into the next epoch.
         now_B = rank_batch.epochs_B * num_samples + rank_batch.positions_B
+        # Neighbours of a lane lie as many positions apart as there are lanes.
         samples_per_shard = max(1, num_samples // self._dataset.info.num_shards)
         later_B = now_B + self._order.lanes * samples_per_shard
         shards: list[int] = []
@@ -364,7 +398,8 @@ class Loader:
             epochs_B, positions_B = np.divmod(absolute_B, num_samples)
             for epoch in np.unique(epochs_B):
                 order = self._order.epoch(int(epoch))
-                shards += order.shards_ahead(positions_B[epochs_B == epoch]).tolist()
+                of_epoch = positions_B[epochs_B == epoch]
+                shards += order.shards_ahead(of_epoch).tolist()
         return shards
 
     @contextmanager
@@ -376,9 +411,9 @@ class Loader:
             raise
         except Exception as error:
             shards_B, _ = self._dataset.locate(sample_ids_B)
-            names = ", ".join(
-                sorted({self._dataset.shard_name(int(shard)) for shard in shards_B})[:_NAMED]
-            )
+            shards = {self._dataset.shard_name(int(shard)) for shard in shards_B}
+            first_shards = sorted(shards)[:_NAMED]
+            names = ", ".join(first_shards)
             raise DataError(
                 f"loader: the {stage} thread failed ({type(error).__name__}: {error}) on samples "
                 f"{sample_ids_B.tolist()} of {names}. Read them alone with "
@@ -399,15 +434,15 @@ def build_decoders(
     decoders: list[Decoder] = []
     try:
         for view in sampling.views:
-            decoders.append(
-                build_decoder(
-                    settings,
-                    view=view.settings,
-                    max_batch_size=max_batch_size,
-                    local_world_size=local_world_size,
-                    device=device,
-                )
+            decoder = build_decoder(
+                settings,
+                view=view.settings,
+                max_batch_size=max_batch_size,
+                local_world_size=local_world_size,
+                device=device,
             )
+            decoders.append(decoder)
+    # One that cannot be built must not leave the threads of those before it behind.
     except BaseException:
         for decoder in decoders:
             decoder.close()
@@ -417,9 +452,13 @@ def build_decoders(
 
 def open_reader(dataset: Manifest, settings: LoaderConfig) -> ShardReader:
     """Open the reader that the settings of a loader ask for."""
+    cache_dir = None
+    if settings.cache_dir:
+        cache_dir = Path(storage.expand_home(settings.cache_dir))
+    cache_bytes = int(settings.cache_size_gib * 2**30)
     return ShardReader(
         dataset,
-        cache_dir=Path(storage.expand_home(settings.cache_dir)) if settings.cache_dir else None,
-        cache_bytes=int(settings.cache_size_gib * 2**30),
+        cache_dir=cache_dir,
+        cache_bytes=cache_bytes,
         verify_hashes=settings.verify_hashes,
     )

@@ -51,6 +51,7 @@ def read_samples(
     ids_B = np.asarray(sample_ids_B, dtype=np.int64)
     epochs_B = np.full_like(ids_B, epoch)
     sampling = as_sampling(sampling)
+    # The loader's own parts, without its threads: what differed from a run would be no replay.
     with contextlib.ExitStack() as opened:
         reader = open_reader(dataset, settings)
         opened.callback(reader.close)
@@ -67,7 +68,10 @@ def read_samples(
 
         # Pixels are taken out of the decoders' memory before these are closed.
         copier = DeviceCopier(device=device, dtype=dtype)
-        views = [copier.normalise(copier.begin(pixels_BHW3)[0]) for pixels_BHW3 in decoded]
+        views = []
+        for pixels_BHW3 in decoded:
+            on_device_BHW3, _ = copier.begin(pixels_BHW3)
+            views.append(copier.normalise(on_device_BHW3))
     labels_B, draws = labels_and_draws(encoded, device)
     return Batch(
         views_BCHW=tuple(views),

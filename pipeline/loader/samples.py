@@ -41,12 +41,14 @@ def shape_raw(images: list[npt.NDArray[np.uint8]], rows: Rows) -> None:
         rows: What the manifest says of them.
     """
     for i in np.flatnonzero(rows.formats_B == _RAW).tolist():
+        # What could not be read is empty, and is refused already.
         if images[i].size:
             images[i] = images[i].reshape(rows.heights_B[i], rows.widths_B[i], 3)
 
 
 _SUBSTITUTES = 64
 """Samples that are tried in place of a bad one before giving up."""
+# What a decoder is given for a sample that was refused: it reports it as bad at once.
 _EMPTY = np.zeros(0, dtype=np.uint8)
 
 
@@ -140,33 +142,47 @@ class SampleSource:
         """Replace what is bad in a decoded batch, count and report it (see `decode`)."""
         # An image that is bad in one view is replaced in all of them: views of two images in one
         # row would be learned from as views of one.
+        # Of two reasons the earlier one counts: what was refused was decoded as an empty image.
         bad = _bad_in_any(decoded) | encoded.bad
         for i in sorted(bad):
-            pixels_of_views, encoded.labels_B[i] = self._substitute(encoded, i, decoders)
+            pixels_of_views, label = self._substitute(encoded, i, decoders)
+            encoded.labels_B[i] = label
             for view, pixels_HW3 in zip(decoded, pixels_of_views, strict=True):
                 view.pixels_BHW3[i] = pixels_HW3
         pixels = [view.pixels_BHW3 for view in decoded]
         if not bad:
             report.good(len(encoded.images))
             return pixels
-        shards_B, _ = self._dataset.locate(encoded.sample_ids_B)
-        keys = dict(zip(bad, self._dataset.keys(encoded.sample_ids_B[list(bad)]), strict=True))
-        count = range(len(encoded.images))
-        report.record(
-            [bad.get(i) for i in count],
-            [self._dataset.shard_name(int(shards_B[i])) for i in count],
-            [keys.get(i, "") for i in count],
-        )
+        self._tell(bad, encoded, report)
         return pixels
+
+    def _tell(self, bad: dict[int, Refused], encoded: Encoded, report: DataReport) -> None:
+        """Report a batch that has bad samples, in the order of its samples."""
+        shards_B, _ = self._dataset.locate(encoded.sample_ids_B)
+        # Keys are read from the manifest's files, so only those of bad samples are.
+        bad_ids = encoded.sample_ids_B[list(bad)]
+        keys = dict(zip(bad, self._dataset.keys(bad_ids), strict=True))
+        reasons: list[Refused | None] = []
+        shards = []
+        keys_or_none = []
+        for i, shard in enumerate(shards_B.tolist()):
+            reasons.append(bad.get(i))
+            shards.append(self._dataset.shard_name(shard))
+            keys_or_none.append(keys.get(i, ""))
+        report.record(reasons, shards, keys_or_none)
 
     def _fetch(self, sample_ids_B: I64, *, named_by_B: I64, epochs_B: I64) -> Encoded:
         rows = self._dataset.lookup(sample_ids_B)
         bad = self._screen(rows)
         images, mismatched = self._reader.read(rows, skip=bad.keys())
         shape_raw(images, rows)
-        bad = {**self._screen_headers(images, rows), **mismatched, **bad}
+        # Of several reasons the first check's is kept, which depends on the manifest alone.
+        wrong_headers = self._screen_headers(images, rows)
+        bad = {**wrong_headers, **mismatched, **bad}
         for i in bad:
             images[i] = _EMPTY
+        # From the manifest's sizes, not the images': order and boxes are known without a read. A
+        # size of 0 belongs to a bad image, whose box is thrown away; it must only not fail.
         boxes = self._sampling.draw_boxes(
             seed=self._seed,
             epochs_B=epochs_B,
@@ -174,18 +190,22 @@ class SampleSource:
             widths_B=np.maximum(rows.widths_B, 1),
             heights_B=np.maximum(rows.heights_B, 1),
         )
-        return Encoded(sample_ids_B, epochs_B, rows.labels_B.astype(np.int64), images, boxes, bad)
+        labels_B = rows.labels_B.astype(np.int64)
+        return Encoded(sample_ids_B, epochs_B, labels_B, images, boxes, bad)
 
     def _screen(self, rows: Rows) -> dict[int, Refused]:
         """Refuse by what the manifest says, before a byte is read or decoded."""
+        # In 64 bits: the product of two int32 sides may not fit in 32.
         pixels_B = rows.widths_B.astype(np.int64) * rows.heights_B
+        checks = {
+            Reason.NOT_AN_IMAGE: pixels_B <= 0,
+            Reason.TOO_MANY_PIXELS: pixels_B > self._settings.max_pixels,
+            Reason.TOO_MANY_BYTES: rows.sizes_B > self._settings.max_bytes,
+        }
         bad: dict[int, Refused] = {}
-        for reason, is_bad_B in (
-            (Reason.NOT_AN_IMAGE, pixels_B <= 0),
-            (Reason.TOO_MANY_PIXELS, pixels_B > self._settings.max_pixels),
-            (Reason.TOO_MANY_BYTES, rows.sizes_B > self._settings.max_bytes),
-        ):
-            bad |= {i: Refused(reason) for i in np.flatnonzero(is_bad_B).tolist()}
+        for reason, is_bad_B in checks.items():
+            for i in np.flatnonzero(is_bad_B).tolist():
+                bad[i] = Refused(reason)
         return bad
 
     def _screen_headers(self, images: list[U8], rows: Rows) -> dict[int, Refused]:
@@ -196,15 +216,19 @@ class SampleSource:
         be cut elsewhere.
         """
         bad = {}
-        for i, (image, width, height) in enumerate(
-            zip(images, rows.widths_B.tolist(), rows.heights_B.tolist(), strict=True)
-        ):
-            declared = _declared_size(image) if image.ndim == 1 else None
-            if declared is not None and declared != (width, height):
-                detail = (
-                    f"{declared[0]} x {declared[1]} pixels, the manifest says {width} x {height}"
-                )
-                bad[i] = Refused(Reason.SIZE_DIFFERS, detail)
+        widths = rows.widths_B.tolist()
+        heights = rows.heights_B.tolist()
+        for i, image in enumerate(images):
+            # Raw pixels have no header; their shape came from the manifest itself.
+            if image.ndim != 1:
+                continue
+            declared = _declared_size(image)
+            expected = (widths[i], heights[i])
+            if declared is None or declared == expected:
+                continue
+            width, height = declared
+            detail = f"{width} x {height} pixels, the manifest says {expected[0]} x {expected[1]}"
+            bad[i] = Refused(Reason.SIZE_DIFFERS, detail)
         return bad
 
     def _substitute(
@@ -212,15 +236,18 @@ class SampleSource:
     ) -> tuple[list[torch.Tensor], int]:
         """Give the pixels of each view, and the label, of the sample that stands in for one."""
         sample_id = encoded.sample_ids_B[i : i + 1]
+        epoch = encoded.epochs_B[i : i + 1]
         shards, indices = self._dataset.locate(sample_id)
-        shard, index = int(shards[0]), int(indices[0])
-        start, size = int(self._dataset.shard_starts[shard]), int(self._dataset.shard_sizes[shard])
+        shard = int(shards[0])
+        index = int(indices[0])
+        start = int(self._dataset.shard_starts[shard])
+        size = int(self._dataset.shard_sizes[shard])
+        # Of the same shard, which is open already, and round its end to its beginning. The order
+        # of the tries is a promise of docs/formats.md: another one changes what a run sees.
         for step in range(1, min(size, _SUBSTITUTES + 1)):
-            candidate = self._fetch(
-                np.array([start + (index + step) % size], dtype=np.int64),
-                named_by_B=sample_id,
-                epochs_B=encoded.epochs_B[i : i + 1],
-            )
+            candidate_id = start + (index + step) % size
+            candidate_ids = np.array([candidate_id], dtype=np.int64)
+            candidate = self._fetch(candidate_ids, named_by_B=sample_id, epochs_B=epoch)
             if candidate.bad:
                 continue
             decoded = _decode_views(candidate, decoders)
@@ -229,8 +256,8 @@ class SampleSource:
                 return pixels_of_views, int(candidate.labels_B[0])
         raise DataError(
             f"data: sample {int(sample_id[0])} of {self._dataset.shard_name(shard)} cannot be "
-            "used, nor can the "
-            f"{min(size - 1, _SUBSTITUTES)} after it: check the shard with pipeline.verify --full"
+            f"used, nor can the {min(size - 1, _SUBSTITUTES)} after it: check the shard with "
+            "pipeline.verify --full"
         )
 
 
@@ -250,9 +277,10 @@ def _bad_in_any(decoded: Sequence[Decoded]) -> dict[int, Refused]:
 def _declared_size(image: U8) -> tuple[int, int] | None:
     """Return the width and height in an image's header; None if it cannot be read, which the
     decoder will say."""
+    # The usual case, without a copy of the image and without Pillow.
     if image[:3].tobytes() == JPEG_START:
         try:
-            height, width = simplejpeg.decode_jpeg_header(image)[:2]
+            height, width, *_ = simplejpeg.decode_jpeg_header(image)
         except ValueError:
             return None
         return int(width), int(height)

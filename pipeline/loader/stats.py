@@ -37,6 +37,7 @@ class PipelineStats:
     """
 
     def __init__(self) -> None:
+        # Once per batch and stage, so that one lock for all of them costs little.
         self._lock = threading.Lock()
         self._stages: dict[Stage, StageCounter] = {
             name: StageCounter() for name in ("read", "decode", "copy", "wait")
@@ -62,20 +63,28 @@ class PipelineStats:
     @contextmanager
     def busy(self, stage: Stage, *, items: int = 0, num_bytes: int = 0) -> Iterator[None]:
         """Count the time of a block as work of one stage."""
-        start = time.perf_counter()
+        start_s = time.perf_counter()
+        # Without `finally`: a block that failed has passed no images, and must not look like one.
         yield
-        self.add(stage, items=items, busy_s=time.perf_counter() - start, num_bytes=num_bytes)
+        busy_s = time.perf_counter() - start_s
+        self.add(stage, items=items, busy_s=busy_s, num_bytes=num_bytes)
 
     @contextmanager
     def waiting(self, stage: Stage) -> Iterator[None]:
         """Count the time of a block as waiting of one stage."""
-        start = time.perf_counter()
+        start_s = time.perf_counter()
+        # With `finally`: a wait often ends by a closed channel, and was a wait all the same.
         try:
             yield
         finally:
-            self.add(stage, wait_s=time.perf_counter() - start)
+            wait_s = time.perf_counter() - start_s
+            self.add(stage, wait_s=wait_s)
 
     def snapshot(self) -> dict[str, dict[str, float]]:
         """Return the totals of every stage so far: items, busy_s, wait_s, bytes."""
+        # Copies: who reports subtracts an earlier snapshot from a later one.
+        totals = {}
         with self._lock:
-            return {name: dict(vars(counter)) for name, counter in self._stages.items()}
+            for name, counter in self._stages.items():
+                totals[str(name)] = dict(vars(counter))
+        return totals

@@ -38,6 +38,7 @@ class PixelBuffers:
             buffer_BHW3, copied = self._free.popleft()
         except IndexError:
             return torch.empty(self._shape, dtype=torch.uint8, pin_memory=self._pinned)
+        # The device may still be reading it; by now, several batches later, it rarely is.
         if copied is not None:
             copied.synchronize()
         return buffer_BHW3
@@ -63,12 +64,14 @@ class DeviceCopier:
     def __init__(self, *, device: torch.device, dtype: torch.dtype) -> None:
         self._device = device
         self._dtype = dtype
-        std_13 = torch.tensor(IMAGENET_STD, dtype=torch.float64)
+        std_3 = torch.tensor(IMAGENET_STD, dtype=torch.float64)
         # (x / 255 - mean) / std in one multiply and one add.
-        self._scale_C11 = (1 / (255 * std_13)).to(device, torch.float32)[:, None, None]
-        self._shift_C11 = (-torch.tensor(IMAGENET_MEAN, dtype=torch.float64) / std_13).to(
-            device, torch.float32
-        )[:, None, None]
+        # Divided in float64, and rounded once: float32 would round each of the three steps.
+        mean_3 = torch.tensor(IMAGENET_MEAN, dtype=torch.float64)
+        scale_3 = 1 / (255 * std_3)
+        shift_3 = -mean_3 / std_3
+        self._scale_C11 = scale_3.to(device, torch.float32)[:, None, None]
+        self._shift_C11 = shift_3.to(device, torch.float32)[:, None, None]
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)
@@ -88,10 +91,12 @@ class DeviceCopier:
         if self._stream is None or pixels_BHW3.device == self._device:
             return pixels_BHW3, None
         with torch.cuda.stream(self._stream):
+            # From memory that is not pinned CUDA copies in two steps, and this thread waits.
             if not pixels_BHW3.is_pinned():
                 pixels_BHW3 = pixels_BHW3.pin_memory()
             on_device_BHW3 = pixels_BHW3.to(self._device, non_blocking=True)
-            return on_device_BHW3, self._stream.record_event()
+            copied = self._stream.record_event()
+            return on_device_BHW3, copied
 
     def normalise(self, pixels_BHW3: torch.Tensor) -> torch.Tensor:
         """Give images of shape (B, C, H, W) with ImageNet's mean and standard deviation taken out.
@@ -99,6 +104,8 @@ class DeviceCopier:
         Computed in float32 whatever the type asked for; the layout in memory stays channels-last.
         """
         if self._stream is not None:
+            # The step's stream waits for the copy, not this thread. And the allocator must know
+            # that a second stream reads this memory, or it gives it to the next copy too early.
             current = torch.cuda.current_stream(self._device)
             current.wait_stream(self._stream)
             pixels_BHW3.record_stream(current)
@@ -109,7 +116,9 @@ class DeviceCopier:
             return scale_fused(pixels_BCHW, self._scale_C11, self._shift_C11, self._dtype)
         # On a CPU the fused form converts through temporaries and takes half as long again.
         images_BCHW = pixels_BCHW.to(torch.float32)
-        return images_BCHW.mul_(self._scale_C11).add_(self._shift_C11).to(self._dtype)
+        images_BCHW.mul_(self._scale_C11)
+        images_BCHW.add_(self._shift_C11)
+        return images_BCHW.to(self._dtype)
 
 
 def scale_fused(

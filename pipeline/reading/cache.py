@@ -31,6 +31,7 @@ PART_BYTES = 16 * 2**20
 """Size of one ranged read of a shard: at 8 at once 16 MiB came to 90% of the fastest plain client,
 8 MiB to 82%, 4 MiB to 68% (docs/benchmarks/storage.md)."""
 _PARTS_AT_ONCE = 8
+# Two, so that one is hashed and synced while the other still comes in.
 _SHARDS_AT_ONCE = 2
 _TRIES = 3
 _BUSY_RETRY_S = 1.0
@@ -143,8 +144,11 @@ class ShardCache:
     def name(self, shard: int) -> str:
         """Return a shard's path below the cache. It carries its hash: another content is another
         file."""
+        # 64 bits of the hash tell the shards of one dataset apart, and leave room for their names.
+        dataset = self._manifest.info.fingerprint[:24]
         prefix = self._manifest.shard_sha256(shard)[:16]
-        return f"{self._manifest.info.fingerprint[:24]}/{prefix}-{self._manifest.shard_name(shard)}"
+        name = self._manifest.shard_name(shard)
+        return f"{dataset}/{prefix}-{name}"
 
     def path(self, shard: int) -> Path:
         """Return where a shard's copy is, or will be."""
@@ -152,8 +156,11 @@ class ShardCache:
 
     def staged(self, shard: int) -> Path | None:
         """Return the verified copy of a shard if it is here."""
+        # Only whole files have this name: they are renamed to it once they are verified.
         path = self.path(shard)
-        return path if path.exists() else None
+        if path.exists():
+            return path
+        return None
 
     def need(self, shards: Iterable[int]) -> bool:
         """Say which shards are read now and soon, first needed first: these are protected, and
@@ -162,11 +169,15 @@ class ShardCache:
         Returns:
             Whether this differs from what was needed before.
         """
+        # Once per global batch; mostly nothing has changed, and then it costs a comparison.
         needed = list(dict.fromkeys(shards))
         if needed == self._needed:
             return False
+        # The lease first: a shard that is here now must not be evicted while it is looked for. It
+        # knows no order, so that it is written anew only for another set.
         if self._folder is not None and set(needed) != set(self._needed):
-            self._guarded(lambda folder: folder.need([self.name(shard) for shard in needed]))
+            names = [self.name(shard) for shard in needed]
+            self._guarded(lambda folder: folder.need(names))
         with self._changed:
             known = set(self._needed)
             turns: dict[int, _Turn] = {}
@@ -221,6 +232,7 @@ class ShardCache:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        # Before the threads are joined: they wait for the parts, which this cancels.
         self._fetcher.shutdown(wait=True, cancel_futures=True)
         for thread in self._stagers:
             thread.join()
@@ -277,9 +289,13 @@ class ShardCache:
                     if start_s <= now_s:
                         self._turns[shard] = _FETCHING
                         return shard
-                    soonest_s = start_s if soonest_s is None else min(soonest_s, start_s)
+                    if soonest_s is None or start_s < soonest_s:
+                        soonest_s = start_s
                 # Without a shard to wait for, only a change can bring one.
-                self._changed.wait(timeout=None if soonest_s is None else soonest_s - now_s)
+                timeout_s = None
+                if soonest_s is not None:
+                    timeout_s = soonest_s - now_s
+                self._changed.wait(timeout_s)
         return None
 
     def _stage_one(self, shard: int) -> _Turn | None:
@@ -320,8 +336,8 @@ class ShardCache:
             )
         raise DataError(
             f"cache: {storage.redact(uri)} was read {_TRIES} times and never had the sha256 that "
-            "dataset.json lists. "
-            "It was replaced or damaged in the store: check it with pipeline.verify --full"
+            "dataset.json lists. It was replaced or damaged in the store: check it with "
+            "pipeline.verify --full"
         )
 
     def _download(self, uri: str, size_bytes: int, partial: Partial) -> str:
@@ -344,11 +360,13 @@ class ShardCache:
                 under_way.append(self._fetcher.submit(read, start))
             if not under_way:
                 return digest.hexdigest()
-            part = under_way.popleft().result()
+            oldest = under_way.popleft()
+            part = oldest.result()
             partial.file.write(part)
             digest.update(part)
 
     def _warn(self, problem: str) -> None:
+        # Once per run: a full disk fails anew every ten seconds.
         if not self._warned:
             self._warned = True
             logger.warning(
@@ -358,16 +376,17 @@ class ShardCache:
 
 
 def _open_folder(root: Path, *, max_bytes: int, counters: CacheCounters) -> CacheFolder | None:
+    def count_eviction(path: Path) -> None:
+        counters.add(evicted_shards=1)
+
     try:
-        return CacheFolder(
-            root, max_bytes=max_bytes, on_evict=lambda path: counters.add(evicted_shards=1)
-        )
+        return CacheFolder(root, max_bytes=max_bytes, on_evict=count_eviction)
+    # Other failures, such as a folder without permission, are mistakes that can be mended.
     except OSError as error:
         if error.errno in _READ_ON:
             logger.warning(
                 "cache: %s: %s. No new shard is cached; samples are read from the store one by "
-                "one, which is slower. "
-                "Set loader.cache_dir to a folder with space",
+                "one, which is slower. Set loader.cache_dir to a folder with space",
                 root,
                 error.strerror,
             )

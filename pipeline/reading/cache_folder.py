@@ -28,6 +28,7 @@ from filelock import FileLock, Timeout
 
 PARTIAL = ".partial-"
 _LEASES = "leases"
+# The lock is held for a moment; who has it for a minute has stopped, or its disk has.
 _LOCK_WAIT_S = 60.0
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Refusal = Literal["here", "busy", "full"]
@@ -76,7 +77,10 @@ class CacheFolder:
         self._max_bytes = max_bytes
         self._on_evict = on_evict
         (root / _LEASES).mkdir(parents=True, exist_ok=True)
-        self._lease_path = root / _LEASES / f"{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        # A number of its own too: containers that share the folder may share process ids.
+        number = uuid.uuid4().hex[:12]
+        self._lease_path = root / _LEASES / f"{os.getpid()}-{number}"
+        # Made and locked in one: between the two a lease looks like a dead process's.
         with self._exclusive():
             self._lease: BinaryIO | None = self._lease_path.open("xb", buffering=0)
             _lock(self._lease)
@@ -118,10 +122,18 @@ class CacheFolder:
                 return "busy"
             held, total_bytes = self._scan()
             needed = self._leased_names()
-            spare = [file for file in held if str(file.path.relative_to(self.root)) not in needed]
-            if total_bytes - sum(file.size_bytes for file in spare) + size_bytes > self._max_bytes:
+            spare = []
+            for file in held:
+                name_of_file = str(file.path.relative_to(self.root))
+                if name_of_file not in needed:
+                    spare.append(file)
+            spare_bytes = sum(file.size_bytes for file in spare)
+            if total_bytes - spare_bytes + size_bytes > self._max_bytes:
                 return "full"  # removing everything would not do, so none is removed in vain
-            waiting = iter(sorted(spare, key=lambda file: file.modified_s))
+
+            # A reader sets the time of its shard when it maps it: the oldest is unused for longest.
+            spare.sort(key=lambda file: file.modified_s)
+            waiting = iter(spare)
             while total_bytes + size_bytes > self._max_bytes:
                 total_bytes -= self._evict(next(waiting))
             return self._take_room(path, target, size_bytes, waiting)
@@ -137,6 +149,7 @@ class CacheFolder:
 
     def abandon(self, partial: Partial) -> None:
         """Remove a file that will not be filled."""
+        # While it is still locked: another process may take the same name once it is not.
         with partial.file, suppress(OSError):
             partial.path.unlink()
 
@@ -148,6 +161,7 @@ class CacheFolder:
     def close(self) -> None:
         """Give up the lease: nothing is protected for this process any more."""
         if self._lease is not None:
+            # Whoever finds it first removes it; a dead lease is removed by others as well.
             with suppress(OSError):
                 self._lease_path.unlink()
             self._lease.close()
@@ -155,36 +169,44 @@ class CacheFolder:
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
+        path = self.root / "cache.lock"
         try:
-            with FileLock(self.root / "cache.lock", timeout=_LOCK_WAIT_S):
+            with FileLock(path, timeout=_LOCK_WAIT_S):
                 yield
+        # As an OSError, which callers read around: a stuck cache costs speed, never a batch.
         except Timeout as error:
-            raise OSError(
-                errno.EBUSY, f"{self.root / 'cache.lock'} is held by a process that does not go on"
-            ) from error
+            problem = f"{path} is held by a process that does not go on"
+            raise OSError(errno.EBUSY, problem) from error
 
     def _scan(self) -> tuple[list[_Held], int]:
         """List the whole shards, and add up what they and the files on their way take. Removes dead
         files."""
-        held, total_bytes = [], 0
+        held = []
+        total_bytes = 0
+        # All datasets' folders: the budget is over everything in the cache.
         for path in self.root.glob("*/*"):
-            if path.parent.name == _LEASES or (
-                path.name.startswith(PARTIAL) and _remove_if_dead(path)
-            ):
+            if path.parent.name == _LEASES:
                 continue
+            is_partial = path.name.startswith(PARTIAL)
+            if is_partial and _remove_if_dead(path):
+                continue
+            # A process that gives up or finishes renames and removes without the lock.
             with suppress(FileNotFoundError):
                 stat = path.stat()
                 total_bytes += stat.st_size
-                if not path.name.startswith(PARTIAL):
+                if not is_partial:
                     held.append(_Held(stat.st_mtime, stat.st_size, path))
         return held, total_bytes
 
     def _leased_names(self) -> set[str]:
         names: set[str] = set()
         for path in (self.root / _LEASES).iterdir():
-            if not _remove_if_dead(path):
-                with suppress(FileNotFoundError, ValueError):
-                    names.update(json.loads(path.read_bytes() or b"[]"))
+            if _remove_if_dead(path):
+                continue
+            # A new lease is empty until its process says what it needs.
+            with suppress(FileNotFoundError, ValueError):
+                content = path.read_bytes() or b"[]"
+                names.update(json.loads(content))
         return names
 
     def _evict(self, file: _Held) -> int:
@@ -202,6 +224,7 @@ class CacheFolder:
         try:
             _lock(partial.file)
             while True:
+                # All at once: a disk that fills up half-way would have cost the download.
                 try:
                     os.posix_fallocate(partial.file.fileno(), 0, max(1, size_bytes))
                     return partial
@@ -219,6 +242,7 @@ class CacheFolder:
 
 
 def _lock(file: BinaryIO) -> None:
+    # flock, not lockf: it belongs to the open file, and another open in this process sees it too.
     fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
@@ -226,6 +250,8 @@ def _remove_if_dead(path: Path) -> bool:
     """Remove a lease or half-filled file whose process has ended; return whether it is gone."""
     try:
         with path.open("rb") as file:
+            # Shared: two processes may look at the same file at once, and neither takes the other
+            # for its owner.
             try:
                 fcntl.flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -28,7 +28,9 @@ from pipeline.reading.cache import CacheCounters, ShardCache, default_cache_dir
 
 U8 = npt.NDArray[np.uint8]
 _TRIES = 3
+# Ranges of one sample are short: latency bounds them, not the network.
 _RANGES_AT_ONCE = 32
+# Each map is one of the 65,530 that Linux gives a process (vm.max_map_count).
 _MOST_MAPS = 16_384
 
 
@@ -52,6 +54,7 @@ class ShardReader:
     ) -> None:
         self._manifest = manifest
         self._verify = verify_hashes == "on"
+        # The read thread maps, and so does the decode thread when it looks for a substitute.
         self._lock = threading.Lock()
         self._maps: OrderedDict[int, U8] = OrderedDict()
         self._max_maps = _maps_allowed()
@@ -82,7 +85,8 @@ class ShardReader:
         # A map keeps the disk space of a shard that was evicted: let go of what has passed.
         keep = set(needed)
         with self._lock:
-            for shard in [shard for shard in self._maps if shard not in keep]:
+            passed = [shard for shard in self._maps if shard not in keep]
+            for shard in passed:
                 del self._maps[shard]
 
     def read(
@@ -103,10 +107,12 @@ class ShardReader:
             DataError: a shard is missing or shorter than the manifest says.
             InfrastructureError: the storage failed for longer than the retries.
         """
+        # Ranges are all under way before the first is waited for.
         images: list[U8 | Future[U8]] = []
-        for i, (shard, offset, size) in enumerate(
-            zip(rows.shards_B.tolist(), rows.offsets_B.tolist(), rows.sizes_B.tolist(), strict=True)
-        ):
+        shards = rows.shards_B.tolist()
+        offsets = rows.offsets_B.tolist()
+        sizes = rows.sizes_B.tolist()
+        for i, (shard, offset, size) in enumerate(zip(shards, offsets, sizes, strict=True)):
             if i in skip:
                 images.append(np.empty(0, dtype=np.uint8))
                 continue
@@ -115,18 +121,19 @@ class ShardReader:
                 images.append(mapped[offset : offset + size])
             else:
                 images.append(self._ranges.submit(self._read_range, rows, i))
-        self.counters.add(read_through=sum(isinstance(image, Future) for image in images))
+        by_range = {i for i, image in enumerate(images) if isinstance(image, Future)}
+        self.counters.add(read_through=len(by_range))
         done = [image.result() if isinstance(image, Future) else image for image in images]
         if self._cache is not None:
             self._cache.begin()  # not before: the first batch has the store to itself
         # What came by range was not covered by a shard's hash, so it is always checked.
-        bad = {
-            i: Refused(Reason.HASH_DIFFERS)
-            for i, image in enumerate(done)
-            if i not in skip
-            and (self._verify or isinstance(images[i], Future))
-            and not _matches(image, rows, i)
-        }
+        bad = {}
+        for i, image in enumerate(done):
+            is_checked = self._verify or i in by_range
+            if i in skip or not is_checked:
+                continue
+            if not _matches(image, rows, i):
+                bad[i] = Refused(Reason.HASH_DIFFERS)
         return done, bad
 
     def close(self) -> None:
@@ -141,13 +148,11 @@ class ShardReader:
         """Read one sample by its own range, again if it arrives damaged; the last try is
         returned as it is."""
         uri = self._manifest.shard_uri(int(rows.shards_B[i]))
+        offset = int(rows.offsets_B[i])
+        size = int(rows.sizes_B[i])
+        # Tries of the content; a call that fails is tried again below, in `storage`.
         for _ in range(_TRIES):
-            data = storage.read_view(
-                uri,
-                int(rows.offsets_B[i]),
-                int(rows.sizes_B[i]),
-                on_retry=self.counters.count_retry,
-            )
+            data = storage.read_view(uri, offset, size, on_retry=self.counters.count_retry)
             image = np.frombuffer(data, dtype=np.uint8)
             if _matches(image, rows, i):
                 break
@@ -167,15 +172,14 @@ class ShardReader:
         if mapped is not None:
             with self._lock:
                 self._maps[shard] = mapped
+                # Only forgotten: images cut from a map keep it open until they are decoded.
                 while len(self._maps) > self._max_maps:
                     self._maps.popitem(last=False)
         return mapped
 
     def _map_local(self, shard: int) -> U8:
-        path, expected_bytes = (
-            storage.local_path(self._manifest.shard_uri(shard)),
-            self._manifest.shard_bytes(shard),
-        )
+        path = storage.local_path(self._manifest.shard_uri(shard))
+        expected_bytes = self._manifest.shard_bytes(shard)
         try:
             mapped = _map_file(path)
         except FileNotFoundError as error:
@@ -183,11 +187,12 @@ class ShardReader:
                 f"dataset: {path} is missing; dataset.json lists it. Restore it, or check with "
                 "pipeline.verify"
             ) from error
+        # Slices behind the end would come out short, and every one look like a damaged image.
         if mapped.size != expected_bytes:
             raise DataError(
                 f"dataset: {path} has {mapped.size} bytes, the manifest says {expected_bytes}. It "
-                "was cut or replaced: "
-                "convert it again, or write its manifest anew with pipeline.verify --write-manifest"
+                "was cut or replaced: convert it again, or write its manifest anew with "
+                "pipeline.verify --write-manifest"
             )
         return mapped
 
@@ -201,6 +206,7 @@ class ShardReader:
                 os.utime(path)  # the time of last use, by which the oldest is removed
         except FileNotFoundError:
             return None  # removed between the look and the map
+        # It was verified before it got its name, so something on this machine has cut it since.
         if mapped.size == self._manifest.shard_bytes(shard):
             return mapped
         cache.drop(shard)
@@ -215,7 +221,9 @@ def _map_file(path: Path) -> U8:
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
             return np.empty(0, dtype=np.uint8)  # nothing can be mapped
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
+        # The map outlives the file's descriptor; the array keeps the map.
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.frombuffer(mapped, dtype=np.uint8)
 
 
 def _maps_allowed() -> int:
@@ -232,4 +240,5 @@ def _maps_allowed() -> int:
             soft = wanted
     if soft == resource.RLIM_INFINITY:
         return _MOST_MAPS
+    # The other half is for sockets, checkpoints and whatever else the run opens.
     return max(16, min(_MOST_MAPS, soft // 2))
