@@ -88,19 +88,24 @@ class _Work:
         paths = sorted(self.images.rglob("*.jpg"))
         self.data = [path.read_bytes() for path in paths]
         self.num_many = len(paths) * arguments.copies
-        self.num_bytes = sum(map(len, self.data)) * arguments.copies
+        bytes_once = sum(len(data) for data in self.data)
+        self.num_bytes = bytes_once * arguments.copies
         # Names of the same files: the disk holds the images once, and so does the page cache.
         if not self.many.exists():
             for path in paths:
                 labelled = self.many / path.parent.name
                 labelled.mkdir(parents=True, exist_ok=True)
                 for copy in range(arguments.copies):
-                    (labelled / f"{copy:03d}_{path.name}").hardlink_to(path)
-        (self.one / "0").mkdir(parents=True, exist_ok=True)
-        (self.one / "0" / "a.jpg").write_bytes(self.data[0])
+                    name = labelled / f"{copy:03d}_{path.name}"
+                    name.hardlink_to(path)
+        # What a command costs before its first image: it is taken off in the ratios.
+        class_folder = self.one / "0"
+        class_folder.mkdir(parents=True, exist_ok=True)
+        (class_folder / "a.jpg").write_bytes(self.data[0])
 
     def subjects(self) -> dict[str, Callable[[], Figures]]:
         """Return every way by its name."""
+        # One worker: the loops beside it use one core, and CPU per image is what compares.
         resize = ("--resize", str(_SIDE), "--workers", "1")
         ways: dict[str, Callable[[], Figures]] = {
             _OURS: partial(self._convert, self.many),
@@ -133,18 +138,22 @@ class _Work:
 
     def _convert(self, source: Path, *options: str) -> Figures:
         command = [sys.executable, "-m", "pipeline.convert", str(source), str(self.out), *options]
-        return run_counted([*command, "--shard-size", f"{_SHARD_MB}MB"])
+        command += ["--shard-size", f"{_SHARD_MB}MB"]
+        return run_counted(command)
 
     def _shard_writer(self, source: Path) -> Figures:
+        # ShardWriter does not make its folder.
         self.out.mkdir()
         words = (str(source), str(self.out), f"{_SHARD_MB}e6")
-        return run_counted([sys.executable, "-c", _SHARD_WRITER, *words])
+        command = [sys.executable, "-c", _SHARD_WRITER, *words]
+        return run_counted(command)
 
     def _copy(self) -> Figures:
         # As many sums at a time as there are cores, for so many hash in a conversion.
         hash_all = f"xargs -0 -n 512 -P {cores()} sha256sum > /dev/null"
         script = f'cp -r "$0" "$1" && find "$1" -type f -print0 | {hash_all}'
-        return run_counted(["bash", "-c", script, str(self.many), str(self.out)])
+        command = ["bash", "-c", script, str(self.many), str(self.out)]
+        return run_counted(command)
 
     def _pillow(self) -> None:
         for data in self.data:
@@ -156,7 +165,8 @@ class _Work:
     def _turbo(self) -> None:
         for data in self.data:
             pixels = simplejpeg.decode_jpeg(data, "RGB")
-            size = shrunk_size(pixels.shape[1], pixels.shape[0], short_side=_SIDE, long_side=None)
+            height, width, _ = pixels.shape
+            size = shrunk_size(width, height, short_side=_SIDE, long_side=None)
             small = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
             simplejpeg.encode_jpeg(small, quality=_QUALITY, colorsubsampling="420")
 
@@ -165,8 +175,9 @@ def measure(arguments: Arguments) -> Outcome:
     """Measure everything; give seconds, rates and the ratios that matter."""
     work = _Work(arguments)
     turns = Turns("convert_bench", rounds=arguments.runs, warm_up_rounds=1)
+    subjects = work.subjects()
     for _ in turns.rounds():
-        turns.take(work.subjects())
+        turns.take(subjects)
     rows = []
     for name in turns.subjects:
         count = work.count(name)
@@ -181,16 +192,20 @@ def measure(arguments: Arguments) -> Outcome:
         }
         rows.append(row)
     facts = {"num_images": work.num_many, "num_bytes": work.num_bytes}
-    return report(rows, ratios=_ratios(turns, num_images=arguments.images), facts=facts)
+    ratios = _ratios(turns, num_images=arguments.images)
+    return report(rows, ratios=ratios, facts=facts)
 
 
 def _ratios(turns: Turns, *, num_images: int) -> dict[str, Spread]:
     """Return the ratios that matter, round by round."""
 
     def without(subject: str, start: str, figure: str) -> list[float]:
-        pairs = zip(turns.values(subject, figure), turns.values(start, figure), strict=True)
+        whole = turns.values(subject, figure)
+        starts = turns.values(start, figure)
+        pairs = zip(whole, starts, strict=True)
         return [value - start_value for value, start_value in pairs]
 
+    # With the start and without it: a short conversion pays it, a long one does not notice.
     ours_s = without(_OURS, _START, "wall_s")
     webdataset_s = without(_WEBDATASET, _WEBDATASET_START, "wall_s")
     # One image is part of the start that is taken off, and must not be counted twice.
@@ -198,16 +213,16 @@ def _ratios(turns: Turns, *, num_images: int) -> dict[str, Spread]:
     resize_ms = [1e3 * value / (num_images - 1) for value in resize_cpu_s]
     pillow_ms = [1e3 * value / num_images for value in turns.values(_PILLOW, "cpu_s")]
     turbo_ms = [1e3 * value / num_images for value in turns.values(_TURBO, "cpu_s")]
+    # Of rates the other's time stands above ours, so that more than 1 is faster.
+    whole_rate = turns.ratio(_WEBDATASET, _OURS, "wall_s")
+    rate_after_start = divide_pairs(webdataset_s, ours_s)
+    copy_s = turns.values(_COPY, "wall_s")
     return {
-        "pass-through / ShardWriter, images a second, whole commands": turns.ratio(
-            _WEBDATASET, _OURS, "wall_s"
-        ),
-        "the same, each without the time that one image takes": divide_pairs(webdataset_s, ours_s),
+        "pass-through / ShardWriter, images a second, whole commands": whole_rate,
+        "the same, each without the time that one image takes": rate_after_start,
         "pass-through / ShardWriter, CPU, whole commands": turns.ratio(_OURS, _WEBDATASET, "cpu_s"),
         "pass-through / cp -r and sha256sum, time": turns.ratio(_OURS, _COPY, "wall_s"),
-        "the same without the time that one image takes, time": divide_pairs(
-            ours_s, turns.values(_COPY, "wall_s")
-        ),
+        "the same without the time that one image takes, time": divide_pairs(ours_s, copy_s),
         "resize / Pillow loop, CPU per image": divide_pairs(resize_ms, pillow_ms),
         "resize / simplejpeg and cv2 loop, CPU per image": divide_pairs(resize_ms, turbo_ms),
         "resize, CPU-ms per image": Spread.of(resize_ms),

@@ -59,6 +59,7 @@ def measure(ids: I64, next_ids: I64, *, global_batch_size: int, shard_size: int)
         global_batch_size: samples of a batch.
         shard_size: samples of a shard; all shards are alike.
     """
+    # Both as shares of the dataset, so that figures of datasets of any size compare.
     count = len(ids)
     stored = ids / count
     ordered = np.arange(count) / count
@@ -66,7 +67,8 @@ def measure(ids: I64, next_ids: I64, *, global_batch_size: int, shard_size: int)
     correlations = np.corrcoef(stored[:-1], stored[1:])
 
     # The last batch may be short, and its spread would not compare with the others'.
-    whole = count // global_batch_size * global_batch_size
+    num_whole = count // global_batch_size
+    whole = num_whole * global_batch_size
     batches = stored[:whole].reshape(-1, global_batch_size)
     spreads = batches.std(axis=1)
     means = batches.mean(axis=1)
@@ -98,11 +100,14 @@ def _repeated_company(ids: I64, next_ids: I64, *, global_batch_size: int, shard_
     if not together.any():
         return 1.0
 
+    # Only neighbours are compared, not all pairs: a fair sample, and linear in the samples.
     next_batch_of = _inverse(next_ids) // global_batch_size
     first = ids[order[:-1]][together]
     second = ids[order[1:]][together]
     again = next_batch_of[first] == next_batch_of[second]
-    return float(again.mean() * len(ids) / global_batch_size)
+    # In a full shuffle two samples share a batch with a chance of one in the number of batches.
+    share = again.mean()
+    return float(share * len(ids) / global_batch_size)
 
 
 def _inverse(ids: I64) -> npt.NDArray[np.int64]:
@@ -139,24 +144,29 @@ def _rows(arguments: Arguments) -> list[dict[str, Any]]:
     sizes_S = np.full(arguments.num_shards, arguments.shard_size)
 
     def quality(ids_of_epoch: Callable[[int], I64]) -> dict[str, Any]:
+        ids = ids_of_epoch(0)
+        next_ids = ids_of_epoch(1)
         measured = measure(
-            ids_of_epoch(0),
-            ids_of_epoch(1),
+            ids,
+            next_ids,
             global_batch_size=arguments.global_batch_size,
             shard_size=arguments.shard_size,
         )
         progress.advance(1)
         return asdict(measured)
 
+    # Drawn like a window over everything, so that it is as random as the orders beside it.
     def full_shuffle(epoch: int) -> I64:
         return permutation(count, seed=arguments.seed, purpose=Purpose.WINDOW, epoch=epoch)
 
     def ordered(config: OrderConfig, epoch: int) -> I64:
         order = EpochOrder(sizes_S, config=config, seed=arguments.seed, epoch=epoch)
-        return order.sample_ids(np.arange(count))
+        positions = np.arange(count)
+        return order.sample_ids(positions)
 
     num_orders = 1 + len(arguments.lanes) * len(arguments.windows)
     with Progress("shuffle_quality", total=num_orders, unit="orders") as progress:
+        # A row of its own: it shows the noise of a shuffle of this many samples.
         rows = [{"lanes": "full", "window": "shuffle", **quality(full_shuffle)}]
         for lanes in arguments.lanes:
             for window in arguments.windows:

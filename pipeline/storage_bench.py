@@ -108,23 +108,33 @@ class _Throughput:
         for s in range(self._num_shards):
             uri = self._dataset.shard_uri(s)
             size = self._dataset.shard_bytes(s)
-            jobs += [
-                (uri, start, min(PART_BYTES, size - start)) for start in range(0, size, PART_BYTES)
-            ]
+            # In the cache's own parts, so that the two figures differ by hash and disk alone.
+            for start in range(0, size, PART_BYTES):
+                length = min(PART_BYTES, size - start)
+                jobs.append((uri, start, length))
+
+        def read(job: tuple[str, int, int]) -> int:
+            return len(storage.read_view(*job))
+
         with ThreadPoolExecutor(self._streams) as pool:
-            return sum(pool.map(lambda job: len(storage.read_view(*job)), jobs))
+            return sum(pool.map(read, jobs))
 
     def _write(self, folder: Path) -> None:
         def write(s: int) -> None:
-            with (folder / str(s)).open("wb") as file:
-                file.write(bytes(self._dataset.shard_bytes(s)))
+            path = folder / str(s)
+            content = bytes(self._dataset.shard_bytes(s))
+            with path.open("wb") as file:
+                file.write(content)
                 file.flush()
+                # What staging does before it renames a shard.
                 os.fdatasync(file.fileno())
 
+        # Two at once, as the cache stages them; `list` lets an error of a thread show.
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(write, range(self._num_shards)))
 
     def _stage(self, folder: Path) -> None:
+        # Twice the room that is needed: no shard may be evicted in the middle.
         cache = ShardCache(self._dataset, folder=folder, max_bytes=2 * self.num_bytes)
         cache.need(range(self._num_shards))
         cache.begin()
@@ -141,12 +151,13 @@ class _FirstBatch:
         self._uri = dataset.uri
         self._arguments = arguments
         self._throughput = throughput
-        rows = dataset.lookup(_first_share(dataset, arguments.batch_size))
+        # The plain clients are told where the samples lie; ours must find that out by itself.
+        sample_ids_B = _first_share(dataset, arguments.batch_size)
+        rows = dataset.lookup(sample_ids_B)
         columns = (rows.shards_B.tolist(), rows.offsets_B.tolist(), rows.sizes_B.tolist())
-        self._jobs: list[Job] = [
-            (throughput.keys[shard], offset, size)
-            for shard, offset, size in zip(*columns, strict=True)
-        ]
+        self._jobs: list[Job] = []
+        for shard, offset, size in zip(*columns, strict=True):
+            self._jobs.append((throughput.keys[shard], offset, size))
 
     def take(self, turns: Turns) -> None:
         """Read the batch once in every way."""
@@ -157,18 +168,21 @@ class _FirstBatch:
         opened: list[ShardReader] = []
         # A new folder each time: the cache must be cold.
         with tempfile.TemporaryDirectory(prefix="maelstrom-bench-") as folder:
-            turns.take_timed(ways | {_OUR_BATCH: lambda: opened.append(self._ours(folder))})
+            ways[_OUR_BATCH] = lambda: opened.append(self._ours(folder))
+            turns.take_timed(ways)
             # Closing waits for shards that are being staged, and is no part of a first batch.
             opened[0].close()
 
     def _ours(self, folder: str) -> ShardReader:
+        # Everything that a run does before its first batch, opening the dataset included.
         dataset = open_dataset(self._uri)
-        reader = ShardReader(
-            dataset, cache_dir=Path(folder), cache_bytes=2 * self._throughput.num_bytes
-        )
+        cache_bytes = 2 * self._throughput.num_bytes
+        reader = ShardReader(dataset, cache_dir=Path(folder), cache_bytes=cache_bytes)
         ids_B = _first_share(dataset, self._arguments.batch_size)
-        reader.prepare(dataset.locate(ids_B)[0].tolist())
-        images, bad = reader.read(dataset.lookup(ids_B))
+        shards_B, _ = dataset.locate(ids_B)
+        reader.prepare(shards_B.tolist())
+        rows = dataset.lookup(ids_B)
+        images, bad = reader.read(rows)
         assert len(images) == self._arguments.batch_size
         assert not bad
         return reader
@@ -199,8 +213,10 @@ class _SecondEpoch:
     def take(self, turns: Turns) -> None:
         """Read an epoch from both, twice."""
         epochs = {name: partial(self._epoch, reader) for name, reader in self._readers.items()}
+        # An epoch from memory is short: two of them halve the noise.
         for _ in range(2):
             turns.take_timed(epochs)
+        # The one sample that began the staging; any other came from the cache.
         assert self._readers[_CACHE].counters.read_through <= 1
 
     def _epoch(self, reader: ShardReader) -> int:
@@ -211,7 +227,8 @@ class _SecondEpoch:
         cursor = Cursor()
         while cursor.epoch == 0:
             share = order.rank_batch(cursor)
-            images, _ = reader.read(self._dataset.lookup(share.sample_ids_B))
+            rows = self._dataset.lookup(share.sample_ids_B)
+            images, _ = reader.read(rows)
             # Copied, so that every page of a mapped shard is touched.
             total += sum(len(image.tobytes()) for image in images)
             cursor = share.end
@@ -234,7 +251,9 @@ def _resume(folder: Path, epoch: int, share_of_epoch: float) -> None:
         world_size=8,
     )
     position = int(order.num_samples * share_of_epoch)
-    dataset.lookup(order.rank_batch(Cursor(epoch, position)).sample_ids_B)
+    cursor = Cursor(epoch, position)
+    share = order.rank_batch(cursor)
+    dataset.lookup(share.sample_ids_B)
 
 
 def _first_share(dataset: Manifest, count: int) -> Any:
@@ -244,25 +263,29 @@ def _first_share(dataset: Manifest, count: int) -> Any:
 
 def _bucket_and_prefix(uri: str) -> tuple[str, str]:
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
-    return bucket, f"{prefix.rstrip('/')}/" if prefix else ""
+    if prefix:
+        prefix = f"{prefix.rstrip('/')}/"
+    return bucket, prefix
 
 
 @contextmanager
 def _data(arguments: Arguments) -> Iterator[tuple[str, Path]]:
     """Give the dataset's URI and the same shards on local disk."""
     with ExitStack() as stack:
-        root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="maelstrom-bench-")))
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="maelstrom-bench-"))
+        root = Path(folder)
         local = root / "buckets" / "bench" / "data"
         if arguments.uri:
             local.mkdir(parents=True)
+            # The local shards are what the cache is compared with.
             for file in storage.list_files(arguments.uri):
-                (local / file.name).write_bytes(storage.read_view(file.uri))
+                content = storage.read_view(file.uri)
+                (local / file.name).write_bytes(content)
             yield arguments.uri, local
             return
         say(f"storage_bench: making {arguments.num_shards} shards of {arguments.shard_mb:g} MB")
-        write_bench_dataset(
-            local, num_shards=arguments.num_shards, shard_bytes=int(arguments.shard_mb * 1e6)
-        )
+        shard_bytes = int(arguments.shard_mb * 1e6)
+        write_bench_dataset(local, num_shards=arguments.num_shards, shard_bytes=shard_bytes)
         stack.enter_context(loopback_store(root / "buckets"))
         yield "s3://bench/data", local
 
@@ -278,7 +301,8 @@ def measure(arguments: Arguments) -> Outcome:
         throughput = _Throughput(dataset, arguments)
         first_batch = _FirstBatch(dataset, arguments, throughput)
         cache = Path(folder) / "cache"
-        second_epoch = _SecondEpoch(dataset, open_dataset(str(local)), cache, arguments)
+        local_dataset = open_dataset(str(local))
+        second_epoch = _SecondEpoch(dataset, local_dataset, cache, arguments)
         imagenet = Path(folder) / "imagenet"
         num_shards, samples_per_shard = _IMAGENET
         generate_manifest(imagenet, num_shards=num_shards, samples_per_shard=samples_per_shard)
@@ -287,7 +311,8 @@ def measure(arguments: Arguments) -> Outcome:
             throughput.take(turns)
             second_epoch.take(turns)
             for epoch, share_of_epoch in _RESUME_AT:
-                turns.take_timed({_RESUME: partial(_resume, imagenet, epoch, share_of_epoch)})
+                resume = partial(_resume, imagenet, epoch, share_of_epoch)
+                turns.take_timed({_RESUME: resume})
         second_epoch.close()
 
     rows = []
@@ -295,24 +320,27 @@ def measure(arguments: Arguments) -> Outcome:
         time = turns.spread(name, "wall_s")
         # Of a batch and of a resume the time matters: their bytes are few.
         is_whole = name not in (_OUR_BATCH, _RESUME) and not name.endswith(_RANGES)
-        rate = throughput.num_bytes / time.median / 1e6 if is_whole else None
+        rate = None
+        if is_whole:
+            rate = throughput.num_bytes / time.median / 1e6
         rows.append({"what": name, "median_s": time, "mb_per_s": rate})
     facts = {"settings": asdict(arguments), "num_bytes": throughput.num_bytes}
-    return report(rows, ratios=_ratios(turns, list(throughput.clients)), facts=facts)
+    ratios = _ratios(turns, list(throughput.clients))
+    return report(rows, ratios=ratios, facts=facts)
 
 
 def _ratios(turns: Turns, clients: Sequence[str]) -> dict[str, Spread]:
     """Return the ratios that matter, round by round."""
+    # Against the best of them on this machine: a slow peer would flatter.
     fastest_whole = _fastest(turns, [_whole(name) for name in clients])
     fastest_ranges = _fastest(turns, [_ranges(name) for name in clients])
+    reads = turns.ratio(fastest_whole, _OUR_READS, "wall_s")
+    cache = turns.ratio(_LOCAL, _CACHE, "wall_s")
+    first_batch = turns.ratio(_OUR_BATCH, fastest_ranges, "wall_s")
     ratios = {
-        "throughput of our reads / fastest plain client": turns.ratio(
-            fastest_whole, _OUR_READS, "wall_s"
-        ),
-        "throughput of the cache in epoch 2 / local shards": turns.ratio(_LOCAL, _CACHE, "wall_s"),
-        "time of our first batch / fastest plain client's ranges": turns.ratio(
-            _OUR_BATCH, fastest_ranges, "wall_s"
-        ),
+        "throughput of our reads / fastest plain client": reads,
+        "throughput of the cache in epoch 2 / local shards": cache,
+        "time of our first batch / fastest plain client's ranges": first_batch,
     }
     for name in clients:
         ratio = turns.ratio(_OUR_BATCH, _ranges(name), "wall_s")

@@ -23,7 +23,7 @@ import tyro
 
 from pipeline.bench.command import BenchArguments, Outcome, run_bench
 from pipeline.bench.probes import cpu_s, machine, rss_bytes
-from pipeline.bench.subjects import GPU_SUBJECTS, SUBJECTS, Setup
+from pipeline.bench.subjects import GPU_SUBJECTS, SUBJECTS, Setup, Subject
 from pipeline.bench.turns import Figures, Turns
 from pipeline.config import LoaderConfig, OrderConfig, ViewConfig
 from pipeline.console import say
@@ -262,7 +262,7 @@ def _compare_with_peers(arguments: Arguments) -> Outcome:
     num_threads = arguments.num_threads or len(os.sched_getaffinity(0))
     device = _device(arguments).type
     about = {**machine(), "num_threads": num_threads, "batch_size": arguments.batch_size}
-    subjects = SUBJECTS
+    subjects: Sequence[Subject] = SUBJECTS
     if device == "cuda":
         subjects = GPU_SUBJECTS
     rows = measure_peers(

@@ -80,9 +80,9 @@ def measure_peers(
             if runner.problem:
                 problem = f": {runner.problem}"
             say(f"bench: started {count} of {len(runners)}, {runner.title}{problem}")
-        subjects = {runner.title: runner.turn(seconds) for runner in runners}
+        measurements = {runner.title: runner.turn(seconds) for runner in runners}
         for _ in turns.rounds():
-            turns.take(subjects)
+            turns.take(measurements)
     finally:
         for runner in runners:
             runner.close()

@@ -51,15 +51,18 @@ class Boto3Client:
 
     def read(self, key: str, start: int, length: int) -> int:
         """Read a range."""
-        reply = self._client.get_object(
-            Bucket=self._bucket, Key=key, Range=f"bytes={start}-{start + length - 1}"
-        )
-        return len(reply["Body"].read())
+        # HTTP ranges include their last byte.
+        last = start + length - 1
+        reply = self._client.get_object(Bucket=self._bucket, Key=key, Range=f"bytes={start}-{last}")
+        data = reply["Body"].read()
+        return len(data)
 
     def read_whole(self, key: str) -> int:
         """Read an object as a stream."""
-        body = self._client.get_object(Bucket=self._bucket, Key=key)["Body"]
-        return sum(len(part) for part in body.iter_chunks(2**20))
+        reply = self._client.get_object(Bucket=self._bucket, Key=key)
+        # In pieces: joining them would measure the joining.
+        parts = reply["Body"].iter_chunks(2**20)
+        return sum(len(part) for part in parts)
 
 
 class S3fsClient:
@@ -71,7 +74,9 @@ class S3fsClient:
 
     def read(self, key: str, start: int, length: int) -> int:
         """Read a range."""
-        return len(self._fs.cat_file(f"{self._bucket}/{key}", start=start, end=start + length))
+        path = f"{self._bucket}/{key}"
+        data = self._fs.cat_file(path, start=start, end=start + length)
+        return len(data)
 
     def read_whole(self, key: str) -> int:
         """Read an object."""
@@ -84,20 +89,24 @@ class ObstoreClient:
     def __init__(self, bucket: str) -> None:
         self._obstore: Any = import_module("obstore")
         endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
-        custom = {"endpoint": endpoint, "virtual_hosted_style_request": False} if endpoint else {}
-        self._store = import_module("obstore.store").S3Store(
-            bucket, client_options={"allow_http": endpoint.startswith("http://")}, **custom
-        )
+        custom: dict[str, Any] = {}
+        if endpoint:
+            # A bucket's name in the host's needs a DNS entry, which a store on loopback lacks.
+            custom = {"endpoint": endpoint, "virtual_hosted_style_request": False}
+        options = {"allow_http": endpoint.startswith("http://")}
+        make_store = import_module("obstore.store").S3Store
+        self._store = make_store(bucket, client_options=options, **custom)
 
     def read(self, key: str, start: int, length: int) -> int:
         """Read a range."""
-        return len(self._obstore.get_range(self._store, key, start=start, length=length))
+        data = self._obstore.get_range(self._store, key, start=start, length=length)
+        return len(data)
 
     def read_whole(self, key: str) -> int:
         """Read an object as a stream."""
-        return sum(
-            len(part) for part in self._obstore.get(self._store, key).stream(min_chunk_size=2**20)
-        )
+        reply = self._obstore.get(self._store, key)
+        parts = reply.stream(min_chunk_size=2**20)
+        return sum(len(part) for part in parts)
 
 
 _CLIENTS: dict[str, tuple[str, Callable[[str], Client]]] = {
@@ -144,20 +153,20 @@ def loopback_store(root: Path) -> Iterator[str]:
     if importlib.util.find_spec("localbucket") is None:
         raise ConfigError(
             "storage_bench: there is no --uri, and localbucket, the store it would start, is not "
-            "installed. "
-            "Install it with: pip install localbucket"
+            "installed. Install it with: pip install localbucket"
         )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = int(free.getsockname()[1])
+        _, port = free.getsockname()
     url = f"http://127.0.0.1:{port}"
     ours = {
         "AWS_ENDPOINT_URL": url,
+        # Any key is accepted, but clients do not start without one.
         "AWS_ACCESS_KEY_ID": "bench",
         "AWS_SECRET_ACCESS_KEY": "bench-secret",
-    }
-    ours |= {
         "AWS_DEFAULT_REGION": "us-east-1",
+        # Otherwise clients ask the cloud's metadata service, and wait for an answer that never
+        # comes.
         "AWS_EC2_METADATA_DISABLED": "true",
         "NO_PROXY": "127.0.0.1",
     }
@@ -197,6 +206,7 @@ def write_bench_dataset(folder: Path, *, num_shards: int, shard_bytes: int) -> i
     Returns:
         Samples written.
     """
+    # Few images under many names: reading is measured, and encoding would take the time.
     images = []
     for data in _jpegs():
         header = probe(data)
@@ -205,14 +215,17 @@ def write_bench_dataset(folder: Path, *, num_shards: int, shard_bytes: int) -> i
     shards = []
     number = 0
     for s in range(num_shards):
-        with WebDatasetWriter(str(folder / f"train-{s:06d}.tar")) as writer:
+        path = folder / f"train-{s:06d}.tar"
+        with WebDatasetWriter(str(path)) as writer:
             written_bytes = 0
             while written_bytes < shard_bytes:
                 image, header = images[number % len(images)]
                 writer.add(f"{number:07d}", image, header, label=number % 1000)
+                # With the tar's headers of the image and of its label.
                 written_bytes += len(image) + 1024
                 number += 1
-            shards.append(writer.close())
+            shard = writer.close()
+        shards.append(shard)
     write_dataset(str(folder), shards=shards, name="bench", container="webdataset")
     return number
 
@@ -223,10 +236,10 @@ def _jpegs() -> list[bytes]:
     for _ in range(_DISTINCT_IMAGES):
         # Smooth areas with noise on top: a file of about a photograph's size.
         small = random.integers(0, 256, (24, 32, 3), dtype=np.uint8)
-        image = np.asarray(
-            Image.fromarray(small).resize((500, 375), Image.Resampling.BICUBIC), dtype=np.int16
-        )
-        noisy = np.clip(image + random.normal(0, 11, image.shape), 0, 255).astype(np.uint8)
+        smooth = Image.fromarray(small).resize((500, 375), Image.Resampling.BICUBIC)
+        pixels = np.asarray(smooth, dtype=np.int16)
+        noise = random.normal(0, 11, pixels.shape)
+        noisy = np.clip(pixels + noise, 0, 255).astype(np.uint8)
         buffer = io.BytesIO()
         Image.fromarray(noisy).save(buffer, "JPEG", quality=92)
         jpegs.append(buffer.getvalue())

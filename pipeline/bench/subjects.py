@@ -30,6 +30,7 @@ from pipeline.loader import Loader
 from pipeline.reading.reader import ShardReader
 from pipeline.sampling.boxes import draw_boxes
 
+# As every published recipe of masked autoencoders cuts: 224 pixels from 20-100% of the area.
 SIZE = 224
 MIN_AREA = 0.2
 ORDER = OrderConfig(lanes=4)
@@ -80,13 +81,18 @@ def ours(
     engine."""
 
     def build(setup: Setup, subject: Subject) -> Batches:
+        dataset = open_dataset(str(setup.folder / subject.dataset))
+        view = ViewConfig(interpolation=subject.resize_filter)  # type: ignore[arg-type]
+        settings = LoaderConfig(
+            decoder=decoder,
+            num_threads=setup.num_threads,
+            hw_decoder_load=hw_decoder_load,
+        )
         loader = Loader(
-            open_dataset(str(setup.folder / subject.dataset)),
-            ViewConfig(interpolation=subject.resize_filter),  # type: ignore[arg-type]
+            dataset,
+            view,
             ORDER,
-            LoaderConfig(
-                decoder=decoder, num_threads=setup.num_threads, hw_decoder_load=hw_decoder_load
-            ),
+            settings,
             seed=0,
             global_batch_size=setup.batch_size,
             micro_batch_size=setup.batch_size,
@@ -114,26 +120,28 @@ def bare_loop(setup: Setup, subject: Subject) -> Batches:
         heights_B=rows.heights_B,
     )
     # All that a loader does besides: reading, drawing boxes, memory for the batch.
-    cuts = list(
-        zip(
-            images,
-            boxes.tops_B.tolist(),
-            boxes.lefts_B.tolist(),
-            boxes.heights_B.tolist(),
-            boxes.widths_B.tolist(),
-            boxes.flips_B.tolist(),
-            strict=True,
-        )
+    columns = (
+        images,
+        boxes.tops_B.tolist(),
+        boxes.lefts_B.tolist(),
+        boxes.heights_B.tolist(),
+        boxes.widths_B.tolist(),
+        boxes.flips_B.tolist(),
     )
+    cuts = list(zip(*columns, strict=True))
     out_HW3 = np.empty((SIZE, SIZE, 3), np.uint8)
+    # As in the decoder's own threads: autograd's bookkeeping costs as much as a flip.
     torch.set_grad_enabled(False)
     while True:
         for number, (image, top, left, height, width, flip) in enumerate(cuts, start=1):
-            cut_HW3 = simplejpeg.decode_jpeg(image)[top : top + height, left : left + width]
+            whole_HW3 = simplejpeg.decode_jpeg(image)
+            cut_HW3 = whole_HW3[top : top + height, left : left + width]
             if subject.resize_filter == "area":
                 cv2.resize(cut_HW3, (SIZE, SIZE), dst=out_HW3, interpolation=cv2.INTER_AREA)
             else:
-                cut_1CHW = torch.from_numpy(cut_HW3.copy()).unsqueeze(0).permute(0, 3, 1, 2)
+                # Packed: of rows that lie apart torch's kernel takes three times as long.
+                packed_HW3 = torch.from_numpy(cut_HW3.copy())
+                cut_1CHW = packed_HW3.unsqueeze(0).permute(0, 3, 1, 2)
                 resized_1CHW = torch.nn.functional.interpolate(
                     cut_1CHW, size=(SIZE, SIZE), mode=subject.resize_filter, antialias=True
                 )
@@ -148,7 +156,9 @@ def random_box(width: int, height: int) -> tuple[int, int, int, int]:
     """Draw a box (left, top, right, bottom) of 20-100% of the area, as RandomResizedCrop does."""
     for _ in range(10):
         area = width * height * random.uniform(MIN_AREA, 1.0)
-        aspect = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+        # Uniform in the logarithm: a box is as often twice as wide as it is twice as high.
+        log_aspect = random.uniform(math.log(3 / 4), math.log(4 / 3))
+        aspect = math.exp(log_aspect)
         w = round(math.sqrt(area * aspect))
         h = round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
@@ -166,12 +176,14 @@ def transform_with_pillow(image: Any) -> torch.Tensor:
     """Cut, resize and mirror a PIL image the usual way."""
     from PIL import Image
 
-    cut = image.convert("RGB").resize(
-        (SIZE, SIZE), Image.Resampling.BICUBIC, box=random_box(*image.size)
-    )
+    box = random_box(*image.size)
+    rgb = image.convert("RGB")
+    cut = rgb.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box)
     if random.random() < 0.5:
         cut = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return torch.from_numpy(np.array(cut)).permute(2, 0, 1).contiguous()
+    pixels_HW3 = torch.from_numpy(np.array(cut))
+    # Packed, as torchvision's transforms give it: workers send it through shared memory.
+    return pixels_HW3.permute(2, 0, 1).contiguous()
 
 
 class PillowFolder(torch.utils.data.Dataset):
@@ -193,6 +205,7 @@ class PillowFolder(torch.utils.data.Dataset):
 def torch_with_pillow(setup: Setup, subject: Subject) -> Batches:
     """Read through torch's DataLoader with worker processes."""
     dataset = PillowFolder(setup.folder / subject.dataset)
+    # Without end: a new epoch would start the workers' queues anew in the middle of a turn.
     sampler = torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=10**9)
     loader = torch.utils.data.DataLoader(
         dataset,
@@ -208,7 +221,9 @@ def webdataset_with_pillow(setup: Setup, subject: Subject) -> Batches:
     """Read tars through the webdataset library and torch's DataLoader."""
     import webdataset
 
-    tars = sorted(str(path) for path in (setup.folder / subject.dataset).glob("*.tar"))
+    folder = setup.folder / subject.dataset
+    tars = sorted(str(path) for path in folder.glob("*.tar"))
+    # `resampled` repeats shards without end. The buffer is small, so that it fills in the warm-up.
     dataset = (
         webdataset.WebDataset(tars, resampled=True, shardshuffle=False)
         .shuffle(256)
@@ -229,17 +244,26 @@ def dalis_own(setup: Setup, subject: Subject) -> Batches:
     types: Any = import_module("nvidia.dali.types")
     folder = setup.folder / subject.dataset
     on_gpu = setup.device != "cpu"
+    device_id = None
+    backend = "cpu"
+    if on_gpu:
+        device_id = 0
+        backend = "mixed"
     pipeline = dali.Pipeline(
         setup.batch_size,
         setup.num_threads,
-        device_id=0 if on_gpu else None,
+        device_id=device_id,
         prefetch_queue_depth=2,
         seed=0,
     )
+    # The two lists are paired by position: both are sorted, and the names differ in the ending.
+    tars = [str(path) for path in sorted(folder.glob("*.tar"))]
+    indices = [str(path) for path in sorted(folder.glob("*.idx"))]
+    filters = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
     with pipeline:
         encoded = fn.readers.webdataset(
-            paths=[str(path) for path in sorted(folder.glob("*.tar"))],
-            index_paths=[str(path) for path in sorted(folder.glob("*.idx"))],
+            paths=tars,
+            index_paths=indices,
             ext=["jpg"],
             random_shuffle=True,
             initial_fill=256,
@@ -247,25 +271,25 @@ def dalis_own(setup: Setup, subject: Subject) -> Batches:
         )
         pixels = fn.decoders.image_random_crop(
             encoded,
-            device="mixed" if on_gpu else "cpu",
+            device=backend,
             output_type=types.RGB,
             random_area=[MIN_AREA, 1.0],
             random_aspect_ratio=[3 / 4, 4 / 3],
         )
-        kind = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}[
-            subject.resize_filter
-        ]
+        kind = filters[subject.resize_filter]
         pixels = fn.resize(pixels, size=[SIZE, SIZE], interp_type=kind, antialias=True)
-        pipeline.set_outputs(fn.flip(pixels, horizontal=fn.random.coin_flip()))
+        is_flipped = fn.random.coin_flip()
+        pipeline.set_outputs(fn.flip(pixels, horizontal=is_flipped))
     pipeline.build()
     while True:
         (output,) = pipeline.run()
         tensor = output.as_tensor()
-        yield len(
-            torch.utils.dlpack.from_dlpack(tensor).clone()
-            if on_gpu
-            else torch.from_numpy(np.array(tensor))
-        )
+        # A copy, as everybody needs who keeps a batch: DALI writes the next one to this memory.
+        if on_gpu:
+            batch = torch.utils.dlpack.from_dlpack(tensor).clone()
+        else:
+            batch = torch.from_numpy(np.array(tensor))
+        yield len(batch)
 
 
 def spdl_threads(setup: Setup, subject: Subject) -> Batches:
@@ -273,7 +297,8 @@ def spdl_threads(setup: Setup, subject: Subject) -> Batches:
     filter graph."""
     io: Any = import_module("spdl.io")
     build: Any = import_module("spdl.pipeline").PipelineBuilder
-    paths = sorted(str(path) for path in (setup.folder / subject.dataset).rglob("*.jpg"))
+    folder = setup.folder / subject.dataset
+    paths = sorted(str(path) for path in folder.rglob("*.jpg"))
 
     def endless() -> Iterator[str]:
         while True:
@@ -281,7 +306,8 @@ def spdl_threads(setup: Setup, subject: Subject) -> Batches:
 
     def decode(path: str) -> Any:
         area = random.uniform(MIN_AREA, 1.0)
-        aspect = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+        log_aspect = random.uniform(math.log(3 / 4), math.log(4 / 3))
+        aspect = math.exp(log_aspect)
         # A box that does not fit is clipped: what RandomResizedCrop draws anew, FFmpeg's
         # expressions cannot.
         box = (
@@ -289,11 +315,13 @@ def spdl_threads(setup: Setup, subject: Subject) -> Batches:
             f":h=min(ih\\,sqrt(iw*ih*{area / aspect:.4f}))"
             f":x=(iw-ow)*{random.random():.4f}:y=(ih-oh)*{random.random():.4f}:exact=1"
         )
-        mirror = ",hflip" if random.random() < 0.5 else ""
-        wanted = (
-            f"{box},scale={SIZE}:{SIZE}:flags={subject.resize_filter}{mirror},format=pix_fmts=rgb24"
-        )
-        return io.decode_packets(io.demux_image(path), filter_desc=wanted)
+        scale = f"scale={SIZE}:{SIZE}:flags={subject.resize_filter}"
+        steps = [box, scale]
+        if random.random() < 0.5:
+            steps.append("hflip")
+        steps.append("format=pix_fmts=rgb24")
+        packets = io.demux_image(path)
+        return io.decode_packets(packets, filter_desc=",".join(steps))
 
     pipeline = (
         build()
@@ -306,7 +334,8 @@ def spdl_threads(setup: Setup, subject: Subject) -> Batches:
     )
     with pipeline.auto_stop():
         for batch in pipeline:
-            yield len(torch.from_numpy(io.to_numpy(batch)))
+            pixels = io.to_numpy(batch)
+            yield len(torch.from_numpy(pixels))
 
 
 def ffcvs_own(setup: Setup, subject: Subject) -> Batches:
@@ -318,6 +347,7 @@ def ffcvs_own(setup: Setup, subject: Subject) -> Batches:
 
     (path,) = (setup.folder / subject.dataset).glob("*.beton")
     count = open_dataset(str(path.parent)).info.num_samples
+    # Opened once and never closed: an epoch that is left early keeps a thread of FFCV's alive.
     decoder = RandomResizedCropRGBImageDecoder((SIZE, SIZE), scale=(MIN_AREA, 1.0))
     loader = FfcvLoader(
         str(path),
@@ -370,13 +400,18 @@ SUBJECTS = (
 )
 SHARES = (0.5, 0.65, 0.8, 1.0)
 """Shares of the JPEG engine that are tried on a GPU."""
+
+
+def _dali_on_gpu() -> Iterator[Subject]:
+    for dataset in ("originals", "tar-320", "tar-256"):
+        for share in SHARES:
+            name = f"maelstrom dali, engine {share}"
+            yield Subject(name, dataset, "bicubic", ours("dali", share))
+
+
 GPU_SUBJECTS = (
     Subject("DALI's own pipeline", "originals", "bicubic", dalis_own),
-    *(
-        Subject(f"maelstrom dali, engine {share}", dataset, "bicubic", ours("dali", share))
-        for dataset in ("originals", "tar-320", "tar-256")
-        for share in SHARES
-    ),
+    *_dali_on_gpu(),
     Subject("maelstrom turbo", "originals", "bicubic", ours("turbo")),
     Subject("maelstrom turbo", "tar-320", "bicubic", ours("turbo")),
     Subject("maelstrom turbo", "tar-256", "bicubic", ours("turbo")),
