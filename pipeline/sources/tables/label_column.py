@@ -8,7 +8,7 @@ and names in another.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 
 from pipeline.errors import ConfigError, DataError
 from pipeline.formats.table import NO_LABEL
+from pipeline.sources.tables.image_field import is_text
 
 Labels = tuple[npt.NDArray[np.int32], list[str] | None]
 """Class number of each image, -1 if it has none, and the class names; None without names."""
@@ -28,6 +29,7 @@ MISSING_WORDS = frozenset(
 )
 """Words that stand for a missing value in CSV, which has no null of its own; pandas' list."""
 _MAX_LABEL = 2**31 - 1
+_MAX_INT64 = 2**63 - 1
 # Python refuses to read thousands of digits as a whole number, but not as a float.
 _WHOLE = re.compile(r"[+-]?\d{1,40}", re.ASCII)
 _DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
@@ -68,10 +70,10 @@ def labels_of_parts(parts: Sequence[LabelPart]) -> Labels:
         DataError: A value cannot be a label; one file has numbers and another names; two files
             give different names to the numbers.
     """
-    read = [_read(part) for part in parts]
+    columns = [_read(part) for part in parts]
     # A file without any label fits to numbers and to names.
-    numbered = [part for part, one in zip(parts, read, strict=True) if one.numbers is not None]
-    named = [part for part, one in zip(parts, read, strict=True) if one.names is not None]
+    numbered = [column.part for column in columns if column.numbers is not None]
+    named = [column.part for column in columns if column.names is not None]
     if numbered and named:
         raise DataError(
             f"convert: {numbered[0].describe()} holds numbers and {named[0].describe()} holds "
@@ -80,18 +82,15 @@ def labels_of_parts(parts: Sequence[LabelPart]) -> Labels:
         )
 
     if named:
-        texts = [
-            pa.nulls(one.count, pa.string()) if one.names is None else one.names for one in read
-        ]
-        declared = {name for one in read for name in one.declared}
+        texts = [column.names_or_nulls() for column in columns]
+        declared: set[str] = set()
+        for column in columns:
+            declared |= column.declared
         return number_classes(pa.concat_arrays(texts), declared)
+
+    numbers = [column.numbers_or_none() for column in columns]
     if not numbered:
-        return no_labels(sum(one.count for one in read))
-    absent = [np.full(one.count, NO_LABEL, np.int32) for one in read]
-    numbers = [
-        nothing if one.numbers is None else one.numbers
-        for one, nothing in zip(read, absent, strict=True)
-    ]
+        return np.concatenate(numbers), None
     return np.concatenate(numbers), _class_names(parts)
 
 
@@ -112,7 +111,8 @@ def number_classes(
     classes = sorted({*names, *(declared or ())})
     number_of = {name: number for number, name in enumerate(classes)}
     # Arrow numbers names as it meets them. The extra last code stands for null.
-    codes = np.array([*(number_of[name] for name in names), NO_LABEL], np.int32)
+    numbers = [number_of[name] for name in names]
+    codes = np.array([*numbers, NO_LABEL], np.int32)
     met = encoded.indices.fill_null(len(names)).to_numpy(zero_copy_only=False)
     return codes[met], classes
 
@@ -128,14 +128,20 @@ def typed_texts(texts: Sequence[str | None]) -> pa.ChunkedArray:
     # Decided on the distinct texts: a million rows have a thousand classes.
     distinct = [_clean(str(text)) for text in encoded.dictionary.to_pylist()]
     known = [text for text in distinct if text is not None]
-    values: list[Any] = list(distinct)
+    # In this order: whole numbers are decimals too, and a class may be called `true`.
+    read: Callable[[str], Any] = str
     if all(_WHOLE.fullmatch(text) for text in known):
-        values = [None if text is None else int(text) for text in distinct]
+        read = int
     elif all(_DECIMAL.fullmatch(text) for text in known):
-        values = [None if text is None else float(text) for text in distinct]
+        read = float
     elif all(text.lower() in _TRUTH for text in known):
-        values = [None if text is None else _TRUTH[text.lower()] for text in distinct]
+        read = _truth
+    values = [None if text is None else read(text) for text in distinct]
     return pa.chunked_array([numbers_or_names(values).take(encoded.indices)])
+
+
+def _truth(text: str) -> bool:
+    return _TRUTH[text.lower()]
 
 
 def json_labels(values: Sequence[Any], described: str) -> pa.ChunkedArray:
@@ -149,30 +155,45 @@ def json_labels(values: Sequence[Any], described: str) -> pa.ChunkedArray:
         ConfigError: A value is neither a number nor a text.
         DataError: There are numbers and names.
     """
-    wrong = next((value for value in values if isinstance(value, list | dict)), None)
-    if wrong is not None:
-        raise ConfigError(
-            f"convert: {described} holds {wrong!r:.80}; expected whole numbers or names. Choose "
-            "another with --label-column, or give --labels none."
-        )
-    texts = [value if isinstance(value, str) and value.strip() else None for value in values]
-    others = [None if isinstance(value, str) else value for value in values]
-    as_numbers = [_number(text) for text in texts]
-    unread = [t for t, n in zip(texts, as_numbers, strict=True) if t is not None and n is None]
-    numbers = [value for value in others if value is not None]
-    if unread and numbers:
+    numbers: list[Any] = []
+    names: list[str | None] = []
+    first_number: Any = None
+    first_name: str | None = None
+    for value in values:
+        if isinstance(value, list | dict):
+            raise ConfigError(
+                f"convert: {described} holds {value!r:.80}; expected whole numbers or names. "
+                "Choose another with --label-column, or give --labels none."
+            )
+        number = value
+        name: str | None = None
+        if isinstance(value, str):
+            # Digits may turn out to be a name: beside other names they are one.
+            number = _number(value)
+            name = value if value.strip() else None
+            if number is None and first_name is None:
+                first_name = name
+        elif first_number is None:
+            first_number = value
+        numbers.append(number)
+        names.append(name)
+
+    if first_name is None:
+        return pa.chunked_array([numbers_or_names(_one_type(numbers))])
+    if first_number is not None:
         raise DataError(
-            f"convert: {described} holds the number {numbers[0]} and the name {unread[0]!r}; one "
-            "class would have two labels. Use numbers or names in all rows, or --labels none."
+            f"convert: {described} holds the number {first_number} and the name {first_name!r}; "
+            "one class would have two labels. Use numbers or names in all rows, or --labels none."
         )
-    if unread:
-        return pa.chunked_array([pa.array(texts, pa.string())])
-    merged: list[Any] = [n if n is not None else v for n, v in zip(as_numbers, others, strict=True)]
-    if any(isinstance(value, float) for value in merged):
-        merged = [None if value is None else float(value) for value in merged]
-    elif not all(value is None or isinstance(value, bool) for value in merged):
-        merged = [None if value is None else int(value) for value in merged]
-    return pa.chunked_array([numbers_or_names(merged)])
+    return pa.chunked_array([pa.array(names, pa.string())])
+
+
+def _one_type(numbers: list[Any]) -> list[Any]:
+    """Return numbers of one type: Arrow does not mix whole numbers, floats and truth values."""
+    known = [number for number in numbers if number is not None]
+    if any(isinstance(number, float) for number in known):
+        return [None if number is None else float(number) for number in numbers]
+    return [None if number is None else int(number) for number in numbers]
 
 
 def _number(text: str | None) -> int | float | None:
@@ -187,8 +208,8 @@ def _number(text: str | None) -> int | float | None:
 
 def numbers_or_names(values: Sequence[Any]) -> Any:
     """Return values of one kind as Arrow's; a whole number that is too large for it as a float."""
-    largest = 2**63
-    if any(isinstance(value, int) and not -largest <= value < largest for value in values):
+    whole = [value for value in values if isinstance(value, int)]
+    if whole and (max(whole) > _MAX_INT64 or min(whole) < -_MAX_INT64):
         # Far out of range for a label: kept only so that the error can quote it.
         values = [None if value is None else float(value) for value in values]
     return pa.array(values)
@@ -200,22 +221,36 @@ def _clean(text: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class _Read:
-    """A file's labels: numbers, or names, or neither if it has no label."""
+class _Column:
+    """A file's labels: numbers, or names, or neither if it has no label.
 
-    count: int
+    Args:
+        part: The file.
+        numbers: Class number of each image, -1 for one without a label.
+        names: Class name of each image, or null.
+        declared: Names that are classes, even if no image has them.
+    """
+
+    part: LabelPart
     numbers: npt.NDArray[np.int32] | None = None
     names: pa.StringArray | None = None
     declared: frozenset[str] = frozenset()
 
+    def numbers_or_none(self) -> npt.NDArray[np.int32]:
+        """Return the numbers; -1 for all images if there are none."""
+        if self.numbers is not None:
+            return self.numbers
+        return np.full(len(self.part.values), NO_LABEL, np.int32)
 
-def _names_or_nulls(read: _Read) -> Any:
-    return pa.nulls(read.count, pa.string()) if read.names is None else read.names
+    def names_or_nulls(self) -> Any:
+        """Return the names; null for all images if there are none."""
+        if self.names is not None:
+            return self.names
+        return pa.nulls(len(self.part.values), pa.string())
 
 
-def _read(part: LabelPart) -> _Read:
+def _read(part: LabelPart) -> _Column:
     """Sort a column's values by what they are."""
-    count = len(part.values)
     declared: frozenset[str] = frozenset()
     values: Any = _without_extension(part.values)
     if pa.types.is_dictionary(values.type):
@@ -225,14 +260,17 @@ def _read(part: LabelPart) -> _Read:
         values = values.cast(values.type.value_type)
 
     kind = values.type
-    if values.null_count == count and not declared:
-        return _Read(count)
+    if is_text(kind):
+        names = _names(values)
+        if _is_empty(names) and not declared:
+            return _Column(part)
+        return _Column(part, names=names, declared=declared)
+    # Before the types are told apart: a column of nulls may have any type, or none.
+    if _is_empty(values):
+        return _Column(part)
+
     if pa.types.is_boolean(kind):
         values = values.cast(pa.uint8())
-    elif _is_text(kind):
-        names = _names(values)
-        is_empty = names.null_count == count and not declared
-        return _Read(count) if is_empty else _Read(count, names=names, declared=declared)
     elif pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         values = _whole(part, values)
     elif not pa.types.is_integer(kind):
@@ -240,12 +278,18 @@ def _read(part: LabelPart) -> _Read:
             f"convert: {part.describe()} holds {kind}; expected whole numbers or names. Choose "
             "another with --label-column, or give --labels none."
         )
-    if values.null_count == count:
-        return _Read(count)
+    # Floats that are all NaN have become nulls.
+    if _is_empty(values):
+        return _Column(part)
     _check_range(part, values)
-    numbers = values.fill_null(0).cast(pa.int64()).to_numpy().astype(np.int32)
-    numbers[_mask(values.is_null())] = NO_LABEL
-    return _Read(count, numbers=numbers)
+    is_none = _mask(values.is_null())
+    numbers = values.fill_null(0).to_numpy().astype(np.int32)
+    numbers[is_none] = NO_LABEL
+    return _Column(part, numbers=numbers)
+
+
+def _is_empty(values: Any) -> bool:
+    return values.null_count == len(values)
 
 
 def _without_extension(values: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -259,16 +303,10 @@ def _without_extension(values: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def _categories(values: Any) -> frozenset[str]:
     """Return the names in a dictionary column's dictionaries; numbers declare no class."""
-    if not _is_text(values.type.value_type):
+    if not is_text(values.type.value_type):
         return frozenset()
     known = {name for chunk in values.chunks for name in chunk.dictionary.to_pylist()}
     return frozenset(name for name in known if name is not None and name.strip())
-
-
-def _is_text(kind: Any) -> bool:
-    return (
-        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    )
 
 
 def _names(values: Any) -> pa.StringArray:
@@ -282,8 +320,10 @@ def _names(values: Any) -> pa.StringArray:
 def _whole(part: LabelPart, values: Any) -> Any:
     """Return fractions that are whole numbers as float64, NaN as null."""
     if pa.types.is_floating(values.type):
-        values = values.cast(pa.float64())  # Arrow computes little with float16
-        values = pc.if_else(pc.is_nan(values), pa.scalar(None, pa.float64()), values)
+        # Arrow computes little with float16.
+        values = values.cast(pa.float64())
+        is_missing = pc.is_nan(values)
+        values = pc.if_else(is_missing, pa.scalar(None, pa.float64()), values)
     is_whole = pc.equal(values, pc.trunc(values))
     _refuse(part, values, _mask(is_whole.fill_null(True)), "is not a whole number")
     # Infinite is whole to Arrow; the check of the range then refuses it.
@@ -311,10 +351,13 @@ def _refuse(part: LabelPart, values: Any, is_fine: npt.NDArray[np.bool_], proble
     if not len(wrong):
         return
     row = int(wrong[0])
-    others = f" and {len(wrong) - 1:,} others" if len(wrong) > 1 else ""
+    value = values[row].as_py()
+    others = ""
+    if len(wrong) > 1:
+        others = f" and {len(wrong) - 1:,} others"
     raise DataError(
-        f"convert: {part.describe()}: the label {values[row].as_py()} of image {row + 1:,}{others} "
-        f"{problem}. Mend the column, choose another with --label-column, or give --labels none."
+        f"convert: {part.describe()}: the label {value} of image {row + 1:,}{others} {problem}. "
+        "Mend the column, choose another with --label-column, or give --labels none."
     )
 
 
@@ -325,19 +368,21 @@ def _mask(values: Any) -> npt.NDArray[np.bool_]:
 
 def _class_names(parts: Sequence[LabelPart]) -> list[str] | None:
     """Return the names of the numbers: the longest list, of which all others are the beginning."""
-    known = [part for part in parts if part.class_names]
-    if not known:
-        return None
-    longest = max(known, key=lambda part: len(part.class_names or []))
-    names = longest.class_names or []
-    for part in known:
+    names: list[str] = []
+    shown = ""
+    for part in parts:
         own = part.class_names or []
-        if own == names[: len(own)]:
-            continue
-        number = next(i for i, name in enumerate(own) if name != names[i])
-        raise DataError(
-            f"convert: label {number} is {own[number]!r} in {part.shown} and {names[number]!r} in "
-            f"{longest.shown}: the files number their classes differently. Convert them one by "
-            "one, or give --labels none."
-        )
-    return names
+        # Hugging Face repeats the names in every file; a later version may have added classes.
+        longer = max(own, names, key=len)
+        for number, pair in enumerate(zip(own, names, strict=False)):
+            if pair[0] == pair[1]:
+                continue
+            raise DataError(
+                f"convert: label {number} is {pair[0]!r} in {part.shown} and {pair[1]!r} in "
+                f"{shown}: the files number their classes differently. Convert them one by one, "
+                "or give --labels none."
+            )
+        if longer is own:
+            names = own
+            shown = part.shown
+    return names or None
