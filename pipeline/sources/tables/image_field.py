@@ -47,7 +47,8 @@ class ImageField:
         """Return the path of the bytes among Parquet's columns; empty if there are none."""
         if is_binary(self.kind):
             return self.name
-        return f"{self.name}.bytes" if is_binary(_child(self.kind, "bytes")) else ""
+        inner = _child(self.kind, "bytes")
+        return f"{self.name}.bytes" if is_binary(inner) else ""
 
     @property
     def text_path(self) -> str:
@@ -55,7 +56,8 @@ class ImageField:
         none."""
         if is_text(self.kind):
             return self.name
-        return f"{self.name}.path" if is_text(_child(self.kind, "path")) else ""
+        inner = _child(self.kind, "path")
+        return f"{self.name}.path" if is_text(inner) else ""
 
     def leaf(self, table: Any) -> Any:
         """Return the values of the one leaf of this field that was read into a table or batch."""
@@ -93,10 +95,14 @@ def lists_of_images(schema: pa.Schema) -> list[str]:
     found: list[str] = []
     for field in schema:
         kind: Any = field.type
-        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+        # Hugging Face's fixed sequences.
+        is_list = is_list or pa.types.is_fixed_size_list(kind)
+        if not is_list:
             continue
         inner = ImageField(("item",), kind.value_type)
-        is_named = field.name.lower().removesuffix("s") in IMAGE_COLUMNS
+        singular = field.name.lower().removesuffix("s")
+        is_named = singular in IMAGE_COLUMNS
         if inner.bytes_path or (is_named and inner.text_path):
             found.append(field.name)
     return found
@@ -118,7 +124,10 @@ def is_binary(kind: Any) -> bool:
     if kind is None:
         return False
     return (
-        pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+        pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        # A newer layout, which pyarrow restores if a file's schema names it.
+        or pa.types.is_binary_view(kind)
     )
 
 
@@ -129,7 +138,10 @@ def is_text(kind: Any) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     return (
-        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+        pa.types.is_string(kind)
+        # Polars writes the large type for every text.
+        or pa.types.is_large_string(kind)
+        or pa.types.is_string_view(kind)
     )
 
 

@@ -59,8 +59,9 @@ def decode_text(data: bytes, *, shown: str) -> str:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
+        byte = data[error.start]
         raise DataError(
-            f"convert: {shown}, line {line}: byte 0x{data[error.start]:02x} is not {encoding}. The "
+            f"convert: {shown}, line {line}: byte 0x{byte:02x} is not {encoding}. The "
             "file is probably in Latin-1 or Windows-1252: save it as UTF-8, for example with "
             f"`iconv -f WINDOWS-1252 -t UTF-8 {shown} > utf8-list`, and give that file."
         ) from None
@@ -81,6 +82,7 @@ class DelimitedTable:
     ) -> None:
         self._lines = [f"{line}\n" for line in text.split("\n")]
         self._start = 0
+        start = 0
         self._delimiter = delimiter
         self.columns: list[str] = []
         first = self._lines[0].strip()
@@ -88,21 +90,31 @@ class DelimitedTable:
         if first.lower().startswith("sep=") and first[4:] in DELIMITERS:
             self._delimiter = first[4:]
             self._start = 1
-        while self._start < len(self._lines) and not self._lines[self._start].strip():
+        for line in self._lines[self._start :]:
+            if line.strip():
+                break
             self._start += 1
 
         # Not by counting characters: a path or a caption may hold any of them.
-        candidates = dict.fromkeys((self._delimiter, delimiter, *DELIMITERS))
-        headers = {mark: self._header(mark) for mark in candidates}
-        fitting = [mark for mark, (columns, _) in headers.items() if is_header(columns)]
-        if fitting:
-            self._delimiter = fitting[0]
-        self.columns, self._start = headers[self._delimiter]
+        promised = self._delimiter
+        for mark in dict.fromkeys((promised, delimiter, *DELIMITERS)):
+            columns, end = self._header(mark)
+            # If none fits, the header is shown as the file's name promises it.
+            if mark == promised or is_header(columns):
+                self._delimiter = mark
+                self.columns = columns
+                start = end
+            if is_header(columns):
+                break
+        self._start = start
 
     def _header(self, delimiter: str) -> tuple[list[str], int]:
         """Return the names of columns, and the line behind them."""
+        # No number of values is wrong yet.
+        self.columns = []
         for end, values in self._records(self._start, delimiter):
-            return [str(value).strip() for value in values or []], end
+            names = values or []
+            return [name.strip() for name in names], end
         return [], len(self._lines)
 
     def rows(self) -> Iterator[TextRow]:
@@ -119,8 +131,11 @@ class DelimitedTable:
             yield TextRow(line, None, "a quotation mark is missing or stands inside a value")
         elif any(value.strip() for value in values):
             fitted = _fit(values, self.columns)
-            problem = f"{len(values)} values, the header has {len(self.columns)}"
-            yield TextRow(line, fitted, "" if fitted is not None else problem)
+            if fitted is None:
+                problem = f"{len(values)} values, the header has {len(self.columns)}"
+                yield TextRow(line, None, problem)
+            else:
+                yield TextRow(line, fitted)
 
     def _records(self, start: int, delimiter: str) -> Iterator[tuple[int, list[str] | None]]:
         """Yield the line behind each record, and the record's values; None if it is damaged.
@@ -134,8 +149,10 @@ class DelimitedTable:
             try:
                 for values in reader:
                     end = base + reader.line_num
-                    if end > start + 1 and _fit(values, self.columns) is None and self.columns:
-                        break  # several lines, and not one row of this table
+                    has_several = end > start + 1
+                    # Several lines, and not one row of this table.
+                    if has_several and self.columns and _fit(values, self.columns) is None:
+                        break
                     yield end, values
                     start = end
                 else:
@@ -147,8 +164,14 @@ class DelimitedTable:
             start += 1
 
     def _reader(self, start: int, delimiter: str, *, strict: bool) -> Any:
+        # Not a slice: a reader is made anew behind each damaged row.
         lines = (self._lines[i] for i in range(start, len(self._lines)))
-        return csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=strict)
+        return csv.reader(
+            lines,
+            delimiter=delimiter,
+            skipinitialspace=True,
+            strict=strict,
+        )
 
     def _leniently(self, start: int, delimiter: str) -> list[str] | None:
         """Return the values of one line whose quotation marks are closed, e.g. `"a" , b`."""
@@ -166,11 +189,16 @@ def _fit(values: list[str], columns: list[str]) -> list[str] | None:
     Programs that end each line with a delimiter make an empty value, or a column without a name.
     """
     count = len(columns)
-    if len(values) > count and not any(value.strip() for value in values[count:]):
-        return values[:count]
-    if len(values) < count and not any(columns[len(values) :]):
-        return [*values, *[""] * (count - len(values))]
-    return values if len(values) == count else None
+    if len(values) == count:
+        return values
+    behind = values[count:]
+    if behind:
+        is_blank = not any(value.strip() for value in behind)
+        return values[:count] if is_blank else None
+    missing = columns[len(values) :]
+    if any(missing):
+        return None
+    return [*values, *[""] * len(missing)]
 
 
 class JsonLinesTable:
