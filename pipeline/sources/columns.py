@@ -93,8 +93,11 @@ def holds_images(uri: str, settings: SourceSettings) -> bool:
     with open_parquet(find_files(uri)[0].uri) as parquet:
         fields = fields_of(parquet.schema_arrow)
         asked = settings.image_column
-        with_bytes = [field for field in fields if field.bytes_path and asked in (None, field.name)]
-        return any(_has_bytes(parquet, field) for field in with_bytes)
+        for field in fields:
+            is_meant = asked in (None, field.name)
+            if is_meant and field.bytes_path and _has_bytes(parquet, field):
+                return True
+    return False
 
 
 def _has_bytes(parquet: pq.ParquetFile, field: ImageField) -> bool:
@@ -104,22 +107,20 @@ def _has_bytes(parquet: pq.ParquetFile, field: ImageField) -> bool:
     path = field.bytes_path
     for number in range(parquet.num_row_groups):
         group = parquet.metadata.row_group(number)
-        leaf = next(
-            group.column(i)
-            for i in range(group.num_columns)
-            if group.column(i).path_in_schema == path
-        )
+        leaves = [group.column(i) for i in range(group.num_columns)]
+        leaf = next(leaf for leaf in leaves if leaf.path_in_schema == path)
         statistics: Any = leaf.statistics
         if statistics is not None and statistics.has_null_count:
-            if statistics.null_count < group.num_rows:
-                return True
-            continue
-        # A file without statistics: a column of nulls is short, one of images is not read here.
-        if leaf.total_uncompressed_size > _BUFFER_BYTES:
+            num_null = statistics.null_count
+        elif leaf.total_uncompressed_size > _BUFFER_BYTES:
+            # Written without statistics: a column of nulls is short, images are not read here.
             return True
-        rows = parquet.read_row_group(number, columns=[path], use_threads=False)
-        if field.leaf(rows).null_count < group.num_rows:
+        else:
+            rows = parquet.read_row_group(number, columns=[path], use_threads=False)
+            num_null = field.leaf(rows).null_count
+        if num_null < group.num_rows:
             return True
+    # A table without rows is one of images, which has its own message.
     return parquet.metadata.num_rows == 0
 
 
@@ -156,11 +157,12 @@ def labels_of_files(
         As `labels_of_parts` does.
         ConfigError: No file has the column asked for.
     """
-    names = list(dict.fromkeys(columns))
-    without = [part for part in parts if part.column is None]
+    _say_unused(settings, shown)
     if settings.labels == "none":
         return labels_of_parts(parts)
+    without = [part for part in parts if part.column is None]
     if len(without) == len(parts):
+        names = list(dict.fromkeys(columns))
         # Raises if a column was asked for: no file has it.
         choose_label(names, settings, shown=shown)
         say(
@@ -177,18 +179,36 @@ def labels_of_files(
             f"example {without[0].shown}. Their images get no label."
         )
     num_without = int(np.count_nonzero(labels == NO_LABEL))
-    num_expected = sum(len(part.values) for part in without)
-    if num_without > num_expected:
+    # Those of files without the column have been told already.
+    num_told = sum(len(part.values) for part in without)
+    if num_without > num_told:
         say(
             f"convert: {shown}: {num_without:,} of {len(labels):,} images have no label (empty, "
             "null, NaN or -1)."
         )
-    if classes is not None and len(labels) and int(labels.max()) >= len(classes):
+    largest = int(labels.max(initial=NO_LABEL))
+    if classes is not None and largest >= len(classes):
         say(
-            f"convert: {shown}: labels run to {labels.max()}, but there are names for "
-            f"{len(classes):,} classes only. The numbers are kept."
+            f"convert: {shown}: labels run to {largest}, but there are names for {len(classes):,} "
+            "classes only. The numbers are kept."
         )
     return labels, classes
+
+
+def _say_unused(settings: SourceSettings, shown: str) -> None:
+    """Say which settings a table has no use for: they are meant for folders and tars."""
+    unused: list[str] = []
+    if settings.labels == "folders":
+        unused.append("--labels folders")
+    if settings.ground_truth is not None:
+        unused.append("--ground-truth")
+    if settings.synsets is not None:
+        unused.append("--synsets")
+    if unused:
+        say(
+            f"convert: {shown} is a table, whose labels are a column: {', '.join(unused)} is not "
+            "used. Choose the column with --label-column."
+        )
 
 
 def choose_column(

@@ -87,7 +87,11 @@ class ParquetSource:
         names = [field.name for field in fields]
         option = "--image-column"
         chosen = choose_column(
-            names, IMAGE_COLUMNS, self._settings.image_column, option=option, shown=shown
+            names,
+            IMAGE_COLUMNS,
+            self._settings.image_column,
+            option=option,
+            shown=shown,
         )
         # A record's field is taken only if no column holds images.
         columns = [field.name for field in fields if len(field.names) == 1]
@@ -125,31 +129,34 @@ class ParquetSource:
                 indices.append(index)
                 progress.advance(1)
 
+        shown = storage.redact(self.uri)
         names = pa.concat_arrays([index.names for index in indices])
         if not len(names):
-            raise DataError(
-                f"convert: {storage.redact(self.uri)} has no rows. Check that it is complete."
-            )
-        labels, classes = labels_of_files(
-            [index.label for index in indices],
-            [name for index in indices for name in index.columns],
-            self._settings,
-            shown=storage.redact(self.uri),
-        )
+            raise DataError(f"convert: {shown} has no rows. Check that it is complete.")
+        # Together, not file by file: the types of their columns may differ.
+        columns: list[str] = []
+        for index in indices:
+            columns.extend(index.columns)
+        parts = [index.label for index in indices]
+        labels, classes = labels_of_files(parts, columns, self._settings, shown=shown)
+
         rows_per_group = np.concatenate([index.rows_per_group for index in indices])
         group_ends = np.cumsum(rows_per_group)
+        sizes = np.concatenate([index.sizes for index in indices])
+        locations = np.concatenate([index.locations for index in indices])
+        names_and_sizes = [(file.name, file.size_bytes) for file in files]
         return Listing(
             uri=self.uri,
             names=names,
-            sizes=np.concatenate([index.sizes for index in indices]),
+            sizes=sizes,
             labels=labels,
             classes=classes,
             passed_over={},
             kind="parquet",
             keys=sample_keys(_safe(names)),
             # The sizes of the files stand for their content, which is too much to hash here.
-            fingerprint=json.dumps([(file.name, file.size_bytes) for file in files]),
-            locations=np.concatenate([index.locations for index in indices]),
+            fingerprint=json.dumps(names_and_sizes),
+            locations=locations,
             files=tuple(file.uri for file in files),
             runs=np.unique(np.append(0, group_ends)).astype(np.int64),
         )
@@ -260,26 +267,25 @@ def file_locations(file: int, rows_per_group: npt.NDArray[np.int64]) -> npt.NDAr
 
 def _column_bytes(group: Any, path: str, shown: str) -> int:
     """Return the bytes of a column in a row group, before compression."""
-    sizes = [
-        int(column.total_uncompressed_size)
-        for column in (group.column(i) for i in range(group.num_columns))
-        if column.path_in_schema == path
-    ]
+    columns = [group.column(i) for i in range(group.num_columns)]
+    same = [column for column in columns if column.path_in_schema == path]
     # A column called `image.bytes` beside a record `image` with a field `bytes`.
-    if len(sizes) > 1:
+    if len(same) > 1:
         raise ConfigError(
-            f"convert: {shown} has {len(sizes)} columns with the path {path!r}. Rename one of them."
+            f"convert: {shown} has {len(same)} columns with the path {path!r}. Rename one of them."
         )
-    return sizes[0] if sizes else 0
+    return int(same[0].total_uncompressed_size) if same else 0
 
 
 def _class_names(schema: pa.Schema, label: str | None) -> list[str] | None:
     """Return the names that Hugging Face's datasets keeps of a column's numbers."""
+    metadata = schema.metadata or {}
+    # Written by another program: it may hold anything, or lack any of the keys.
     try:
-        known = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][label][
-            "names"
-        ]
-        return [str(name) for name in known]
+        described = json.loads(metadata[b"huggingface"])
+        features = described["info"]["features"]
+        names = features[label]["names"]
+        return [str(name) for name in names]
     except (KeyError, ValueError, TypeError):
         return None
 

@@ -236,6 +236,17 @@ def test_a_column_that_is_not_found_is_said(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_settings_of_other_sources_are_said(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    src = write(tmp_path, {"a": pa.array([1])}, kind=kind)
+    assert listed(src, labels="folders", ground_truth="x.txt").labels.tolist() == [1]
+    assert "--labels folders, --ground-truth is not used" in capsys.readouterr().err
+    assert listed(src).labels.tolist() == [1]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_files_without_labels_are_said(
     tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
