@@ -63,26 +63,29 @@ class ModelConfig(BaseModel):
     @field_validator("image_size", mode="before")
     @classmethod
     def _read_image_size(cls, value: Any) -> Any:
+        # From a command line every value is a text.
         if isinstance(value, str) and "x" in value:
             value = value.split("x")
-        if (
-            isinstance(value, list | tuple)
-            and len(value) == 2
-            and str(value[0]).strip() == str(value[1]).strip()
-        ):
-            return value[0]
+        if not isinstance(value, list | tuple) or len(value) != 2:
+            return value
+        # Two equal sides become one number, so that both ways to write a square are one setting.
+        height, width = value
+        if str(height).strip() == str(width).strip():
+            return height
         return value
 
     @model_validator(mode="after")
     def _fits_together(self) -> ModelConfig:
+        # All problems at once: a person who mends one setting should not meet the next.
         problems = [*self._image_problems(), *self._width_problems()]
+        # Only if the sides divide is there a number of patches to speak of.
         if not problems and not 1 <= self.num_visible < self.num_patches:
+            lowest = 1 / self.num_patches
+            highest = 1 - lowest
             problems.append(
                 f"mask_ratio {self.mask_ratio} keeps {self.num_visible} of {self.num_patches} "
-                "patches: "
-                f"at least one patch must be kept and one masked, use {1 / self.num_patches:.4g} "
-                "to "
-                f"{1 - 1 / self.num_patches:.4g}"
+                "patches: at least one patch must be kept and one masked, use "
+                f"{lowest:.4g} to {highest:.4g}"
             )
         if problems:
             raise ValueError("; ".join(problems))
@@ -90,37 +93,44 @@ class ModelConfig(BaseModel):
 
     def _image_problems(self) -> list[str]:
         problems = []
+        # Equal sides have one problem, not two.
         for side in dict.fromkeys((self.image_height, self.image_width)):
             if side < 1:
                 problems.append(f"image_size {side} is not a number of pixels: use 1 or more")
             elif side % self.patch_size:
                 below = side // self.patch_size * self.patch_size
-                nearest = [str(size) for size in (below, below + self.patch_size) if size]
+                above = below + self.patch_size
+                nearest = f"{above}"
+                # Below the first multiple there is none.
+                if below:
+                    nearest = f"{below} or {above}"
                 problems.append(
                     f"image_size {side} is not a multiple of patch_size {self.patch_size}: use "
-                    f"{' or '.join(nearest)}"
+                    f"{nearest}"
                 )
         return problems
 
     def _width_problems(self) -> list[str]:
         problems = []
-        for prefix, width, heads in (
+        stacks = (
             ("", self.embed_dim, self.num_heads),
             ("decoder_", self.decoder_embed_dim, self.decoder_num_heads),
-        ):
+        )
+        for prefix, width, heads in stacks:
             if width % heads:
-                divisors = [
-                    str(n) for n in range(1, width + 1) if width % n == 0 and n <= 4 * heads
-                ]
+                # Near what was asked for: every divisor of 1,024 would be too long a list.
+                at_most = min(width, 4 * heads)
+                divisors = [str(n) for n in range(1, at_most + 1) if width % n == 0]
                 problems.append(
                     f"{prefix}embed_dim {width} does not divide into {prefix}num_heads {heads}: "
                     f"use {', '.join(divisors)} heads"
                 )
+            # A quarter each for sine and cosine of column and row.
             if width % 4:
+                below = width // 4 * 4
                 problems.append(
                     f"{prefix}embed_dim {width} is not a multiple of 4, which the sine-cosine "
-                    "position table needs: "
-                    f"use {width // 4 * 4} or {width // 4 * 4 + 4}"
+                    f"position table needs: use {below} or {below + 4}"
                 )
             hidden = width * self.mlp_ratio
             if hidden < 1 or hidden != int(hidden):
@@ -145,8 +155,11 @@ class ModelConfig(BaseModel):
             ValueError: The name is unknown or the settings do not fit together.
         """
         if name not in SIZES:
-            raise ValueError(f"model size {name!r} is unknown: use one of {', '.join(SIZES)}")
-        return cls(**{**SIZES[name].model_dump(), **settings})
+            known = ", ".join(SIZES)
+            raise ValueError(f"model size {name!r} is unknown: use one of {known}")
+        # Built anew, not copied: `model_copy` checks nothing.
+        values = SIZES[name].model_dump()
+        return cls(**{**values, **settings})
 
     @property
     def image_height(self) -> int:
@@ -165,12 +178,15 @@ class ModelConfig(BaseModel):
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
-        return self.image_height // self.patch_size, self.image_width // self.patch_size
+        rows = self.image_height // self.patch_size
+        columns = self.image_width // self.patch_size
+        return rows, columns
 
     @property
     def num_patches(self) -> int:
         """Patches of an image, without the class token."""
-        return self.grid[0] * self.grid[1]
+        rows, columns = self.grid
+        return rows * columns
 
     @property
     def patch_dim(self) -> int:
@@ -205,7 +221,8 @@ def count_visible(num_patches: int, mask_ratio: float) -> int:
         Patches kept, from 0 to num_patches.
     """
     hidden_share = Fraction(mask_ratio).limit_denominator(RATIO_DENOMINATOR)
-    return math.floor(num_patches * (1 - hidden_share))
+    visible_share = 1 - hidden_share
+    return math.floor(num_patches * visible_share)
 
 
 SIZES: Mapping[str, ModelConfig] = MappingProxyType(

@@ -69,13 +69,20 @@ def forward_flops(config: ModelConfig) -> ForwardFlops:
     Returns:
         Operations per image, by part.
     """
-    N, V = config.num_patches, config.num_visible
-    D, E, P = config.embed_dim, config.decoder_embed_dim, config.patch_dim
+    N = config.num_patches
+    V = config.num_visible
+    D = config.embed_dim
+    E = config.decoder_embed_dim
+    P = config.patch_dim
+    # The class token goes through the blocks and between the widths, but is neither projected from
+    # pixels nor to them.
+    encoder_block = _block_flops(1 + V, D, _hidden(config, D))
+    decoder_block = _block_flops(1 + N, E, _hidden(config, E))
     return ForwardFlops(
         patch_embed=2 * V * P * D,
-        encoder_blocks=config.depth * _block_flops(1 + V, D, _hidden(config, D)),
+        encoder_blocks=config.depth * encoder_block,
         decoder_embed=2 * (1 + V) * D * E,
-        decoder_blocks=config.decoder_depth * _block_flops(1 + N, E, _hidden(config, E)),
+        decoder_blocks=config.decoder_depth * decoder_block,
         decoder_pred=2 * N * E * P,
     )
 
@@ -102,9 +109,9 @@ def recompute_flops(
     total = 0
     for mode, depth, tokens, width in _stacks(config, encoder, decoder):
         hidden = _hidden(config, width)
-        total += _checkpointed(mode, depth) * (
-            _block_flops(tokens, width, hidden) - 2 * tokens * width * hidden
-        )
+        last_product = 2 * tokens * width * hidden
+        repeated = _block_flops(tokens, width, hidden) - last_product
+        total += _checkpointed(mode, depth) * repeated
     return total
 
 
@@ -128,9 +135,10 @@ def train_flops(
     Returns:
         Operations per image.
     """
-    return 3 * forward_flops(config).total + recompute_flops(
-        config, encoder=encoder, decoder=decoder
-    )
+    # The backward pass costs two forward ones: the gradients of inputs and those of weights.
+    forward = forward_flops(config).total
+    recomputed = recompute_flops(config, encoder=encoder, decoder=decoder)
+    return 3 * forward + recomputed
 
 
 def parameter_counts(config: ModelConfig) -> ParameterCounts:
@@ -142,16 +150,27 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
     Returns:
         Numbers of parameters, by part.
     """
-    N, D, E, P = config.num_patches, config.embed_dim, config.decoder_embed_dim, config.patch_dim
-    encoder = D + (P * D + D) + config.depth * _block_parameters(D, _hidden(config, D)) + 2 * D
-    decoder = (
-        E  # mask token
-        + (D * E + E)
-        + config.decoder_depth * _block_parameters(E, _hidden(config, E))
-        + 2 * E
-        + (E * P + P)
+    N = config.num_patches
+    D = config.embed_dim
+    E = config.decoder_embed_dim
+    P = config.patch_dim
+    # Class token, patch projection with its bias, blocks, the final norm's weight and bias.
+    encoder = D
+    encoder += P * D + D
+    encoder += config.depth * _block_parameters(D, _hidden(config, D))
+    encoder += 2 * D
+    # Mask token, projection to the decoder's width, blocks, final norm, projection to pixels.
+    decoder = E
+    decoder += D * E + E
+    decoder += config.decoder_depth * _block_parameters(E, _hidden(config, E))
+    decoder += 2 * E
+    decoder += E * P + P
+    return ParameterCounts(
+        encoder=encoder,
+        decoder=decoder,
+        encoder_pos_embed=(1 + N) * D,
+        decoder_pos_embed=(1 + N) * E,
     )
-    return ParameterCounts(encoder, decoder, (1 + N) * D, (1 + N) * E)
 
 
 def activation_bytes(
@@ -175,27 +194,34 @@ def activation_bytes(
     Returns:
         Bytes per image.
     """
-    N, V = config.num_patches, config.num_visible
-    D, E, P = config.embed_dim, config.decoder_embed_dim, config.patch_dim
-    values = (
-        V * P + 2 * (1 + V) * D + 2 * N * E
-    )  # patches shown, the encoder's last norm, the decoder's last norm
-    float32_values = (
-        N * P + 2 * (1 + V) + 2 * N
-    )  # the loss's differences; mean and deviation of those two norms
-    heads = {"encoder": config.num_heads, "decoder": config.decoder_num_heads}
-    for (mode, depth, tokens, width), num_heads in zip(
-        _stacks(config, encoder, decoder), heads.values(), strict=True
-    ):
+    N = config.num_patches
+    V = config.num_visible
+    D = config.embed_dim
+    E = config.decoder_embed_dim
+    P = config.patch_dim
+    # Patches shown, the encoder's last norm (in and out), the decoder's last norm.
+    values = V * P
+    values += 2 * (1 + V) * D
+    values += 2 * N * E
+    # The loss's differences; mean and deviation of those two norms. Always float32, whatever the
+    # weights are.
+    float32_values = N * P
+    float32_values += 2 * (1 + V)
+    float32_values += 2 * N
+
+    heads = (config.num_heads, config.decoder_num_heads)
+    stacks = zip(_stacks(config, encoder, decoder), heads, strict=True)
+    for (mode, depth, tokens, width), num_heads in stacks:
+        # A block that recomputes keeps its input alone.
         kept = _checkpointed(mode, depth)
+        whole = depth - kept
         # Two norms (in and out), query, key and value, attention's result; the hidden layer before
         # and after GELU.
-        values += tokens * (
-            kept * width + (depth - kept) * (8 * width + 2 * _hidden(config, width))
-        )
-        float32_values += (
-            (depth - kept) * tokens * (4 + num_heads)
-        )  # statistics of two norms and of the softmax
+        values_of_block = 8 * width + 2 * _hidden(config, width)
+        values += tokens * kept * width
+        values += tokens * whole * values_of_block
+        # Statistics of two norms and of the softmax.
+        float32_values += whole * tokens * (4 + num_heads)
     return values * value_bytes + float32_values * 4
 
 
@@ -220,9 +246,14 @@ def _hidden(config: ModelConfig, width: int) -> int:
 
 def _block_flops(tokens: int, width: int, hidden: int) -> int:
     """Query-key-value (3 width^2), output (width^2) and MLP, then attention's QK^T and AV."""
-    return 2 * tokens * (4 * width**2 + 2 * width * hidden) + 4 * tokens**2 * width
+    products_with_weights = 4 * width**2 + 2 * width * hidden
+    products_of_tokens = 4 * tokens**2 * width
+    return 2 * tokens * products_with_weights + products_of_tokens
 
 
 def _block_parameters(width: int, hidden: int) -> int:
     """Four attention matrices, two MLP matrices, their biases, two norms."""
-    return 4 * width**2 + 2 * width * hidden + (4 * width + hidden + width) + 4 * width
+    matrices = 4 * width**2 + 2 * width * hidden
+    biases = 4 * width + hidden + width
+    norms = 4 * width
+    return matrices + biases + norms

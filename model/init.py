@@ -28,8 +28,11 @@ def init_patch_projection(
         bias: Shape (D,), changed in place.
         generator: Source of random numbers; torch's global one if absent.
     """
+    # A view, so that the kernel itself is filled. As four dimensions it would count as a
+    # convolution, whose range is another one.
     nn.init.xavier_uniform_(weight.flatten(1), generator=generator)
-    bound = 1 / math.sqrt(weight[0].numel())
+    inputs = weight[0].numel()
+    bound = 1 / math.sqrt(inputs)
     nn.init.uniform_(bias, -bound, bound, generator=generator)
 
 
@@ -44,6 +47,8 @@ def init_layers(module: nn.Module, *, generator: torch.Generator | None = None) 
         module: Changed in place.
         generator: Source of random numbers; torch's global one if absent.
     """
+    # Every draw moves the generator: another order of layers would give another first model, and
+    # runs with the same seed would no longer compare.
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.xavier_uniform_(layer.weight, generator=generator)

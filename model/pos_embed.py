@@ -49,7 +49,9 @@ def sincos_table(grid: tuple[int, int], embed_dim: int) -> Tensor:
 
     # The class token has no position.
     cls_1D = torch.zeros(1, embed_dim, dtype=torch.float64)
-    return torch.cat([cls_1D, patches_ND]).unsqueeze(0).to(torch.float32)
+    table = torch.cat([cls_1D, patches_ND])
+    # With an axis for the batch, as in published state dicts.
+    return table.unsqueeze(0).to(torch.float32)
 
 
 def interpolate_table(
@@ -82,7 +84,9 @@ def interpolate_table(
     cls = table[:, :1]
     patches = table[:, 1:]
     # In float32, so that a table in 16 bits is rounded once, at the end.
-    picture = patches.reshape(1, rows, columns, -1).permute(0, 3, 1, 2).to(torch.float32)
+    picture = patches.reshape(1, rows, columns, -1)
+    picture = picture.permute(0, 3, 1, 2).to(torch.float32)
     picture = F.interpolate(picture, size=new_grid, mode="bicubic", align_corners=False)
-    patches = picture.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
+    patches = picture.permute(0, 2, 3, 1).flatten(1, 2)
+    patches = patches.to(table.dtype)
     return torch.cat([cls, patches], dim=1)

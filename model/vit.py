@@ -43,12 +43,16 @@ class Attention(nn.Module):
             tokens_BSD, to be added to the residual stream.
         """
         B, S, D = tokens_BSD.shape
-        qkv = self.qkv(tokens_BSD).view(B, S, 3, self.num_heads, D // self.num_heads)
+        # Rows of the weight are query, key, value, each head by head: timm's order, which
+        # published weights have.
+        head_dim = D // self.num_heads
+        qkv = self.qkv(tokens_BSD).view(B, S, 3, self.num_heads, head_dim)
         # Taken apart before the heads move forward: the gradients are then put together in the
         # projection's own order.
         query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
         mixed = F.scaled_dot_product_attention(query, key, value)
-        out_BSD: Tensor = self.proj(mixed.transpose(1, 2).reshape(B, S, D))
+        mixed_BSD = mixed.transpose(1, 2).reshape(B, S, D)
+        out_BSD: Tensor = self.proj(mixed_BSD)
         return out_BSD
 
 
@@ -69,7 +73,9 @@ class Mlp(nn.Module):
         Returns:
             tokens_BSD, to be added to the residual stream.
         """
-        out_BSD: Tensor = self.fc2(F.gelu(self.fc1(tokens_BSD)))
+        hidden = self.fc1(tokens_BSD)
+        # torch's default is the exact one; the tanh approximation is another model.
+        out_BSD: Tensor = self.fc2(F.gelu(hidden))
         return out_BSD
 
 
@@ -92,6 +98,7 @@ class Block(nn.Module):
         Returns:
             tokens_BSD.
         """
+        # Not in place: autograd needs the stream as it was before each sum.
         tokens_BSD = tokens_BSD + self.attn(self.norm1(tokens_BSD))
         tokens_BSD = tokens_BSD + self.mlp(self.norm2(tokens_BSD))
         return tokens_BSD
@@ -119,10 +126,10 @@ class PatchProjection(nn.Module):
         Returns:
             tokens_BVD.
         """
-        weight_DP = self.weight.permute(0, 2, 3, 1).flatten(
-            1
-        )  # channel fastest, as patchify lays out pixels
-        return F.linear(patches_BVP.to(weight_DP.dtype), weight_DP, self.bias)
+        # The channel changes fastest, as `patchify` lays out pixels.
+        weight_DP = self.weight.permute(0, 2, 3, 1).flatten(1)
+        patches_BVP = patches_BVP.to(weight_DP.dtype)
+        return F.linear(patches_BVP, weight_DP, self.bias)
 
 
 class PatchEmbed(nn.Module):
@@ -173,9 +180,12 @@ class VisionTransformer(nn.Module):
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
         self.encoder_checkpointing: ActivationCheckpointing = "none"
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        # A parameter that is not trained, not a buffer: published state dicts hold it.
         self.pos_embed = nn.Parameter(sincos_table(self.grid, embed_dim), requires_grad=False)
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
-        self.blocks = nn.ModuleList([Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth)])
+        self.blocks = nn.ModuleList()
+        for _ in range(depth):
+            self.blocks.append(Block(embed_dim, num_heads, mlp_ratio))
         self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
         self.init_encoder()
 
@@ -187,12 +197,13 @@ class VisionTransformer(nn.Module):
             generator: Source of random numbers; torch's global one if absent. All ranks must use
                 the same seed.
         """
+        table = sincos_table(self.grid, self.pos_embed.shape[-1])
         with torch.no_grad():
-            self.pos_embed.copy_(sincos_table(self.grid, self.pos_embed.shape[-1]))
+            self.pos_embed.copy_(table)
+        # The order of the draws is a part of what a seed means: see `init_layers`.
         init_token(self.cls_token, generator=generator)
-        init_patch_projection(
-            self.patch_embed.proj.weight, self.patch_embed.proj.bias, generator=generator
-        )
+        projection = self.patch_embed.proj
+        init_patch_projection(projection.weight, projection.bias, generator=generator)
         init_layers(self.blocks, generator=generator)
         init_layers(self.norm, generator=generator)
 
@@ -211,10 +222,10 @@ class VisionTransformer(nn.Module):
         """
         expected = (CHANNELS, *self.image_size)
         if tuple(images_BCHW.shape[1:]) != expected:
+            channels, height, width = expected
             raise ValueError(
                 f"images of shape {tuple(images_BCHW.shape)} do not fit a model for (B, "
-                f"{str(expected)[1:]}: "
-                f"change the view's size or model.image_size"
+                f"{channels}, {height}, {width}): change the view's size or model.image_size"
             )
         return patchify(images_BCHW, self.patch_size)
 
@@ -257,7 +268,8 @@ class VisionTransformer(nn.Module):
         Returns:
             tokens_BSD after the final norm, S = 1 + N; the class token first.
         """
-        return self.encode(self.patches(images_BCHW))
+        patches_BNP = self.patches(images_BCHW)
+        return self.encode(patches_BNP)
 
     def features(self, images_BCHW: Tensor) -> Tensor:
         """Describe whole images: the mean of all patch tokens after the final norm, class token
@@ -272,7 +284,8 @@ class VisionTransformer(nn.Module):
         Returns:
             features_BD, in the weights' type.
         """
-        return self.encode(self.patches(images_BCHW))[:, 1:].mean(dim=1)
+        tokens_BSD = self.encode(self.patches(images_BCHW))
+        return tokens_BSD[:, 1:].mean(dim=1)
 
 
 def run_blocks(blocks: nn.ModuleList, tokens_BSD: Tensor, mode: ActivationCheckpointing) -> Tensor:

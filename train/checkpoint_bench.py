@@ -78,9 +78,12 @@ def measure(name: str, uri: str, mode: Mode, *, saves: int, images: int) -> Row:
     """
     world = World(device=_device())
     engine: dict[str, object] = {"kind": "torch", "precision": "fp32"}
-    run = RandomRun(random_config(SIZES[name], images=images, engine=engine), world)
+    config = random_config(SIZES[name], images=images, engine=engine)
+    run = RandomRun(config, world)
+    # AdamW makes its moments in the first step: before it there is less to save.
     run.step()
-    saver = Saver(CheckpointStore(uri, keep_last=1), world=world, mode=mode)
+    store = CheckpointStore(uri, keep_last=1)
+    saver = Saver(store, world=world, mode=mode)
     copy = _copier(run.engine)
     turns = Turns(f"checkpoint_bench: {name}, {mode}", rounds=saves, warm_up_rounds=1)
     # In the order of training, not in changing turns: a save is preceded by steps, and so is the
@@ -91,7 +94,9 @@ def measure(name: str, uri: str, mode: Mode, *, saves: int, images: int) -> Row:
         turns.record(_STEP, time_call(run.step))
         start_s = time.perf_counter()
         saver.start(number + 1, run.engine, {})
-        turns.record(_SAVE, {"stall_s": time.perf_counter() - start_s})
+        stall_s = time.perf_counter() - start_s
+        turns.record(_SAVE, {"stall_s": stall_s})
+        # Training goes on, as in a run; a sync save is ready at once.
         while not saver.is_ready():
             figures = time_call(run.step)
             # The write may have ended during the step, which then is of neither kind.
@@ -104,17 +109,24 @@ def measure(name: str, uri: str, mode: Mode, *, saves: int, images: int) -> Row:
     stalls_s = turns.values(_SAVE, "stall_s")
     copies_s = turns.values(_COPY, "wall_s")
     busy_s = turns.values(_STEP, "while_writing_s")
+    step_while_writing = None
+    if busy_s:
+        step_while_writing = Spread.of(busy_s)
+    # The scheme alone: a bucket's name does not belong in a published table.
+    store_name = "local disk"
+    if "://" in uri:
+        store_name, _, _ = uri.partition("://")
     return {
         "model": name,
         "state_mb": _state_bytes(run.engine) / 1e6,
-        "store": uri.partition("://")[0] if "://" in uri else "local disk",
+        "store": store_name,
         "mode": mode,
         "stall_s": Spread.of(stalls_s),
         "copy_s": Spread.of(copies_s),
         "stall_over_copy": divide_pairs(stalls_s, copies_s),
         "write_s": turns.spread(_SAVE, "write_s"),
         "step_s": turns.spread(_STEP, "wall_s"),
-        "step_while_writing_s": Spread.of(busy_s) if busy_s else None,
+        "step_while_writing_s": step_while_writing,
     }
 
 
@@ -126,13 +138,17 @@ def _device() -> torch.device:
 
 def _state_bytes(engine: Engine) -> int:
     # fp32, whatever precision the engine computes in: checkpoints hold nothing else.
-    return sum(4 * len(tensor.kinds) * math.prod(tensor.shape) for tensor in engine.table)
+    count = 0
+    for tensor in engine.table:
+        count += len(tensor.kinds) * math.prod(tensor.shape)
+    return 4 * count
 
 
 def _copier(engine: Engine) -> Callable[[], None]:
     """Give the copy that no save can do without: as many bytes, in one piece, into memory that is
     there already."""
     count = _state_bytes(engine) // 4
+    # Ones, not `empty`: pages that were never written are given by the kernel during the copy.
     source = torch.ones(count, device=engine.device)
     target = torch.ones(count, pin_memory=engine.device.type == "cuda")
 
@@ -143,18 +159,22 @@ def _copier(engine: Engine) -> Callable[[], None]:
 
 
 def _remove(uri: str) -> None:
+    # File by file, and only what a checkpoint holds: the folder may be one of the user's.
     for step, names in find_steps(uri).items():
+        folder = storage.join(uri, f"step-{step:06d}")
         for name in names:
-            storage.delete(storage.join(uri, f"step-{step:06d}", name))
+            storage.delete(storage.join(folder, name))
 
 
 def _run(arguments: Arguments) -> Outcome:
     unknown = sorted(set(arguments.model) - set(SIZES))
     if unknown:
-        raise ConfigError(f"checkpoint_bench: --model {unknown[0]}: choose from {', '.join(SIZES)}")
+        known = ", ".join(SIZES)
+        raise ConfigError(f"checkpoint_bench: --model {unknown[0]}: choose from {known}")
     if min(arguments.saves, arguments.images) < 1:
         raise ConfigError("checkpoint_bench: --saves and --images are at least 1")
     rows = []
+    # In the working folder, because /tmp is often memory, which is faster than any disk.
     with tempfile.TemporaryDirectory(prefix="maelstrom-bench-", dir=os.curdir) as folder:
         for name in arguments.model:
             for uri in arguments.uri or (folder,):

@@ -111,8 +111,13 @@ def measure(case: Case, *, steps: int, threads: int = 0) -> Row:
         name = device_name(device)
         step = Spread.of(steps_s)
         images_per_s = case.images / step.median
-        tflops = model_tflops(run.objective.train_flops(), images_per_s=images_per_s)
-        peak = peak_tflops(name) if device.type == "cuda" else None
+        flops = run.objective.train_flops()
+        tflops = model_tflops(flops, images_per_s=images_per_s)
+        # A CPU's name says little about its peak: that depends on clocks and instructions.
+        mfu = None
+        if device.type == "cuda" and (peak := peak_tflops(name)):
+            mfu = tflops / peak
+        memory_bytes = _peak_bytes(device)
         return {
             **asdict(case),
             "device": name,
@@ -120,16 +125,19 @@ def measure(case: Case, *, steps: int, threads: int = 0) -> Row:
             "optimizer_s": Spread.of(updates_s),
             "images_per_s": images_per_s,
             "tflops": tflops,
-            "mfu": tflops / peak if peak else None,
-            "memory_gib": _peak_bytes(device) / 2**30,
+            "mfu": mfu,
+            "memory_gib": memory_bytes / 2**30,
         }
+    # Also after an error: a process group that is left open may keep the process from ending.
     finally:
         world.end()
 
 
 def _config(case: Case) -> RunConfig:
     # Plain torch if it can; low-precision weights with fp32 masters are DeepSpeed's.
-    kind = "torch" if case.precision in ("fp32", "autocast") else "deepspeed"
+    kind = "deepspeed"
+    if case.precision in ("fp32", "autocast"):
+        kind = "torch"
     engine: dict[str, object] = {
         "kind": kind,
         "precision": case.precision,
@@ -155,6 +163,7 @@ def _time_steps(run: RandomRun, *, steps: int) -> tuple[list[float], list[float]
         run.wait()
         start_s = time.perf_counter()
         run.forward_backward()
+        # This wait costs a little of what a run overlaps; without it the parts cannot be told.
         run.wait()
         between_s = time.perf_counter()
         run.update()
@@ -166,6 +175,7 @@ def _time_steps(run: RandomRun, *, steps: int) -> tuple[list[float], list[float]
 
 
 def _peak_bytes(device: torch.device) -> int:
+    # Allocated, not reserved: how much the allocator keeps in hand depends on what came before.
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return peak_rss_bytes()
@@ -184,9 +194,11 @@ def in_own_process(function: Callable[..., T], *arguments: Any, **settings: Any)
     Raises:
         Exception: what the function raised; BrokenProcessPool if the process was killed.
     """
+    # Not forked: CUDA does not survive a fork, whose peak of memory begins with its parent's too.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as pool:
-        return pool.submit(function, *arguments, **settings).result()
+        future = pool.submit(function, *arguments, **settings)
+        return future.result()
 
 
 def measure_safely(case: Case, *, steps: int, threads: int) -> Row:
@@ -195,9 +207,12 @@ def measure_safely(case: Case, *, steps: int, threads: int) -> Row:
     try:
         return in_own_process(measure, case, steps=steps, threads=threads)
     except Exception as error:  # noqa: BLE001 - the other cases go on
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        is_memory = "out of memory" in str(error)
-        problem = "out of memory" if is_memory else lines[0][:120]
+        text = str(error)
+        lines = text.strip().splitlines() or [type(error).__name__]
+        # A cell of a table: CUDA's message alone has ten lines.
+        problem = lines[0][:120]
+        if "out of memory" in text:
+            problem = "out of memory"
         return {**asdict(case), "problem": problem}
 
 
@@ -227,24 +242,29 @@ def _run(arguments: Arguments) -> Outcome:
     rows = []
     with Progress("step_bench", total=len(cases), unit="cases") as progress:
         for case in cases:
-            rows.append(measure_safely(case, steps=arguments.steps, threads=arguments.threads))
+            row = measure_safely(case, steps=arguments.steps, threads=arguments.threads)
+            rows.append(row)
             progress.advance(1)
     return report(rows)
 
 
 def _compare(arguments: Arguments) -> list[Row]:
-    cases = list(
-        itertools.product(arguments.model, arguments.images, arguments.precision, arguments.compile)
+    combinations = itertools.product(
+        arguments.model, arguments.images, arguments.precision, arguments.compile
     )
+    cases = list(combinations)
     comparisons: list[Row] = []
     with Progress("step_bench", total=len(cases), unit="cases") as progress:
         for name, images, precision, switch in cases:
+            # Low-precision weights are DeepSpeed's, which the peer does not run under.
+            compared = "fp32"
+            if precision == "autocast":
+                compared = precision
             comparison = in_own_process(
                 compare,
                 name,
                 images=images,
-                # Low-precision weights are DeepSpeed's, which the peer does not run under.
-                precision="autocast" if precision == "autocast" else "fp32",
+                precision=compared,
                 compiled=switch == "on",
                 repeats=arguments.steps,
                 threads=arguments.threads,

@@ -18,6 +18,7 @@ from model.vit import NORM_EPS
 
 HFNames = Literal["v5", "legacy"]
 """Generation of transformers' parameter names."""
+# Prefixes are compared whole, up to the last dot: "norm" does not match "decoder_norm".
 _HF_FIXED = {
     "cls_token": "vit.embeddings.cls_token",
     "pos_embed": "vit.embeddings.position_embeddings",
@@ -68,14 +69,11 @@ def rename_to_hf(state: Mapping[str, Tensor], names: HFNames) -> dict[str, Tenso
     out: dict[str, Tensor] = {}
     for name, value in state.items():
         if ".attn.qkv." in name:
-            # Copies, because savers refuse or duplicate tensors that share memory.
-            out.update(
-                zip(
-                    _hf_qkv_names(name, names),
-                    (part.clone() for part in value.chunk(3)),
-                    strict=True,
-                )
-            )
+            # Rows of the fused matrix: first all of the query's, then the key's, the value's.
+            parts = value.chunk(3)
+            for part_name, part in zip(_hf_qkv_names(name, names), parts, strict=True):
+                # Copies, because savers refuse or duplicate tensors that share memory.
+                out[part_name] = part.clone()
         else:
             out[_hf_name(name, names)] = value
     return out
@@ -88,12 +86,15 @@ def _hf_name(name: str, names: HFNames) -> str:
     if stem in _HF_FIXED:
         return f"{_HF_FIXED[stem]}.{leaf}"
     stack, number, inner = stem.split(".", 2)
-    return f"{_HF_STACKS[stack][names]}.{number}.{_HF_BLOCK[names][inner]}.{leaf}"
+    their_stack = _HF_STACKS[stack][names]
+    their_inner = _HF_BLOCK[names][inner]
+    return f"{their_stack}.{number}.{their_inner}.{leaf}"
 
 
 def _hf_qkv_names(name: str, names: HFNames) -> list[str]:
     stack, number, _, _, leaf = name.split(".")
-    return [f"{_HF_STACKS[stack][names]}.{number}.{inner}.{leaf}" for inner in _HF_QKV[names]]
+    their_stack = _HF_STACKS[stack][names]
+    return [f"{their_stack}.{number}.{inner}.{leaf}" for inner in _HF_QKV[names]]
 
 
 def rename_from_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -142,16 +143,18 @@ def _block_from_hf(name: str, value: Tensor, state: Mapping[str, Tensor]) -> dic
             block = {their: our for our, their in _HF_BLOCK[generation].items()}
             if inner in block:
                 return {f"{ours}.{number}.{block[inner]}.{leaf}": value}
-            if inner == _HF_QKV[generation][0]:
-                parts = [
-                    f"{theirs[generation]}.{number}.{part}.{leaf}" for part in _HF_QKV[generation]
-                ]
+            qkv = _HF_QKV[generation]
+            query, _, _ = qkv
+            if inner == query:
+                stack = theirs[generation]
+                parts = [f"{stack}.{number}.{part}.{leaf}" for part in qkv]
+                # Without a partner it keeps its name, which the strict check will then show.
                 if not all(part in state for part in parts):
                     return {name: value}
-                return {
-                    f"{ours}.{number}.attn.qkv.{leaf}": torch.cat([state[part] for part in parts])
-                }
-            if inner in _HF_QKV[generation]:
+                fused = torch.cat([state[part] for part in parts])
+                return {f"{ours}.{number}.attn.qkv.{leaf}": fused}
+            # Key and value are in the fused tensor already.
+            if inner in qkv:
                 return {}
     return {name: value}
 
@@ -165,12 +168,16 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
     Returns:
         JSON-ready settings; layer_norm_eps is set, because transformers' own default is 1e-12.
     """
+    # A list, as a reader of config.json will have it: JSON has no tuples.
+    image_size: int | list[int]
+    if isinstance(config.image_size, int):
+        image_size = config.image_size
+    else:
+        image_size = list(config.image_size)
     return {
         "architectures": ["ViTMAEForPreTraining"],
         "model_type": "vit_mae",
-        "image_size": config.image_size
-        if isinstance(config.image_size, int)
-        else list(config.image_size),
+        "image_size": image_size,
         "patch_size": config.patch_size,
         "num_channels": CHANNELS,
         "hidden_size": config.embed_dim,

@@ -24,9 +24,14 @@ def resample_kernel(weight_DCpp: Tensor, patch_size: int) -> Tensor:
     Returns:
         Kernel of shape (D, C, patch_size, patch_size), in the old one's type.
     """
-    resize_qp = _resize_matrix(weight_DCpp.shape[-1], patch_size)
+    old_size = weight_DCpp.shape[-1]
+    resize_qp = _resize_matrix(old_size, patch_size)
     solve_pq: Tensor = torch.linalg.pinv(resize_qp).to(weight_DCpp.device)
-    return (solve_pq.mT @ weight_DCpp.to(torch.float64) @ solve_pq).to(weight_DCpp.dtype)
+    # A bilinear resize works on rows and columns apart: one matrix from the left, one from the
+    # right. In float64, and rounded once.
+    exact_DCpp = weight_DCpp.to(torch.float64)
+    resampled_DCqq = solve_pq.mT @ exact_DCpp @ solve_pq
+    return resampled_DCqq.to(weight_DCpp.dtype)
 
 
 def _resize_matrix(old: int, new: int) -> Tensor:

@@ -44,13 +44,14 @@ def expected_shapes(config: ModelConfig, part: Part = "full") -> dict[str, tuple
     Returns:
         Shapes by name, in the order of the state dict.
     """
+    # The meta device holds shapes without memory: a ViT-H would take 2.6 GB.
     with torch.device("meta"):
         state = MaskedAutoencoder(config).state_dict()
-    return {
-        name: tuple(value.shape)
-        for name, value in state.items()
-        if part == "full" or not is_decoder_name(name)
-    }
+    shapes = {}
+    for name, value in state.items():
+        if part == "full" or not is_decoder_name(name):
+            shapes[name] = tuple(value.shape)
+    return shapes
 
 
 def check_weights(
@@ -66,18 +67,23 @@ def check_weights(
     Raises:
         WeightsError: With a table of everything that is missing, unexpected or of another shape.
     """
+    # All of them: one name alone does not tell a wrong size from a wrong generation of names.
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected]
-    mismatched = [
-        name for name in expected if name in state and tuple(state[name].shape) != expected[name]
-    ]
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    mismatched = []
+    for name, shape in expected.items():
+        if name in shapes and shapes[name] != shape:
+            mismatched.append(name)
     if not (missing or unexpected or mismatched):
         return
-    rows = [
-        *(("missing", name, expected[name], "-") for name in missing),
-        *(("unexpected", name, "-", tuple(state[name].shape)) for name in unexpected),
-        *(("shape", name, expected[name], tuple(state[name].shape)) for name in mismatched),
-    ]
+    rows: list[tuple[object, ...]] = []
+    for name in missing:
+        rows.append(("missing", name, expected[name], "-"))
+    for name in unexpected:
+        rows.append(("unexpected", name, "-", shapes[name]))
+    for name in mismatched:
+        rows.append(("shape", name, expected[name], shapes[name]))
     raise WeightsError(
         f"{source} does not fit the model: {len(missing)} missing, {len(unexpected)} unexpected, "
         f"{len(mismatched)} of another shape\n{_table(rows)}\n"
@@ -102,13 +108,11 @@ def to_mae(
         WeightsError: The state does not belong to the configuration.
     """
     check_weights(state, expected_shapes(config), source="the state dict to export")
-    return {
-        "model": {
-            name: value
-            for name, value in state.items()
-            if part == "full" or not is_decoder_name(name)
-        }
-    }
+    exported = {}
+    for name, value in state.items():
+        if part == "full" or not is_decoder_name(name):
+            exported[name] = value
+    return {"model": exported}
 
 
 def to_timm(state: Mapping[str, Tensor], config: ModelConfig) -> State:
@@ -126,7 +130,8 @@ def to_timm(state: Mapping[str, Tensor], config: ModelConfig) -> State:
     Raises:
         WeightsError: The state does not belong to the configuration.
     """
-    return to_mae(state, config, part="encoder")["model"]
+    wrapped = to_mae(state, config, part="encoder")
+    return wrapped["model"]
 
 
 def to_detectron2(
@@ -154,10 +159,11 @@ def to_detectron2(
     encoder = to_timm(state, config)
     if patch_size is None or patch_size == config.patch_size:
         return {"model": encoder}
-    grid = ModelConfig(**{**config.model_dump(), "patch_size": patch_size}).grid
-    encoder["patch_embed.proj.weight"] = resample_kernel(
-        encoder["patch_embed.proj.weight"], patch_size
-    )
+    # Through the settings' own checks: a patch size that does not divide the image is refused.
+    other = ModelConfig(**{**config.model_dump(), "patch_size": patch_size})
+    grid = other.grid
+    kernel = encoder["patch_embed.proj.weight"]
+    encoder["patch_embed.proj.weight"] = resample_kernel(kernel, patch_size)
     encoder["pos_embed"] = interpolate_table(encoder["pos_embed"], config.grid, grid)
     return {"model": encoder}
 
@@ -203,15 +209,24 @@ def from_published(state: Mapping[str, Any]) -> State:
         if isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
             break
+    # Optimizer state or settings beside the weights: which of them are the weights is a guess.
     others = sorted(str(name) for name, value in state.items() if not isinstance(value, Tensor))
     if others or not state:
-        wrappers = " or ".join(map(repr, _WRAPPERS))
-        problem = f"no tensor under: {', '.join(others[:8])}" if others else "it is empty"
+        wrappers = " or ".join(repr(wrapper) for wrapper in _WRAPPERS)
+        problem = "it is empty"
+        if others:
+            problem = f"no tensor under: {', '.join(others[:8])}"
         raise WeightsError(f"expected a dictionary of tensors, or one under {wrappers}; {problem}")
     plain = {_PREFIX.sub("", name): value for name, value in state.items()}
+    # Our own names and timm's begin with none of these.
     if any(name.startswith(("vit.", "embeddings.", "decoder.")) for name in plain):
         plain = rename_from_hf(plain)
-    return {name: value for name, value in plain.items() if not name.startswith(ENCODER_ONLY_HEADS)}
+    # A fine-tuned classifier's encoder is as good as any; its head has no place here.
+    kept = {}
+    for name, value in plain.items():
+        if not name.startswith(ENCODER_ONLY_HEADS):
+            kept[name] = value
+    return kept
 
 
 def fit_weights(
@@ -237,14 +252,19 @@ def fit_weights(
     Raises:
         WeightsError: Names or shapes differ; the message lists all of them.
     """
-    fitted = {
-        name: value for name, value in state.items() if part == "full" or not is_decoder_name(name)
-    }
+    fitted = {}
+    for name, value in state.items():
+        if part == "full" or not is_decoder_name(name):
+            fitted[name] = value
+    # The tables are the only tensors whose shape depends on the image's size.
     for name in ("pos_embed", "decoder_pos_embed"):
-        if name in fitted and fitted[name].ndim == 3:
-            grid = old_grid or _square_grid(fitted[name], config)
-            if grid != config.grid:
-                fitted[name] = interpolate_table(fitted[name], grid, config.grid)
+        table = fitted.get(name)
+        # One of another rank is left for the check to report.
+        if table is None or table.ndim != 3:
+            continue
+        grid = old_grid or _square_grid(table, config)
+        if grid != config.grid:
+            fitted[name] = interpolate_table(table, grid, config.grid)
     check_weights(fitted, expected_shapes(config, part), source="the checkpoint")
     return fitted
 
@@ -268,7 +288,9 @@ def load_published(
     Raises:
         WeightsError: Names or shapes differ; the model is as it was.
     """
-    fitted = fit_weights(from_published(state), model.config, part=part, old_grid=old_grid)
+    ours = from_published(state)
+    # Checked in whole before the first tensor is copied.
+    fitted = fit_weights(ours, model.config, part=part, old_grid=old_grid)
     model.load_state_dict(fitted, strict=part == "full")
 
 
@@ -285,13 +307,18 @@ def _square_grid(table: Tensor, config: ModelConfig) -> tuple[int, int]:
 
 def _table(rows: Iterable[tuple[object, ...]], limit: int = 20) -> str:
     """Lay rows out in columns; long lists are cut."""
-    cells = [("problem", "name", "expected", "found"), *(tuple(map(str, row)) for row in rows)]
+    cells: list[tuple[str, ...]] = [("problem", "name", "expected", "found")]
+    for row in rows:
+        cells.append(tuple(str(value) for value in row))
+    # One more than the limit, for the titles.
     shown = cells[: limit + 1]
-    widths = [max(len(row[column]) for row in shown) for column in range(4)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in shown
-    ]
+    widths = []
+    for column in zip(*shown, strict=True):
+        widths.append(max(len(cell) for cell in column))
+    lines = []
+    for texts in shown:
+        padded = [cell.ljust(width) for cell, width in zip(texts, widths, strict=True)]
+        lines.append("  ".join(padded).rstrip())
     if len(cells) > len(shown):
         lines.append(f"... and {len(cells) - len(shown)} more")
     return "\n".join(f"  {line}" for line in lines)

@@ -27,9 +27,12 @@ def paint_mean(images_BCHW: Tensor, mask_BN: Tensor, *, patch_size: int) -> Tens
     """
     visible_BN1 = (1 - mask_BN).unsqueeze(-1)
     colours_BNC = _patch_colours(images_BCHW, patch_size)
-    sum_B1C = (colours_BNC * visible_BN1).sum(1, keepdim=True)
-    mean_B1C = sum_B1C / visible_BN1.sum(1, keepdim=True)
-    return _flat_patches(mean_B1C.expand_as(colours_BNC), patch_size)
+    shown_BNC = colours_BNC * visible_BN1
+    sum_B1C = shown_BNC.sum(1, keepdim=True)
+    count_B11 = visible_BN1.sum(1, keepdim=True)
+    mean_B1C = sum_B1C / count_B11
+    mean_BNC = mean_B1C.expand_as(colours_BNC)
+    return _flat_patches(mean_BNC, patch_size)
 
 
 def paint_nearby(images_BCHW: Tensor, mask_BN: Tensor, *, patch_size: int) -> Tensor:
@@ -50,24 +53,31 @@ def paint_nearby(images_BCHW: Tensor, mask_BN: Tensor, *, patch_size: int) -> Te
     rows = images_BCHW.shape[2] // patch_size
     columns = images_BCHW.shape[3] // patch_size
     colours_BNC = _patch_colours(images_BCHW, patch_size)
-    number = torch.arange(rows * columns, device=images_BCHW.device)
-    centres_N2 = torch.stack([number // columns, number % columns], dim=1).to(torch.float32)
+    # In units of a patch, row by row as `patchify` counts them.
+    number_N = torch.arange(rows * columns, device=images_BCHW.device)
+    row_N = number_N // columns
+    column_N = number_N % columns
+    centres_N2 = torch.stack([row_N, column_N], dim=1).to(torch.float32)
     offsets_NN2 = centres_N2[:, None] - centres_N2[None]
     distance_NN = offsets_NN2.square().sum(-1)
     # A patch's distance to itself is 0; its own weight is used only if it is visible, and then its
     # own colour is taken below.
     weight_NN = 1 / distance_NN.fill_diagonal_(1)
-    weight_BNN = weight_NN * (1 - mask_BN).unsqueeze(1)
-    near_BNC = (weight_BNN @ colours_BNC) / weight_BNN.sum(-1, keepdim=True)
-    painted_BNC = torch.where(mask_BN.unsqueeze(-1) > 0, near_BNC, colours_BNC)
+    visible_B1N = (1 - mask_BN).unsqueeze(1)
+    weight_BNN = weight_NN * visible_B1N
+    sum_BNC = weight_BNN @ colours_BNC
+    near_BNC = sum_BNC / weight_BNN.sum(-1, keepdim=True)
+    is_hidden_BN1 = mask_BN.unsqueeze(-1) > 0
+    painted_BNC = torch.where(is_hidden_BN1, near_BNC, colours_BNC)
     return _flat_patches(painted_BNC, patch_size)
 
 
 def _patch_colours(images_BCHW: Tensor, patch_size: int) -> Tensor:
     """Mean colour of each patch, float32, shape (B, N, C)."""
     B, C = images_BCHW.shape[:2]
-    pixels = patchify(images_BCHW.to(torch.float32), patch_size)
-    return pixels.view(B, -1, patch_size**2, C).mean(dim=2)
+    patches_BNP = patchify(images_BCHW.to(torch.float32), patch_size)
+    pixels = patches_BNP.view(B, -1, patch_size**2, C)
+    return pixels.mean(dim=2)
 
 
 def _flat_patches(colours_BNC: Tensor, patch_size: int) -> Tensor:

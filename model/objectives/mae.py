@@ -76,12 +76,10 @@ class MaskedAutoencoder(VisionTransformer):
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.decoder_pos_embed = nn.Parameter(sincos_table(self.grid, width), requires_grad=False)
         self.decoder_embed = nn.Linear(config.embed_dim, width)
-        self.decoder_blocks = nn.ModuleList(
-            [
-                Block(width, config.decoder_num_heads, config.mlp_ratio)
-                for _ in range(config.decoder_depth)
-            ]
-        )
+        self.decoder_blocks = nn.ModuleList()
+        for _ in range(config.decoder_depth):
+            block = Block(width, config.decoder_num_heads, config.mlp_ratio)
+            self.decoder_blocks.append(block)
         self.decoder_norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.decoder_pred = nn.Linear(width, config.patch_dim)
         self.init_decoder()
@@ -93,16 +91,15 @@ class MaskedAutoencoder(VisionTransformer):
             generator: Source of random numbers; torch's global one if absent. All ranks must use
                 the same seed.
         """
+        table = sincos_table(self.grid, self.decoder_pos_embed.shape[-1])
         with torch.no_grad():
-            self.decoder_pos_embed.copy_(sincos_table(self.grid, self.decoder_pos_embed.shape[-1]))
+            self.decoder_pos_embed.copy_(table)
+        # The order of the draws is a part of what a seed means: see `init_layers`.
         init_token(self.mask_token, generator=generator)
-        for layer in (
-            self.decoder_embed,
-            self.decoder_blocks,
-            self.decoder_norm,
-            self.decoder_pred,
-        ):
-            init_layers(layer, generator=generator)
+        init_layers(self.decoder_embed, generator=generator)
+        init_layers(self.decoder_blocks, generator=generator)
+        init_layers(self.decoder_norm, generator=generator)
+        init_layers(self.decoder_pred, generator=generator)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Fill all parameters anew; what a model built on the meta device needs after `to_empty`.
@@ -143,6 +140,7 @@ class MaskedAutoencoder(VisionTransformer):
         Returns:
             Loss, prediction and mask.
         """
+        # Cut once: the encoder's input and the target are the same patches.
         patches_BNP = self.patches(images_BCHW)
         mask = mask_patches(noise_BN, self.num_visible)
         tokens_BSD = self.encode(patches_BNP, mask.ids_keep_BV)
@@ -187,9 +185,8 @@ class MaskedAutoencoder(VisionTransformer):
         Returns:
             Tensors by name; they share memory with the model.
         """
-        return {
-            name: value for name, value in self.state_dict().items() if not is_decoder_name(name)
-        }
+        state = self.state_dict()
+        return {name: value for name, value in state.items() if not is_decoder_name(name)}
 
     def reconstruct(self, images_BCHW: Tensor, output: MAEOutput) -> Reconstruction:
         """Turn a prediction into pictures; see `reconstruct`.
@@ -269,7 +266,9 @@ def masked_loss(prediction_BNP: Tensor, target_BNP: Tensor, mask_BN: Tensor) -> 
     # In float32: 16 bits are too few digits for a mean of squares, and fp16 overflows at 256^2.
     difference_BNP = prediction_BNP.to(torch.float32) - target_BNP
     error_BN = difference_BNP.square().mean(dim=-1)
-    return (error_BN * mask_BN).sum() / mask_BN.sum()
+    # All images hide as many patches, so that this is the plain mean over them.
+    masked_error = (error_BN * mask_BN).sum()
+    return masked_error / mask_BN.sum()
 
 
 @torch.no_grad()
@@ -297,12 +296,14 @@ def reconstruct(
     Returns:
         Three pictures per image, float32, in the colour space of the input.
     """
-    grid = (images_BCHW.shape[2] // patch_size, images_BCHW.shape[3] // patch_size)
+    _, _, height, width = images_BCHW.shape
+    grid = (height // patch_size, width // patch_size)
     patches_BNP = patchify(images_BCHW, patch_size).to(torch.float32)
     predicted_BNP = prediction_BNP.to(torch.float32)
     if norm_pix_loss:
         mean_BN1, std_BN1 = patch_statistics(patches_BNP)
         predicted_BNP = predicted_BNP * std_BN1 + mean_BN1
+    # Images are normalised, so that 0 is the dataset's mean colour, a grey.
     removed_BN1 = mask_BN.unsqueeze(-1).to(torch.bool)
     masked_BNP = patches_BNP.masked_fill(removed_BN1, 0)
     pasted_BNP = torch.where(removed_BN1, predicted_BNP, patches_BNP)

@@ -24,6 +24,7 @@ class RandomRun:
     """
 
     def __init__(self, config: RunConfig, world: World) -> None:
+        # The loss of a benchmark's first step then tells whether two versions compute the same.
         torch.manual_seed(0)
         self.objective = choose_objective(config)
         model = self.objective.build()
@@ -59,18 +60,19 @@ def random_config(model: ModelConfig, *, images: int, engine: dict[str, object])
         images: images per step.
         engine: the section `engine`.
     """
-    return RunConfig.model_validate(
-        {
-            "model": model.model_dump(),
-            "view": {"height": model.image_height, "width": model.image_width},
-            "train": {"steps": 1, "global_batch_size": images, "micro_batch_size": images},
-            "engine": engine,
-        }
-    )
+    settings = {
+        "model": model.model_dump(),
+        "view": {"height": model.image_height, "width": model.image_width},
+        "train": {"steps": 1, "global_batch_size": images, "micro_batch_size": images},
+        "engine": engine,
+    }
+    # Through the checks of a run: a combination that cannot be trained is not measured either.
+    return RunConfig.model_validate(settings)
 
 
 def wait_for(device: torch.device) -> None:
     """Wait until a device has done all that was queued on it."""
+    # On a CPU every call has ended when it returns.
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -79,4 +81,5 @@ def device_name(device: torch.device) -> str:
     """Name a device as tables show it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} threads"

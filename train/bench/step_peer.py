@@ -53,7 +53,9 @@ def compare(
     """
     if threads:
         torch.set_num_threads(threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda")
     torch.manual_seed(0)
     config = SIZES[name]
     ours = MaskedAutoencoder(config)
@@ -61,6 +63,7 @@ def compare(
     ours.to(device).train()
     images_BCHW = torch.randn(images, 3, config.image_height, config.image_width, device=device)
     noise_BN = torch.rand(images, config.num_patches, device=device)
+    # After the weights are shared: a compiled module's names have a prefix.
     if compiled:
         ours.compile()
         theirs.compile()
@@ -105,8 +108,10 @@ def _build_theirs(ours: MaskedAutoencoder) -> nn.Module:
             "--peer transformers needs it installed: pip install -c constraints.txt transformers"
         ) from error
     state, settings = to_hf(ours.state_dict(), ours.config, names="v5")
+    # The same fused attention as ours; its eager one would lose by that alone.
     chosen = {**settings, "attn_implementation": "sdpa"}
-    theirs: nn.Module = ViTMAEForPreTraining(ViTMAEConfig(**chosen))
+    config = ViTMAEConfig(**chosen)
+    theirs: nn.Module = ViTMAEForPreTraining(config)
     theirs.load_state_dict(state, strict=True)
     return theirs
 
@@ -123,16 +128,17 @@ def _stepper(
     optimizer = torch.optim.AdamW(
         trained, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.05, fused=True
     )
-    autocast = partial(
-        torch.autocast, device.type, dtype=torch.bfloat16, enabled=precision == "autocast"
-    )
+    is_autocast = precision == "autocast"
+    autocast = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=is_autocast)
 
     def step() -> float:
         with autocast():
             loss = forward()
+        # Outside of autocast, as torch asks for: the backward pass has the types of the forward.
         torch.autograd.backward(loss)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        # Before the loss is read, which would wait by itself, and only for the forward pass.
         wait_for(device)
         return float(loss.detach())
 

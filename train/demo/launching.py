@@ -60,6 +60,8 @@ class Interrupts:
         self._before: dict[signal.Signals, Handler] = {}
 
     def __enter__(self) -> Interrupts:
+        # Handlers run in the main thread between two instructions: counting is all that they may
+        # do safely.
         for number in INTERRUPTS:
             # nohup has SIGHUP ignored, and a shell's background job SIGINT: they stay so.
             if signal.getsignal(number) != signal.SIG_IGN:
@@ -110,8 +112,11 @@ def run_stage(stage: str, command: Sequence[str], *, env: Mapping[str, str] | No
         # A converter's fork server lives a little longer than the converter.
         kill_session(process)
     code = process.returncode
+    # A process that a signal ended has its number, negative; shells say 128 and the number.
+    if code < 0:
+        code = 128 - code
     if code:
-        raise StageFailed(stage, code if code > 0 else 128 - code)
+        raise StageFailed(stage, code)
 
 
 def kill_session(process: subprocess.Popen[Any]) -> None:
@@ -126,6 +131,7 @@ def kill_session(process: subprocess.Popen[Any]) -> None:
         if time.monotonic() > deadline_s:
             break
         time.sleep(0.02)
+    # The leader is our child: without a wait it would stay behind as a zombie.
     process.wait()
 
 
@@ -136,6 +142,7 @@ def _living_members(session: int) -> list[psutil.Process]:
     for process in psutil.process_iter():
         with suppress(ProcessLookupError, psutil.NoSuchProcess):
             is_member = os.getsid(process.pid) == session
+            # A zombie has ended; only its parent's wait can remove it.
             if is_member and process.status() != psutil.STATUS_ZOMBIE:
                 members.append(process)
     return members
@@ -169,6 +176,7 @@ def run_training(
         KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP, once the ranks have saved and ended.
     """
     print_command(command)
+    # Of an earlier launch: its file is there until the new ranks write theirs.
     earlier = read_status(run_dir).get("launch")
     told = False
     with Interrupts() as interrupts:
@@ -177,18 +185,24 @@ def run_training(
             if interrupts.count:
                 _stop_training(process, run_dir, interrupts, earlier=earlier)
                 raise KeyboardInterrupt
+            if stop_at is None or told:
+                continue
             status = _running_status(run_dir, earlier=earlier)
-            if stop_at is not None and not told and status.get("step", 0) >= stop_at:
+            if status.get("step", 0) >= stop_at:
                 told = True
                 stop_ranks(process)
+
+    # The launcher ends with an error of its own when ranks were told to stop: the run's own word
+    # counts.
     status = read_status(run_dir)
-    if process.returncode == 0 or (told and status.get("state") in ("preempted", "done")):
+    state = status.get("state")
+    ended_as_told = told and state in ("preempted", "done")
+    if process.returncode == 0 or ended_as_told:
         return
-    if status.get("state") in ("failed", "preempted"):
-        code = status.get("exit_code")
-    else:
-        code = None
-    raise StageFailed("training", code or abs(process.returncode))
+    code = abs(process.returncode)
+    if state in ("failed", "preempted"):
+        code = status.get("exit_code") or code
+    raise StageFailed("training", code)
 
 
 def stop_ranks(process: subprocess.Popen[Any]) -> None:
@@ -226,6 +240,7 @@ def _stop_training(
         kill_session(process)
         return
     sys.stderr.write("\nstopping: the ranks save first (Ctrl-C again ends them at once)\n")
+    # What was counted so far asked for this stop; only more than that asks for a quicker one.
     asked = interrupts.count
     deadline_s = time.monotonic() + STOP_LIMIT_S
     stop_ranks(process)
@@ -282,12 +297,15 @@ def free_port() -> int:
     """Find a TCP port that is free on the loopback interface now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        _, port = probe.getsockname()
+        return int(port)
 
 
 def print_command(command: Sequence[str]) -> None:
     """Print a command as one would type it from the current folder."""
     here = f"{Path.cwd()}{os.sep}"
-    program = command[0].removeprefix(here)
-    sys.stdout.write(f"$ {shlex.join([program, *command[1:]])}\n")
+    program, *words = command
+    typed = shlex.join([program.removeprefix(here), *words])
+    sys.stdout.write(f"$ {typed}\n")
+    # The command writes to the same place, and must not come before its own line.
     sys.stdout.flush()

@@ -43,7 +43,10 @@ class Found:
         """The faster setting of `engine.precision`."""
         if self.bf16_over_fp32 is None:
             return "bf16"
-        return "autocast" if self.bf16_over_fp32 < 1 else "fp32"
+        # On a CPU autocast, because bf16 weights are DeepSpeed's for GPUs.
+        if self.bf16_over_fp32 < 1:
+            return "autocast"
+        return "fp32"
 
     def explain_precision(self) -> str:
         """Say in one line why this precision was chosen."""
@@ -81,7 +84,9 @@ class Machine:
         self._interrupts = Interrupts()
 
     def __enter__(self) -> Machine:
-        count = self._asked_ranks or count_ranks(len(os.sched_getaffinity(0)))
+        # How many GPUs there are only torch can tell, which these processes are to import.
+        cores = len(os.sched_getaffinity(0))
+        count = self._asked_ranks or count_ranks(cores)
         env = environment(ranks=count, has_gpu=True)
         command = [sys.executable, "-m", "train.demo.speed"]
         self._start_s = time.monotonic()
@@ -112,6 +117,7 @@ class Machine:
 
     def look(self) -> Found:
         """Wait until torch is imported, and say what is here."""
+        # All of them, although they say the same: timing begins when none is busy importing.
         answers = [_read_answer(process) for process in self._processes]
         found = answers[0]
         start_s = time.monotonic() - self._start_s
@@ -119,9 +125,11 @@ class Machine:
 
     def ranks(self, found: Found) -> int:
         """Say how many processes will train."""
-        return self._asked_ranks or (
-            count_ranks(found.gpus) if found.gpus else len(self._processes)
-        )
+        if self._asked_ranks:
+            return self._asked_ranks
+        if found.gpus:
+            return count_ranks(found.gpus)
+        return len(self._processes)
 
     def time(self, found: Found, *, global_batch_size: int) -> Speed:
         """Time steps of the demo's model.
@@ -131,18 +139,24 @@ class Machine:
             global_batch_size: images of a step, over all ranks.
         """
         ranks = self.ranks(found)
-        # Two processes would share a GPU here, but not in the run.
-        working = self._processes[:1] if found.gpus else self._processes
-        precision = "autocast" if found.gpus else found.precision
-        asked = {"precision": precision, "images": max(1, global_batch_size // ranks)}
+        working = self._processes
+        precision = found.precision
+        if found.gpus:
+            # Two processes would share a GPU here, but not in the run.
+            working = self._processes[:1]
+            # The plain engine that is timed has no bf16 weights; autocast is nearest.
+            precision = "autocast"
+        images = max(1, global_batch_size // ranks)
+        asked = {"precision": precision, "images": images}
+        # All are asked before the first is waited for, so that they work at once.
         for process in working:
             _ask(process, asked)
         answers = [_read_answer(process) for process in working]
-        return Speed(
-            step_s=RUN_OVER_ALONE * max(answer["step_s"] for answer in answers),
-            # One process evaluates, on all the cores that these share.
-            features_per_s=sum(answer["features_per_s"] for answer in answers),
-        )
+        # Ranks wait for the slowest in every step.
+        slowest_s = max(answer["step_s"] for answer in answers)
+        # One process evaluates, on all the cores that these share.
+        features_per_s = sum(answer["features_per_s"] for answer in answers)
+        return Speed(step_s=RUN_OVER_ALONE * slowest_s, features_per_s=features_per_s)
 
     def _end(self) -> None:
         # Ctrl-C again must not keep a process alive.
@@ -178,6 +192,7 @@ def _ask(process: subprocess.Popen[str], content: Mapping[str, Any]) -> None:
 def _read_answer(process: subprocess.Popen[str]) -> dict[str, Any]:
     assert process.stdout is not None, "started with a pipe"
     line = process.stdout.readline()
+    # Empty, without a newline: the process has ended, and its pipe with it.
     if not line:
         raise _failed(process)
     answer: dict[str, Any] = json.loads(line)

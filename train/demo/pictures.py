@@ -170,6 +170,7 @@ def cut_photos(folder: Path, plan: CropPlan = CropPlan()) -> Pictures:
             class_folder = folder / half / label
             class_folder.mkdir(parents=True, exist_ok=True)
             for box in boxes(photo.width, photo.height, plan=plan, half=half):
+                # By place, not by number: another stride does not give old names new crops.
                 left, top, _, _ = box
                 path = class_folder / f"{label}-{top:04d}-{left:04d}.jpg"
                 # Full colour resolution: the crops are small, and are shrunk once more.
@@ -220,10 +221,14 @@ def split_folder(source: Path, folder: Path) -> Pictures:
 
     held_out = _choose_held_out(names)
     for name in names:
-        half = "val" if name in held_out else "train"
+        half = "train"
+        if name in held_out:
+            half = "val"
         link = folder / half / name
         link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to((source / name).resolve())
+        # Absolute, so that the links hold wherever the run's folder is.
+        target = source / name
+        link.symlink_to(target.resolve())
     num_val = len(held_out)
     num_train = len(names) - num_val
     num_classes = _count_classes(names)
@@ -241,10 +246,14 @@ def _picture_names(source: Path) -> list[Path]:
 
 def _choose_held_out(names: list[Path]) -> set[Path]:
     """Choose about a tenth by a hash of each name; at least one, and not all."""
+    # Python's own hash of a text is another one in every process.
     digests = {name: _digest(name.as_posix()) for name in names}
     # The first eight hexadecimal digits are a number below 16^8.
     limit = int(VAL_SHARE * 16**8)
-    held_out = {name for name, digest in digests.items() if int(digest[:8], 16) < limit}
+    held_out = set()
+    for name, digest in digests.items():
+        if int(digest[:8], 16) < limit:
+            held_out.add(name)
     if not held_out or len(held_out) == len(names):
         lowest = min(names, key=lambda name: digests[name])
         return {lowest}
@@ -261,6 +270,7 @@ def _count_classes(names: list[Path]) -> int:
 def _open_photo(path: Path, *, max_side: int) -> Image.Image:
     with Image.open(path) as opened:
         photo = opened.convert("RGB")
+    # In place, and only if it is larger: small photographs are not enlarged.
     photo.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     return photo
 
@@ -270,8 +280,9 @@ def _digest(text: str) -> str:
 
 
 def _finished(folder: Path, settings: dict[str, object]) -> Pictures | None:
+    path = folder / MARKER
     try:
-        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        marker = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return None
     if marker["settings"] != settings:

@@ -83,17 +83,23 @@ def kept_plan(run_dir: Path, asked: Asked) -> Plan | None:
 
 
 def _plan_of_file(run_dir: Path) -> Plan | None:
+    path = run_dir / PLAN_FILE
     try:
-        text = (run_dir / PLAN_FILE).read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
         return TypeAdapter(Plan).validate_json(text)
+    # A file that another version wrote is as good as none: then the run's settings are read.
     except (OSError, ValidationError):
         return None
 
 
 def _plan_of_settings(run_dir: Path) -> Plan | None:
+    path = run_dir / "config.toml"
     try:
-        settings = tomllib.loads((run_dir / "config.toml").read_text(encoding="utf-8"))
-        return Plan(settings["train"]["steps"], settings["engine"]["precision"], ALL_IMAGES)
+        text = path.read_text(encoding="utf-8")
+        settings = tomllib.loads(text)
+        steps = settings["train"]["steps"]
+        precision = settings["engine"]["precision"]
+        return Plan(steps, precision, ALL_IMAGES)
     except (OSError, tomllib.TOMLDecodeError, KeyError):
         return None
 
@@ -112,10 +118,12 @@ def choose_plan(asked: Asked, found: Found, speed: Speed, pictures: Pictures) ->
         speed: how fast it is.
         pictures: what there is to measure.
     """
+    steps = asked.steps or choose_steps(asked.minutes, step_s=speed.step_s)
+    max_images = choose_images(pictures, features_per_s=speed.features_per_s)
     return Plan(
-        steps=asked.steps or choose_steps(asked.minutes, step_s=speed.step_s),
+        steps=steps,
         precision=found.precision,
-        max_images=choose_images(pictures, features_per_s=speed.features_per_s),
+        max_images=max_images,
         asked=asked,
     )
 
@@ -130,7 +138,8 @@ def choose_steps(minutes: float, *, step_s: float) -> int:
         minutes: how long to train; 0 chooses.
         step_s: seconds of a step.
     """
-    fitting = int(60 * (minutes or DEMO_MINUTES) / step_s)
+    limit_s = 60 * (minutes or DEMO_MINUTES)
+    fitting = int(limit_s / step_s)
     if minutes:
         # Two is the fewest that can be stopped half-way.
         return max(2, fitting)
@@ -153,7 +162,9 @@ def choose_images(pictures: Pictures, *, features_per_s: float) -> int:
         return images_to_read(pictures, max_images)
 
     # The largest number whose cost is still affordable; the cost only grows with the number.
-    largest = bisect.bisect_right(range(ALL_IMAGES + 1), affordable, key=cost) - 1
+    numbers = range(ALL_IMAGES + 1)
+    largest = bisect.bisect_right(numbers, affordable, key=cost) - 1
+    # Rather late than meaningless: below this a share is mostly chance.
     return max(FEWEST_IMAGES, largest)
 
 
@@ -167,14 +178,17 @@ def images_to_read(pictures: Pictures, max_images: int) -> int:
     if not pictures.num_classes:
         return num_val
     num_train = min(pictures.num_train, max_images)
-    return num_val + 2 * (num_val + num_train)
+    num_described = num_val + num_train
+    return num_val + 2 * num_described
 
 
 def explain(plan: Plan, found: Found, speed: Speed, pictures: Pictures) -> str:
     """Say how long the demo will take, and why it does what it does."""
     training_s = plan.steps * speed.step_s
-    measuring_s = images_to_read(pictures, plan.max_images) / speed.features_per_s
-    total_s = training_s + measuring_s + STARTS * found.start_s
+    num_read = images_to_read(pictures, plan.max_images)
+    measuring_s = num_read / speed.features_per_s
+    starting_s = STARTS * found.start_s
+    total_s = training_s + measuring_s + starting_s
     lines = [
         found.explain_precision(),
         f"a step takes {speed.step_s:.2f} s here: {plan.steps} steps, about "
@@ -182,6 +196,7 @@ def explain(plan: Plan, found: Found, speed: Speed, pictures: Pictures) -> str:
     ]
     if plan.steps < FEWEST_STEPS:
         lines.append(f"{plan.steps} steps are too few to show learning: it takes {FEWEST_STEPS}")
+    # With a little room: a number of steps that was rounded is not "slow".
     elif plan.asked == Asked() and training_s > 60 * DEMO_MINUTES * 1.05:
         lines.append(
             f"this machine is slow: {plan.steps} steps are the fewest that show learning. "

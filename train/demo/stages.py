@@ -94,7 +94,8 @@ def check_arguments(arguments: Arguments) -> None:
         ConfigError: naming the option.
     """
     batch = int(RECIPES["demo"]["train"]["global_batch_size"])
-    if arguments.ranks < 0 or (arguments.ranks and batch % arguments.ranks):
+    divides = arguments.ranks == 0 or batch % arguments.ranks == 0
+    if arguments.ranks < 0 or not divides:
         raise ConfigError(
             f"--ranks {arguments.ranks} does not divide the demo's batch of {batch}: use 1, 2, 4 "
             "or 8"
@@ -118,7 +119,9 @@ class Demo:
         self._arguments = arguments
         self._run_dir = Path(arguments.run_dir)
         self._data = arguments.uri or str(self._run_dir / "data")
-        self._checkpoints = join(arguments.uri or str(self._run_dir), "checkpoints")
+        checkpoints_in = arguments.uri or str(self._run_dir)
+        self._checkpoints = join(checkpoints_in, "checkpoints")
+        # Known once the machine was looked at.
         self._ranks = 0
         self._has_gpu = False
 
@@ -147,8 +150,13 @@ class Demo:
     def _prepare_pictures(self) -> Pictures:
         folder = self._run_dir / "pictures"
         source = self._arguments.src
-        pictures = split_folder(Path(source), folder) if source else cut_photos(folder)
-        labels = f"{pictures.num_classes} classes" if pictures.num_classes else "no labels"
+        if source:
+            pictures = split_folder(Path(source), folder)
+        else:
+            pictures = cut_photos(folder)
+        labels = "no labels"
+        if pictures.num_classes:
+            labels = f"{pictures.num_classes} classes"
         _say(
             f"{pictures.num_train:,} pictures to train on, {pictures.num_val:,} held out, "
             f"{labels}, in {folder}"
@@ -170,6 +178,7 @@ class Demo:
             self._has_gpu = found.gpus > 0
             if plan is not None:
                 _say(describe_kept(plan, self._run_dir))
+                # Again, because it may come from the settings of a run without a plan's file.
                 keep_plan(self._run_dir, plan)
                 return plan
             batch = int(RECIPES["demo"]["train"]["global_batch_size"])
@@ -187,8 +196,10 @@ class Demo:
             options += ["--resize", str(2 * image_size)]
         for split, folder in (("train", pictures.train), ("val", pictures.val)):
             shards = join(self._data, split)
+            # This Python, not the first on the PATH, which may lack the project.
             command = [sys.executable, "-m", "pipeline.convert", str(folder), shards]
-            run_stage(f"conversion of the {split} pictures", [*command, *options, "--split", split])
+            command += [*options, "--split", split]
+            run_stage(f"conversion of the {split} pictures", command)
 
     def _train(self, plan: Plan) -> None:
         """Launch until half-way, stop as a scheduler would, and launch the same command again."""
@@ -210,8 +221,10 @@ class Demo:
             self._launch(plan, stop_at=None)
 
     def _launch(self, plan: Plan, *, stop_at: int | None) -> None:
-        batch = int(RECIPES["demo"]["train"]["global_batch_size"])
-        micro_batch_size = int(RECIPES["demo"]["train"]["micro_batch_size"])
+        recipe = RECIPES["demo"]["train"]
+        batch = int(recipe["global_batch_size"])
+        micro_batch_size = int(recipe["micro_batch_size"])
+        # The same words at every start: a resume with other settings would be refused.
         settings = {
             "data.train": join(self._data, "train"),
             "data.val": join(self._data, "val"),
@@ -222,23 +235,24 @@ class Demo:
             "train.micro-batch-size": str(min(micro_batch_size, batch // self._ranks)),
             "engine.precision": plan.precision,
         }
-        words = [word for name, value in settings.items() for word in (f"--{name}", value)]
-        run_training(
-            deepspeed_command("demo", words, ranks=self._ranks),
-            run_dir=self._run_dir,
-            stop_at=stop_at,
-            env=environment(ranks=self._ranks, has_gpu=self._has_gpu),
-        )
+        words = []
+        for name, value in settings.items():
+            words += [f"--{name}", value]
+        command = deepspeed_command("demo", words, ranks=self._ranks)
+        env = environment(ranks=self._ranks, has_gpu=self._has_gpu)
+        run_training(command, run_dir=self._run_dir, stop_at=stop_at, env=env)
 
     def _evaluate(self, plan: Plan) -> None:
+        out = self._run_dir / EVALUATION_FILE
         command = [sys.executable, "-m", "train.evaluate", self._checkpoints]
-        out = str(self._run_dir / EVALUATION_FILE)
-        run_stage("evaluation", [*command, "--max-images", str(plan.max_images), "--out", out])
+        command += ["--max-images", str(plan.max_images), "--out", str(out)]
+        run_stage("evaluation", command)
 
     def _export(self) -> None:
+        out = self._run_dir / "export"
         command = [sys.executable, "-m", "train.export", self._checkpoints]
-        out = str(self._run_dir / "export")
-        run_stage("export", [*command, "--to", "timm", "--out", out])
+        command += ["--to", "timm", "--out", str(out)]
+        run_stage("export", command)
 
     def results(self) -> dict[str, Any]:
         """Give what came out, once all stages are done."""
@@ -251,8 +265,11 @@ class Demo:
     def _close(self) -> None:
         """Say what came out, and where it is."""
         results = self.results()
-        _say("\n".join(["", "== what came out", summary_table(results["summary"]), ""]))
-        _say("\n".join(_describe_evaluation(results["evaluation"])))
+        _say("\n== what came out")
+        _say(summary_table(results["summary"]))
+        _say("")
+        for line in _describe_evaluation(results["evaluation"]):
+            _say(line)
         names = (
             RECONSTRUCTION_PICTURE,
             LOSS_PICTURE,
@@ -261,8 +278,10 @@ class Demo:
             EVALUATION_FILE,
             "export",
         )
-        places = [f"  {self._run_dir / name}" for name in names]
-        _say("\n".join(["", "look at:", *places, f"  {self._checkpoints}"]))
+        _say("\nlook at:")
+        for name in names:
+            _say(f"  {self._run_dir / name}")
+        _say(f"  {self._checkpoints}")
 
 
 def _describe_evaluation(evaluation: dict[str, Any]) -> list[str]:

@@ -31,6 +31,7 @@ SHOW_AFTER_S = 2.0
 def measuring_loader(config: RunConfig) -> LoaderConfig:
     """Give the run's reading settings with the decoder that is always there, so that figures of
     machines compare."""
+    # DALI and FFCV round the pixels differently, and are not installed everywhere.
     return config.loader.model_copy(update={"decoder": "turbo"})
 
 
@@ -53,14 +54,10 @@ def read_held_out(
         device: where they are wanted.
         seed: key of the draws.
     """
-    return read_samples(
-        dataset,
-        sample_ids_B,
-        objective.sampling().centred(),
-        measuring_loader(config),
-        seed=seed,
-        device=device,
-    )
+    # No random crop or flip: the figure must not depend on how an image happened to be cut.
+    sampling = objective.sampling().centred()
+    settings = measuring_loader(config)
+    return read_samples(dataset, sample_ids_B, sampling, settings, seed=seed, device=device)
 
 
 def iterate_held_out(
@@ -84,7 +81,9 @@ def iterate_held_out(
     """
     num_samples = dataset.info.num_samples
     count = min(num_samples, limit or num_samples)
-    ids = np.arange(count, dtype=np.int64) * num_samples // count
+    # Spread evenly, because datasets are often stored class by class: the first would be of few.
+    numbers = np.arange(count, dtype=np.int64)
+    ids = numbers * num_samples // count
     with Progress(label, total=count, after_s=SHOW_AFTER_S) as progress:
         for first in range(0, count, BATCH_SIZE):
             piece = ids[first : first + BATCH_SIZE]

@@ -33,8 +33,12 @@ def held_out_losses(
     batches = iterate_held_out(
         saved.config, objective, dataset, device=device, limit=limit, label="held-out losses"
     )
+    # Summed by image and divided once: the last batch is shorter, and its mean would weigh more.
     for batch in batches:
-        for name, losses_B in objective.held_out_losses(saved.model, batch).items():
-            sums[name] = sums.get(name, 0.0) + float(losses_B.sum())
+        losses = objective.held_out_losses(saved.model, batch)
+        for name, losses_B in losses.items():
+            total = float(losses_B.sum())
+            sums[name] = sums.get(name, 0.0) + total
         count += len(batch.labels_B)
-    return {"num_images": count, **{name: total / count for name, total in sums.items()}}
+    means = {name: total / count for name, total in sums.items()}
+    return {"num_images": count, **means}

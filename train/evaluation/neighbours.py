@@ -49,7 +49,10 @@ def embed(
     features: list[Tensor] = []
     labels: list[Tensor] = []
     for batch in batches:
-        features.append(F.normalize(encoder.features(batch.images_BCHW).float(), dim=1))
+        features_BD = encoder.features(batch.images_BCHW)
+        # Of unit length, so that a product is a cosine; in fp32, which tells near ones apart.
+        unit_BD = F.normalize(features_BD.float(), dim=1)
+        features.append(unit_BD)
         labels.append(batch.labels_B)
     return torch.cat(features), torch.cat(labels)
 
@@ -69,13 +72,18 @@ def knn_accuracy(
         labels_B: their classes.
         known_MD: features of labelled images, unit length.
         known_labels_M: their classes, from 0.
-        neighbours: how many vote; fewer where there are fewer known images.
+        neighbours: how many vote; fewer if there are fewer known images.
 
     Returns:
         Share that is classified right, 0 to 1.
     """
-    similarity_BK, index_BK = (features_BD @ known_MD.T).topk(min(neighbours, len(known_MD)), dim=1)
+    similarity_BM = features_BD @ known_MD.T
+    num_voting = min(neighbours, len(known_MD))
+    similarity_BK, index_BK = similarity_BM.topk(num_voting, dim=1)
+    # A class that no known image has cannot win, so it needs no column.
     num_classes = int(known_labels_M.max()) + 1
     votes = torch.zeros(len(features_BD), num_classes, device=features_BD.device)
-    votes.scatter_add_(1, known_labels_M[index_BK], (similarity_BK / TEMPERATURE).exp())
-    return float((votes.argmax(dim=1) == labels_B).float().mean())
+    weight_BK = (similarity_BK / TEMPERATURE).exp()
+    votes.scatter_add_(1, known_labels_M[index_BK], weight_BK)
+    is_right_B = votes.argmax(dim=1) == labels_B
+    return float(is_right_B.float().mean())

@@ -17,6 +17,7 @@ from torch import Tensor
 from pipeline.config import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.dataset import open_dataset
 from pipeline.errors import ConfigError, DataError
+from pipeline.loader import Batch
 from train.evaluation.held_out import HELD_OUT_SEED, read_held_out
 from train.evaluation.saved_model import SavedModel
 from train.objectives.base import make_batch
@@ -58,7 +59,8 @@ def read_pictures(paths: Sequence[Path], *, height: int, width: int) -> Tensor:
         try:
             with Image.open(path) as opened:
                 # Cameras store the sensor's rows and a note how to turn them.
-                upright = ImageOps.exif_transpose(opened).convert("RGB")
+                turned = ImageOps.exif_transpose(opened)
+                upright = turned.convert("RGB")
         except (UnidentifiedImageError, OSError) as error:
             raise DataError(f"{path}: cannot be read as a picture: {error}") from error
         fitted = ImageOps.fit(upright, (width, height), method=Image.Resampling.BICUBIC)
@@ -77,7 +79,12 @@ def find_pictures(source: Path, *, count: int) -> list[Path]:
     """
     if source.is_file():
         return [source]
-    paths = sorted(path for path in source.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
+    paths = []
+    for path in source.rglob("*"):
+        if path.suffix.lower() in PICTURE_SUFFIXES:
+            paths.append(path)
+    # The order of a folder is the file system's: sorted, the same pictures are drawn everywhere.
+    paths.sort()
     if not paths:
         suffixes = ", ".join(sorted(PICTURE_SUFFIXES))
         raise ConfigError(f"--images {source}: no pictures there ({suffixes})")
@@ -104,13 +111,7 @@ def draw(
     objective = saved.objective
     device = next(saved.model.parameters()).device
     if images:
-        paths = find_pictures(Path(images), count=count)
-        sampling = objective.sampling()
-        views_BCHW = []
-        for view in sampling.views:
-            height, width = view.settings.height, view.settings.width
-            views_BCHW.append(read_pictures(paths, height=height, width=width).to(device))
-        batch = make_batch(sampling, views_BCHW, seed=seed)
+        batch = _batch_of_files(saved, Path(images), count=count, seed=seed)
     elif config.data.val:
         dataset = open_dataset(config.data.val)
         ids = spread_ids(dataset.info.num_samples, count)
@@ -124,3 +125,16 @@ def draw(
     title = f"{config.recipe} after step {saved.step}"
     draw_reconstruction(out, completion, title=title)
     return Drawn(len(batch.labels_B), completion.loss)
+
+
+def _batch_of_files(saved: SavedModel, source: Path, *, count: int, seed: int) -> Batch:
+    """Make a batch of picture files, each at the size of every view."""
+    device = next(saved.model.parameters()).device
+    paths = find_pictures(source, count=count)
+    sampling = saved.objective.sampling()
+    views_BCHW = []
+    for view in sampling.views:
+        size = view.settings
+        pictures_BCHW = read_pictures(paths, height=size.height, width=size.width)
+        views_BCHW.append(pictures_BCHW.to(device))
+    return make_batch(sampling, views_BCHW, seed=seed)

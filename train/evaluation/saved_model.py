@@ -53,12 +53,13 @@ def load_model(uri: str, *, device: torch.device | None = None) -> SavedModel:
     try:
         config = RunConfig.model_validate(state["config"])
     except ValidationError as error:
-        first = error.errors()[0]
+        first, *_ = error.errors()
+        setting = ".".join(str(part) for part in first["loc"])
         raise CheckpointError(
-            f"{uri}: its settings do not fit this version: {'.'.join(map(str, first['loc']))}: "
-            f"{first['msg']}; "
-            "use the version that wrote it"
+            f"{uri}: its settings do not fit this version: {setting}: {first['msg']}; use the "
+            "version that wrote it"
         ) from error
+    # Without memory and without first weights, which the checkpoint's would only replace.
     with torch.device("meta"):
         model = choose_objective(config).build()
     model = model.to_empty(device="cpu")
@@ -68,13 +69,16 @@ def load_model(uri: str, *, device: torch.device | None = None) -> SavedModel:
         raise CheckpointError(
             f"{uri}: its tensors are not those of its own settings: {error}"
         ) from error
-    return SavedModel(
-        model.to(device or torch.device("cpu")).eval(), config, int(state["step"]), uri
-    )
+    if device is None:
+        device = torch.device("cpu")
+    model = model.to(device).eval()
+    return SavedModel(model, config, int(state["step"]), uri)
 
 
 def untrained_like(saved: SavedModel, *, device: torch.device) -> nn.Module:
     """Make the same model with the first weights of its run, which is what its features are
     compared with."""
+    # On the CPU, as the run built it: a GPU's generator draws other numbers from the same seed.
     torch.manual_seed(saved.config.train.seed)
-    return saved.objective.build().to(device).eval()
+    model = saved.objective.build()
+    return model.to(device).eval()
