@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
+from pipeline.console import say
 from pipeline.convert.plan import Plan, tool_version
 from pipeline.convert.shard import Part, finished_shard
 from pipeline.convert.statistics import DatasetStatistics
@@ -24,6 +25,7 @@ from pipeline.formats.records import ShardIndex
 from pipeline.sources.listing import Listing
 
 REJECTED_FILE = "rejected.parquet"
+UNTURNED_FILE = "not_upright.parquet"
 STATS_FILE = "stats.json"
 
 
@@ -51,7 +53,15 @@ def commit(listing: Listing, dst: str, plan: Plan, parts: list[Part]) -> Dataset
 
     # Everything that lies beside the manifest comes before it: `dataset.json` is the commit.
     if reasons:
-        _write_rejected(dst, parts)
+        rejected = [(name, str(reason)) for part in parts for name, reason in part.rejected]
+        _write_names(storage.join(dst, REJECTED_FILE), rejected)
+    unturned = [row for part in parts for row in part.unturned]
+    if unturned:
+        _write_names(storage.join(dst, UNTURNED_FILE), unturned)
+        say(
+            f"convert: note: {len(unturned):,} images keep their EXIF orientation, as they cannot "
+            f"be turned without loss; see {UNTURNED_FILE}"
+        )
     if plan.settings.format == "webdataset":
         for name, content in _neighbour_files(plan, kept).items():
             _write_json(storage.join(dst, name), content)
@@ -83,15 +93,15 @@ def commit(listing: Listing, dst: str, plan: Plan, parts: list[Part]) -> Dataset
     )
 
 
-def _write_rejected(dst: str, parts: Sequence[Part]) -> None:
-    rows = [row for part in parts for row in part.rejected]
+def _write_names(uri: str, rows: Sequence[tuple[str, str]]) -> None:
+    """Write a list of images, each with a reason."""
     names = [name for name, _ in rows]
-    reasons = [str(reason) for _, reason in rows]
+    reasons = [reason for _, reason in rows]
     table = pa.table({"key": names, "reason": reasons})
-    with tempfile.TemporaryDirectory(prefix="maelstrom-rejected-") as folder:
-        path = Path(folder) / REJECTED_FILE
+    with tempfile.TemporaryDirectory(prefix="maelstrom-names-") as folder:
+        path = Path(folder) / storage.name_of(uri)
         pq.write_table(table, path)
-        storage.put_file(path, storage.join(dst, REJECTED_FILE))
+        storage.put_file(path, uri)
 
 
 def _neighbour_files(plan: Plan, kept: Sequence[Part]) -> dict[str, Any]:

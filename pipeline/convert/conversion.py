@@ -27,6 +27,7 @@ from pipeline.convert.workers import Workers, cores
 from pipeline.dataset.info import PLAN_FILE, DatasetInfo
 from pipeline.errors import ConfigError, DataError, MaelstromError
 from pipeline.formats.records import suffix_of
+from pipeline.images.upright import turbojpeg
 from pipeline.sources.choose import open_source
 from pipeline.sources.listing import Listing
 from pipeline.sources.names import pick, sample_keys
@@ -88,6 +89,8 @@ def convert_job(
     settings = settings or ConvertSettings()
     job = job or Job()
     workers = workers or Workers()
+    if settings.turns:
+        turbojpeg()  # if it is missing, that is told before the first shard
     check_target(src, dst)
     # A worker may have another working folder, as those of a Ray cluster do.
     src = absolute(src)

@@ -78,7 +78,7 @@ class Plan:
 def shaping_versions(settings: ConvertSettings) -> dict[str, str]:
     """Return the versions that the stored bytes depend on; empty if images are stored as they
     are."""
-    if not settings.resizes and settings.write_mode == "jpg":
+    if not (settings.resizes or settings.turns) and settings.write_mode == "jpg":
         return {}
     return {
         "pillow": PIL.__version__,

@@ -46,12 +46,18 @@ class ConvertSettings(SourceSettings):
     samples_per_shard: int | None = Field(default=None, ge=1)
     """Images per shard, instead of a size."""
     resize: int | None = Field(default=None, ge=1)
-    """Shrink larger images to this many pixels on the shorter side. None: store images as they
-    are."""
+    """Shrink larger images to this many pixels on the shorter side, upright and in sRGB (EXIF
+    orientation and colour profile are applied). None: store images as they are."""
     max_resolution: int | None = Field(default=None, ge=LEAST_SIDE_PX)
     """Shrink larger images to this many pixels on the longer side, as FFCV does. None: no limit."""
     quality: int = Field(default=90, ge=1, le=100)
     """JPEG quality of images that are shrunk."""
+    apply_exif: bool = False
+    """Without --resize and --max-resolution images are stored as they are: neither their EXIF
+    orientation nor their colour profile is applied, and decoders do not apply them either. This
+    turns images as their orientation says, if that loses nothing: JPEGs whose size divides into
+    whole blocks, PNGs, lossless WebPs. Others stay as they are and are listed in
+    not_upright.parquet. Colour profiles are applied only with --resize or --max-resolution."""
     shuffle_seed: int | None = Field(default=0, ge=0, lt=2**64)
     """Seed of the order in which images are stored. None: sorted by name. A dataset as the source
     keeps its order."""
@@ -94,6 +100,11 @@ class ConvertSettings(SourceSettings):
         return self
 
     @property
+    def turns(self) -> bool:
+        """Whether images that are stored as files are turned; shrunk ones are upright anyway."""
+        return self.apply_exif and not self.resizes
+
+    @property
     def resizes(self) -> bool:
         """Whether images are shrunk."""
         return self.resize is not None or self.max_resolution is not None
@@ -105,6 +116,8 @@ class ConvertSettings(SourceSettings):
         # an older version began keeps its identity.
         if not self.stats:
             left_out.add("stats")
+        if not self.turns:
+            left_out.add("apply_exif")
         if self.max_resolution is None:
             left_out.add("max_resolution")
         if self.format != "ffcv":

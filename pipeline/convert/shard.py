@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from multiprocessing.synchronize import Event
 
 import pyarrow as pa
@@ -26,6 +26,7 @@ from pipeline.images.encode import reencode, shrunk_size, to_pixels
 from pipeline.images.header import Probe, screen
 from pipeline.images.pixel_sums import PixelSums
 from pipeline.images.refused import Reason, Refused
+from pipeline.images.upright import Unturned, make_upright
 from pipeline.sources.choose import open_source
 from pipeline.sources.listing import Source, SourceKind, Wanted
 
@@ -81,6 +82,8 @@ class Part:
         read_bytes: Bytes of those images.
         rejected: File name and reason of each that was refused.
         pixels: Sums over the stored images; None if the settings do not ask for them.
+        unturned: File name of each image that keeps its EXIF orientation although the settings ask
+            to apply it, and why.
     """
 
     stem: str
@@ -89,6 +92,7 @@ class Part:
     read_bytes: int
     rejected: list[tuple[str, Reason]]
     pixels: PixelSums | None = None
+    unturned: list[tuple[str, str]] = field(default_factory=list)
 
 
 def part_uri(target: str, stem: str) -> str:
@@ -123,6 +127,7 @@ def read_part(
             read_bytes=head["read_bytes"],
             rejected=[(name, Reason(reason)) for name, reason in head["rejected"]],
             pixels=PixelSums(**head["pixels"]) if head.get("pixels") else None,
+            unturned=[(name, why) for name, why in head.get("unturned", [])],
         )
     except (DataError, pa.ArrowException, OSError, KeyError, ValueError, TypeError):
         # Whatever is wrong with it, making the shard again puts it right.
@@ -181,6 +186,7 @@ def make_shard(task: ShardTask, stop: Event | None = None) -> Part:
         read_bytes=filling.read_bytes,
         rejected=filling.rejected,
         pixels=filling.pixels,
+        unturned=filling.unturned,
     )
     # Last: a run that finds the part takes the shard as it is.
     _write_part(task, part, table)
@@ -201,6 +207,7 @@ class _Filling:
     ) -> None:
         self.read_bytes = 0
         self.rejected: list[tuple[str, Reason]] = []
+        self.unturned: list[tuple[str, str]] = []
         self.pixels = PixelSums() if task.settings.stats else None
         self._task = task
         self._source = source
@@ -221,15 +228,31 @@ class _Filling:
             return
 
         header, encoded = stored
+        if task.settings.turns and header.format != "raw":
+            header, encoded = self._turn(task.wanted.names[row], header, encoded)
         if self.pixels is not None:
             self.pixels.add(encoded, header)
         label = task.labels[row]
         about = self._source.about(task.wanted.names[row], class_name=self._class_name(label))
         self._writer.add(task.keys[row], encoded, header, label=label, metadata=about)
 
+    def _turn(self, name: str, header: Probe, encoded: bytes) -> tuple[Probe, bytes]:
+        """Turn an image upright, or note why it stays as it is."""
+        upright = make_upright(encoded, header)
+        if isinstance(upright, Unturned):
+            self.unturned.append((_shown(name), upright.why))
+            return header, encoded
+        if upright is encoded:
+            return header, encoded
+        # The manifest must describe what is stored.
+        turned = screen(upright, self._task.settings.limits)
+        if isinstance(turned, Refused):
+            self.unturned.append((_shown(name), f"what was turned is refused: {turned}"))
+            return header, encoded
+        return turned, upright
+
     def _reject(self, name: str, refused: Refused) -> None:
-        # The name may be a URI with a signature, and rejected.parquet is published with the shards.
-        shown = storage.redact(name) if "://" in name else name
+        shown = _shown(name)
         if self._task.settings.strict:
             raise DataError(f"convert: {shown}: {refused}. Without --strict it would be left out.")
         self.rejected.append((shown, refused.reason))
@@ -240,6 +263,11 @@ class _Filling:
         if classes is None or not 0 <= label < len(classes):
             return None
         return classes[label]
+
+
+def _shown(name: str) -> str:
+    # It may be a URI with a signature, and lists of names are published with the shards.
+    return storage.redact(name) if "://" in name else name
 
 
 def prepare(data: bytes, settings: ConvertSettings) -> tuple[Probe, bytes] | Refused:
@@ -297,6 +325,8 @@ def _write_part(task: ShardTask, part: Part, table: ShardTable) -> None:
         "num_images": part.num_images,
         "read_bytes": part.read_bytes,
         "rejected": part.rejected,
+        # Only if there are some: a part without keeps the bytes that it has always had.
+        **({"unturned": part.unturned} if part.unturned else {}),
         "pixels": None if part.pixels is None else asdict(part.pixels),
     }
     rows = table.to_arrow().replace_schema_metadata({_PART_KEY: json.dumps(head).encode()})

@@ -44,6 +44,8 @@ _REFUSED_FRAMES = {
     0xCF: "hierarchical, lossless, with arithmetic coding",
 }
 """Kinds that no decoder here reads."""
+_ORDERS = {b"II*\0": "<", b"MM\0*": ">"}
+"""Byte order of an EXIF block."""
 _MODES = {1: "L", 3: "RGB", 4: "CMYK"}
 _TRANSFORM_YCCK = 2
 """Value in Adobe's segment. Source: Adobe technical note 5116, section 18."""
@@ -188,13 +190,30 @@ def is_common(data: memoryview) -> bool:
     return has_frame
 
 
+def orientation_values(data: bytes) -> Iterator[tuple[int, str]]:
+    """Yield each EXIF orientation of a JPEG: where its two bytes stand, and their order as struct
+    writes it."""
+    for marker, start, length, _ in _segments(data):
+        if marker != 0xE1 or data[start + 2 : start + 8] != b"Exif\0\0":
+            continue
+        tiff = data[start + 8 : start + length]
+        order = _ORDERS.get(tiff[:4])
+        try:
+            entry = None if order is None else _find_orientation(tiff, order)
+        except struct.error:
+            continue
+        if order is not None and entry is not None:
+            # Tag, type and count come before the value.
+            yield start + 8 + entry + 8, order
+
+
 def read_orientation(tiff: bytes) -> int:
     """Return tag 0x0112 of the first directory; a broken EXIF block counts as upright."""
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
+    order = _ORDERS.get(tiff[:4])
     if order is None:
         return 1
     try:
-        at = find_orientation(tiff, order)
+        at = _find_orientation(tiff, order)
         if at is None:
             return 1
         _, kind, _, value = struct.unpack_from(order + "HHIH", tiff, at)
@@ -203,7 +222,7 @@ def read_orientation(tiff: bytes) -> int:
     return value if kind == 3 and 1 <= value <= 8 else 1
 
 
-def find_orientation(tiff: bytes, order: str) -> int | None:
+def _find_orientation(tiff: bytes, order: str) -> int | None:
     """Return where the entry of tag 0x0112 begins; None if the first directory has none.
 
     Raises:
