@@ -6,9 +6,7 @@ import errno
 import posixpath
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -21,13 +19,9 @@ from pipeline.console import Progress, say
 from pipeline.errors import ConfigError, DataError, MaelstromError
 from pipeline.formats.table import NO_LABEL
 from pipeline.images.refused import Reason, Refused
-from pipeline.sources.columns import (
-    choose_column,
-    choose_label,
-    find_files,
-    labels_of_files,
-    open_parquet,
-)
+from pipeline.sources.columns import find_files, labels_of_files
+from pipeline.sources.list_tables import TEXT_SUFFIXES as TEXT_SUFFIXES
+from pipeline.sources.list_tables import UNKNOWN_SIZE_BYTES, BadRow, ListTable, read_tables
 from pipeline.sources.listing import (
     QUIET_S,
     Listing,
@@ -37,78 +31,12 @@ from pipeline.sources.listing import (
     read_each,
 )
 from pipeline.sources.names import sample_keys
-from pipeline.sources.tables.image_field import explain_lists, fields_of
-from pipeline.sources.tables.label_column import LabelPart, json_labels, typed_texts
-from pipeline.sources.tables.text_rows import (
-    DelimitedTable,
-    JsonLinesTable,
-    TextTable,
-    decode_text,
-)
 from pipeline.storage.uri import SCHEME, split_scheme
 
-URI_COLUMNS = (
-    "uri",
-    "url",
-    "path",
-    "file",
-    "filename",
-    "file_name",
-    "image",
-    "image_path",
-    "image_url",
-    "filepath",
-    "file_path",
-    "img_path",
-    "image_file",
-    "img",
-)
-SIZE_COLUMNS = ("size_bytes", "size", "bytes")
-DELIMITED_SUFFIXES = {".csv": ",", ".tsv": "\t"}
-"""Endings of text tables, and the delimiter that each promises."""
-JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
-TEXT_SUFFIXES = (*DELIMITED_SUFFIXES, *JSON_LINES_SUFFIXES)
-"""Endings of every list that is text."""
-_UNKNOWN_SIZE_BYTES = 110_000
-"""Size assumed for an image if the list gives none: the mean of ImageNet's train set."""
 ROW = np.dtype([("reason", np.int8)])
 """Why a row cannot be used: a place in `_ROW_REASONS`, -1 for a row that can."""
 _ROW_REASONS = (Reason.BAD_ROW, Reason.NO_PATH, Reason.BAD_PATH, Reason.NOT_A_FILE)
 _PATH_ERRORS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
-
-
-@dataclass(frozen=True)
-class _BadRow:
-    """A row that cannot be used.
-
-    Args:
-        name: What to call it in `rejected.parquet`.
-        reason: What it is counted as.
-        error: What to tell the user if no row can be used.
-    """
-
-    name: str
-    reason: Reason
-    error: MaelstromError
-
-
-@dataclass(frozen=True)
-class _Table:
-    """The rows of one file that name an image.
-
-    Args:
-        names: Path or URI in each row.
-        label: Their labels.
-        sizes: Bytes that the table says each image has; None if it does not say so.
-        columns: Names of all columns.
-        bad: Rows that name no image.
-    """
-
-    names: list[str]
-    label: LabelPart
-    sizes: npt.NDArray[np.int64] | None
-    columns: list[str]
-    bad: list[_BadRow]
 
 
 class ListSource:
@@ -145,8 +73,11 @@ class ListSource:
                 return Refused(reason)
 
         # One remote image is enough to read several at a time.
-        usable = [name for name, code in zip(wanted.names, codes, strict=True) if code < 0]
-        all_local = all(storage.is_local(self._whole(name)) for name in usable)
+        all_local = True
+        for name, code in zip(wanted.names, codes, strict=True):
+            if code < 0 and not storage.is_local(self._whole(name)):
+                all_local = False
+                break
         return read_each(self.uri if all_local else "https://", read, len(wanted))
 
     def about(self, name: str, *, class_name: str | None) -> dict[str, Any] | None:
@@ -179,8 +110,11 @@ class ListSource:
         folders = self._folders
         if len(folders) == 1 or not storage.is_local(self.uri):
             return folders[0]
-        there = (f for f in folders if storage.local_path(storage.join(f, name)).exists())
-        return next(there, folders[0])
+        for folder in folders:
+            path = storage.local_path(storage.join(folder, name))
+            if path.exists():
+                return folder
+        return folders[0]
 
     def listing(self) -> Listing:
         """Return the images in the order of the list, and behind them the rows that cannot be used.
@@ -190,156 +124,64 @@ class ListSource:
             ConfigError: It has no column of URIs.
         """
         shown = storage.redact(self.uri)
-        tables = self._read_tables()
-        columns = [name for table in tables for name in table.columns]
-        parts = [table.label for table in tables]
-        labels, classes = labels_of_files(parts, columns, self._settings, shown=shown)
-        names = [name for table in tables for name in table.names]
-        bad = [row for table in tables for row in table.bad]
+        tables = read_tables(self.uri, self._settings)
+        names: list[str] = []
+        columns: list[str] = []
+        bad: list[BadRow] = []
+        for table in tables:
+            names.extend(table.names)
+            columns.extend(table.columns)
+            bad.extend(table.bad)
         if not names and not bad:
             raise DataError(f"convert: {shown} has no rows. Check that it is complete.")
+        parts = [table.label for table in tables]
+        labels, classes = labels_of_files(parts, columns, self._settings, shown=shown)
 
         # Every URI is looked at before any image is read: a list of mistakes should stop at once.
         looked, sizes = self._look_up(names)
-        is_good = np.array([not isinstance(found, _BadRow) for found in looked], np.bool_)
-        good = [found for found in looked if isinstance(found, str)]
-        bad += [found for found in looked if isinstance(found, _BadRow)]
         given = _given_sizes(tables)
-        sizes = (sizes if given is None else given)[is_good]
+        if given is not None:
+            sizes = given
+        good: list[str] = []
+        rows: list[int] = []
+        for row, found in enumerate(looked):
+            if isinstance(found, BadRow):
+                bad.append(found)
+            else:
+                good.append(found)
+                rows.append(row)
+        kept = np.array(rows, np.int64)
         if bad:
             _report(bad, len(good), shown)
+
+        # Keys of good rows alone: a bad one must not change the folder that all have in common.
         keys = sample_keys(_short(pa.array(good, pa.string())))
         unused = pa.array(["rejected"] * len(bad), pa.string())
-        codes = [-1] * len(good) + [_ROW_REASONS.index(row.reason) for row in bad]
+        no_label = np.full(len(bad), NO_LABEL, np.int32)
+        no_bytes = np.zeros(len(bad), np.int64)
+        locations = None
+        if bad:
+            codes = [-1] * len(good) + [_ROW_REASONS.index(row.reason) for row in bad]
+            locations = np.array(codes, np.int8).view(ROW)
         return Listing(
             uri=self.uri,
-            names=pa.array([*good, *(row.name for row in bad)], pa.string()),
-            sizes=np.append(sizes, np.zeros(len(bad), np.int64)),
-            labels=np.append(labels[is_good], np.full(len(bad), NO_LABEL, np.int32)),
+            names=pa.array([*good, *[row.name for row in bad]], pa.string()),
+            sizes=np.append(sizes[kept], no_bytes),
+            labels=np.append(labels[kept], no_label),
             classes=classes,
             passed_over={},
             kind="list",
             keys=pa.concat_arrays([keys, unused]),
-            locations=np.array([(code,) for code in codes], ROW) if bad else None,
+            locations=locations,
         )
 
-    def _read_tables(self) -> list[_Table]:
-        suffix = PurePosixPath(storage.name_of(self.uri)).suffix.lower()
-        if suffix not in TEXT_SUFFIXES:
-            return [self._read_parquet(file.uri) for file in find_files(self.uri)]
-
-        shown = storage.redact(self.uri)
-        text = decode_text(storage.read_bytes(self.uri), shown=shown)
-        if suffix in JSON_LINES_SUFFIXES:
-            return [self._read_text(JsonLinesTable(text), shown)]
-        table = DelimitedTable(text, delimiter=DELIMITED_SUFFIXES[suffix], is_header=self._has_uris)
-        return [self._read_text(table, shown)]
-
-    def _has_uris(self, columns: list[str]) -> bool:
-        """Tell whether columns include one of URIs."""
-        asked = self._settings.image_column
-        usual = {name.lower() for name in columns} & set(URI_COLUMNS)
-        return bool(usual) if asked is None else asked in columns
-
-    def _uri_column(self, columns: list[str], shown: str, *, more: str = "") -> str:
-        """Return the column of URIs.
-
-        Raises:
-            ConfigError: There is none.
-        """
-        asked = self._settings.image_column
-        column = choose_column(columns, URI_COLUMNS, asked, option="--image-column", shown=shown)
-        if column is None:
-            raise ConfigError(
-                f"convert: {shown} has no column of URIs ({', '.join(URI_COLUMNS)}); it has "
-                f"{', '.join(columns) or 'none'}. Choose one with --image-column; a CSV needs a "
-                f"header, for example a first line `path,label`.{more}"
-            )
-        return column
-
-    def _read_text(self, table: TextTable, shown: str) -> _Table:
-        """Read a text table."""
-        uri_place = table.columns.index(self._uri_column(table.columns, shown))
-        label = choose_label(table.columns, self._settings, shown=shown)
-        label_place = None if label is None else table.columns.index(label)
-        size = choose_column(table.columns, SIZE_COLUMNS, None, option="", shown=shown)
-        size_place = None if size is None else table.columns.index(size)
-
-        file_name = storage.name_of(self.uri)
-        names: list[str] = []
-        labels: list[Any] = []
-        sizes: list[Any] = []
-        bad: list[_BadRow] = []
-        for row in table.rows():
-            value = None if row.values is None else row.values[uri_place]
-            is_path = isinstance(value, str) and value.strip() != ""
-            if row.values is None or not is_path:
-                bad.append(_unnamed(f"{file_name} line {row.line}", value, row.problem))
-                continue
-            names.append(str(value))
-            labels.append(None if label_place is None else row.values[label_place])
-            sizes.append(None if size_place is None else row.values[size_place])
-
-        is_json = isinstance(table, JsonLinesTable)
-        described = f"column {label!r} of {shown}"
-        values = json_labels(labels, described) if is_json else typed_texts(labels)
-        part = LabelPart(shown, label, values)
-        given = typed_texts([None if size is None else str(size) for size in sizes])
-        return _Table(names, part, _whole_sizes(given), table.columns, bad)
-
-    def _read_parquet(self, uri: str) -> _Table:
-        """Read one Parquet file of URIs."""
-        shown = storage.redact(uri)
-        with open_parquet(uri) as parquet:
-            schema = parquet.schema_arrow
-            columns = list(schema.names)
-            fields = fields_of(schema)
-            # A column of paths counts before another of a usual name, such as lists of images.
-            with_text = [field.name for field in fields if field.text_path]
-            if self._settings.image_column is not None or not self._has_uris(with_text):
-                with_text = [field.name for field in fields]
-            chosen = self._uri_column(with_text, shown, more=explain_lists(schema))
-            field = next(field for field in fields if field.name == chosen)
-            path = field.text_path
-            if pa.types.is_null(field.kind):  # an empty file has no type
-                path = field.name
-            if not path:
-                raise DataError(
-                    f"convert: {shown}: column {chosen!r} holds {field.kind}; expected a path or "
-                    f"URI in every row. Choose another with --image-column.{explain_lists(schema)}"
-                )
-            values = field.leaf(parquet.read(columns=[path], use_threads=False))
-
-            label = choose_label(columns, self._settings, shown=shown, is_needed=False)
-            labels = pa.chunked_array([pa.nulls(len(values))])
-            if label is not None:
-                labels = parquet.read(columns=[label], use_threads=False).column(0)
-            size = choose_column(columns, SIZE_COLUMNS, None, option="", shown=shown)
-            sizes: Any = labels
-            if size is not None:
-                sizes = parquet.read(columns=[size], use_threads=False).column(0)
-
-        texts = values.cast(pa.string()).to_pylist()
-        named = [row for row, text in enumerate(texts) if text is not None and text.strip()]
-        unnamed = sorted(set(range(len(texts))) - set(named))
-        if unnamed:
-            labels = _rows_of(labels, named)
-            sizes = _rows_of(sizes, named)
-        return _Table(
-            names=[str(texts[row]) for row in named],
-            label=LabelPart(shown, label, labels),
-            sizes=None if size is None else _whole_sizes(sizes),
-            columns=columns,
-            bad=[_unnamed(f"{storage.name_of(uri)} row {row + 1}", None, "") for row in unnamed],
-        )
-
-    def _look_up(self, names: list[str]) -> tuple[list[str | _BadRow], npt.NDArray[np.int64]]:
+    def _look_up(self, names: list[str]) -> tuple[list[str | BadRow], npt.NDArray[np.int64]]:
         """Return the names as they are read, or why one cannot be, and the sizes of local files.
 
         The size of a remote image is a guess: only the shards' bounds need it.
         """
-        looked: list[str | _BadRow] = []
-        sizes = np.full(len(names), _UNKNOWN_SIZE_BYTES, np.int64)
+        looked: list[str | BadRow] = []
+        sizes = np.full(len(names), UNKNOWN_SIZE_BYTES, np.int64)
         label = f"Looking up sizes for {storage.name_of(self.uri)}"
         with Progress(label, total=len(names), after_s=QUIET_S) as progress:
             for row, name in enumerate(names):
@@ -349,12 +191,12 @@ class ListSource:
                 sizes[row] = size
         return looked, sizes
 
-    def _look(self, name: str) -> tuple[str | _BadRow, int]:
+    def _look(self, name: str) -> tuple[str | BadRow, int]:
         """Return one image's name and size, or why no file can have this name."""
         try:
             uri = self._whole(name)
             if not storage.is_local(uri):
-                return name.strip(), _UNKNOWN_SIZE_BYTES
+                return name.strip(), UNKNOWN_SIZE_BYTES
             status = storage.local_path(uri).stat()
         except (ConfigError, ValueError, RuntimeError) as error:
             # Not a scheme that is opened, a NUL byte, or the home folder of an unknown user.
@@ -369,37 +211,18 @@ class ListSource:
             return name, 0
         if not stat.S_ISREG(status.st_mode):
             problem = DataError(f"convert: {name!r} is a folder or a device, not a file.")
-            return _BadRow(name, Reason.NOT_A_FILE, problem), 0
+            return BadRow(name, Reason.NOT_A_FILE, problem), 0
         return name, status.st_size
 
 
-def _rows_of(values: Any, rows: list[int]) -> Any:
-    """Return some rows of a column."""
-    # Arrow cannot pick rows of a view.
-    if pa.types.is_string_view(values.type):
-        values = values.cast(pa.string())
-    return values.take(pa.array(rows, pa.int64()))
-
-
-def _unnamed(name: str, value: Any, problem: str) -> _BadRow:
-    """Return a row that names no image."""
-    is_missing = not problem and (value is None or (isinstance(value, str) and not value.strip()))
-    if is_missing:
-        problem = "no path or URL"
-    elif not problem:
-        problem = f"{value!r:.80} is not a path or URL"
-    reason = Reason.NO_PATH if is_missing else Reason.BAD_ROW
-    return _BadRow(name, reason, DataError(f"convert: {name}: {problem}."))
-
-
-def _bad_path(name: str, error: Exception) -> _BadRow:
+def _bad_path(name: str, error: Exception) -> BadRow:
     """Return a row whose path cannot be opened, by its own error if that explains it."""
     if not isinstance(error, MaelstromError):
         error = DataError(f"convert: {name!r:.200} is not a valid path ({error}).")
-    return _BadRow(name, Reason.BAD_PATH, error)
+    return BadRow(name, Reason.BAD_PATH, error)
 
 
-def _report(bad: list[_BadRow], num_good: int, shown: str) -> None:
+def _report(bad: list[BadRow], num_good: int, shown: str) -> None:
     """Say how many rows cannot be used, and why the first one cannot.
 
     Raises:
@@ -428,15 +251,7 @@ def _why_unread(error: MaelstromError) -> Reason | None:
     return Reason.NO_PERMISSION if is_local or status in (401, 403) else None
 
 
-def _whole_sizes(values: Any) -> npt.NDArray[np.int64] | None:
-    """Return sizes that a table gives; None if they are not whole numbers."""
-    if not pa.types.is_integer(values.type):
-        return None
-    sizes = values.fill_null(_UNKNOWN_SIZE_BYTES).cast(pa.int64(), safe=False).to_numpy()
-    return np.maximum(sizes, 0)
-
-
-def _given_sizes(tables: list[_Table]) -> npt.NDArray[np.int64] | None:
+def _given_sizes(tables: list[ListTable]) -> npt.NDArray[np.int64] | None:
     """Return the sizes that the tables give; None unless all do.
 
     They count for all images: a remote one cannot be asked cheaply.
@@ -454,8 +269,13 @@ def _short(names: pa.StringArray) -> pa.StringArray:
         pc.replace_substring_regex(short, r"[?#].*$", ""),
         short,
     )
-    texts = [posixpath.normpath(str(text)).lstrip("/") for text in short.to_pylist()]
-    texts = ["/".join(part for part in text.split("/") if part != "..") for text in texts]
-    common = posixpath.commonpath([posixpath.dirname(text) for text in texts])
+    paths: list[str] = []
+    for text in short.to_pylist():
+        path = posixpath.normpath(str(text)).lstrip("/")
+        # A key becomes a member's name, which must not lead out of a folder.
+        inside = [part for part in path.split("/") if part != ".."]
+        paths.append("/".join(inside))
+    folders = [posixpath.dirname(path) for path in paths]
+    common = posixpath.commonpath(folders)
     skip = len(common) + 1 if common else 0
-    return pa.array([text[skip:] for text in texts], pa.string())
+    return pa.array([path[skip:] for path in paths], pa.string())
