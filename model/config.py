@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from fractions import Fraction
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -15,6 +15,14 @@ CHANNELS = 3
 RATIO_DENOMINATOR = 1_000_000
 """Largest denominator of the fraction that a mask ratio stands for. Large enough for six decimals,
 small enough that 0.8 is 4/5 and not the nearest binary number, which lies a little above."""
+MAX_SIDE_PX = 65_535
+"""Longest side of a JPEG."""
+MAX_PATCHES = 2**16
+"""Patches of an image, e.g. 4096 x 4096 pixels at 16: attention's work grows with their square."""
+Side = Annotated[int, Field(ge=1, le=MAX_SIDE_PX)]
+Width = Annotated[int, Field(ge=4, le=2**16)]
+Depth = Annotated[int, Field(ge=1, le=1024)]
+"""Blocks, or heads of a block."""
 ActivationCheckpointing = Literal["none", "selective", "full"]
 """Which blocks recompute their activations in the backward pass.
 
@@ -31,28 +39,33 @@ class ModelConfig(BaseModel):
     decides tensor shapes.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        allow_inf_nan=False,
+    )
 
     image_size: int | tuple[int, int] = 224
     """Height and width of the input in pixels. One number for a square, e.g. `224`, or two, e.g.
     `[224, 448]` in a file and `224x448` on the command line."""
-    patch_size: int = Field(default=16, ge=1)
+    patch_size: Side = 16
     """Side of a square patch in pixels. It must divide height and width."""
-    embed_dim: int = Field(default=768, ge=4)
+    embed_dim: Width = 768
     """Width of the encoder, a multiple of 4 and of `num_heads`."""
-    depth: int = Field(default=12, ge=1)
+    depth: Depth = 12
     """Number of encoder blocks."""
-    num_heads: int = Field(default=12, ge=1)
+    num_heads: Depth = 12
     """Attention heads per encoder block."""
-    mlp_ratio: float = Field(default=4.0, gt=0)
+    mlp_ratio: Annotated[float, Field(gt=0, le=64)] = 4.0
     """Hidden width of a block's MLP, divided by the width of the block; in encoder and decoder."""
-    decoder_embed_dim: int = Field(default=512, ge=4)
+    decoder_embed_dim: Width = 512
     """Width of the decoder, a multiple of 4 and of `decoder_num_heads`."""
-    decoder_depth: int = Field(default=8, ge=1)
+    decoder_depth: Depth = 8
     """Number of decoder blocks."""
-    decoder_num_heads: int = Field(default=16, ge=1)
+    decoder_num_heads: Depth = 16
     """Attention heads per decoder block."""
-    mask_ratio: float = Field(default=0.75, gt=0, lt=1)
+    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75
     """Share of the patches that the encoder does not see, e.g. 0.75. At least one patch is hidden
     and at least one is kept."""
     norm_pix_loss: bool = False
@@ -79,6 +92,12 @@ class ModelConfig(BaseModel):
         # All problems at once: a person who mends one setting should not meet the next.
         problems = [*self._image_problems(), *self._width_problems()]
         # Only if the sides divide is there a number of patches to speak of.
+        if not problems and self.num_patches > MAX_PATCHES:
+            problems.append(
+                f"image_size {self.image_height} x {self.image_width} in patches of "
+                f"{self.patch_size} makes {self.num_patches} patches: use at most {MAX_PATCHES}, "
+                "with a larger patch_size or a smaller image_size"
+            )
         if not problems and not 1 <= self.num_visible < self.num_patches:
             lowest = 1 / self.num_patches
             highest = 1 - lowest
@@ -95,8 +114,10 @@ class ModelConfig(BaseModel):
         problems = []
         # Equal sides have one problem, not two.
         for side in dict.fromkeys((self.image_height, self.image_width)):
-            if side < 1:
-                problems.append(f"image_size {side} is not a number of pixels: use 1 or more")
+            if not 1 <= side <= MAX_SIDE_PX:
+                problems.append(
+                    f"image_size {side} is not a number of pixels: use 1 to {MAX_SIDE_PX}"
+                )
             elif side % self.patch_size:
                 below = side // self.patch_size * self.patch_size
                 above = below + self.patch_size

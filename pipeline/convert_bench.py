@@ -33,6 +33,7 @@ from pipeline.bench.turns import Figures, Spread, Turns, divide_pairs, time_call
 from pipeline.convert.workers import cores
 from pipeline.errors import ConfigError
 from pipeline.images.encode import shrunk_size
+from pipeline.options import LocalPath, Rounds
 
 _SHARD_MB = 256
 _SIDE = 256
@@ -64,13 +65,13 @@ with wds.ShardWriter(target + "/t-%06d.tar", maxsize=size, maxcount=10**9, verbo
 class Arguments(BenchArguments):
     """Measure converting next to plain tools, in turns."""
 
-    folder: Path = Path("runs/convert-bench")
+    folder: LocalPath = Path("runs/convert-bench")
     """Folder of images and shards; removed images are made again."""
-    images: int = 768
+    images: Rounds = 768
     """Different images, of about 90 kB."""
-    copies: int = 32
+    copies: Rounds = 32
     """Names that each has in the pass-through measurement."""
-    runs: int = 5
+    runs: Rounds = 5
     """Rounds, after one to warm up."""
 
 

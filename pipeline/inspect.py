@@ -27,10 +27,10 @@ from PIL import Image
 from pipeline import storage
 from pipeline.console import Progress, run_command, say, say_json
 from pipeline.dataset import Manifest, open_dataset
-from pipeline.errors import ConfigError
 from pipeline.formats.table import FORMATS, NO_LABEL
 from pipeline.images.encode import to_rgb
 from pipeline.images.refused import RefusedError
+from pipeline.options import Location, Pictures, PngFile
 from pipeline.reading.reader import U8, ShardReader
 
 _MAX_SURVEYED_SHARDS = 256
@@ -192,11 +192,11 @@ def draw(dataset: Manifest, found: Survey, sheet: list[tuple[str, U8]]) -> bytes
 class Arguments:
     """Draw a contact sheet and histograms of a dataset."""
 
-    uri: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URI")]
+    uri: Annotated[Location, tyro.conf.Positional, tyro.conf.arg(metavar="URI")]
     """Folder of the dataset: a path, s3://, gs:// or az://."""
-    out: str = "sheet.png"
+    out: PngFile = "sheet.png"
     """PNG file to write."""
-    count: int = 48
+    count: Pictures = 48
     """Pictures on the sheet."""
     json: bool = False
     """Write the figures to stdout as JSON."""
@@ -204,12 +204,6 @@ class Arguments:
 
 def _run(arguments: Arguments) -> int:
     """Write the page and report the figures."""
-    if arguments.count < 1:
-        raise ConfigError(f"inspect: --count {arguments.count}: expected 1 or more.")
-    if not arguments.out.endswith(".png"):
-        raise ConfigError(
-            f"inspect: --out {arguments.out!r}: expected a .png file, for example sheet.png."
-        )
     dataset = open_dataset(arguments.uri)
     surveyed = survey(dataset)
     sheet = contact_sheet(dataset, count=arguments.count)

@@ -24,6 +24,7 @@ from pipeline.bench.command import BenchArguments, Outcome, report, run_bench
 from pipeline.config import OrderConfig
 from pipeline.console import Progress
 from pipeline.errors import ConfigError
+from pipeline.options import BatchSize, CountOrOff, Lanes, Rounds, Seed
 from pipeline.sampling.order import EpochOrder
 from pipeline.sampling.philox import I64, Purpose, permutation
 
@@ -120,17 +121,17 @@ def _inverse(ids: I64) -> npt.NDArray[np.int64]:
 class Arguments(BenchArguments):
     """Compare orders with a full shuffle, for a dataset of equal shards."""
 
-    num_shards: int = 1000
+    num_shards: Rounds = 1000
     """Shards."""
-    shard_size: int = 1281
+    shard_size: Rounds = 1281
     """Samples per shard."""
-    global_batch_size: int = 4096
+    global_batch_size: BatchSize = 4096
     """Samples of one optimizer step."""
-    lanes: tuple[int, ...] = (1, 16, 64, 256)
+    lanes: tuple[Lanes, ...] = (1, 16, 64, 256)
     """Numbers of lanes to compare."""
-    windows: tuple[int, ...] = (1, 4, 32, 0)
+    windows: tuple[CountOrOff, ...] = (1, 4, 32, 0)
     """Windows to compare, in shards; 0 is all of a lane."""
-    seed: int = 0
+    seed: Seed = 0
     """Key of the orders."""
 
 

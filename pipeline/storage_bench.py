@@ -41,6 +41,7 @@ from pipeline.config import OrderConfig
 from pipeline.console import say
 from pipeline.dataset import Manifest, open_dataset
 from pipeline.errors import ConfigError
+from pipeline.options import BatchSize, Location, Megabytes, Rounds, Streams
 from pipeline.reading.cache import PART_BYTES, ShardCache
 from pipeline.reading.reader import ShardReader
 from pipeline.sampling.order import Cursor, Order
@@ -63,19 +64,19 @@ _RESUME = "resume (1.28 M samples, 1,000 shards): open, order, index of a batch"
 class Arguments(BenchArguments):
     """Measure reads from object storage, against plain clients in the same run."""
 
-    uri: str = ""
+    uri: Location = ""
     """Dataset in S3 to read. Empty: make one and serve it on loopback."""
-    num_shards: int = 64
+    num_shards: Rounds = 64
     """Shards of the dataset that is made."""
-    shard_mb: float = 20.0
+    shard_mb: Megabytes = 20.0
     """Megabytes of each of its shards."""
-    streams: int = 8
+    streams: Streams = 8
     """Concurrent reads of whole shards."""
-    batch_size: int = 256
+    batch_size: BatchSize = 256
     """Samples of the first batch."""
-    batch_streams: int = 32
+    batch_streams: Streams = 32
     """Concurrent reads of a batch by the plain clients."""
-    runs: int = 5
+    runs: Rounds = 5
     """Rounds, after one to warm up."""
 
 

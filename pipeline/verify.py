@@ -33,6 +33,7 @@ from pipeline.formats.index import index_shard
 from pipeline.formats.records import SUFFIXES, ShardIndex, suffix_of
 from pipeline.formats.table import FORMATS, ShardTable
 from pipeline.images.decodable import undecodable
+from pipeline.options import Location
 
 _THREADS = 8
 
@@ -324,7 +325,7 @@ def write_manifest(uri: str) -> VerifyResult:
 class Arguments:
     """Check a dataset. Exit code 0: no problem found; 3: at least one problem."""
 
-    uri: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URI")]
+    uri: Annotated[Location, tyro.conf.Positional, tyro.conf.arg(metavar="URI")]
     """Folder of the dataset: a path, s3://, gs:// or az://."""
     full: bool = False
     """Read every byte: check the sha256 of every shard and the hash of every image, and decode it.

@@ -31,6 +31,7 @@ from pipeline.bench.rows import Row
 from pipeline.bench.turns import Spread, Turns, divide_pairs, time_call
 from pipeline.console import say
 from pipeline.errors import ConfigError
+from pipeline.options import BatchSize, Location, Rounds
 from train.bench.random_run import RandomRun, random_config
 from train.checkpoint.files import find_steps
 from train.checkpoint.saver import Saver
@@ -50,13 +51,13 @@ class Arguments(BenchArguments):
 
     model: tuple[str, ...] = ("demo", "vit_b_16")
     """Model sizes: names such as demo, vit_b_16, vit_h_14."""
-    uri: tuple[str, ...] = ()
+    uri: tuple[Location, ...] = ()
     """Folders that checkpoints are written to, and removed from; a temporary folder if none is
     given."""
-    saves: int = 5
+    saves: Rounds = 5
     """Saves of each kind, after one that is not counted: it takes the memory that later ones use
     again."""
-    images: int = 2
+    images: BatchSize = 2
     """Images of a training step."""
 
 

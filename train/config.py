@@ -4,20 +4,42 @@ any process is started."""
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from model.config import ModelConfig
 from pipeline.config import LoaderConfig, OrderConfig, Settings, ViewConfig
+from pipeline.options import (
+    MAX_TIMEOUT_S,
+    BatchSize,
+    Count,
+    CountOrOff,
+    Factor,
+    Length,
+    LocalText,
+    Location,
+    Rate,
+    Seed,
+)
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
+PositiveRate = Annotated[float, Field(gt=0, le=1e38)]
+"""Up to the largest number of fp32."""
+LengthOrNone = Annotated[float, Field(ge=0, le=1e6)]
+"""A number of epochs of which 0 means none."""
+Decay = Annotated[float, Field(ge=0, le=0.999999)]
+"""A decay rate: nearer to 1 the mean does not move within a run, and 1 divides by 0."""
+Epsilon = Annotated[float, Field(ge=1e-30, le=1)]
+"""Below it the number is 0 in fp32, and a weight without a gradient becomes 0 / 0."""
+Timeout = Annotated[float, Field(ge=1, le=MAX_TIMEOUT_S)]
+"""Seconds that a step may take; below a second the watchdog ends sound steps of small models."""
 
 
 class RunSection(Settings):
     """Folder and name of a run."""
 
-    dir: str = ""
+    dir: LocalText = ""
     """Local folder for metrics, pictures and status. Empty: `runs/<recipe>`."""
     name: str = ""
     """Name of the run in logs and trackers. Empty: the name of the recipe."""
@@ -26,9 +48,9 @@ class RunSection(Settings):
 class DataSection(Settings):
     """Datasets of a run; each is the URI of a folder of shards, e.g. `s3://bucket/imagenet/train`."""
 
-    train: str = ""
+    train: Location = ""
     """Training shards. Required."""
-    val: str = ""
+    val: Location = ""
     """Held-out shards, for pictures and the held-out loss. Empty: draw and measure none."""
     on_change: Literal["refuse", "next-epoch"] = "refuse"
     """What to do if the training shards changed since the run started. `refuse`: stop and list the
@@ -38,16 +60,16 @@ class DataSection(Settings):
 class TrainSection(Settings):
     """Length of the run, and its batches."""
 
-    steps: int | None = Field(default=None, ge=1)
+    steps: Count | None = None
     """Length of the run in optimizer steps. Give either this or `epochs`."""
-    epochs: float | None = Field(default=None, gt=0)
+    epochs: Length | None = None
     """Length of the run in passes over the training data. Give either this or `steps`."""
-    global_batch_size: int = Field(default=4096, ge=1)
+    global_batch_size: BatchSize = 4096
     """Images per optimizer step, summed over all ranks."""
-    micro_batch_size: int = Field(default=64, ge=1)
+    micro_batch_size: BatchSize = 64
     """Images per forward pass on one rank. The remaining factor, global_batch_size /
     (micro_batch_size x ranks), becomes gradient accumulation."""
-    seed: int = Field(default=0, ge=0, le=2**63 - 1)
+    seed: Seed = 0
     """Seed of every random choice: order, crop boxes, flips, masks, initial weights."""
 
     @model_validator(mode="after")
@@ -77,25 +99,25 @@ class TrainSection(Settings):
 class OptimSection(Settings):
     """AdamW with a linear warm-up and a half-cosine decay, per step (He et al. 2022, table 8)."""
 
-    base_lr: float = Field(default=1.5e-4, gt=0)
+    base_lr: PositiveRate = 1.5e-4
     """Peak learning rate per 256 images of the global batch. The rate of a run is base_lr x
     global_batch_size / 256."""
-    min_lr: float = Field(default=0.0, ge=0)
+    min_lr: Rate = 0.0
     """Learning rate at the last step."""
-    warmup_epochs: float | None = Field(default=40.0, ge=0)
+    warmup_epochs: LengthOrNone | None = 40.0
     """Length of the warm-up in epochs. Give either this or `warmup_steps`."""
-    warmup_steps: int | None = Field(default=None, ge=0)
+    warmup_steps: CountOrOff | None = None
     """Length of the warm-up in steps. Give either this or `warmup_epochs`."""
-    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta1: Decay = 0.9
     """Decay rate of AdamW's running mean of the gradient."""
-    beta2: float = Field(default=0.95, ge=0, lt=1)
+    beta2: Decay = 0.95
     """Decay rate of AdamW's running mean of the squared gradient."""
-    eps: float = Field(default=1e-8, gt=0)
+    eps: Epsilon = 1e-8
     """Number that AdamW adds to its denominator."""
-    weight_decay: float = Field(default=0.05, ge=0)
+    weight_decay: Rate = 0.05
     """Decoupled weight decay. Applies to tensors with two or more dimensions, so not to biases and
     norms."""
-    grad_clip: float = Field(default=0.0, ge=0)
+    grad_clip: Factor = 0.0
     """Largest global gradient norm; larger gradients are scaled down to it. 0: no clipping, as in
     the paper."""
 
@@ -130,12 +152,12 @@ class EngineSection(Settings):
     """`cpu`: keep the optimizer state in host memory. Needs `zero_stage` 1, 2 or 3."""
     offload_parameters: Literal["none", "cpu"] = "none"
     """`cpu`: keep the sharded weights in host memory. Needs `zero_stage` 3."""
-    device_memory_gib: float = Field(default=0.0, ge=0)
+    device_memory_gib: Factor = 0.0
     """Memory of one GPU in GiB, for the advice that `--dry-run` gives. 0: ask nvidia-smi."""
-    device_tflops: float = Field(default=0.0, ge=0)
+    device_tflops: Factor = 0.0
     """Dense 16-bit peak of one GPU in 10^12 operations per second, from which the log computes MFU.
     0: look it up by the device's name."""
-    timeout_s: float = Field(default=600.0, gt=0)
+    timeout_s: Timeout = 600.0
     """Longest time in seconds that a rank waits for the others, or that one step may take. After
     it the run writes the stacks of all ranks and ends with exit code 76."""
 
@@ -144,13 +166,13 @@ class CheckpointSection(Settings):
     """When and where the state is saved. The same command line resumes from the newest checkpoint
     whose hashes match."""
 
-    dir: str = ""
+    dir: Location = ""
     """URI of the folder of checkpoints. Empty: `<run.dir>/checkpoints`."""
-    every_steps: int = Field(default=500, ge=1)
+    every_steps: Count = 500
     """Steps between two checkpoints. The last step is always saved."""
-    keep_last: int = Field(default=3, ge=1)
+    keep_last: Count = 3
     """How many of the newest checkpoints to keep."""
-    keep_every: int = Field(default=0, ge=0)
+    keep_every: CountOrOff = 0
     """Also keep every checkpoint whose step is a multiple of this number. 0: off."""
     mode: Literal["async", "sync"] = "async"
     """`async`: training waits only for the copy to host memory; a thread then hashes, writes and
@@ -161,16 +183,16 @@ class CheckpointSection(Settings):
 class GuardSection(Settings):
     """What to do about losses and gradients that are not finite, and about losses that jump."""
 
-    skipped_in_a_row: int = Field(default=5, ge=1)
+    skipped_in_a_row: Count = 5
     """Steps in a row that may be skipped because a loss or gradient is not finite. At this number
     the weights go back to the last checkpoint before those steps, and the data continues after
     them. Steps that the fp16 loss scaler skips count only once its scale has reached its floor."""
-    roll_backs: int = Field(default=3, ge=0)
+    roll_backs: CountOrOff = 3
     """How many times one start of the program may go back before it stops with exit code 5."""
-    spike_factor: float = Field(default=2.0, ge=0)
+    spike_factor: Factor = 2.0
     """Warn and save an extra checkpoint if the loss of a log line is more than this many times the
     median of the last 20 lines. 0: off."""
-    checksum_every_steps: int = Field(default=1000, ge=0)
+    checksum_every_steps: CountOrOff = 1000
     """Steps between two comparisons of the weights of all ranks, which must be equal bit for bit
     (ZeRO 0-2). 0: off."""
 
@@ -178,12 +200,12 @@ class GuardSection(Settings):
 class LogSection(Settings):
     """What a run reports, and how often."""
 
-    every_steps: int = Field(default=20, ge=1)
+    every_steps: Count = 20
     """Steps between two lines of metrics.jsonl. Only these steps wait for the device."""
-    pictures_every_steps: int = Field(default=0, ge=0)
+    pictures_every_steps: CountOrOff = 0
     """Steps between two reconstruction pictures of the same held-out images. 0: draw them only at
     the end."""
-    num_pictures: int = Field(default=8, ge=0)
+    num_pictures: Annotated[int, Field(ge=0, le=4096)] = 8
     """How many held-out images to draw and measure."""
     tensorboard: Literal["on", "off"] = "on"
     """`on`: write TensorBoard event files to `<run.dir>/tensorboard`."""
@@ -194,7 +216,7 @@ class LogSection(Settings):
     """Name of the Weights & Biases project."""
     mlflow: Literal["on", "off"] = "off"
     """`on`: log to MLflow too (extra `tracking`)."""
-    mlflow_uri: str = ""
+    mlflow_uri: Location = ""
     """Server or local folder of MLflow. Empty: MLFLOW_TRACKING_URI from the environment, or else
     `<run.dir>/mlruns`."""
     mlflow_experiment: str = Field(default="maelstrom", min_length=1)

@@ -22,6 +22,7 @@ import tyro
 
 from pipeline.console import run_command, say_json, say_result, starting
 from pipeline.errors import ConfigError
+from pipeline.options import Count, JsonFile, Location
 from train.process.outcome import write_json
 
 
@@ -29,15 +30,15 @@ from train.process.outcome import write_json
 class Arguments:
     """Measure a checkpoint on held-out images."""
 
-    checkpoint: tyro.conf.Positional[str]
+    checkpoint: tyro.conf.Positional[Location]
     """A step's folder, a folder of checkpoints, or a run's folder; local or a URI."""
-    val: str = ""
+    val: Location = ""
     """Held-out shards. Empty: those of the run."""
-    train: str = ""
+    train: Location = ""
     """Training shards, which the neighbours are taken from. Empty: those of the run."""
-    max_images: int = 20_000
+    max_images: Count = 20_000
     """Images to read of each at most, spread evenly."""
-    out: str = ""
+    out: JsonFile = ""
     """JSON file to write. Empty: only print."""
     json: bool = False
     """Write the figures to stdout as JSON in place of a table."""

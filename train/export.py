@@ -21,11 +21,13 @@ import tyro
 from pipeline import storage
 from pipeline.console import run_command, say_json, say_result, starting
 from pipeline.errors import ConfigError, InfrastructureError
+from pipeline.options import LocalText, Location, Pixels
 from pipeline.storage.local import commit_file, tmp_path
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from model.config import ModelConfig
     from train.evaluation.saved_model import SavedModel
 
 Target = Literal["mae", "timm", "hf", "detectron2"]
@@ -44,13 +46,13 @@ DEFAULT_PARTS: Mapping[Target, Part] = {
 class Arguments:
     """Write a checkpoint's weights under the names of another library."""
 
-    checkpoint: tyro.conf.Positional[str]
+    checkpoint: tyro.conf.Positional[Location]
     """A step's folder, a folder of checkpoints, or a run's folder; local or a URI."""
     to: Target
     """mae: the published MAE names. timm: VisionTransformer(num_classes=0). hf: transformers'
     ViTMAE, with config.json. detectron2: ViTDet's backbone, to be loaded with matching
     heuristics."""
-    out: str = ""
+    out: LocalText = ""
     """Folder to write into. Empty: `export-<to>`."""
     part: Part | None = None
     """encoder, or full (with the decoder). None: full for mae and hf, encoder for timm and
@@ -58,7 +60,7 @@ class Arguments:
     file_type: FileType = "safetensors"
     """pth: what torch.load of the original projects expects (`{"model": ...}`); tensors only, no
     pickled objects."""
-    patch_size: int | None = None
+    patch_size: Pixels | None = None
     """detectron2 only: patch size to resample to, in pixels; ViT-H/14 needs 16 there."""
     json: bool = False
     """Write the result to stdout as JSON: to, part, step, files."""
@@ -138,6 +140,7 @@ def _convert(
         if to == "timm":
             return to_timm(state, config), None
         if to == "detectron2":
+            _check_patch_size(patch_size, config)
             return to_detectron2(state, config, patch_size=patch_size)["model"], None
         weights, settings = to_hf(state, config)
     except WeightsError as error:
@@ -146,6 +149,21 @@ def _convert(
         weights = {name: value for name, value in weights.items() if name.startswith("vit.")}
         settings["architectures"] = ["ViTMAEModel"]
     return weights, settings
+
+
+def _check_patch_size(patch_size: int | None, config: ModelConfig) -> None:
+    """Refuse a patch that does not divide the images of the model."""
+    sides = (config.image_height, config.image_width)
+    if patch_size is None or not any(side % patch_size for side in sides):
+        return
+    smaller = min(sides)
+    fitting = [
+        str(size) for size in range(4, smaller + 1) if not any(side % size for side in sides)
+    ]
+    raise ConfigError(
+        f"--patch-size {patch_size} does not divide the model's images of {sides[0]} x {sides[1]} "
+        f"pixels: use {', '.join(fitting)}"
+    )
 
 
 def _check(

@@ -23,10 +23,12 @@ from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 
 from pipeline.console import guard, say_result, starting
+from pipeline.errors import ConfigError
 from train.config import RunConfig
 from train.process.outcome import INTERRUPTED, Outcome
-from train.process.place import rank_of, ranks_of_node
+from train.process.place import rank_of, ranks_of_node, stale_problems
 from train.settings.command_line import HelpRequested, parse_command
+from train.settings.lengths import known_num_samples, refuse_lengths
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,6 +59,8 @@ def _run(words: Sequence[str]) -> int:
         return 0
     if command.action == "dry-run":
         return _dry_run(command.config)
+    if problems := stale_problems(os.environ):
+        raise ConfigError("\n".join(problems))
     return run(command.config)
 
 
@@ -72,6 +76,9 @@ def run(config: RunConfig) -> int:
     outcome = Outcome(Path(config.run_dir))
     try:
         share_cores(os.environ)
+        # While it costs two seconds and no GPU: what only the data's size can tell.
+        if (num_samples := known_num_samples(config)) is not None:
+            refuse_lengths(config, num_samples=num_samples)
         # Seconds of imports, and not one file touched yet.
         with starting("train.pretrain", speaks=outcome.rank == 0):
             from train.loop.loop import train

@@ -16,22 +16,23 @@ from pathlib import Path
 import tyro
 
 from pipeline.console import run_command, say_json, say_result, starting
+from pipeline.options import Location, Pictures, PngFile, Seed
 
 
 @dataclass(frozen=True)
 class Arguments:
     """Draw images as a trained model sees and completes them."""
 
-    checkpoint: tyro.conf.Positional[str]
+    checkpoint: tyro.conf.Positional[Location]
     """A step's folder, a folder of checkpoints, or a run's folder; local or a URI."""
-    images: str = ""
+    images: Location = ""
     """Folder of pictures, or one picture. Empty: the run's held-out shards."""
-    out: str = "reconstruction.png"
+    out: PngFile = "reconstruction.png"
     """PNG to write."""
-    count: int = 8
+    count: Pictures = 8
     """Pictures to draw at most."""
     # train.evaluation.held_out.HELD_OUT_SEED, which cannot be imported without torch.
-    seed: int = 0
+    seed: Seed = 0
     """Key of the masks; the default is that of the pictures a run draws."""
     json: bool = False
     """Write the result to stdout as JSON: out, step, num_pictures, loss."""

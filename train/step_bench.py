@@ -31,6 +31,7 @@ from pipeline.bench.rows import Row
 from pipeline.bench.turns import Spread
 from pipeline.console import Progress
 from pipeline.errors import ConfigError
+from pipeline.options import BatchSize, Parallel, Rounds
 from train.bench.random_run import RandomRun, device_name, random_config
 from train.bench.step_peer import compare
 from train.config import RunConfig
@@ -51,7 +52,7 @@ class Arguments(BenchArguments):
 
     model: tuple[str, ...] = ("vit_b_16",)
     """Model sizes: demo, vit_b_16, vit_l_16, vit_h_14."""
-    images: tuple[int, ...] = (16,)
+    images: tuple[BatchSize, ...] = (16,)
     """Images per step."""
     precision: tuple[Precision, ...] = ("fp32",)
     """fp32, autocast, bf16 or fp16 (GPU only)."""
@@ -61,12 +62,12 @@ class Arguments(BenchArguments):
     """Activation checkpointing of encoder and decoder: none, selective, full."""
     optimizer: tuple[Optimizer, ...] = ("fused",)
     """AdamW's kernels: one fused for all tensors, torch's lists of tensors, or a loop over them."""
-    steps: int = 5
+    steps: Rounds = 5
     """Steps that count."""
     peer: Literal["none", "transformers"] = "none"
     """transformers: compare with its ViTMAEForPreTraining instead of measuring the engine; fp32
     and autocast."""
-    threads: int = 0
+    threads: Parallel = 0
     """Threads of the CPU; 0 leaves torch's choice."""
 
 

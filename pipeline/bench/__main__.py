@@ -31,6 +31,19 @@ from pipeline.dataset import open_dataset
 from pipeline.decoders.tuning import Tuning, candidates, describe, write_tuning
 from pipeline.errors import ConfigError
 from pipeline.loader import Loader
+from pipeline.options import (
+    BatchSize,
+    DaliDepth,
+    LocalPath,
+    Location,
+    MarkdownFile,
+    Parallel,
+    Pixels,
+    Rounds,
+    Seconds,
+    Share,
+    TomlFile,
+)
 from pipeline.storage import redact
 
 # What was decoded ahead before the clock starts would count as free.
@@ -47,7 +60,7 @@ class Arguments(BenchArguments):
     With --json: images_per_s, cpu_ms_per_image, stages.
     """
 
-    uri: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URI")] = ""
+    uri: Annotated[Location, tyro.conf.Positional, tyro.conf.arg(metavar="URI")] = ""
     """Folder of the dataset: a path, s3://, gs:// or az://. Not with --peers."""
     decoder: Literal["auto", "dali", "turbo", "ffcv"] = "auto"
     """Decoder, as loader.decoder."""
@@ -56,33 +69,33 @@ class Arguments(BenchArguments):
     output: Literal["uint8", "normalised"] = "uint8"
     """uint8: pixels as they leave the host of a GPU. normalised: float32, even if the CPU must
     compute it."""
-    size: int = 224
+    size: Pixels = 224
     """Height and width of the images in pixels."""
-    batch_size: int = 64
+    batch_size: BatchSize = 64
     """Images per batch."""
-    num_threads: int = 0
+    num_threads: Parallel = 0
     """Decoding threads. 0: as many as there are cores."""
-    dali_depth: int = 0
+    dali_depth: DaliDepth = 0
     """Batches in DALI's hands at once, as loader.dali_depth."""
-    hw_decoder_load: float = 0.0
+    hw_decoder_load: Share = 0.0
     """Share of the JPEGs for a GPU's JPEG engine, as loader.hw_decoder_load."""
-    seconds: float | None = None
+    seconds: Seconds | None = None
     """Length of the measurement (default 10); with --peers and --tune, of each turn (default 2)."""
     device: str = ""
     """Device that batches go to. Empty: cuda if there is one, otherwise cpu."""
     tune: bool = False
     """Try decoders, threads and, on a GPU, DALI's settings, and write the fastest as a tuning
     file."""
-    tuning_file: Path = Path("runs/tuned.toml")
+    tuning_file: TomlFile = Path("runs/tuned.toml")
     """--tune: the file to write; loader.tuning_file reads it."""
     peers: bool = False
     """Compare with other loaders on photographs that are made for it: torch, webdataset, DALI,
     FFCV, SPDL."""
-    repeats: int = 5
+    repeats: Rounds = 5
     """--peers, --tune: rounds."""
-    folder: Path = Path("runs/bench")
+    folder: LocalPath = Path("runs/bench")
     """--peers: folder in which the photographs and datasets are made and kept (0.6 GB)."""
-    report: Path | None = None
+    report: MarkdownFile | None = None
     """--peers: Markdown file whose measured part is written anew, with a chart next to it."""
 
 

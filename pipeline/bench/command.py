@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.bench.against import Checkouts
@@ -16,6 +15,7 @@ from pipeline.bench.probes import machine
 from pipeline.bench.rows import Row, rows_table, to_json
 from pipeline.bench.turns import Spread
 from pipeline.console import run_command, say_json, say_result
+from pipeline.options import LocalPath, Rounds
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class BenchArguments:
 
     json: bool = False
     """Write the result to stdout as JSON instead of tables."""
-    against: Path | None = None
+    against: LocalPath | None = None
     """Another checkout of this repository, for example of the commit before: run its command and
     this one in turns, and compare every figure."""
-    against_rounds: int = 5
+    against_rounds: Rounds = 5
     """--against: rounds."""
 
 

@@ -141,6 +141,9 @@ def run_command(
                 # `--json` and no `--no-json` beside it.
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
+            from pipeline.options import check_arguments
+
+            given = check_arguments(given)
         if not getattr(given, "json", False):
             return body(given)
         with stdout_for_the_result():

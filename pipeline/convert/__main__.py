@@ -34,6 +34,7 @@ from pipeline.convert.workers import Engine, Workers, cores
 from pipeline.dataset import DatasetInfo
 from pipeline.errors import ConfigError
 from pipeline.images.refused import Refused
+from pipeline.options import Location, Parallel
 from pipeline.sources.choose import open_source
 
 _TRIED_IMAGES = 48
@@ -54,11 +55,11 @@ class Arguments:
     at any time: the same command continues.
     """
 
-    src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    src: Annotated[Location, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     """Images: a path, s3://, gs:// or az://; a single file also https://."""
-    dst: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    dst: Annotated[Location, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """Folder for the shards: new, empty, or of this unfinished conversion."""
-    workers: int = 0
+    workers: Parallel = 0
     """Processes. 0: one per core. The result does not depend on it, nor on the engine."""
     engine: Engine = "local"
     """local: processes on this machine. ray: Ray tasks, one per shard; every node must see the same

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import ByteSize, Field, field_validator, model_validator
 
 from pipeline.images.header import ScreenLimits
+from pipeline.options import MAX_COUNT, MAX_SIDE_PX, Count, Pixels
 from pipeline.sources.listing import SourceSettings
 
 Container = Literal["webdataset", "ffcv"]
@@ -37,18 +38,18 @@ class ConvertSettings(SourceSettings):
     write_mode: WriteMode = "jpg"
     """For `ffcv`. `jpg`: store JPEG files, unchanged unless they are resized. `raw`: store pixels.
     `smart`: store pixels if they take at most `smart_threshold_bytes`, JPEG otherwise."""
-    smart_threshold_bytes: ByteSize = Field(default=_SMART_THRESHOLD, ge=0)
+    smart_threshold_bytes: ByteSize = Field(default=_SMART_THRESHOLD, ge=0, le=MAX_COUNT)
     """For `ffcv` with `smart`: largest image that is stored raw, as its size in pixels
     (height x width x 3 bytes), for example 256KiB."""
-    shard_size_bytes: ByteSize = Field(default=_SHARD_SIZE, ge=1)
+    shard_size_bytes: ByteSize = Field(default=_SHARD_SIZE, ge=1, le=MAX_COUNT)
     """Target size per shard, for example 256MB or 1GiB; an estimate if images are resized. Not used
     if `samples_per_shard` is given."""
-    samples_per_shard: int | None = Field(default=None, ge=1)
+    samples_per_shard: Count | None = None
     """Images per shard, instead of a size."""
-    resize: int | None = Field(default=None, ge=1)
+    resize: Pixels | None = None
     """Shrink larger images to this many pixels on the shorter side, upright and in sRGB (EXIF
     orientation and colour profile are applied). None: store images as they are."""
-    max_resolution: int | None = Field(default=None, ge=LEAST_SIDE_PX)
+    max_resolution: int | None = Field(default=None, ge=LEAST_SIDE_PX, le=MAX_SIDE_PX)
     """Shrink larger images to this many pixels on the longer side, as FFCV does. None: no limit."""
     quality: int = Field(default=90, ge=1, le=100)
     """JPEG quality of images that are shrunk."""
@@ -63,7 +64,7 @@ class ConvertSettings(SourceSettings):
     keeps its order."""
     split: str = Field(default="train", pattern=r"^[A-Za-z0-9][A-Za-z0-9_]*$")
     """Name of the dataset, and the first part of the shards' names."""
-    limit: int | None = Field(default=None, ge=1)
+    limit: Count | None = None
     """Convert only the first images of the stored order. None: all images."""
     stats: bool = False
     """Decode every stored image and write stats.json: mean and deviation of the pixels, sizes, and

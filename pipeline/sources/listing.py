@@ -20,6 +20,7 @@ from pipeline import storage
 from pipeline.config import Settings
 from pipeline.console import Progress, say
 from pipeline.images.refused import Refused
+from pipeline.options import Location
 from pipeline.sources.labels import LabelMode, labels_of_names
 from pipeline.sources.names import pick, why_skipped
 
@@ -45,10 +46,10 @@ class SourceSettings(Settings):
     labels: LabelMode = "auto"
     """`folders`: the first folder of a path is the class. `none`: no labels. `auto`: the same as
     `folders` if every image lies in a folder, no labels if none does."""
-    ground_truth: str | None = None
+    ground_truth: Location | None = None
     """Labels of a flat folder or tar: ImageNet's devkit (.tar.gz or folder), or a text file of
     classes."""
-    synsets: str | None = None
+    synsets: Location | None = None
     """Class of each ILSVRC2012_ID, if `ground_truth` holds such numbers: the devkit's meta.mat, or
     a text file of lines such as `1 n02119789`."""
     image_column: str | None = None

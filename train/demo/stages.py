@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.console import say_json
 from pipeline.errors import ConfigError
+from pipeline.options import CountOrOff, LocalText, Location, Minutes, Parallel
 from pipeline.storage import join
 from train.demo.launching import (
     deepspeed_command,
@@ -46,20 +47,20 @@ class Arguments:
     """Convert pictures, train a small masked autoencoder, stop and resume it, measure and export
     it."""
 
-    src: str = ""
+    src: Location = ""
     """Folder of your own pictures, flat or in class folders. Empty: photographs of scikit-image and
     scikit-learn."""
-    uri: str = ""
+    uri: Location = ""
     """Where shards and checkpoints are kept, for example s3://bucket/prefix. Empty: in the run's
     folder."""
-    run_dir: str = "runs/demo"
+    run_dir: LocalText = "runs/demo"
     """Local folder for metrics, pictures and exports."""
-    steps: int = 0
+    steps: CountOrOff = 0
     """Optimizer steps. 0: what `--minutes` says, or 800, or fewer if this machine does not manage
     them in about four minutes. A run keeps its number."""
-    minutes: float = 0.0
+    minutes: Minutes = 0.0
     """About how long to train, in minutes; the machine's speed is measured. 0: as for --steps."""
-    ranks: int = 0
+    ranks: Parallel = 0
     """Processes to train with. 0: one per GPU, or one per CPU core, up to 8."""
     json: bool = False
     """Write the result to stdout as JSON: run_dir, evaluation, summary."""

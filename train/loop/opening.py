@@ -29,6 +29,7 @@ from train.report.meter import Meter
 from train.report.reporter import Reporter
 from train.report.trackers import check_trackers, start_trackers
 from train.report.utilisation import peak_tflops
+from train.settings.lengths import refuse_lengths, total_steps_of
 from train.settings.text import to_toml
 
 
@@ -163,6 +164,8 @@ def _peak_tflops(config: RunConfig, device: torch.device) -> float | None:
 def _open_loader(
     config: RunConfig, objective: Objective, dataset: Manifest, *, world: World
 ) -> Loader:
+    # Refused before the start already, unless the data had no index until now.
+    refuse_lengths(config, num_samples=dataset.info.num_samples)
     return Loader(
         dataset,
         objective.sampling(),
@@ -182,10 +185,7 @@ def _open_loader(
 
 def count_steps(config: RunConfig, *, steps_per_epoch: float) -> int:
     """Derive the run's number of optimizer steps from `train.steps` or `train.epochs`."""
-    if config.train.steps is not None:
-        return config.train.steps
-    assert config.train.epochs is not None, "the settings give exactly one of the two"
-    return max(1, round(config.train.epochs * steps_per_epoch))
+    return total_steps_of(config, steps_per_epoch=steps_per_epoch)
 
 
 def _open_together(uri: str, *, world: World) -> Manifest:

@@ -40,6 +40,31 @@ def world_size_of(env: Environment) -> int:
     return max(1, _first_number(env, _WORLD_SIZE, default=1))
 
 
+def name_world_source(env: Environment) -> str:
+    """Tell which variable the number of ranks comes from, e.g. `WORLD_SIZE in the environment`, for
+    messages; empty without a launcher."""
+    name = next((name for name in _WORLD_SIZE if env.get(name, "").isdigit()), "")
+    return f"{name} in the environment" if name else ""
+
+
+def stale_problems(env: Environment) -> list[str]:
+    """Say so if a number of ranks was left in the environment by something else than a launcher.
+
+    Launchers set RANK with it. Alone it would let the settings be checked for that many ranks, and
+    the run start on one. A dry run may be asked so about a larger machine.
+    """
+    size = env.get("WORLD_SIZE", "1")
+    if "RANK" in env or size.strip() in ("", "1"):
+        return []
+    # srun and mpirun number the ranks themselves, and their own variables count then.
+    if any(name in env for name in ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK")):
+        return []
+    return [
+        f"environment: WORLD_SIZE is {size} but RANK is not set, so no launcher has set it: unset "
+        "WORLD_SIZE for a single process, or start with torchrun, deepspeed or srun"
+    ]
+
+
 def ranks_of_node(env: Environment) -> int:
     """Tell how many ranks share this node's cores; 1 if the launcher does not say."""
     return max(1, _first_number(env, _RANKS_OF_NODE, default=1))

@@ -14,6 +14,8 @@ from train.config import RunConfig
 from train.settings.devices import Device
 from train.settings.engine_rules import batch_problems, engine_problems
 
+IMAGES_OF_BASE_LR = 256
+"""Images that `optim.base_lr` is given for. Source: Goyal et al. 2017."""
 Settings = dict[str, Any]
 """Values by dotted name, as far as a source gives them."""
 
@@ -24,6 +26,7 @@ def build_config(
     problems: list[str],
     *,
     world_size: int,
+    world_source: str = "",
     device: Device | None = None,
 ) -> RunConfig:
     """Check the merged values section by section, so that one bad section does not hide another's
@@ -34,6 +37,7 @@ def build_config(
         origins: which source each value came from, for the messages.
         problems: messages are appended here.
         world_size: ranks of this launch, for the checks across sections.
+        world_source: where that number comes from, for the messages.
         device: what the ranks compute on; None if it is not known.
 
     Returns:
@@ -56,9 +60,10 @@ def build_config(
     # A faulty section holds its defaults here: what they contradict is not the user's mistake.
     checks = (
         ({"model", "view"}, _size_problems(config)),
-        ({"train"}, batch_problems(config, world_size=world_size)),
+        ({"train"}, batch_problems(config, world_size=world_size, source=world_source)),
         ({"engine"}, engine_problems(config.engine, world_size=world_size, device=device)),
         ({"train", "optim"}, _warmup_problems(config)),
+        ({"train", "optim"}, _rate_problems(config)),
     )
     for read, found in checks:
         if not faulty & read:
@@ -125,7 +130,8 @@ def _size_problems(config: RunConfig) -> list[str]:
 
 def _warmup_problems(config: RunConfig) -> list[str]:
     optim, train = config.optim, config.train
-    # Steps and epochs cannot be compared before the dataset is open; like with like can.
+    # Steps and epochs cannot be compared before the dataset is open, see `lengths`; like with like
+    # can.
     pairs = (
         ("optim.warmup_steps", optim.warmup_steps, "train.steps", train.steps),
         ("optim.warmup_epochs", optim.warmup_epochs, "train.epochs", train.epochs),
@@ -134,4 +140,17 @@ def _warmup_problems(config: RunConfig) -> list[str]:
         f"{name} {warmup:g} is not below {length_name} {length:g}: shorten the warm-up"
         for name, warmup, length_name, length in pairs
         if warmup is not None and length is not None and warmup >= length
+    ]
+
+
+def _rate_problems(config: RunConfig) -> list[str]:
+    optim = config.optim
+    batch = config.train.global_batch_size
+    peak = optim.base_lr * batch / IMAGES_OF_BASE_LR
+    if optim.min_lr <= peak:
+        return []
+    return [
+        f"optim.min_lr {optim.min_lr:g} is above the peak rate {peak:g} = optim.base_lr "
+        f"{optim.base_lr:g} x {batch} / {IMAGES_OF_BASE_LR}, so the rate would rise to the end: "
+        "lower optim.min_lr"
     ]

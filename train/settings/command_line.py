@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pipeline.errors import ConfigError
 from train.config import RunConfig
-from train.process.place import world_size_of
+from train.process.place import name_world_source, world_size_of
 from train.recipes import RECIPES
 from train.settings.checks import Settings, build_config
 from train.settings.devices import find_device
@@ -82,9 +82,11 @@ def parse_command(argv: Sequence[str], *, env: Mapping[str, str] | None = None) 
         origins,
         problems,
         world_size=world_size_of(env),
+        world_source=name_world_source(env),
         device=device,
     )
-    if config.data.train == "" and words.action == "run":
+    # As given, not as checked: a section with a mistake holds its defaults.
+    if not merged.get("data.train") and words.action == "run":
         problems.append(
             "data.train is not set: give the URI of the training shards, --data.train FOLDER"
         )
@@ -103,8 +105,9 @@ def _layers(words: _Words, problems: list[str]) -> list[tuple[str, Settings]]:
         problems.append(f"unknown recipe {words.recipe!r}{hint}")
     else:
         layers.append((f"recipe {words.recipe}", flatten(RECIPES[words.recipe])))
-    if words.toml_path is not None:
-        layers.append((words.toml_path, read_toml(words.toml_path, problems)))
+    # In the order given: a later file wins over an earlier one.
+    for path in words.toml_paths:
+        layers.append((path, read_toml(path, problems)))
     layers.append(("command line", _parse_values(words.settings, problems)))
     return layers
 
@@ -113,7 +116,7 @@ def _layers(words: _Words, problems: list[str]) -> list[tuple[str, Settings]]:
 @dataclasses.dataclass
 class _Words:
     recipe: str | None = None
-    toml_path: str | None = None
+    toml_paths: list[str] = dataclasses.field(default_factory=list)
     action: Literal["run", "dry-run"] = "run"
     wants_help: bool = False
     settings: list[tuple[str, str | None]] = dataclasses.field(default_factory=list)
@@ -136,6 +139,8 @@ def _split_words(argv: Sequence[str]) -> _Words:
             words.wants_help = True
         elif name == "dry_run":
             words.action = "dry-run"
+            if has_value:
+                words.problems.append(f"--dry-run takes no value, not {given!r}: leave it out")
         else:
             value: str | None = given if has_value else None
             if not has_value and rest and not _is_option(rest[0]):
@@ -167,9 +172,10 @@ def _keep_option(
     if name != "config":
         words.settings.append((name, value))
         return
-    if value is None:
+    if not value:
         words.problems.append("--config needs the path of a TOML file")
-    words.toml_path = value
+    else:
+        words.toml_paths.append(value)
 
 
 def _parse_values(settings: Sequence[tuple[str, str | None]], problems: list[str]) -> Settings:

@@ -74,17 +74,20 @@ def device_problems(engine: EngineSection, device: Device) -> list[str]:
     return []
 
 
-def batch_problems(config: RunConfig, *, world_size: int) -> list[str]:
+def batch_problems(config: RunConfig, *, world_size: int, source: str = "") -> list[str]:
     """Say so if the ranks cannot share the global batch out evenly.
 
     Args:
         config: settings of the run.
         world_size: ranks of this launch.
+        source: what says how many ranks there are, e.g. `WORLD_SIZE in the environment`: it may be
+            left over from another start.
     """
     try:
         config.train.grad_accum_steps(world_size=world_size)
     except ValueError as error:
-        return [str(error)]
+        because = f" ({world_size} ranks: {source})" if source else ""
+        return [f"{error}{because}"]
     return []
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import json
 import tomllib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
+from pipeline.storage.uri import expand_home
 from train.config import RunConfig
 from train.settings.checks import Settings
 
@@ -48,20 +50,131 @@ def setting_types() -> dict[str, Any]:
 
 def read_toml(path: str, problems: list[str]) -> Settings:
     """Read a TOML file's values by dotted name; empty if it cannot be read, and `problems` says
-    why."""
+    why.
+
+    Args:
+        path: local file; `~` is the home folder.
+        problems: messages are appended here.
+
+    Returns:
+        The values whose type is that of their setting. Names that no setting has are kept for
+        `merge`, which says so.
+    """
     try:
-        with Path(path).open("rb") as file:
-            values = flatten(tomllib.load(file))
+        # Editors on Windows put a byte order mark first, which TOML does not know.
+        text = Path(expand_home(path)).read_text(encoding="utf-8-sig")
+        nested = tomllib.loads(text)
     except FileNotFoundError:
         problems.append(f"--config {path}: no such file")
     except OSError as error:
         problems.append(f"--config {path}: cannot be read: {error.strerror}")
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        problems.append(f"--config {path}: not TOML: not in UTF-8 ({error.reason})")
+    except tomllib.TOMLDecodeError as error:
         problems.append(f"--config {path}: not TOML: {error}")
+    except (ValueError, RecursionError) as error:
+        # An unknown ~user, or brackets within brackets by the thousand.
+        problems.append(f"--config {path}: cannot be read: {error}")
     else:
-        # Dashes as on the command line are understood here too.
-        return {name.replace("-", "_"): value for name, value in values.items()}
+        return _one_spelling_each(path, nested, problems)
     return {}
+
+
+def _one_spelling_each(path: str, nested: Mapping[str, Any], problems: list[str]) -> Settings:
+    """Give a file's values by dotted name, with dashes as underscores; refuse a setting that is
+    written in two ways."""
+    types = setting_types()
+    values: Settings = {}
+    spellings: dict[str, str] = {}
+    for written, value in _flatten_all(nested):
+        # Dashes as on the command line are understood here too.
+        name = written.replace("-", "_")
+        if name in spellings:
+            # TOML itself refuses a key that comes twice; which of two spellings counts is a guess.
+            problems.append(
+                f"{path} gives {name} twice, as {spellings[name]} and as {written}: keep one"
+            )
+            continue
+        spellings[name] = written
+        mistake = describe_wrong_type(value, types[name]) if name in types else None
+        if mistake is None:
+            values[name] = value
+        else:
+            problems.append(f"{name} = {_as_toml(value)} (from {path}): {mistake}")
+    return values
+
+
+def _flatten_all(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Give the values of nested tables by dotted name as written, each of them."""
+    for key, value in nested.items():
+        is_section = not prefix and key in RunConfig.model_fields
+        # An empty table is no setting of ours unless it is a section's, whose defaults it leaves.
+        if isinstance(value, Mapping) and (value or is_section):
+            yield from _flatten_all(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def describe_wrong_type(value: Any, annotation: Any) -> str | None:
+    """Say what is wrong if a file's value has another type than its setting; None if it has not.
+
+    A file has types: `seed = true`, `seed = 1.0` and `seed = "3"` are mistakes, though each could
+    be read as a number. What is not a plain value is left to the setting's own check.
+
+    Args:
+        value: as TOML gives it.
+        annotation: type of the setting.
+    """
+    kinds = _kinds_of(annotation)
+    items = value if isinstance(value, list) else [value]
+    for item in items:
+        if isinstance(item, bool) and bool not in kinds:
+            return f"{_expected(kinds)}, not true or false"
+        if isinstance(item, float) and float not in kinds:
+            return f"{_expected(kinds)}, not a number with a point"
+        if isinstance(item, int) and not isinstance(item, bool) and not kinds & {int, float}:
+            return _expected(kinds)
+        if isinstance(item, str) and str not in kinds and _reads_as_plain(item):
+            return f"{_expected(kinds)}: write it without quotes"
+    return None
+
+
+def _kinds_of(annotation: Any) -> set[type]:
+    """Give the plain types that a setting takes, within its unions, tuples and choices."""
+    options = typing.get_args(annotation)
+    if typing.get_origin(annotation) is typing.Literal:
+        return {type(option) for option in options}
+    if not options:
+        return {annotation}
+    kinds: set[type] = set()
+    for option in options:
+        kinds |= _kinds_of(option)
+    return kinds
+
+
+def _reads_as_plain(text: str) -> bool:
+    """Tell whether a text is a number or a truth value in quotes."""
+    if text.strip().lower() in ("true", "false"):
+        return True
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _expected(kinds: set[type]) -> str:
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text in quotes"}
+    # `float` takes whole numbers too, so the wider word says both.
+    named = [word for kind, word in words.items() if kind in kinds]
+    if int in kinds and float in kinds:
+        named.remove(words[int])
+    return f"expected {' or '.join(named)}"
+
+
+def _as_toml(value: Any) -> str:
+    """Write a value as the file has it, for a message."""
+    return json.dumps(value, default=str, ensure_ascii=False)
 
 
 def default_values() -> Settings:
@@ -94,12 +207,23 @@ def merge(
                 merged[name] = value
                 if origin != "defaults":
                     origins[name] = origin
-            # Written by `--dry-run` for the reader; the recipe is the command line's first word.
-            elif name != "recipe":
+            elif name == "recipe":
+                problems += _recipe_problems(value, origin, layers)
+            else:
                 hint = did_you_mean(name, list(known))
                 problems.append(f"unknown setting {_shown(name, origin)}{hint}")
         _unset_others(values, merged)
     return merged, origins
+
+
+def _recipe_problems(value: Any, origin: str, layers: Sequence[tuple[str, Settings]]) -> list[str]:
+    """Refuse a recipe that a file names unless it is the one in use: a file cannot choose it."""
+    if any(name == f"recipe {value}" for name, _ in layers):
+        return []
+    return [
+        f"recipe = {value!r} in {origin}: the recipe is the first word of the command line, "
+        f"train.pretrain {value}: leave it out of the file"
+    ]
 
 
 def _unset_others(values: Settings, merged: Settings) -> None:

@@ -24,11 +24,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from pipeline import storage
 from pipeline.console import run_command
 from pipeline.convert.settings import OPTION_NAMES, ConvertSettings
 from pipeline.errors import ConfigError
+from pipeline.options import MAX_COUNT
 from train.config import RunConfig
 from train.recipes import RECIPES
 from train.settings.checks import build_config
@@ -219,12 +221,26 @@ def describe_type(model: type[BaseModel], name: str) -> str:
         return ""
     words = " or ".join(_type_words(annotation))
     limits = [
-        f"{sign} {getattr(item, key):,}".replace(",", "")
-        for item in model.model_fields[name].metadata
+        f"{sign} {_plain(getattr(item, key))}"
+        for item in _limits_of(model.model_fields[name])
         for key, sign in _SIGNS
-        if isinstance(getattr(item, key, None), int | float)
+        # The largest count says no more than "any number".
+        if getattr(item, key, None) not in (None, MAX_COUNT)
     ]
     return f"{words} {', '.join(_short(limit) for limit in limits)}".strip()
+
+
+def _plain(limit: float) -> str:
+    return f"{limit:g}" if isinstance(limit, float) else str(limit)
+
+
+def _limits_of(field: FieldInfo) -> list[Any]:
+    """Give the limits of a field, also those that stand within a union."""
+    limits = list(field.metadata)
+    for option in typing.get_args(field.annotation):
+        for item in getattr(option, "__metadata__", ()):
+            limits += getattr(item, "metadata", [])
+    return limits
 
 
 def _type_words(annotation: Any) -> list[str]:

@@ -12,6 +12,7 @@ from train.process.place import world_size_of
 from train.settings.devices import find_device
 from train.settings.engine_rules import device_problems
 from train.settings.fit import describe_fit, device_bytes_of
+from train.settings.lengths import refuse_lengths, steps_per_epoch_of, total_steps_of
 
 
 def describe_size(config: RunConfig) -> list[str]:
@@ -23,6 +24,9 @@ def describe_size(config: RunConfig) -> list[str]:
 
     Returns:
         Lines for people.
+
+    Raises:
+        ConfigError: the settings cannot work with a dataset of this size.
     """
     world_size = world_size_of(os.environ)
     batch = config.train.global_batch_size
@@ -57,7 +61,6 @@ def describe_size(config: RunConfig) -> list[str]:
 
 
 def _steps_line(config: RunConfig) -> str:
-    batch = config.train.global_batch_size
     steps = config.train.steps
     epochs = config.train.epochs or 0.0
     if not config.data.train:
@@ -70,12 +73,9 @@ def _steps_line(config: RunConfig) -> str:
         # The data may come later, or lie where only the run's machines can read it.
         return f"steps: {epochs:g} epochs or {steps} steps; the data cannot be read yet: {error}"
 
-    per_epoch: float = num_samples / batch
-    if config.order.remainder != "fill":
-        per_epoch = num_samples // batch
-    if steps is None:
-        steps = max(1, round(epochs * per_epoch))
-    # A dataset smaller than one batch has no whole step in an epoch.
-    epochs = steps / max(per_epoch, 1e-9)
-    length = f"{per_epoch:.1f} an epoch of {num_samples:,} images, {epochs:.1f} epochs"
-    return f"steps: {steps:,} ({length})"
+    # What a start refuses, a dry run refuses too.
+    refuse_lengths(config, num_samples=num_samples)
+    per_epoch = steps_per_epoch_of(config, num_samples=num_samples)
+    total = total_steps_of(config, steps_per_epoch=per_epoch)
+    length = f"{per_epoch:.1f} an epoch of {num_samples:,} images, {total / per_epoch:.1f} epochs"
+    return f"steps: {total:,} ({length})"

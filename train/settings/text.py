@@ -31,9 +31,9 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         items = [_toml_value(item) for item in value]
         return f"[{', '.join(items)}]"
-    # TOML's basic strings, booleans and numbers are JSON's, but for floats such as 1e+20, which
-    # both read.
-    return json.dumps(value)
+    # TOML's basic strings, booleans and finite numbers are JSON's. Two things are not: JSON's
+    # escapes of letters beyond 16 bits are pairs, which TOML refuses, and TOML wants DEL escaped.
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).replace("\x7f", "\\u007f")
 
 
 def help_text(recipe: str | None) -> str:
