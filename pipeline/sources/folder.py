@@ -17,6 +17,7 @@ from pipeline.sources.listing import (
     read_each,
 )
 from pipeline.sources.names import IMAGE_SUFFIXES
+from pipeline.sources.tables.metadata_file import say_metadata
 
 
 class FolderSource:
@@ -50,6 +51,8 @@ class FolderSource:
             DataError: There is no such folder, or no image in it.
             ConfigError: It is unclear whether there are classes.
         """
+        if self._settings.labels != "none" and not self.uri.startswith("https:"):
+            say_metadata(self.uri)
         if storage.exists(self.uri) and not storage.is_folder(self.uri):
             raise ConfigError(
                 f"convert: {storage.redact(self.uri)} is a file. Give the folder that holds the "

@@ -352,3 +352,33 @@ def test_bad_json_lines_stop_no_other(tmp_path: Path) -> None:
     assert contents(listed(path))[:2] == PLAIN
     reasons = Counter(reason for _, reason in refused(path))
     assert reasons == {"row cannot be read": 5, "no path or URL": 1}
+
+
+# ------------------------------------------------------------------- Hugging Face's metadata files
+
+METADATA = {
+    "metadata.csv": b"file_name,label\na.jpg,3\nb.jpg,4\n",
+    "metadata.jsonl": b'{"file_name": "a.jpg", "label": 3}\n{"file_name": "b.jpg", "label": 4}\n',
+}
+
+
+@pytest.mark.parametrize("name", METADATA)
+def test_a_metadata_file_beside_images_is_named_and_read(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = wrote(tmp_path, name, METADATA[name])
+    assert listed(tmp_path).labels.tolist() == [NONE, NONE]
+    said = capsys.readouterr().err
+    assert f"{path} lies beside the images and is not read" in said
+    assert contents(listed(path)) == PLAIN
+    listed(tmp_path, labels="none")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_metadata_table_beside_images_is_asked_for(tmp_path: Path) -> None:
+    wrote(tmp_path, "x", b"")
+    table = pa.table({"file_name": ["a.jpg", "b.jpg"], "label": [3, 4]})
+    pq.write_table(table, tmp_path / "metadata.parquet")
+    with pytest.raises(ConfigError, match="holds images and Parquet files"):
+        listed(tmp_path)
+    assert contents(listed(tmp_path / "metadata.parquet")) == PLAIN
