@@ -49,10 +49,10 @@ class Arguments:
 
     SRC is one of: a folder with a folder per class (labels number the sorted folder names); a flat
     folder (no labels); a tar of images or of class tars, such as ILSVRC2012_img_train.tar; Parquet
-    files with images in them, given as a folder or as "data/train-*.parquet"; a .csv, .tsv,
-    .jsonl or .parquet list of paths or URIs and labels; a dataset of tars or betons, which keeps its order, keys,
-    labels and shards. DST becomes the dataset: shards, manifest.parquet, dataset.json. You can stop
-    at any time: the same command continues.
+    files with images in them, given as a folder or as "data/train-*.parquet"; a .csv, .tsv, .jsonl
+    or .parquet list of paths or URIs and labels; a dataset of tars or betons, which keeps its
+    order, keys, labels and shards. DST becomes the dataset: shards, manifest.parquet, dataset.json.
+    You can stop at any time: the same command continues.
     """
 
     src: Annotated[Location, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
