@@ -141,7 +141,11 @@ class ModelConfig(BaseModel):
             if width % heads:
                 # Near what was asked for: every divisor of 1,024 would be too long a list.
                 at_most = min(width, 4 * heads)
-                divisors = [str(n) for n in range(1, at_most + 1) if width % n == 0]
+                candidates = range(1, at_most + 1)
+                divisors = []
+                for n in candidates:
+                    if width % n == 0:
+                        divisors.append(str(n))
                 problems.append(
                     f"{prefix}embed_dim {width} does not divide into {prefix}num_heads {heads}: "
                     f"use {', '.join(divisors)} heads"

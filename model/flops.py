@@ -34,7 +34,8 @@ class ForwardFlops(NamedTuple):
     @property
     def decoder_share(self) -> float:
         """Share of the operations that is spent after the encoder, from 0 to 1."""
-        return (self.decoder_embed + self.decoder_blocks + self.decoder_pred) / self.total
+        decoder = self.decoder_embed + self.decoder_blocks + self.decoder_pred
+        return decoder / self.total
 
 
 class ParameterCounts(NamedTuple):
@@ -157,12 +158,14 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
     # Class token, patch projection with its bias, blocks, the final norm's weight and bias.
     encoder = D
     encoder += P * D + D
-    encoder += config.depth * _block_parameters(D, _hidden(config, D))
+    block_D = _block_parameters(D, _hidden(config, D))
+    encoder += config.depth * block_D
     encoder += 2 * D
     # Mask token, projection to the decoder's width, blocks, final norm, projection to pixels.
     decoder = E
     decoder += D * E + E
-    decoder += config.decoder_depth * _block_parameters(E, _hidden(config, E))
+    block_E = _block_parameters(E, _hidden(config, E))
+    decoder += config.decoder_depth * block_E
     decoder += 2 * E
     decoder += E * P + P
     return ParameterCounts(
@@ -246,14 +249,18 @@ def _hidden(config: ModelConfig, width: int) -> int:
 
 def _block_flops(tokens: int, width: int, hidden: int) -> int:
     """Query-key-value (3 width^2), output (width^2) and MLP, then attention's QK^T and AV."""
-    products_with_weights = 4 * width**2 + 2 * width * hidden
+    attention = 4 * width**2
+    mlp = 2 * width * hidden
+    products_with_weights = attention + mlp
     products_of_tokens = 4 * tokens**2 * width
     return 2 * tokens * products_with_weights + products_of_tokens
 
 
 def _block_parameters(width: int, hidden: int) -> int:
     """Four attention matrices, two MLP matrices, their biases, two norms."""
-    matrices = 4 * width**2 + 2 * width * hidden
+    attention = 4 * width**2
+    mlp = 2 * width * hidden
+    matrices = attention + mlp
     biases = 4 * width + hidden + width
     norms = 4 * width
     return matrices + biases + norms

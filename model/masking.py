@@ -68,7 +68,8 @@ def gather_rows(rows_BNE: Tensor, ids_BV: Tensor) -> Tensor:
     """
     # `expand` takes no memory: every value of a row is picked by the same number.
     width = rows_BNE.shape[-1]
-    ids_BVE = ids_BV.unsqueeze(-1).expand(-1, -1, width)
+    ids_BV1 = ids_BV.unsqueeze(-1)
+    ids_BVE = ids_BV1.expand(-1, -1, width)
     return torch.gather(rows_BNE, 1, ids_BVE)
 
 

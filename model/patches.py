@@ -34,7 +34,9 @@ def patchify(images_BCHW: Tensor, patch_size: int) -> Tensor:
     cells = images_BCHW.reshape(B, C, rows, patch_size, columns, patch_size)
     # To (image, row, column, y, x, channel): published weights have the channel change fastest.
     cells = cells.permute(0, 2, 4, 3, 5, 1)
-    return cells.reshape(B, rows * columns, patch_size * patch_size * C)
+    num_patches = rows * columns
+    num_values = patch_size * patch_size * C
+    return cells.reshape(B, num_patches, num_values)
 
 
 def unpatchify(patches_BNP: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
@@ -62,4 +64,6 @@ def unpatchify(patches_BNP: Tensor, patch_size: int, grid: tuple[int, int]) -> T
     cells = patches_BNP.reshape(B, rows, columns, patch_size, patch_size, C)
     # From (image, row, column, y, x, channel), as `patchify` made them.
     cells = cells.permute(0, 5, 1, 3, 2, 4)
-    return cells.reshape(B, C, rows * patch_size, columns * patch_size)
+    height = rows * patch_size
+    width = columns * patch_size
+    return cells.reshape(B, C, height, width)

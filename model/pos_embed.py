@@ -41,11 +41,14 @@ def sincos_table(grid: tuple[int, int], embed_dim: int) -> Tensor:
     omega = BASE**-exponents
 
     # Patches row by row, as `patchify` lays them out: the column changes fastest.
-    column_of_N = torch.arange(columns, dtype=torch.float64).repeat(rows)
-    row_of_N = torch.arange(rows, dtype=torch.float64).repeat_interleave(columns)
+    column = torch.arange(columns, dtype=torch.float64)
+    row = torch.arange(rows, dtype=torch.float64)
+    column_of_N = column.repeat(rows)
+    row_of_N = row.repeat_interleave(columns)
     across = column_of_N.unsqueeze(1) * omega
     down = row_of_N.unsqueeze(1) * omega
-    patches_ND = torch.cat([across.sin(), across.cos(), down.sin(), down.cos()], dim=1)
+    parts = [across.sin(), across.cos(), down.sin(), down.cos()]
+    patches_ND = torch.cat(parts, dim=1)
 
     # The class token has no position.
     cls_1D = torch.zeros(1, embed_dim, dtype=torch.float64)
@@ -74,7 +77,8 @@ def interpolate_table(
         ValueError: The table does not belong to old_grid.
     """
     rows, columns = old_grid
-    if table.ndim != 3 or table.shape[:2] != (1, 1 + rows * columns):
+    num_rows = 1 + rows * columns
+    if table.ndim != 3 or table.shape[:2] != (1, num_rows):
         raise ValueError(
             f"position table of shape {tuple(table.shape)} does not belong to a grid of {rows} x "
             f"{columns} patches: expected (1, {1 + rows * columns}, width)"

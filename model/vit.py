@@ -49,7 +49,8 @@ class Attention(nn.Module):
         qkv = self.qkv(tokens_BSD).view(B, S, 3, self.num_heads, head_dim)
         # Taken apart before the heads move forward: the gradients are then put together in the
         # projection's own order.
-        query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
+        parts = qkv.unbind(2)
+        query, key, value = (part.transpose(1, 2) for part in parts)
         mixed = F.scaled_dot_product_attention(query, key, value)
         mixed_BSD = mixed.transpose(1, 2).reshape(B, S, D)
         out_BSD: Tensor = self.proj(mixed_BSD)
@@ -114,7 +115,8 @@ class PatchProjection(nn.Module):
 
     def __init__(self, patch_size: int, embed_dim: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(embed_dim, CHANNELS, patch_size, patch_size))
+        kernel = torch.empty(embed_dim, CHANNELS, patch_size, patch_size)
+        self.weight = nn.Parameter(kernel)
         self.bias = nn.Parameter(torch.empty(embed_dim))
 
     def forward(self, patches_BVP: Tensor) -> Tensor:
@@ -177,11 +179,13 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.image_size = image_size
         self.patch_size = patch_size
-        self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
+        height, width = image_size
+        self.grid = (height // patch_size, width // patch_size)
         self.encoder_checkpointing: ActivationCheckpointing = "none"
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         # A parameter that is not trained, not a buffer: published state dicts hold it.
-        self.pos_embed = nn.Parameter(sincos_table(self.grid, embed_dim), requires_grad=False)
+        table = sincos_table(self.grid, embed_dim)
+        self.pos_embed = nn.Parameter(table, requires_grad=False)
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.blocks = nn.ModuleList()
         for _ in range(depth):
@@ -197,7 +201,8 @@ class VisionTransformer(nn.Module):
             generator: Source of random numbers; torch's global one if absent. All ranks must use
                 the same seed.
         """
-        table = sincos_table(self.grid, self.pos_embed.shape[-1])
+        width = self.pos_embed.shape[-1]
+        table = sincos_table(self.grid, width)
         with torch.no_grad():
             self.pos_embed.copy_(table)
         # The order of the draws is a part of what a seed means: see `init_layers`.
@@ -251,8 +256,10 @@ class VisionTransformer(nn.Module):
             tokens_BVD = self.patch_embed(shown_BVP) + positions_ND[ids_keep_BV]
 
         # The table's first row belongs to the class token.
-        cls_11D = self.cls_token + self.pos_embed[:, :1]
-        cls_B1D = cls_11D.expand(tokens_BVD.shape[0], -1, -1)
+        cls_position = self.pos_embed[:, :1]
+        cls_11D = self.cls_token + cls_position
+        B = tokens_BVD.shape[0]
+        cls_B1D = cls_11D.expand(B, -1, -1)
         tokens_BSD = torch.cat([cls_B1D, tokens_BVD], dim=1)
 
         tokens_BSD = run_blocks(self.blocks, tokens_BSD, self.encoder_checkpointing)

@@ -138,7 +138,8 @@ class _Work:
         return figures
 
     def _convert(self, source: Path, *options: str) -> Figures:
-        command = [sys.executable, "-m", "pipeline.convert", str(source), str(self.out), *options]
+        command = [sys.executable, "-m", "pipeline.convert", str(source), str(self.out)]
+        command += options
         command += ["--shard-size", f"{_SHARD_MB}MB"]
         return run_counted(command)
 
@@ -211,9 +212,12 @@ def _ratios(turns: Turns, *, num_images: int) -> dict[str, Spread]:
     webdataset_s = without(_WEBDATASET, _WEBDATASET_START, "wall_s")
     # One image is part of the start that is taken off, and must not be counted twice.
     resize_cpu_s = without(_RESIZE, _RESIZE_START, "cpu_s")
-    resize_ms = [1e3 * value / (num_images - 1) for value in resize_cpu_s]
-    pillow_ms = [1e3 * value / num_images for value in turns.values(_PILLOW, "cpu_s")]
-    turbo_ms = [1e3 * value / num_images for value in turns.values(_TURBO, "cpu_s")]
+    num_timed = num_images - 1
+    resize_ms = [1e3 * value / num_timed for value in resize_cpu_s]
+    pillow_cpu_s = turns.values(_PILLOW, "cpu_s")
+    turbo_cpu_s = turns.values(_TURBO, "cpu_s")
+    pillow_ms = [1e3 * value / num_images for value in pillow_cpu_s]
+    turbo_ms = [1e3 * value / num_images for value in turbo_cpu_s]
     # Of rates the other's time stands above ours, so that more than 1 is faster.
     whole_rate = turns.ratio(_WEBDATASET, _OURS, "wall_s")
     rate_after_start = divide_pairs(webdataset_s, ours_s)
@@ -231,7 +235,8 @@ def _ratios(turns: Turns, *, num_images: int) -> dict[str, Spread]:
 
 
 def _run(arguments: Arguments) -> Outcome:
-    if min(arguments.images, arguments.copies, arguments.runs) < 1 or arguments.images < 2:
+    fewest = min(arguments.images, arguments.copies, arguments.runs)
+    if fewest < 1 or arguments.images < 2:
         raise ConfigError("convert_bench: --copies and --runs are at least 1, --images at least 2")
     return measure(arguments)
 

@@ -94,8 +94,10 @@ def _repeated_company(ids: I64, next_ids: I64, *, global_batch_size: int, shard_
     batches = np.arange(len(ids)) // global_batch_size
     # Sorted by batch and shard, samples of one shard that share a batch stand side by side.
     order = np.lexsort((shards, batches))
-    same_shard = shards[order[:-1]] == shards[order[1:]]
-    same_batch = batches[order[:-1]] == batches[order[1:]]
+    first_of_pair = order[:-1]
+    second_of_pair = order[1:]
+    same_shard = shards[first_of_pair] == shards[second_of_pair]
+    same_batch = batches[first_of_pair] == batches[second_of_pair]
     together = same_shard & same_batch
     # No two samples of a shard share a batch: as good as a full shuffle.
     if not together.any():

@@ -88,15 +88,17 @@ class _Throughput:
         self._streams = arguments.streams
         self._num_shards = dataset.info.num_shards
         bucket, prefix = _bucket_and_prefix(dataset.uri)
-        self.keys = [f"{prefix}{dataset.shard_name(s)}" for s in range(self._num_shards)]
-        self.num_bytes = sum(dataset.shard_bytes(s) for s in range(self._num_shards))
+        numbers = range(self._num_shards)
+        self.keys = [f"{prefix}{dataset.shard_name(s)}" for s in numbers]
+        self.num_bytes = sum(dataset.shard_bytes(s) for s in numbers)
         self.clients = plain_clients(bucket)
 
     def take(self, turns: Turns) -> None:
         """Read all shards once in every way."""
         ways: dict[str, Callable[[], Any]] = {_OUR_READS: self._ours}
         for name, client in self.clients.items():
-            ways[_whole(name)] = partial(read_objects, client, self.keys, streams=self._streams)
+            read = partial(read_objects, client, self.keys, streams=self._streams)
+            ways[_whole(name)] = read
         turns.take_timed(ways)
         # Apart from the reads: what these two leave to be written would slow a read behind them.
         with tempfile.TemporaryDirectory(prefix="maelstrom-bench-") as folder:
@@ -136,7 +138,8 @@ class _Throughput:
 
     def _stage(self, folder: Path) -> None:
         # Twice the room that is needed: no shard may be evicted in the middle.
-        cache = ShardCache(self._dataset, folder=folder, max_bytes=2 * self.num_bytes)
+        max_bytes = 2 * self.num_bytes
+        cache = ShardCache(self._dataset, folder=folder, max_bytes=max_bytes)
         cache.need(range(self._num_shards))
         cache.begin()
         cache.wait()
@@ -158,14 +161,16 @@ class _FirstBatch:
         columns = (rows.shards_B.tolist(), rows.offsets_B.tolist(), rows.sizes_B.tolist())
         self._jobs: list[Job] = []
         for shard, offset, size in zip(*columns, strict=True):
-            self._jobs.append((throughput.keys[shard], offset, size))
+            key = throughput.keys[shard]
+            self._jobs.append((key, offset, size))
 
     def take(self, turns: Turns) -> None:
         """Read the batch once in every way."""
         streams = self._arguments.batch_streams
         ways: dict[str, Callable[[], Any]] = {}
         for name, client in self._throughput.clients.items():
-            ways[_ranges(name)] = partial(read_ranges, client, self._jobs, streams=streams)
+            read = partial(read_ranges, client, self._jobs, streams=streams)
+            ways[_ranges(name)] = read
         opened: list[ShardReader] = []
         # A new folder each time: the cache must be cold.
         with tempfile.TemporaryDirectory(prefix="maelstrom-bench-") as folder:
@@ -213,7 +218,9 @@ class _SecondEpoch:
 
     def take(self, turns: Turns) -> None:
         """Read an epoch from both, twice."""
-        epochs = {name: partial(self._epoch, reader) for name, reader in self._readers.items()}
+        epochs = {}
+        for name, reader in self._readers.items():
+            epochs[name] = partial(self._epoch, reader)
         # An epoch from memory is short: two of them halve the noise.
         for _ in range(2):
             turns.take_timed(epochs)
@@ -320,9 +327,9 @@ def measure(arguments: Arguments) -> Outcome:
     for name in turns.subjects:
         time = turns.spread(name, "wall_s")
         # Of a batch and of a resume the time matters: their bytes are few.
-        is_whole = name not in (_OUR_BATCH, _RESUME) and not name.endswith(_RANGES)
+        is_small = name in (_OUR_BATCH, _RESUME) or name.endswith(_RANGES)
         rate = None
-        if is_whole:
+        if not is_small:
             rate = throughput.num_bytes / time.median / 1e6
         rows.append({"what": name, "median_s": time, "mb_per_s": rate})
     facts = {"settings": asdict(arguments), "num_bytes": throughput.num_bytes}
@@ -369,7 +376,8 @@ def _run(arguments: Arguments) -> Outcome:
         raise ConfigError(
             f"storage_bench: --uri {arguments.uri!r}: the plain clients read s3:// only"
         )
-    if min(arguments.runs, arguments.num_shards, arguments.streams, arguments.batch_size) < 1:
+    counts = (arguments.runs, arguments.num_shards, arguments.streams, arguments.batch_size)
+    if min(counts) < 1:
         raise ConfigError(
             "storage_bench: --runs, --num-shards, --streams and --batch-size are at least 1"
         )

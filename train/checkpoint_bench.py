@@ -86,7 +86,8 @@ def measure(name: str, uri: str, mode: Mode, *, saves: int, images: int) -> Row:
     store = CheckpointStore(uri, keep_last=1)
     saver = Saver(store, world=world, mode=mode)
     copy = _copier(run.engine)
-    turns = Turns(f"checkpoint_bench: {name}, {mode}", rounds=saves, warm_up_rounds=1)
+    label = f"checkpoint_bench: {name}, {mode}"
+    turns = Turns(label, rounds=saves, warm_up_rounds=1)
     # In the order of training, not in changing turns: a save is preceded by steps, and so is the
     # copy, so that both find the caches as training leaves them.
     for number in turns.rounds():
@@ -141,7 +142,8 @@ def _state_bytes(engine: Engine) -> int:
     # fp32, whatever precision the engine computes in: checkpoints hold nothing else.
     count = 0
     for tensor in engine.table:
-        count += len(tensor.kinds) * math.prod(tensor.shape)
+        num_values = math.prod(tensor.shape)
+        count += len(tensor.kinds) * num_values
     return 4 * count
 
 
@@ -151,7 +153,8 @@ def _copier(engine: Engine) -> Callable[[], None]:
     count = _state_bytes(engine) // 4
     # Ones, not `empty`: pages that were never written are given by the kernel during the copy.
     source = torch.ones(count, device=engine.device)
-    target = torch.ones(count, pin_memory=engine.device.type == "cuda")
+    is_pinned = engine.device.type == "cuda"
+    target = torch.ones(count, pin_memory=is_pinned)
 
     def copy() -> None:
         target.copy_(source)

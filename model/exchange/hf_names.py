@@ -16,6 +16,7 @@ from torch import Tensor
 from model.config import CHANNELS, ModelConfig
 from model.vit import NORM_EPS
 
+Tensors = Mapping[str, Tensor]
 HFNames = Literal["v5", "legacy"]
 """Generation of transformers' parameter names."""
 # Prefixes are compared whole, up to the last dot: "norm" does not match "decoder_norm".
@@ -56,7 +57,7 @@ _HF_QKV = {
 }
 
 
-def rename_to_hf(state: Mapping[str, Tensor], names: HFNames) -> dict[str, Tensor]:
+def rename_to_hf(state: Tensors, names: HFNames) -> dict[str, Tensor]:
     """Translate a full state dict of ours, splitting the fused query-key-value tensors.
 
     Args:
@@ -71,7 +72,8 @@ def rename_to_hf(state: Mapping[str, Tensor], names: HFNames) -> dict[str, Tenso
         if ".attn.qkv." in name:
             # Rows of the fused matrix: first all of the query's, then the key's, the value's.
             parts = value.chunk(3)
-            for part_name, part in zip(_hf_qkv_names(name, names), parts, strict=True):
+            part_names = _hf_qkv_names(name, names)
+            for part_name, part in zip(part_names, parts, strict=True):
                 # Copies, because savers refuse or duplicate tensors that share memory.
                 out[part_name] = part.clone()
         else:
@@ -94,10 +96,11 @@ def _hf_name(name: str, names: HFNames) -> str:
 def _hf_qkv_names(name: str, names: HFNames) -> list[str]:
     stack, number, _, _, leaf = name.split(".")
     their_stack = _HF_STACKS[stack][names]
-    return [f"{their_stack}.{number}.{inner}.{leaf}" for inner in _HF_QKV[names]]
+    prefix = f"{their_stack}.{number}"
+    return [f"{prefix}.{inner}.{leaf}" for inner in _HF_QKV[names]]
 
 
-def rename_from_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def rename_from_hf(state: Tensors) -> dict[str, Tensor]:
     """Undo `rename_to_hf`, for either generation of names; an encoder saved alone may lack the
     `vit.` prefix.
 
@@ -107,8 +110,12 @@ def rename_from_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Returns:
         Tensors by our names; what has no name here, or lacks a partner, keeps its own.
     """
-    named = {_plain_hf_name(name): value for name, value in state.items()}
-    fixed = {theirs: ours for ours, theirs in _HF_FIXED.items()}
+    named = {}
+    for name, value in state.items():
+        named[_plain_hf_name(name)] = value
+    fixed = {}
+    for ours, theirs in _HF_FIXED.items():
+        fixed[theirs] = ours
     out: dict[str, Tensor] = {}
     for name, value in named.items():
         stem, _, leaf = name.rpartition(".")
@@ -130,24 +137,30 @@ def _plain_hf_name(name: str) -> str:
     return f"vit.{name}"
 
 
-def _block_from_hf(name: str, value: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _block_from_hf(name: str, value: Tensor, state: Tensors) -> dict[str, Tensor]:
     """Translate one tensor of a block; query, key and value become one tensor when the query comes
     by."""
     stem, _, leaf = name.rpartition(".")
     for generation in ("v5", "legacy"):
         for ours, theirs in _HF_STACKS.items():
-            found = re.fullmatch(rf"{re.escape(theirs[generation])}\.(\d+)\.(.+)", stem)
+            stack = re.escape(theirs[generation])
+            found = re.fullmatch(rf"{stack}\.(\d+)\.(.+)", stem)
             if not found:
                 continue
             number, inner = found.groups()
-            block = {their: our for our, their in _HF_BLOCK[generation].items()}
+            block = {}
+            for our, their in _HF_BLOCK[generation].items():
+                block[their] = our
             if inner in block:
-                return {f"{ours}.{number}.{block[inner]}.{leaf}": value}
+                our_inner = block[inner]
+                return {f"{ours}.{number}.{our_inner}.{leaf}": value}
             qkv = _HF_QKV[generation]
             query, _, _ = qkv
             if inner == query:
                 stack = theirs[generation]
-                parts = [f"{stack}.{number}.{part}.{leaf}" for part in qkv]
+                parts = []
+                for part in qkv:
+                    parts.append(f"{stack}.{number}.{part}.{leaf}")
                 # Without a partner it keeps its name, which the strict check will then show.
                 if not all(part in state for part in parts):
                     return {name: value}

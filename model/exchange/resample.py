@@ -26,7 +26,8 @@ def resample_kernel(weight_DCpp: Tensor, patch_size: int) -> Tensor:
     """
     old_size = weight_DCpp.shape[-1]
     resize_qp = _resize_matrix(old_size, patch_size)
-    solve_pq: Tensor = torch.linalg.pinv(resize_qp).to(weight_DCpp.device)
+    solve_pq: Tensor = torch.linalg.pinv(resize_qp)
+    solve_pq = solve_pq.to(weight_DCpp.device)
     # A bilinear resize works on rows and columns apart: one matrix from the left, one from the
     # right. In float64, and rounded once.
     exact_DCpp = weight_DCpp.to(torch.float64)

@@ -23,6 +23,9 @@ from model.objectives.mae import MaskedAutoencoder, is_decoder_name
 from model.pos_embed import interpolate_table
 
 State = dict[str, Tensor]
+Tensors = Mapping[str, Tensor]
+"""Tensors by name, which are only read."""
+Shape = tuple[int, ...]
 Part = Literal["encoder", "full"]
 ENCODER_ONLY_HEADS = ("head.", "fc_norm.")
 """Prefixes of a classifier's own weights, which a masked autoencoder has no place for."""
@@ -34,7 +37,7 @@ class WeightsError(ValueError):
     """Weights that do not belong to the model: names or shapes differ."""
 
 
-def expected_shapes(config: ModelConfig, part: Part = "full") -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: ModelConfig, part: Part = "full") -> dict[str, Shape]:
     """List the names and shapes of a model's state dict, without allocating it.
 
     Args:
@@ -54,9 +57,7 @@ def expected_shapes(config: ModelConfig, part: Part = "full") -> dict[str, tuple
     return shapes
 
 
-def check_weights(
-    state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], *, source: str
-) -> None:
+def check_weights(state: Tensors, expected: Mapping[str, Shape], *, source: str) -> None:
     """Refuse weights whose names or shapes are not exactly those expected.
 
     Args:
@@ -91,9 +92,7 @@ def check_weights(
     )
 
 
-def to_mae(
-    state: Mapping[str, Tensor], config: ModelConfig, *, part: Part = "full"
-) -> dict[str, State]:
+def to_mae(state: Tensors, config: ModelConfig, *, part: Part = "full") -> dict[str, State]:
     """Give weights the form of the published MAE checkpoints.
 
     Args:
@@ -115,7 +114,7 @@ def to_mae(
     return {"model": exported}
 
 
-def to_timm(state: Mapping[str, Tensor], config: ModelConfig) -> State:
+def to_timm(state: Tensors, config: ModelConfig) -> State:
     """Give the encoder the form of a timm VisionTransformer with num_classes=0.
 
     timm's names are ours. Decoder and mask token are left out: a strict load would refuse them.
@@ -135,7 +134,7 @@ def to_timm(state: Mapping[str, Tensor], config: ModelConfig) -> State:
 
 
 def to_detectron2(
-    state: Mapping[str, Tensor], config: ModelConfig, *, patch_size: int | None = None
+    state: Tensors, config: ModelConfig, *, patch_size: int | None = None
 ) -> dict[str, State]:
     """Give the encoder the form that Detectron2's ViTDet loads with its matching heuristics.
 
@@ -164,12 +163,13 @@ def to_detectron2(
     grid = other.grid
     kernel = encoder["patch_embed.proj.weight"]
     encoder["patch_embed.proj.weight"] = resample_kernel(kernel, patch_size)
-    encoder["pos_embed"] = interpolate_table(encoder["pos_embed"], config.grid, grid)
+    table = encoder["pos_embed"]
+    encoder["pos_embed"] = interpolate_table(table, config.grid, grid)
     return {"model": encoder}
 
 
 def to_hf(
-    state: Mapping[str, Tensor], config: ModelConfig, *, names: HFNames = "legacy"
+    state: Tensors, config: ModelConfig, *, names: HFNames = "legacy"
 ) -> tuple[State, dict[str, Any]]:
     """Give weights the form of transformers' ViTMAEForPreTraining.
 
@@ -210,14 +210,20 @@ def from_published(state: Mapping[str, Any]) -> State:
             state = state[wrapper]
             break
     # Optimizer state or settings beside the weights: which of them are the weights is a guess.
-    others = sorted(str(name) for name, value in state.items() if not isinstance(value, Tensor))
+    others = []
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            others.append(str(name))
+    others.sort()
     if others or not state:
         wrappers = " or ".join(repr(wrapper) for wrapper in _WRAPPERS)
         problem = "it is empty"
         if others:
             problem = f"no tensor under: {', '.join(others[:8])}"
         raise WeightsError(f"expected a dictionary of tensors, or one under {wrappers}; {problem}")
-    plain = {_PREFIX.sub("", name): value for name, value in state.items()}
+    plain = {}
+    for name, value in state.items():
+        plain[_PREFIX.sub("", name)] = value
     # Our own names and timm's begin with none of these.
     if any(name.startswith(("vit.", "embeddings.", "decoder.")) for name in plain):
         plain = rename_from_hf(plain)
@@ -230,7 +236,7 @@ def from_published(state: Mapping[str, Any]) -> State:
 
 
 def fit_weights(
-    state: Mapping[str, Tensor],
+    state: Tensors,
     config: ModelConfig,
     *,
     part: Part = "full",
@@ -317,8 +323,11 @@ def _table(rows: Iterable[tuple[object, ...]], limit: int = 20) -> str:
         widths.append(max(len(cell) for cell in column))
     lines = []
     for texts in shown:
-        padded = [cell.ljust(width) for cell, width in zip(texts, widths, strict=True)]
+        padded = []
+        for cell, width in zip(texts, widths, strict=True):
+            padded.append(cell.ljust(width))
         lines.append("  ".join(padded).rstrip())
     if len(cells) > len(shown):
-        lines.append(f"... and {len(cells) - len(shown)} more")
+        num_left = len(cells) - len(shown)
+        lines.append(f"... and {num_left} more")
     return "\n".join(f"  {line}" for line in lines)

@@ -57,7 +57,8 @@ def paint_nearby(images_BCHW: Tensor, mask_BN: Tensor, *, patch_size: int) -> Te
     number_N = torch.arange(rows * columns, device=images_BCHW.device)
     row_N = number_N // columns
     column_N = number_N % columns
-    centres_N2 = torch.stack([row_N, column_N], dim=1).to(torch.float32)
+    centres_N2 = torch.stack([row_N, column_N], dim=1)
+    centres_N2 = centres_N2.to(torch.float32)
     offsets_NN2 = centres_N2[:, None] - centres_N2[None]
     distance_NN = offsets_NN2.square().sum(-1)
     # A patch's distance to itself is 0; its own weight is used only if it is visible, and then its
@@ -76,7 +77,8 @@ def _patch_colours(images_BCHW: Tensor, patch_size: int) -> Tensor:
     """Mean colour of each patch, float32, shape (B, N, C)."""
     B, C = images_BCHW.shape[:2]
     patches_BNP = patchify(images_BCHW.to(torch.float32), patch_size)
-    pixels = patches_BNP.view(B, -1, patch_size**2, C)
+    num_pixels = patch_size**2
+    pixels = patches_BNP.view(B, -1, num_pixels, C)
     return pixels.mean(dim=2)
 
 

@@ -74,7 +74,8 @@ class MaskedAutoencoder(VisionTransformer):
         self.decoder_checkpointing: ActivationCheckpointing = "none"
         width = config.decoder_embed_dim
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
-        self.decoder_pos_embed = nn.Parameter(sincos_table(self.grid, width), requires_grad=False)
+        table = sincos_table(self.grid, width)
+        self.decoder_pos_embed = nn.Parameter(table, requires_grad=False)
         self.decoder_embed = nn.Linear(config.embed_dim, width)
         self.decoder_blocks = nn.ModuleList()
         for _ in range(config.decoder_depth):
@@ -91,7 +92,8 @@ class MaskedAutoencoder(VisionTransformer):
             generator: Source of random numbers; torch's global one if absent. All ranks must use
                 the same seed.
         """
-        table = sincos_table(self.grid, self.decoder_pos_embed.shape[-1])
+        width = self.decoder_pos_embed.shape[-1]
+        table = sincos_table(self.grid, width)
         with torch.no_grad():
             self.decoder_pos_embed.copy_(table)
         # The order of the draws is a part of what a seed means: see `init_layers`.
@@ -166,12 +168,15 @@ class MaskedAutoencoder(VisionTransformer):
 
         # Mask tokens stand behind the visible patches, as the hidden ones do in the shuffled order.
         # Their type is the tokens': under autocast the projection above gives 16 bits.
-        mask_tokens_BHE = self.mask_token.to(tokens_BSE.dtype).expand(B, num_hidden, -1)
-        shuffled_BNE = torch.cat([tokens_BSE[:, 1:], mask_tokens_BHE], dim=1)
+        mask_token = self.mask_token.to(tokens_BSE.dtype)
+        mask_tokens_BHE = mask_token.expand(B, num_hidden, -1)
+        visible_BVE = tokens_BSE[:, 1:]
+        shuffled_BNE = torch.cat([visible_BVE, mask_tokens_BHE], dim=1)
         patches_BNE = unshuffle(shuffled_BNE, mask)
 
         # The class token is not shuffled; it comes first in both orders.
-        tokens_BSE = torch.cat([tokens_BSE[:, :1], patches_BNE], dim=1)
+        cls_B1E = tokens_BSE[:, :1]
+        tokens_BSE = torch.cat([cls_B1E, patches_BNE], dim=1)
         tokens_BSE = tokens_BSE + self.decoder_pos_embed
         tokens_BSE = run_blocks(self.decoder_blocks, tokens_BSE, self.decoder_checkpointing)
         # The class token is dropped before the head: nothing is predicted from it.

@@ -153,7 +153,8 @@ def measure(arguments: Arguments) -> dict[str, Any]:
     # Counters run from the loader's start: the warm-up's part is taken off.
     stages = {}
     for stage, counters in after.items():
-        stages[stage] = {name: value - before[stage][name] for name, value in counters.items()}
+        start = before[stage]
+        stages[stage] = {name: value - start[name] for name, value in counters.items()}
     return {
         "images_per_s": images / wall_s,
         "cpu_ms_per_image": 1e3 * used_cpu_s / images,
@@ -233,7 +234,9 @@ def _tune(arguments: Arguments) -> Outcome:
         once = measure(words)
         return {"images_per_s": once["images_per_s"]}
 
-    subjects = {name: partial(measure_way, way) for name, way in ways.items()}
+    subjects = {}
+    for name, way in ways.items():
+        subjects[name] = partial(measure_way, way)
     turns = Turns("bench", rounds=arguments.repeats)
     for _ in turns.rounds():
         turns.take(subjects)
@@ -251,13 +254,15 @@ def _tune(arguments: Arguments) -> Outcome:
         f"Fastest of {len(ways)}, {arguments.repeats} rounds, median (lowest-highest):\n"
     )
     best = ways[ranked[0]]
-    write_tuning(arguments.tuning_file, best, device=device, comment=how + "\n".join(lines))
+    comment = how + "\n".join(lines)
+    write_tuning(arguments.tuning_file, best, device=device, comment=comment)
     lines.append(f"bench: wrote {arguments.tuning_file}; use it with --loader.tuning-file")
     tried = []
     for name in ranked:
         rates_of_rounds = turns.values(name, "images_per_s")
         tried.append({**ways[name].model_dump(), "rates": rates_of_rounds})
-    return Outcome({"best": best.model_dump(), "images_per_s": tried}, "\n".join(lines))
+    data = {"best": best.model_dump(), "images_per_s": tried}
+    return Outcome(data, "\n".join(lines))
 
 
 # ----------------------------------------------------------------------------------- peers
@@ -295,7 +300,8 @@ def _compare_with_peers(arguments: Arguments) -> Outcome:
 
 def _run(arguments: Arguments) -> Outcome:
     has_dataset = bool(arguments.uri)
-    if has_dataset == arguments.peers or (arguments.peers and arguments.tune):
+    does_both = arguments.peers and arguments.tune
+    if has_dataset == arguments.peers or does_both:
         raise ConfigError("bench: give either a dataset's URI, with or without --tune, or --peers.")
     counts = (arguments.batch_size, arguments.repeats)
     seconds_fit = arguments.seconds is None or arguments.seconds > 0

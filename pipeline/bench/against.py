@@ -179,7 +179,10 @@ def _figures(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
             if not skipped:
                 yield from _figures(inner, path if key == "rows" else f"{path}.{key}".strip("."))
     elif isinstance(value, list):
-        numbers = [one for one in value if isinstance(one, (int, float))]
+        numbers = []
+        for one in value:
+            if isinstance(one, (int, float)):
+                numbers.append(one)
         if numbers and len(numbers) == len(value):
             yield from _figures(median(numbers), path)
         else:

@@ -62,8 +62,12 @@ def report(
     blocks = [rows_table(rows)]
     if ratios:
         # Medians for programs, spreads for a person, who must see whether a difference is one.
-        data["ratios"] = {name: ratio.median for name, ratio in ratios.items()}
-        ratio_rows = [{"ratio": name, "": ratio} for name, ratio in ratios.items()]
+        medians = {}
+        ratio_rows = []
+        for name, ratio in ratios.items():
+            medians[name] = ratio.median
+            ratio_rows.append({"ratio": name, "": ratio})
+        data["ratios"] = medians
         blocks.append(rows_table(ratio_rows))
     # Nested facts, such as all settings, are for programs.
     plain = [f"{name} {value}" for name, value in about.items() if not isinstance(value, dict)]

@@ -52,7 +52,8 @@ def generate_manifest(folder: Path, *, num_shards: int, samples_per_shard: int) 
             number = len(files)
             name = f"manifest-{number:05d}.parquet"
             os.link(source, folder / name)
-            files.append(ManifestFile(name, number * SHARDS_PER_FILE, count, size_bytes))
+            first_shard = number * SHARDS_PER_FILE
+            files.append(ManifestFile(name, first_shard, count, size_bytes))
         shutil.rmtree(part)
     assert info is not None
 

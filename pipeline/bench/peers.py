@@ -231,8 +231,10 @@ def _main() -> None:
     # Whatever a library prints goes to stderr; answers have the real stdout to themselves.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    setup = Setup(Path(folder), int(num_threads), int(batch_size), device)
-    _serve(_ALL[int(index)], setup, sys.stdin, answers)
+    threads = int(num_threads)
+    setup = Setup(Path(folder), threads, int(batch_size), device)
+    subject = _ALL[int(index)]
+    _serve(subject, setup, sys.stdin, answers)
     # Some of the libraries hang when they are asked to end.
     os._exit(0)
 

@@ -76,7 +76,8 @@ def make_sources(
 def write_crops(folder: Path, count: int) -> None:
     """Write the crops as files of a class folder, ten classes in turn."""
     for number, data in enumerate(make_crops(count)):
-        path = folder / f"{number % 10}" / f"{number:05d}.jpg"
+        class_folder = folder / f"{number % 10}"
+        path = class_folder / f"{number:05d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
 
@@ -86,7 +87,10 @@ def make_crops(count: int) -> Iterator[bytes]:
     1.3."""
     from PIL import Image
 
-    sources = [Image.open(path).convert("RGB") for path in _photo_paths()]
+    sources = []
+    for path in _photo_paths():
+        photo = Image.open(path)
+        sources.append(photo.convert("RGB"))
     # The same images on every machine, so that figures of two machines compare.
     rng = np.random.default_rng(0)
     for number in range(count):
@@ -104,8 +108,11 @@ def make_crops(count: int) -> Iterator[bytes]:
         region = np.minimum(size / scale, image_size)
         corner = rng.random(2) * (image_size - region)
         left, top = corner.tolist()
-        box = (left, top, left + region[0], top + region[1])
-        crop_size = (int(size[0]), int(size[1]))
+        right = left + region[0]
+        bottom = top + region[1]
+        box = (left, top, right, bottom)
+        width, height = size.tolist()
+        crop_size = (width, height)
         crop = image.resize(crop_size, Image.Resampling.BICUBIC, box=box)
         buffer = io.BytesIO()
         crop.save(buffer, "JPEG", quality=_QUALITY)

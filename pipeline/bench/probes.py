@@ -39,7 +39,8 @@ def cpu_s() -> float:
     Children that have ended count once their parent has waited for them.
     """
     mine = os.times()
-    total = time.process_time() + mine.children_user + mine.children_system
+    of_children_s = mine.children_user + mine.children_system
+    total = time.process_time() + of_children_s
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             # Its own user and system time, then those of its children that have ended.
@@ -102,7 +103,9 @@ def run_counted(command: Sequence[str]) -> dict[str, float]:
         raise InfrastructureError(
             f"{' '.join(command[:4])} ended with code {process.returncode}: {errors[-500:]}"
         )
-    used_s = sum(use.ru_utime + use.ru_stime for use in uses)
+    used_s = 0.0
+    for use in uses:
+        used_s += use.ru_utime + use.ru_stime
     # Linux gives kilobytes here.
     peak_kib = max(use.ru_maxrss for use in uses)
     return {
@@ -170,7 +173,8 @@ def _processor() -> tuple[str, set[str]]:
             # The first processor stands for all of them.
             facts.setdefault(name.strip(), value.strip())
     flags = facts.get("flags") or facts.get("Features", "")
-    return facts.get("model name") or platform.machine(), set(flags.split())
+    model = facts.get("model name") or platform.machine()
+    return model, set(flags.split())
 
 
 def _gpu() -> str:

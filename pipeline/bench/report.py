@@ -115,7 +115,8 @@ def bars_table(rows: Sequence[PeerRow]) -> str:
     """Return the ratios against their bars: the median over rounds of the ratio in each round."""
     by_key: dict[Key, PeerRow] = {}
     for row in rows:
-        by_key[(row.name, row.dataset, row.resize_filter)] = row
+        key = (row.name, row.dataset, row.resize_filter)
+        by_key[key] = row
     table = []
     for bar in BARS:
         ours = by_key.get(bar.subject)
@@ -130,7 +131,10 @@ def bars_table(rows: Sequence[PeerRow]) -> str:
             continue
         # The best share of the JPEG engine counts: `--tune` finds it on every machine.
         best = max(rates, key=lambda rate: rate.median)
-        verdict = "met" if best.median >= limit else "not met"
+        if best.median >= limit:
+            verdict = "met"
+        else:
+            verdict = "not met"
         rate = best.text(",.0f")
         table.append(("DALI mixed", "images/s", dataset, rate, f">= {limit:,}", verdict))
     return markdown_table(("ratio", "of", "data, filter", "measured", "bar", ""), table)
@@ -162,7 +166,10 @@ def write_report(path: Path, rows: Sequence[PeerRow], about: dict[str, Any]) -> 
     _, _, tail = rest.partition(_END)
     chart = path.with_suffix(".png")
     draw(chart, rows)
-    facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in about.items())
+    words = []
+    for name, value in about.items():
+        words.append(f"{name.replace('_', ' ')} {value}")
+    facts = ", ".join(words)
     num_rounds = len(rows[0].cpu_ms_per_image)
     blocks = (
         _START,
@@ -172,7 +179,8 @@ def write_report(path: Path, rows: Sequence[PeerRow], about: dict[str, Any]) -> 
         f"![CPU time per image]({chart.name})",
         _END,
     )
-    path.write_text(head + "\n\n".join(blocks) + tail)
+    measured = "\n\n".join(blocks)
+    path.write_text(head + measured + tail)
 
 
 def draw(path: Path, rows: Sequence[PeerRow]) -> None:
@@ -183,18 +191,22 @@ def draw(path: Path, rows: Sequence[PeerRow]) -> None:
     # A bar chart fills from below: the table's first row goes on top.
     shown = [row for row in rows if row.cpu_ms_per_image][::-1]
     times = [Spread.of(row.cpu_ms_per_image) for row in shown]
-    names = [f"{row.name}: {row.dataset}, {row.resize_filter}" for row in shown]
+    names = []
+    for row in shown:
+        names.append(f"{row.name}: {row.dataset}, {row.resize_filter}")
     is_ours = [row.name.startswith("maelstrom") for row in shown]
     colours = ["tab:orange" if ours else "tab:grey" for ours in is_ours]
     below = [time.median - time.low for time in times]
     above = [time.high - time.median for time in times]
     middles = [time.median for time in times]
 
-    figure = Figure(figsize=(9, 0.32 * len(shown) + 1), layout="constrained")
+    height_inches = 0.32 * len(shown) + 1
+    figure = Figure(figsize=(9, height_inches), layout="constrained")
     axes = figure.subplots()
     axes.barh(names, middles, xerr=[below, above], color=colours, height=0.7)
     for height, time in enumerate(times):
-        axes.annotate(f"  {time.median:.2f}", (time.high, height), va="center", fontsize=8)
+        text = f"  {time.median:.2f}"
+        axes.annotate(text, (time.high, height), va="center", fontsize=8)
     axes.set_xlabel("CPU-ms per image (all threads and workers), lower is better")
     axes.tick_params(axis="y", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)

@@ -44,7 +44,10 @@ def to_json(row: Row) -> dict[str, Any]:
             continue
         stem, _, unit = column.rpartition("_")
         # `median_s` names the middle already; a ratio may have no unit.
-        stem = "" if stem in ("", "median") else f"{stem}_"
+        if stem in ("", "median"):
+            stem = ""
+        else:
+            stem = f"{stem}_"
         plain[column] = value.median
         plain[f"{stem}min_{unit}"] = value.low
         plain[f"{stem}max_{unit}"] = value.high

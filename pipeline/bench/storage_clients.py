@@ -53,7 +53,8 @@ class Boto3Client:
         """Read a range."""
         # HTTP ranges include their last byte.
         last = start + length - 1
-        reply = self._client.get_object(Bucket=self._bucket, Key=key, Range=f"bytes={start}-{last}")
+        byte_range = f"bytes={start}-{last}"
+        reply = self._client.get_object(Bucket=self._bucket, Key=key, Range=byte_range)
         data = reply["Body"].read()
         return len(data)
 
@@ -80,7 +81,9 @@ class S3fsClient:
 
     def read_whole(self, key: str) -> int:
         """Read an object."""
-        return len(self._fs.cat_file(f"{self._bucket}/{key}"))
+        path = f"{self._bucket}/{key}"
+        data = self._fs.cat_file(path)
+        return len(data)
 
 
 class ObstoreClient:
@@ -171,7 +174,8 @@ def loopback_store(root: Path) -> Iterator[str]:
         "NO_PROXY": "127.0.0.1",
     }
     before = {name: os.environ.get(name) for name in ours}
-    command = [sys.executable, "-m", "localbucket", str(root), "--port", str(port)]
+    command = [sys.executable, "-m", "localbucket", str(root)]
+    command += ["--port", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         os.environ.update(ours)
@@ -220,7 +224,8 @@ def write_bench_dataset(folder: Path, *, num_shards: int, shard_bytes: int) -> i
             written_bytes = 0
             while written_bytes < shard_bytes:
                 image, header = images[number % len(images)]
-                writer.add(f"{number:07d}", image, header, label=number % 1000)
+                key = f"{number:07d}"
+                writer.add(key, image, header, label=number % 1000)
                 # With the tar's headers of the image and of its label.
                 written_bytes += len(image) + 1024
                 number += 1
@@ -236,10 +241,12 @@ def _jpegs() -> list[bytes]:
     for _ in range(_DISTINCT_IMAGES):
         # Smooth areas with noise on top: a file of about a photograph's size.
         small = random.integers(0, 256, (24, 32, 3), dtype=np.uint8)
-        smooth = Image.fromarray(small).resize((500, 375), Image.Resampling.BICUBIC)
+        small_image = Image.fromarray(small)
+        smooth = small_image.resize((500, 375), Image.Resampling.BICUBIC)
         pixels = np.asarray(smooth, dtype=np.int16)
         noise = random.normal(0, 11, pixels.shape)
-        noisy = np.clip(pixels + noise, 0, 255).astype(np.uint8)
+        clipped = np.clip(pixels + noise, 0, 255)
+        noisy = clipped.astype(np.uint8)
         buffer = io.BytesIO()
         Image.fromarray(noisy).save(buffer, "JPEG", quality=92)
         jpegs.append(buffer.getvalue())

@@ -145,7 +145,8 @@ def bare_loop(setup: Setup, subject: Subject) -> Batches:
                 resized_1CHW = torch.nn.functional.interpolate(
                     cut_1CHW, size=(SIZE, SIZE), mode=subject.resize_filter, antialias=True
                 )
-                out_HW3[:] = resized_1CHW[0].permute(1, 2, 0).numpy()
+                resized_HWC = resized_1CHW[0].permute(1, 2, 0)
+                out_HW3[:] = resized_HWC.numpy()
             if flip:
                 cv2.flip(out_HW3, 1, dst=out_HW3)
             if number % setup.batch_size == 0:
@@ -257,8 +258,12 @@ def dalis_own(setup: Setup, subject: Subject) -> Batches:
         seed=0,
     )
     # The two lists are paired by position: both are sorted, and the names differ in the ending.
-    tars = [str(path) for path in sorted(folder.glob("*.tar"))]
-    indices = [str(path) for path in sorted(folder.glob("*.idx"))]
+    tars = []
+    for path in sorted(folder.glob("*.tar")):
+        tars.append(str(path))
+    indices = []
+    for path in sorted(folder.glob("*.idx")):
+        indices.append(str(path))
     filters = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
     with pipeline:
         encoded = fn.readers.webdataset(

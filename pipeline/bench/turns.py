@@ -21,6 +21,9 @@ from pipeline.console import say
 
 Figures = Mapping[str, float]
 """What one turn gives, by name of the figure. Empty when the subject has failed."""
+Measure = Callable[[], Figures]
+"""Takes one turn of a subject."""
+Call = Callable[[], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,8 @@ class Turns:
     @property
     def subjects(self) -> list[str]:
         """Subjects that have figures, in the order in which they were given."""
-        return [name for name, figures in self._figures.items() if figures]
+        named = self._figures.items()
+        return [name for name, figures in named if figures]
 
     def rounds(self) -> Iterator[int]:
         """Count the rounds, those of the warm-up too, and say how long the others will take."""
@@ -102,9 +106,10 @@ class Turns:
             note = ""
             if self._round < self._num_warm_up:
                 note = " (to warm up, not counted)"
-            say(f"{self._label}: round {done} of {total}{note}, about {left_s:,.0f} s left")
+            progress = f"round {done} of {total}{note}"
+            say(f"{self._label}: {progress}, about {left_s:,.0f} s left")
 
-    def take(self, subjects: Mapping[str, Callable[[], Figures]]) -> None:
+    def take(self, subjects: Mapping[str, Measure]) -> None:
         """Measure subjects one after the other. Who goes first changes from round to round.
 
         Args:
@@ -122,10 +127,10 @@ class Turns:
             figures = subjects[name]()
             self.record(name, figures)
 
-    def take_timed(self, calls: Mapping[str, Callable[[], Any]]) -> None:
+    def take_timed(self, calls: Mapping[str, Call]) -> None:
         """Measure calls as `take` does; their figures are `wall_s` and `cpu_s`."""
 
-        def timed(call: Callable[[], Any]) -> Callable[[], Figures]:
+        def timed(call: Call) -> Measure:
             return lambda: time_call(call)
 
         subjects = {name: timed(call) for name, call in calls.items()}
@@ -159,7 +164,7 @@ class Turns:
         return divide_pairs(values, others)
 
 
-def time_call(call: Callable[[], Any]) -> Figures:
+def time_call(call: Call) -> Figures:
     """Call once; return `wall_s`, and `cpu_s` of this process and its children."""
     # The probe walks the process table: outside of the wall time.
     before_s = cpu_s()

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -23,7 +24,7 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.dataset.info import DatasetInfo, ManifestFile
 from pipeline.errors import DataError
-from pipeline.formats.table import SCHEMA, ShardTable, key_list
+from pipeline.formats.table import SCHEMA, Int32, Int64, ShardTable, key_list
 
 _NAMED = 10
 """Changed shards that an error names at most."""
@@ -52,13 +53,13 @@ class Rows:
         modes_B: Indices into `MODES`.
     """
 
-    shards_B: npt.NDArray[np.int64]
-    indices_B: npt.NDArray[np.int64]
-    offsets_B: npt.NDArray[np.int64]
-    sizes_B: npt.NDArray[np.int64]
-    labels_B: npt.NDArray[np.int32]
-    widths_B: npt.NDArray[np.int32]
-    heights_B: npt.NDArray[np.int32]
+    shards_B: Int64
+    indices_B: Int64
+    offsets_B: Int64
+    sizes_B: Int64
+    labels_B: Int32
+    widths_B: Int32
+    heights_B: Int32
     hashes_B: npt.NDArray[np.uint64]
     formats_B: npt.NDArray[np.uint8]
     modes_B: npt.NDArray[np.uint8]
@@ -139,10 +140,12 @@ class Manifest:
         # Shards that cannot be written to have their manifest in another folder.
         if index_uri is not None:
             self.index_uri = index_uri
-        self.shard_sizes = np.array(info.shards.columns["num_samples"], dtype=np.int64)
+        counts = info.shards.columns["num_samples"]
+        self.shard_sizes = np.array(counts, dtype=np.int64)
         # One more than there are shards: the last is the number of samples.
         ends = np.cumsum(self.shard_sizes)
-        self.shard_starts = np.concatenate([np.zeros(1, np.int64), ends])
+        zero = np.zeros(1, np.int64)
+        self.shard_starts = np.concatenate([zero, ends])
         first_shards = [file.first_shard for file in info.manifest]
         self._first_shards = np.array(first_shards, dtype=np.int64)
 
@@ -235,7 +238,8 @@ class Manifest:
                 self._tables.move_to_end(s)
                 return known
         columns = self._read(s, _COLUMNS)
-        table = ShardTable.from_arrow(columns, keys=lambda: self._read_keys(s))
+        read_keys = partial(self._read_keys, s)
+        table = ShardTable.from_arrow(columns, keys=read_keys)
         with self._lock:
             # Another thread may have read the same rows meanwhile; they count once.
             if s not in self._tables:
@@ -251,9 +255,7 @@ class Manifest:
         table = self._read(s, ["key"])
         return key_list(table)
 
-    def locate(
-        self, sample_ids_B: npt.NDArray[np.int64]
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def locate(self, sample_ids_B: Int64) -> tuple[Int64, Int64]:
         """Return (shards_B, indices_B) of samples without reading the manifest.
 
         Raises:
@@ -271,7 +273,7 @@ class Manifest:
         indices_B = ids_B - self.shard_starts[shards_B]
         return shards_B.astype(np.int64), indices_B
 
-    def lookup(self, sample_ids_B: npt.NDArray[np.int64]) -> Rows:
+    def lookup(self, sample_ids_B: Int64) -> Rows:
         """Return what the manifest says of some samples, in the order given.
 
         Raises:
@@ -296,15 +298,18 @@ class Manifest:
             rows = indices_B[places]
             for name, column in columns.items():
                 column[places] = getattr(table, name)[rows]
-        by_field = {f"{name}_B": column for name, column in columns.items()}
+        by_field = {}
+        for name, column in columns.items():
+            by_field[f"{name}_B"] = column
         return Rows(shards_B, indices_B, **by_field)
 
-    def keys(self, sample_ids_B: npt.NDArray[np.int64]) -> list[str]:
+    def keys(self, sample_ids_B: Int64) -> list[str]:
         """Return the keys of some samples, in the order given; for reports, not for the hot
         path."""
         shards_B, indices_B = self.locate(sample_ids_B)
         keys = []
-        for s, i in zip(shards_B.tolist(), indices_B.tolist(), strict=True):
+        pairs = zip(shards_B.tolist(), indices_B.tolist(), strict=True)
+        for s, i in pairs:
             table = self.shard_table(s)
             keys.append(table.keys[i])
         return keys
@@ -321,7 +326,11 @@ def diff(a: DatasetInfo, b: DatasetInfo) -> list[str]:
     second = {shard.name: shard.content_hash for shard in b.shards}
     # The first one's order, then what only the second has; a dict's keys keep both.
     names = dict.fromkeys([*first, *second])
-    return [name for name in names if first.get(name) != second.get(name)]
+    changed = []
+    for name in names:
+        if first.get(name) != second.get(name):
+            changed.append(name)
+    return changed
 
 
 def describe_change(dataset: Manifest, fingerprint: str, trained_on: DatasetInfo | None) -> str:

@@ -140,4 +140,5 @@ def resize_with_pillow(cut_HW3: U8, view: ViewConfig) -> U8:
     """Resize RGB pixels to the view's size with the view's filter."""
     cut = Image.fromarray(cut_HW3)
     size = (view.width, view.height)
-    return np.asarray(cut.resize(size, _FILTERS[view.interpolation]))
+    resize_filter = _FILTERS[view.interpolation]
+    return np.asarray(cut.resize(size, resize_filter))

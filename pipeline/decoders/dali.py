@@ -131,7 +131,8 @@ class DaliDecoder:
             decoded = self.decode(images_B, boxes)
             return lambda: decoded
         if stored not in self._ahead:
-            self._ahead[stored] = _Ahead(self._build(stored, self.depth))
+            pipeline = self._build(stored, self.depth)
+            self._ahead[stored] = _Ahead(pipeline)
         ahead = self._ahead[stored]
         _feed(ahead.pipeline, images_B, boxes)
 
@@ -184,7 +185,8 @@ class DaliDecoder:
 
     def _zeros(self, count: int) -> Decoded:
         shape = (count, self._view.height, self._view.width, 3)
-        return Decoded(torch.zeros(shape, dtype=torch.uint8, device=self.device))
+        zeros_BHW3 = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+        return Decoded(zeros_BHW3)
 
     def _decode_alike(self, images_B: Sequence[U8], boxes: Boxes, stored: Stored) -> Decoded:
         # DALI's error says that some image is bad, not which: then every image runs alone.
@@ -194,7 +196,8 @@ class DaliDecoder:
         for i, image in enumerate(images_B):
             box = boxes.take(slice(i, i + 1))
             try:
-                decoded.pixels_BHW3[i] = self._run_alone([image], box, stored)[0]
+                alone_1HW3 = self._run_alone([image], box, stored)
+                decoded.pixels_BHW3[i] = alone_1HW3[0]
             except RuntimeError:
                 self._with_pillow(image, box, decoded, i)
         return decoded
@@ -321,7 +324,8 @@ def _start(pipeline: Any, stored: Stored, depth: int) -> None:
         image = np.frombuffer(jpeg, dtype=np.uint8)
     zero = np.zeros(1, dtype=np.int32)
     side = np.full(1, 16, dtype=np.int32)
-    whole = Boxes(zero, zero, side, side, zero.astype(np.bool_))
+    no_flip = zero.astype(np.bool_)
+    whole = Boxes(zero, zero, side, side, no_flip)
     for _ in range(depth):
         _feed_inputs(pipeline, [image], whole)
     pipeline.schedule_run()

@@ -72,7 +72,10 @@ def candidates(*, device: torch.device, interpolation: str) -> list[Tuning]:
 def describe(tuning: Tuning) -> str:
     """Say what a tuning sets, in a line."""
     chosen = tuning.model_dump(exclude_defaults=True)
-    return ", ".join(f"{name} {value}" for name, value in chosen.items())
+    settings = []
+    for name, value in chosen.items():
+        settings.append(f"{name} {value}")
+    return ", ".join(settings)
 
 
 def describe_machine(device: torch.device) -> str:
@@ -94,7 +97,9 @@ def write_tuning(path: Path, tuning: Tuning, *, device: torch.device, comment: s
         comment: how it was measured, lines of text.
     """
     # By hand: the standard library reads TOML and does not write it.
-    lines = [f"# {line}".rstrip() for line in comment.splitlines()]
+    lines = []
+    for line in comment.splitlines():
+        lines.append(f"# {line}".rstrip())
     machine = describe_machine(device)
     lines += [f'machine = "{machine}"', "", "[loader]"]
     settings = tuning.model_dump(exclude_defaults=True)
@@ -114,7 +119,8 @@ def read_tuning(path: str, *, device: torch.device) -> Tuning:
         ConfigError: it cannot be read, or was written on another kind of machine.
     """
     try:
-        content = tomllib.loads(Path(storage.expand_home(path)).read_text())
+        text = Path(storage.expand_home(path)).read_text()
+        content = tomllib.loads(text)
         tuning = Tuning(**content.get("loader", {}))
     except (OSError, tomllib.TOMLDecodeError, ValidationError) as error:
         raise ConfigError(

@@ -74,7 +74,8 @@ class Field:
 
 def row_dtype(type_ids: list[int]) -> np.dtype:
     """Return the layout of one sample's row: the fields in order, aligned as a C compiler would."""
-    return np.dtype([("", FIELD_ROWS[type_id]) for type_id in type_ids], align=True)
+    columns = [("", FIELD_ROWS[type_id]) for type_id in type_ids]
+    return np.dtype(columns, align=True)
 
 
 def fields_of(descriptions: npt.NDArray) -> list[Field]:
@@ -82,7 +83,8 @@ def fields_of(descriptions: npt.NDArray) -> list[Field]:
     fields = []
     for entry in descriptions:
         # Names are padded with zero bytes. A name only chooses a field, so a damaged one may pass.
-        stored_name, *_ = bytes(entry["name"]).split(b"\0")
+        padded = bytes(entry["name"])
+        stored_name, *_ = padded.split(b"\0")
         name = stored_name.decode("ascii", "replace")
         type_id = int(entry["type_id"])
         fields.append(Field(name, type_id))

@@ -20,7 +20,7 @@ from pipeline import storage
 from pipeline.errors import DataError
 from pipeline.formats import beton
 from pipeline.formats.records import SUFFIXES, ShardFile, ShardIndex
-from pipeline.formats.table import NO_LABEL, ShardTable, TableBuilder
+from pipeline.formats.table import NO_LABEL, Int64, ShardTable, TableBuilder
 from pipeline.images.header import Probe, probe
 from pipeline.images.refused import Reason, Refused
 
@@ -46,8 +46,8 @@ class Layout:
     """
 
     image: npt.NDArray
-    sizes: npt.NDArray[np.int64]
-    labels: npt.NDArray[np.int64]
+    sizes: Int64
+    labels: Int64
     texts: npt.NDArray | None
     texts_are_json: bool
     ignored: dict[str, int] = field(default_factory=dict)
@@ -90,7 +90,7 @@ def read_layout(file: BinaryIO, *, name: str, size_bytes: int) -> Layout:
     count = len(tables.rows)
 
     # A beton may have several images per sample; the first one is the sample's, as in a tar.
-    image_numbers = [i for i, entry in enumerate(fields) if entry.type_id == beton.IMAGE]
+    image_numbers = _numbers_of(fields, (beton.IMAGE,))
     if not image_numbers:
         names = [entry.name for entry in fields]
         raise DataError(f"{name}: no image field among {names}.")
@@ -117,7 +117,10 @@ def read_layout(file: BinaryIO, *, name: str, size_bytes: int) -> Layout:
         _check_texts(texts, tables.allocations, name)
 
     # Reported by name, so that nobody takes a second image or a mask for read.
-    unused = [entry for i, entry in enumerate(fields) if i not in used]
+    unused = []
+    for i, entry in enumerate(fields):
+        if i not in used:
+            unused.append(entry)
     ignored = Counter(f"field {entry.name!r}" for entry in unused)
     return Layout(image, sizes, labels, texts, texts_are_json, dict(ignored))
 
@@ -151,7 +154,10 @@ def _read_tables(file: BinaryIO, *, name: str, size_bytes: int) -> _Tables:
     description_bytes = _read_exactly(file, fields_at, fields_bytes, name)
     descriptions = description_bytes.view(beton.FIELD)
     fields = beton.fields_of(descriptions)
-    unknown = [entry.name for entry in fields if entry.type_id not in beton.FIELD_ROWS]
+    unknown = []
+    for entry in fields:
+        if entry.type_id not in beton.FIELD_ROWS:
+            unknown.append(entry.name)
     if unknown:
         # The width of its column is unknown, and so is where every later column begins.
         raise DataError(
@@ -169,11 +175,23 @@ def _read_tables(file: BinaryIO, *, name: str, size_bytes: int) -> _Tables:
     return _Tables(fields, rows, allocations)
 
 
+def _numbers_of(fields: list[beton.Field], kinds: tuple[int, ...]) -> list[int]:
+    """Return the numbers of the fields of some kinds."""
+    numbers = []
+    for number, entry in enumerate(fields):
+        if entry.type_id in kinds:
+            numbers.append(number)
+    return numbers
+
+
 def _choose(fields: list[beton.Field], kinds: tuple[int, ...], *names: str) -> int | None:
     """Return the field of one of these kinds that has one of these names, or the only one of these
     kinds."""
-    of_kind = [i for i, entry in enumerate(fields) if entry.type_id in kinds]
-    named = [i for i in of_kind if fields[i].name in names]
+    of_kind = _numbers_of(fields, kinds)
+    named = []
+    for i in of_kind:
+        if fields[i].name in names:
+            named.append(i)
     if named:
         return named[0]
     # Among several of the kind without a known name a choice would be a guess.
@@ -193,9 +211,7 @@ def _read_exactly(file: BinaryIO, start: int, size: int, name: str) -> npt.NDArr
     return np.frombuffer(data, np.uint8)
 
 
-def _allocated_bytes(
-    starts: npt.NDArray, allocations: npt.NDArray, name: str
-) -> npt.NDArray[np.int64]:
+def _allocated_bytes(starts: npt.NDArray, allocations: npt.NDArray, name: str) -> Int64:
     """Return the size of the allocation that begins at each of these bytes."""
     # FFCV's workers write pages out of order: the table is not sorted by itself.
     order = np.argsort(allocations["ptr"], kind="stable")
@@ -337,7 +353,8 @@ class _Pass:
             return probed
         # Boxes are drawn from the table's size; cut from an image of another, they lie elsewhere.
         if (probed.width, probed.height) != (width, height):
-            detail = f"{probed.width} x {probed.height} pixels, the beton says {width} x {height}"
+            said = f"the beton says {width} x {height}"
+            detail = f"{probed.width} x {probed.height} pixels, {said}"
             return Refused(Reason.SIZE_DIFFERS, detail)
         return probed
 

@@ -223,7 +223,9 @@ class BetonWriter:
         # The last page is whole too, because FFCV's page cache reads whole pages only.
         end = at + left
         header = np.zeros(1, beton.HEADER)
-        header[0] = (beton.VERSION, len(fields), self._page_bytes, len(samples), end)
+        num_fields = len(fields)
+        num_samples = len(samples)
+        header[0] = (beton.VERSION, num_fields, self._page_bytes, num_samples, end)
         head = header.tobytes() + fields.tobytes() + samples.tobytes()
         return head, places, end
 

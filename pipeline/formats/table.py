@@ -73,7 +73,10 @@ def class_number(value: object) -> int | None:
         # Python refuses to read thousands of digits.
         if len(text) > _NUMBER_CHARACTERS or not _NUMBER.fullmatch(text):
             return None
-        value = int(text) if text.lstrip("+-").isdigit() else float(text)
+        if text.lstrip("+-").isdigit():
+            value = int(text)
+        else:
+            value = float(text)
     if isinstance(value, float):
         if math.isnan(value):
             return NO_LABEL
@@ -154,8 +157,12 @@ class ShardTable:
 
     def to_arrow(self) -> pa.Table:
         """Return the rows as an Arrow table with the columns of `SCHEMA`."""
-        formats = [FORMATS[code] for code in self.formats.tolist()]
-        modes = [MODES[code] for code in self.modes.tolist()]
+        formats = []
+        for code in self.formats.tolist():
+            formats.append(FORMATS[code])
+        modes = []
+        for code in self.modes.tolist():
+            modes.append(MODES[code])
         columns: list[pa.Array[Any]] = [
             pa.array(self.keys, pa.string()),
             pa.array(self.offsets),

@@ -140,7 +140,10 @@ class DataReport:
 
 
 def _most_common(counter: Counter[str]) -> str:
-    return ", ".join(f"{name} ({count})" for name, count in counter.most_common(3))
+    counts = []
+    for name, count in counter.most_common(3):
+        counts.append(f"{name} ({count})")
+    return ", ".join(counts)
 
 
 def merge_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -166,7 +169,8 @@ def merge_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
             if entry is None:
                 continue
             # A bad sample comes again in each epoch; naming it once leaves room for others.
-            unique[(entry["shard"], entry["key"], entry["reason"])] = entry
+            identity = (entry["shard"], entry["key"], entry["reason"])
+            unique[identity] = entry
     num_seen = sum(report["num_seen"] for report in reports)
     num_bad = sum(report["num_bad"] for report in reports)
     return {

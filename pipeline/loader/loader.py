@@ -146,7 +146,8 @@ class Loader:
         self._buffers: list[PixelBuffers] = []
         for view in sampling.views:
             shape_BHW3 = (micro_batch_size, view.settings.height, view.settings.width, 3)
-            self._buffers.append(PixelBuffers(shape_BHW3, pinned=device.type == "cuda"))
+            buffers = PixelBuffers(shape_BHW3, pinned=device.type == "cuda")
+            self._buffers.append(buffers)
         # Buffers of batches that the caller may still look at, oldest first.
         self._lent: deque[list[torch.Tensor | None]] = deque()
         self._prefetch = settings.prefetch_batches
@@ -318,7 +319,8 @@ class Loader:
         if self._copier.keeps_pixels:
             num_kept = 2
         while len(self._lent) > num_kept:
-            for pool, buffer_BHW3 in zip(self._buffers, self._lent.popleft(), strict=True):
+            buffers = self._lent.popleft()
+            for pool, buffer_BHW3 in zip(self._buffers, buffers, strict=True):
                 if buffer_BHW3 is not None:
                     pool.give_back(buffer_BHW3)
 

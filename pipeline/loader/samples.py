@@ -43,7 +43,9 @@ def shape_raw(images: list[npt.NDArray[np.uint8]], rows: Rows) -> None:
     for i in np.flatnonzero(rows.formats_B == _RAW).tolist():
         # What could not be read is empty, and is refused already.
         if images[i].size:
-            images[i] = images[i].reshape(rows.heights_B[i], rows.widths_B[i], 3)
+            height = rows.heights_B[i]
+            width = rows.widths_B[i]
+            images[i] = images[i].reshape(height, width, 3)
 
 
 _SUBSTITUTES = 64

@@ -70,8 +70,10 @@ class DeviceCopier:
         mean_3 = torch.tensor(IMAGENET_MEAN, dtype=torch.float64)
         scale_3 = 1 / (255 * std_3)
         shift_3 = -mean_3 / std_3
-        self._scale_C11 = scale_3.to(device, torch.float32)[:, None, None]
-        self._shift_C11 = shift_3.to(device, torch.float32)[:, None, None]
+        scale_C = scale_3.to(device, torch.float32)
+        shift_C = shift_3.to(device, torch.float32)
+        self._scale_C11 = scale_C[:, None, None]
+        self._shift_C11 = shift_C[:, None, None]
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)

@@ -214,7 +214,8 @@ class ShardCache:
         measurements."""
 
         def is_quiet() -> bool:
-            paused = all(turn.state is _State.PAUSED for turn in self._turns.values())
+            turns = self._turns.values()
+            paused = all(turn.state is _State.PAUSED for turn in turns)
             return paused or self._full_until_s is not None
 
         with self._changed:
@@ -271,9 +272,11 @@ class ShardCache:
         self.counters.add(failed_shards=1)
         failures = self._failures.get(shard, 0) + 1
         self._failures[shard] = failures
-        pause_s = _FAILED_RETRY_S[min(failures, len(_FAILED_RETRY_S)) - 1]
+        number = min(failures, len(_FAILED_RETRY_S))
+        pause_s = _FAILED_RETRY_S[number - 1]
         name = self._manifest.shard_name(shard)
-        self._warn(f"{name} could not be staged: {storage.redact(str(error))}")
+        problem = storage.redact(str(error))
+        self._warn(f"{name} could not be staged: {problem}")
         return _Turn(_State.PAUSED, time.monotonic() + pause_s)
 
     def _next(self) -> int | None:

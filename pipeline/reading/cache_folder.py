@@ -79,7 +79,8 @@ class CacheFolder:
         (root / _LEASES).mkdir(parents=True, exist_ok=True)
         # A number of its own too: containers that share the folder may share process ids.
         number = uuid.uuid4().hex[:12]
-        self._lease_path = root / _LEASES / f"{os.getpid()}-{number}"
+        name = f"{os.getpid()}-{number}"
+        self._lease_path = root / _LEASES / name
         # Made and locked in one: between the two a lease looks like a dead process's.
         with self._exclusive():
             self._lease: BinaryIO | None = self._lease_path.open("xb", buffering=0)

@@ -112,7 +112,8 @@ class ShardReader:
         shards = rows.shards_B.tolist()
         offsets = rows.offsets_B.tolist()
         sizes = rows.sizes_B.tolist()
-        for i, (shard, offset, size) in enumerate(zip(shards, offsets, sizes, strict=True)):
+        places = zip(shards, offsets, sizes, strict=True)
+        for i, (shard, offset, size) in enumerate(places):
             if i in skip:
                 images.append(np.empty(0, dtype=np.uint8))
                 continue
@@ -120,7 +121,8 @@ class ShardReader:
             if mapped is not None:
                 images.append(mapped[offset : offset + size])
             else:
-                images.append(self._ranges.submit(self._read_range, rows, i))
+                future = self._ranges.submit(self._read_range, rows, i)
+                images.append(future)
         by_range = {i for i, image in enumerate(images) if isinstance(image, Future)}
         self.counters.add(read_through=len(by_range))
         done = [image.result() if isinstance(image, Future) else image for image in images]
@@ -214,7 +216,8 @@ class ShardReader:
 
 
 def _matches(image: U8, rows: Rows, i: int) -> bool:
-    return xxhash.xxh3_64_intdigest(image.data) == int(rows.hashes_B[i])
+    expected = int(rows.hashes_B[i])
+    return xxhash.xxh3_64_intdigest(image.data) == expected
 
 
 def _map_file(path: Path) -> U8:

@@ -61,7 +61,8 @@ def compare(
     ours = MaskedAutoencoder(config)
     theirs = _build_theirs(ours).to(device).train()
     ours.to(device).train()
-    images_BCHW = torch.randn(images, 3, config.image_height, config.image_width, device=device)
+    sides = (config.image_height, config.image_width)
+    images_BCHW = torch.randn(images, 3, *sides, device=device)
     noise_BN = torch.rand(images, config.num_patches, device=device)
     # After the weights are shared: a compiled module's names have a prefix.
     if compiled:
@@ -107,7 +108,8 @@ def _build_theirs(ours: MaskedAutoencoder) -> nn.Module:
         raise ConfigError(
             "--peer transformers needs it installed: pip install -c constraints.txt transformers"
         ) from error
-    state, settings = to_hf(ours.state_dict(), ours.config, names="v5")
+    our_state = ours.state_dict()
+    state, settings = to_hf(our_state, ours.config, names="v5")
     # The same fused attention as ours; its eager one would lose by that alone.
     chosen = {**settings, "attn_implementation": "sdpa"}
     config = ViTMAEConfig(**chosen)

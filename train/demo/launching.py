@@ -225,7 +225,8 @@ def _running_status(run_dir: Path, *, earlier: str | None) -> dict[str, Any]:
     A launch says that it is running when all its ranks answer SIGTERM by saving, and not before.
     """
     status = read_status(run_dir)
-    if status.get("state") == "running" and status.get("launch") != earlier:
+    is_running = status.get("state") == "running"
+    if is_running and status.get("launch") != earlier:
         return status
     return {}
 
@@ -245,7 +246,8 @@ def _stop_training(
     deadline_s = time.monotonic() + STOP_LIMIT_S
     stop_ranks(process)
     while not _has_ended(process):
-        if interrupts.count > asked or time.monotonic() > deadline_s:
+        is_late = time.monotonic() > deadline_s
+        if interrupts.count > asked or is_late:
             kill_session(process)
 
 

@@ -136,9 +136,14 @@ def boxes(
         top = height // 2
 
     # Training crops overlap; held-out ones do not, for each counts as one image in a figure.
-    stride = plan.train_stride if trains else plan.size
-    for y in range(top, bottom - plan.size + 1, stride):
-        for x in range(left, right - plan.size + 1, stride):
+    if trains:
+        stride = plan.train_stride
+    else:
+        stride = plan.size
+    last_top = bottom - plan.size
+    last_left = right - plan.size
+    for y in range(top, last_top + 1, stride):
+        for x in range(left, last_left + 1, stride):
             yield x, y, x + plan.size, y + plan.size
 
 
@@ -157,7 +162,8 @@ def cut_photos(folder: Path, plan: CropPlan = CropPlan()) -> Pictures:
     Raises:
         ConfigError: a photograph is not installed.
     """
-    settings: dict[str, object] = {"plan": dataclasses.asdict(plan), "photos": list(PHOTOS)}
+    cutting = dataclasses.asdict(plan)
+    settings: dict[str, object] = {"plan": cutting, "photos": list(PHOTOS)}
     ready = _finished(folder, settings)
     if ready is not None:
         return ready
@@ -172,9 +178,11 @@ def cut_photos(folder: Path, plan: CropPlan = CropPlan()) -> Pictures:
             for box in boxes(photo.width, photo.height, plan=plan, half=half):
                 # By place, not by number: another stride does not give old names new crops.
                 left, top, _, _ = box
-                path = class_folder / f"{label}-{top:04d}-{left:04d}.jpg"
+                name_of_crop = f"{label}-{top:04d}-{left:04d}.jpg"
+                path = class_folder / name_of_crop
                 # Full colour resolution: the crops are small, and are shrunk once more.
-                photo.crop(box).save(path, quality=plan.quality, subsampling=0)
+                crop = photo.crop(box)
+                crop.save(path, quality=plan.quality, subsampling=0)
                 counts[half] += 1
     return _finish(folder, settings, num_classes=len(PHOTOS), **counts)
 
@@ -294,9 +302,11 @@ def _finish(
     folder: Path, settings: dict[str, object], *, train: int, val: int, num_classes: int
 ) -> Pictures:
     counts = {"num_train": train, "num_val": val, "num_classes": num_classes}
-    text = json.dumps({"settings": settings, "counts": counts}, indent=1) + "\n"
+    content = {"settings": settings, "counts": counts}
+    text = json.dumps(content, indent=1) + "\n"
     # Half a marker would be taken for a finished folder of other settings, and cut again.
-    storage.write_atomic(str(folder / MARKER), text.encode())
+    marker = folder / MARKER
+    storage.write_atomic(str(marker), text.encode())
     return _pictures(folder, counts)
 
 

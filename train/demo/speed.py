@@ -69,7 +69,9 @@ def speed_config(precision: str, *, images: int) -> RunConfig:
         images: this process's images of a step.
     """
     # Copies: recipes are shared, and changed below.
-    recipe = {name: dict(section) for name, section in RECIPES["demo"].items()}
+    recipe = {}
+    for name, section in RECIPES["demo"].items():
+        recipe[name] = dict(section)
     micro_batch_size = min(images, recipe["train"]["micro_batch_size"])
     recipe["train"] |= {"global_batch_size": images, "micro_batch_size": micro_batch_size}
     # Several processes are timed side by side without talking to each other.
@@ -100,7 +102,8 @@ def time_steps(config: RunConfig, *, device: torch.device) -> dict[str, float]:
     sides = (config.model.image_height, config.model.image_width)
     images_BCHW = torch.randn(BATCH_SIZE, 3, *sides, device=device)
     micro_BCHW = images_BCHW[: config.train.micro_batch_size]
-    noise_BN = torch.rand(len(micro_BCHW), config.model.num_patches, device=device)
+    num_patches = config.model.num_patches
+    noise_BN = torch.rand(len(micro_BCHW), num_patches, device=device)
 
     def step() -> None:
         for _ in range(engine.grad_accum_steps):
