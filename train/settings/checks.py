@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from model.config import ModelConfig
 from train.config import RunConfig
 from train.settings.devices import Device
-from train.settings.engine_rules import batch_problems, engine_problems
+from train.settings.engine_rules import batch_problems, decoder_problems, engine_problems
 
 IMAGES_OF_BASE_LR = 256
 """Images that `optim.base_lr` is given for. Source: Goyal et al. 2017."""
@@ -62,6 +62,7 @@ def build_config(
         ({"model", "view"}, _size_problems(config)),
         ({"train"}, batch_problems(config, world_size=world_size, source=world_source)),
         ({"engine"}, engine_problems(config.engine, world_size=world_size, device=device)),
+        ({"loader", "view"}, decoder_problems(config)),
         ({"train", "optim"}, _warmup_problems(config)),
         ({"train", "optim"}, _rate_problems(config)),
     )

@@ -20,6 +20,7 @@ from train.process.place import name_world_source, world_size_of
 from train.recipes import RECIPES
 from train.settings.checks import Settings, build_config
 from train.settings.devices import find_device
+from train.settings.engine_rules import machine_problems
 from train.settings.layers import (
     dashed,
     default_values,
@@ -85,6 +86,8 @@ def parse_command(argv: Sequence[str], *, env: Mapping[str, str] | None = None) 
         world_source=name_world_source(env),
         device=device,
     )
+    if words.action == "run":
+        problems += machine_problems(config)
     # As given, not as checked: a section with a mistake holds its defaults.
     if not merged.get("data.train") and words.action == "run":
         problems.append(

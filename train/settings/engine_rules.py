@@ -1,7 +1,11 @@
-"""What engines cannot do: the one list of rules, read before the start, by `--dry-run` and by the
-engine itself."""
+"""What engines, decoders and this machine cannot do: the one list of rules, read before the start,
+by `--dry-run` and by the engine itself."""
 
 from __future__ import annotations
+
+import tomllib
+from importlib.util import find_spec
+from pathlib import Path
 
 from pipeline.errors import ConfigError
 from train.config import EngineSection, RunConfig
@@ -70,6 +74,72 @@ def device_problems(engine: EngineSection, device: Device) -> list[str]:
         return [
             f"engine.precision {engine.precision} computes in bf16, which this GPU cannot (compute "
             "capability 8.0 can, e.g. A100): use fp16 or fp32"
+        ]
+    return []
+
+
+def decoder_problems(config: RunConfig) -> list[str]:
+    """List the filters that the decoder which was asked for does not have.
+
+    Args:
+        config: settings of the run. `auto` always finds a decoder.
+    """
+    decoder = config.loader.decoder
+    interpolation = config.view.interpolation
+    # The same words as the decoders', which say it only when ranks and GPUs are up.
+    if decoder == "dali" and interpolation == "area":
+        return [
+            "view.interpolation area: DALI has bicubic and bilinear; choose one of them, or "
+            "loader.decoder turbo"
+        ]
+    if decoder == "ffcv" and interpolation != "area":
+        return [
+            f"view.interpolation {interpolation}: FFCV has only area; choose it, or loader.decoder "
+            "turbo or dali"
+        ]
+    return []
+
+
+def machine_problems(config: RunConfig) -> list[str]:
+    """List what a run needs and this machine does not have: mistakes of a run, notes of a dry run.
+
+    Args:
+        config: settings of the run.
+    """
+    decoder = config.loader.decoder
+    packages = (
+        ("loader.decoder", "dali", decoder == "dali", "nvidia.dali", "dali"),
+        ("loader.decoder", "ffcv", decoder == "ffcv", "ffcv", "ffcv"),
+        ("log.wandb", "on", config.log.wandb == "on", "wandb", "tracking"),
+        ("log.mlflow", "on", config.log.mlflow == "on", "mlflow", "tracking"),
+    )
+    problems = [
+        f"{name} {value} needs the package {package}, which is not installed: run make setup with "
+        f"{extra} among its EXTRAS, or choose another value"
+        for name, value, is_asked, package, extra in packages
+        if is_asked and not _is_installed(package)
+    ]
+    return problems + _tuning_problems(config.loader.tuning_file)
+
+
+def _is_installed(package: str) -> bool:
+    # `find_spec` imports the parents of a dotted name, which may be missing too.
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _tuning_problems(path: str) -> list[str]:
+    """Say so if a tuning file cannot be read; whether it is this machine's only torch can tell."""
+    if not path:
+        return []
+    try:
+        tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return [
+            f"loader.tuning_file {path}: cannot be used ({error}). Write it with python -m "
+            "pipeline.bench URI --tune"
         ]
     return []
 

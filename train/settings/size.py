@@ -10,7 +10,7 @@ from pipeline.errors import MaelstromError
 from train.config import RunConfig
 from train.process.place import world_size_of
 from train.settings.devices import find_device
-from train.settings.engine_rules import device_problems
+from train.settings.engine_rules import device_problems, machine_problems
 from train.settings.fit import describe_fit, device_bytes_of
 from train.settings.lengths import refuse_lengths, steps_per_epoch_of, total_steps_of
 
@@ -52,7 +52,9 @@ def describe_size(config: RunConfig) -> list[str]:
     fit = describe_fit(config, world_size=world_size, device_bytes=device_bytes_of(config))
     device = find_device(os.environ)
     # Notes, not mistakes: a dry run may be of a run for another machine.
-    notes = [] if device is None else device_problems(config.engine, device)
+    notes = machine_problems(config)
+    if device is not None:
+        notes += device_problems(config.engine, device)
     return [
         *lines,
         *fit,
