@@ -14,6 +14,7 @@ if __name__ == "__main__":
     start_command("pipeline.convert.__main__")
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, make_dataclass
 from typing import Annotated, Any, get_type_hints
@@ -24,7 +25,13 @@ from pydantic_core import ErrorDetails
 
 from pipeline import storage
 from pipeline.console import run_command, say, say_json
-from pipeline.convert.commit import REJECTED_FILE, STATS_FILE
+from pipeline.convert.commit import (
+    REJECTED_FILE,
+    STATS_FILE,
+    all_left_out,
+    rejected_reasons,
+    report_of,
+)
 from pipeline.convert.conversion import convert_job
 from pipeline.convert.plan import make_plan
 from pipeline.convert.settings import OPTION_NAMES, ConvertSettings
@@ -32,11 +39,14 @@ from pipeline.convert.shard import prepare
 from pipeline.convert.target import Job, check_target, find_finished, parse_job
 from pipeline.convert.workers import Engine, Workers, cores
 from pipeline.dataset import DatasetInfo
+from pipeline.dataset.left_out import LEFT_OUT_FILE
 from pipeline.errors import ConfigError
 from pipeline.images.refused import Refused
 from pipeline.options import Location, Parallel
 from pipeline.sources.choose import open_source
 
+_MOST_NAMED = 20
+"""Files left out that `--json` names per reason; left_out.json names more."""
 _TRIED_IMAGES = 48
 """Images that a dry run prepares to estimate the time and size of all of them."""
 _OVERHEAD_BYTES = 2_600
@@ -145,6 +155,7 @@ def _dry_run(arguments: Arguments, settings: ConvertSettings) -> dict[str, Any]:
         stored_bytes += num_bytes + _OVERHEAD_BYTES
     elapsed_s = time.perf_counter() - start_s
 
+    left_out = all_left_out(listing, plan)
     num_images = len(plan.order)
     num_workers = arguments.workers or cores()
     estimated_s = elapsed_s / max(1, tried) * num_images / num_workers
@@ -157,14 +168,16 @@ def _dry_run(arguments: Arguments, settings: ConvertSettings) -> dict[str, Any]:
         "estimated_s": round(estimated_s, 1),
         "tried": tried,
         "refused": refused,
-        "passed_over": listing.passed_over,
+        "passed_over": dict(left_out.counts),
+        "notes": left_out.notes,
         "finished": finished is not None,
     }
 
 
 def _say_planned(planned: dict[str, Any]) -> None:
     """Write the answer of a dry run for a person."""
-    skipped = ", ".join(f"{count:,} {suffix}" for suffix, count in planned["passed_over"].items())
+    _say_notes(planned["notes"])
+    skipped = ", ".join(f"{count:,} {reason}" for reason, count in planned["passed_over"].items())
     size_mb = planned["source_bytes"] / 1e6
     estimated_mb = planned["estimated_bytes"] / 1e6
     say(
@@ -176,10 +189,20 @@ def _say_planned(planned: dict[str, Any]) -> None:
     )
 
 
+def _say_notes(notes: list[str]) -> None:
+    for note in notes:
+        say(f"convert: note: {note}")
+
+
 def _say_made(arguments: Arguments, settings: ConvertSettings, info: DatasetInfo) -> None:
-    """Write what a finished conversion holds, for a program or for a person."""
+    """Write what a finished conversion holds, for a program or for a person; from it every file
+    that was seen can be accounted for."""
     num_rejected = info.made_by["plan"]["num_images"] - info.num_samples
+    rejected = rejected_reasons(arguments.dst) if num_rejected else Counter()
+    left_out = report_of(arguments.dst)
+    num_seen = info.num_samples + num_rejected + len(left_out)
     if arguments.json:
+        first = {reason: names[:_MOST_NAMED] for reason, names in left_out.names.items()}
         say_json(
             {
                 "dataset": storage.redact(arguments.dst),
@@ -187,15 +210,27 @@ def _say_made(arguments: Arguments, settings: ConvertSettings, info: DatasetInfo
                 "num_samples": info.num_samples,
                 "num_shards": info.num_shards,
                 "num_rejected": num_rejected,
+                "rejected": dict(rejected.most_common()),
+                "num_left_out": len(left_out),
+                "left_out": dict(left_out.counts.most_common()),
+                "left_out_names": first,
+                "notes": left_out.notes,
+                "num_seen": num_seen,
                 "fingerprint": info.fingerprint,
             }
         )
         return
-    left_out = f"; {num_rejected:,} images left out, see {REJECTED_FILE}" if num_rejected else ""
+    _say_notes(left_out.notes)
+    counted = [f"{info.num_samples:,} stored"]
+    if num_rejected:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in rejected.most_common())
+        counted.append(f"{num_rejected:,} rejected ({reasons}; see {REJECTED_FILE})")
+    if left_out.counts:
+        counted.append(f"{len(left_out):,} left out ({left_out.say()}; see {LEFT_OUT_FILE})")
     stats = f"; see {STATS_FILE}" if settings.stats else ""
     say(
         f"convert: {info.num_samples:,} images in {info.num_shards:,} shards at "
-        f"{arguments.dst}{left_out}{stats}"
+        f"{arguments.dst}{stats}. Seen {num_seen:,} = {' + '.join(counted)}"
     )
 
 

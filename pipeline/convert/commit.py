@@ -19,6 +19,7 @@ from pipeline.convert.plan import Plan, tool_version
 from pipeline.convert.shard import Part, finished_shard
 from pipeline.convert.statistics import DatasetStatistics
 from pipeline.dataset import DatasetInfo
+from pipeline.dataset.left_out import LEFT_OUT_FILE, LeftOut, parse_left_out
 from pipeline.dataset.writer import write_dataset
 from pipeline.errors import DataError
 from pipeline.formats.records import ShardIndex
@@ -51,7 +52,7 @@ def commit(listing: Listing, dst: str, plan: Plan, parts: list[Part]) -> Dataset
             f"be used: {counts}. Check the source; {storage.redact(dst)} holds no dataset."
         )
 
-    # Everything that lies beside the manifest comes before it: `dataset.json` is the commit.
+    # All that lies beside the manifest comes before it: `dataset.json` is the commit.
     if reasons:
         rejected = [(name, str(reason)) for part in parts for name, reason in part.rejected]
         _write_names(storage.join(dst, REJECTED_FILE), rejected)
@@ -62,6 +63,7 @@ def commit(listing: Listing, dst: str, plan: Plan, parts: list[Part]) -> Dataset
             f"convert: note: {len(unturned):,} images keep their EXIF orientation, as they cannot "
             f"be turned without loss; see {UNTURNED_FILE}"
         )
+    _write_report(listing, dst, plan, stored=_num_stored(kept))
     if plan.settings.format == "webdataset":
         for name, content in _neighbour_files(plan, kept).items():
             _write_json(storage.join(dst, name), content)
@@ -91,6 +93,50 @@ def commit(listing: Listing, dst: str, plan: Plan, parts: list[Part]) -> Dataset
         made_by={"tool": "pipeline.convert", "version": tool_version(), "plan": plan.describe()},
         versions={"pyarrow": pa.__version__, **plan.describe()["versions"]},
     )
+
+
+def _write_report(listing: Listing, dst: str, plan: Plan, *, stored: int) -> None:
+    """Write what was left out, so that every file of the source can be accounted for."""
+    left_out = all_left_out(listing, plan)
+    if not left_out:
+        return
+    rejected = len(plan.order) - stored
+    report = {
+        "seen": stored + rejected + len(left_out),
+        "stored": stored,
+        "rejected": rejected,
+        **left_out.to_json(),
+    }
+    _write_json(storage.join(dst, LEFT_OUT_FILE), report)
+
+
+def _num_stored(kept: Sequence[Part]) -> int:
+    return sum(part.file.num_samples for part in kept if part.file is not None)
+
+
+def all_left_out(listing: Listing, plan: Plan) -> LeftOut:
+    """Return what the listing left out, and what the plan did."""
+    left_out = LeftOut()
+    left_out.update(listing.left_out)
+    beyond = len(listing) - len(plan.order)
+    if beyond:
+        left_out.count({"beyond --limit": beyond})
+    return left_out
+
+
+def rejected_reasons(dst: str) -> Counter[str]:
+    """Return how many images of a finished conversion were rejected, by reason."""
+    uri = storage.join(dst, REJECTED_FILE)
+    if not storage.exists(uri):
+        return Counter()
+    table = pq.read_table(pa.BufferReader(storage.read_bytes(uri)), columns=["reason"])
+    return Counter(str(reason) for reason in table["reason"].to_pylist())
+
+
+def report_of(dst: str) -> LeftOut:
+    """Return what a finished conversion left out."""
+    uri = storage.join(dst, LEFT_OUT_FILE)
+    return parse_left_out(storage.read_bytes(uri)) if storage.exists(uri) else LeftOut()
 
 
 def _write_names(uri: str, rows: Sequence[tuple[str, str]]) -> None:

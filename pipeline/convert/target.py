@@ -201,7 +201,8 @@ def list_target(dst: str) -> Iterator[storage.FileInfo]:
 
 def _is_own(name: str) -> bool:
     is_lock = name == _LOCK_FILE or _JOB_LOCK.fullmatch(name) is not None
-    return is_lock or name == PLAN_FILE or TMP_MARK in name
+    # A file manager that looks into an empty folder leaves .DS_Store there: it is nobody's data.
+    return is_lock or name == PLAN_FILE or TMP_MARK in name or storage.is_hidden(name)
 
 
 def _remove_unfinished(dst: str, job: Job) -> None:

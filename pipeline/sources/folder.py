@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline import storage
+from pipeline.dataset.left_out import printable
 from pipeline.errors import ConfigError, DataError
 from pipeline.images.refused import Refused
 from pipeline.sources.listing import (
@@ -16,8 +17,11 @@ from pipeline.sources.listing import (
     name_and_class,
     read_each,
 )
-from pipeline.sources.names import IMAGE_SUFFIXES
+from pipeline.sources.names import IMAGE_SUFFIXES, why_skipped
 from pipeline.sources.tables.metadata_file import say_metadata
+
+_MOST_NAMED = 20
+"""Folders that a note names."""
 
 
 class FolderSource:
@@ -59,11 +63,70 @@ class FolderSource:
                 "images, or a .tar, .parquet, .csv, .tsv or .jsonl file."
             )
         builder = ListingBuilder(self.uri)
-        for file in storage.list_files(self.uri, recursive=True):
-            builder.add(file.name, file.size_bytes)
+        classes = _ClassFolders(self.uri, builder)
+        for file in storage.list_files(self.uri, recursive=True, on_other=classes.on_other):
+            if builder.add(file.name, file.size_bytes):
+                classes.holding.add(file.name.partition("/")[0])
         if not len(builder):
             raise DataError(
                 f"convert: no image in {storage.redact(self.uri)}; seen: {builder.seen()}. "
                 f"Expected {', '.join(IMAGE_SUFFIXES)}, tars, betons or Parquet files."
             )
+        if self._settings.labels != "none":
+            builder.left_out.notes.extend(classes.notes())
         return builder.build(self._settings, kind="folder")
+
+
+class _ClassFolders:
+    """Watches for what would shift class numbers without a word, and for what is not a file.
+
+    Args:
+        uri: The source.
+        builder: Counts what is left out.
+    """
+
+    def __init__(self, uri: str, builder: ListingBuilder) -> None:
+        self.holding: set[str] = set()
+        """First parts of the images' paths: the class folders, or images without one."""
+        self._uri = uri
+        self._builder = builder
+        self._folders: set[str] = set()
+        self._dead: list[str] = []
+        self._linked: list[str] = []
+
+    def on_other(self, name: str, entry: storage.OtherEntry) -> None:
+        """Note an entry that is not a file."""
+        if entry is storage.OtherEntry.FOLDER:
+            if "/" not in name and not storage.is_hidden(name):
+                self._folders.add(name)
+            return
+        if entry is storage.OtherEntry.SECOND_LINK:
+            # The files below it are listed under the other name: counted once, told twice.
+            self._linked.append(name)
+            return
+        shown = name
+        if entry is storage.OtherEntry.DEAD_LINK:
+            shown = f"{name} -> {storage.local_path(storage.join(self._uri, name)).readlink()}"
+            is_class = "/" not in name and why_skipped(name) == "no extension"
+            if is_class:
+                self._dead.append(shown)
+        reason = "hidden" if storage.is_hidden(name) else str(entry)
+        self._builder.left_out.add(reason, shown)
+
+    def notes(self) -> list[str]:
+        """Return a sentence for each kind of folder that is not a class, although it may look like
+        one."""
+        empty = sorted(self._folders - self.holding - set(self._linked))
+        # A flat folder of images has no classes that could shift.
+        has_classes = bool(self._folders & self.holding)
+        told = {
+            "class folders hold no image and get no class number": empty if has_classes else [],
+            "class folders are dead links and get no class number": self._dead,
+            "folders are reached twice and are listed once": self._linked,
+        }
+        return [f"{len(names):,} {what}: {_first(names)}" for what, names in told.items() if names]
+
+
+def _first(names: list[str]) -> str:
+    shown = ", ".join(printable(name) for name in sorted(names)[:_MOST_NAMED])
+    return shown if len(names) <= _MOST_NAMED else f"{shown}, ..."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from pydantic import ConfigDict
 from pipeline import storage
 from pipeline.config import Settings
 from pipeline.console import Progress, say
+from pipeline.dataset.left_out import LeftOut
 from pipeline.images.refused import Refused
 from pipeline.options import Location
 from pipeline.sources.labels import LabelMode, labels_of_names
@@ -88,7 +88,8 @@ class Listing:
         sizes: Bytes of each.
         labels: Class numbers, -1 for an image without one.
         classes: Class names by number; None if they have no names.
-        passed_over: Other files, counted by suffix.
+        passed_over: Other files, counted by reason.
+        left_out: The same with names and notes.
         kind: What the source is.
         keys: The samples' keys; None if they are made from the names.
         bounds: First row of each shard, then the end, if the source has shards.
@@ -113,6 +114,7 @@ class Listing:
     locations: npt.NDArray[np.void] | None = None
     files: tuple[str, ...] = ()
     runs: npt.NDArray[np.int64] | None = None
+    left_out: LeftOut = field(default_factory=LeftOut)
 
     def wanted(self, rows: npt.NDArray[np.int64]) -> Wanted:
         """Return what `read_all` needs to know of some of the images."""
@@ -190,7 +192,7 @@ class ListingBuilder:
     """
 
     def __init__(self, uri: str) -> None:
-        self.passed_over: Counter[str] = Counter()
+        self.left_out = LeftOut()
         self._uri = uri
         self._names: list[str] = []
         self._sizes: list[int] = []
@@ -202,25 +204,29 @@ class ListingBuilder:
     def __len__(self) -> int:
         return len(self._names) + sum(len(chunk.names) for chunk in self._chunks)
 
-    def add(self, name: str, size_bytes: int, *, file: int = -1, offset: int = -1) -> None:
-        """List a file if its name is an image's; count it as passed over otherwise.
+    def add(self, name: str, size_bytes: int, *, file: int = -1, offset: int = -1) -> bool:
+        """List a file if its name is an image's; count it as left out otherwise.
 
         Args:
             name: Path below the source.
             size_bytes: Of the file.
             file: Number of the file that the image lies in, if it is not a file of its own.
             offset: Byte at which it starts in there.
+
+        Returns:
+            Whether it is listed.
         """
         self._report()
         reason = why_skipped(name)
         if reason is not None:
-            self.passed_over[reason] += 1
-            return
+            self.left_out.add(reason, name)
+            return False
         self._names.append(name)
         self._sizes.append(size_bytes)
         self._locations.append((file, offset))
         if len(self._names) == _CHUNK_FILES:
             self._close_chunk()
+        return True
 
     def _report(self) -> None:
         """Say now and then how many files were seen. Nobody knows their number: there is no ETA."""
@@ -246,7 +252,7 @@ class ListingBuilder:
 
     def seen(self) -> str:
         """Return what was passed over, for an error message."""
-        most = self.passed_over.most_common(5)
+        most = self.left_out.counts.most_common(5)
         return ", ".join(f"{count} {reason}" for reason, count in most) or "no files"
 
     def build(
@@ -280,10 +286,11 @@ class ListingBuilder:
             sizes=sizes[rows],
             labels=labels,
             classes=classes,
-            passed_over=dict(self.passed_over),
+            passed_over=dict(self.left_out.counts),
             kind=kind,
             locations=locations[rows] if files else None,
             files=files,
+            left_out=self.left_out,
         )
 
 

@@ -10,6 +10,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline import storage
+
 IMAGE_SUFFIXES = (
     ".jpg",
     ".jpeg",
@@ -29,18 +31,20 @@ def why_skipped(name: str) -> str | None:
     """Return why a file is not listed as an image; None if it is.
 
     The one decision by name for folders and tars. The answer is a short text to count by: a file's
-    ending, such as `.txt`, or a reason.
+    ending, such as `.txt`, or a reason, such as `hidden`.
 
     Args:
         name: Path below the source, with `/`.
     """
     # macOS writes __MACOSX folders and ._files into archives; their names end like images.
-    is_hidden = name.startswith((".", "__MACOSX/")) or "/." in name
-    if is_hidden:
+    if storage.is_hidden(name):
         return "hidden"
     suffix = PurePosixPath(name).suffix.lower()
     if suffix not in IMAGE_SUFFIXES:
-        return suffix or "no extension"
+        if suffix != suffix.rstrip() or name != name.rstrip():
+            return "blank at the end of the name"
+        # An ending is a count's name: what may be a byte that is not UTF-8 must not stand there.
+        return suffix if suffix and suffix.isprintable() else "no extension"
     if not _is_utf8(name):  # neither Arrow nor a manifest can hold it
         return "name is not UTF-8"
     return None

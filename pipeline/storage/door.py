@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pipeline.errors import ConfigError, DataError
-from pipeline.storage.local import FileInfo, list_local
+from pipeline.storage.local import FileInfo, OnOther, ignore_others, list_local
 from pipeline.storage.retry import explain, is_transient, with_retries
 from pipeline.storage.uri import SCHEME, expand_home, redact, split_scheme
 
@@ -147,17 +147,24 @@ def size_of(uri: str) -> int:
     return int(info["size"])
 
 
-def list_files(uri: str, *, recursive: bool = False) -> Iterator[FileInfo]:
+def list_files(
+    uri: str, *, recursive: bool = False, on_other: OnOther = ignore_others
+) -> Iterator[FileInfo]:
     """Yield the files of a folder, in no particular order.
 
     Local folders are streamed; links to files and folders are followed, a folder reached twice is
     listed once.
 
+    Args:
+        uri: The folder.
+        recursive: Go into folders below.
+        on_other: Told of a local folder's entries that are not files, such as dead links.
+
     Raises:
         DataError: There is no such folder.
     """
     if is_local(uri):
-        yield from list_local(uri, local_path(uri), recursive=recursive)
+        yield from list_local(uri, local_path(uri), recursive=recursive, on_other=on_other)
         return
     scheme, uri = split_scheme(uri)
     found = in_store(

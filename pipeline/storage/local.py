@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import errno
 import os
+import stat as stat_module
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import BinaryIO
 
+from pipeline.storage.hidden import is_hidden
 from pipeline.storage.retry import explain
 from pipeline.storage.uri import join
 
@@ -118,7 +121,28 @@ class FileInfo:
     version: str = ""
 
 
-def list_local(uri: str, root: Path, *, recursive: bool) -> Iterator[FileInfo]:
+class OtherEntry(StrEnum):
+    """What a folder holds besides files."""
+
+    FOLDER = "folder"
+    SECOND_LINK = "link to a folder that is listed already"
+    DEAD_LINK = "dead link"
+    SOCKET = "socket"
+    FIFO = "FIFO"
+    DEVICE = "device"
+
+
+OnOther = Callable[[str, OtherEntry], None]
+"""Told of every entry that is not a file: its path below the listed folder, and what it is."""
+
+
+def ignore_others(name: str, entry: OtherEntry) -> None:
+    """Take no notice of an entry that is not a file."""
+
+
+def list_local(
+    uri: str, root: Path, *, recursive: bool, on_other: OnOther = ignore_others
+) -> Iterator[FileInfo]:
     """Yield the files of a folder, streamed; links are followed, and a folder reached twice is
     listed once.
 
@@ -126,6 +150,7 @@ def list_local(uri: str, root: Path, *, recursive: bool) -> Iterator[FileInfo]:
         uri: The folder, as its files' URIs begin.
         root: The folder as a path.
         recursive: Go into folders below.
+        on_other: Told of entries that are not files.
     """
     waiting: list[tuple[Path, str]] = [(root, "")]
     seen: set[tuple[int, int]] = set()
@@ -136,20 +161,44 @@ def list_local(uri: str, root: Path, *, recursive: bool) -> Iterator[FileInfo]:
                 continue  # taken away while this goes on
             status = folder.stat()
             if (status.st_dev, status.st_ino) in seen:
+                on_other(prefix.rstrip("/"), OtherEntry.SECOND_LINK)
                 continue
             seen.add((status.st_dev, status.st_ino))
             entries = os.scandir(folder)
         except OSError as error:
+            # lost+found at the root of a disk is closed to all but root, and holds no data.
+            if is_hidden(prefix) and isinstance(error, PermissionError):
+                continue
             raise explain("list", str(folder), error) from error
         with entries:
             for entry in entries:
                 name = prefix + entry.name
-                if entry.is_dir():
-                    if recursive:
-                        waiting.append((Path(entry.path), name + "/"))
-                elif entry.is_file():
-                    try:
-                        stat = entry.stat()
-                    except FileNotFoundError:
-                        continue  # likewise
-                    yield FileInfo(name, join(uri, name), stat.st_size, str(stat.st_mtime_ns))
+                kind = _kind_of(entry)
+                if kind is OtherEntry.FOLDER and recursive:
+                    waiting.append((Path(entry.path), name + "/"))
+                if kind is not None:
+                    on_other(name, kind)
+                    continue
+                try:
+                    stat = entry.stat()
+                except FileNotFoundError:
+                    continue  # likewise
+                yield FileInfo(name, join(uri, name), stat.st_size, str(stat.st_mtime_ns))
+
+
+def _kind_of(entry: os.DirEntry[str]) -> OtherEntry | None:
+    """Return what an entry is; None if it is a file."""
+    try:
+        if entry.is_dir():
+            return OtherEntry.FOLDER
+        if entry.is_file():
+            return None
+        mode = entry.stat().st_mode
+    except OSError as error:
+        # ELOOP: a link that leads to itself.
+        if isinstance(error, FileNotFoundError) or error.errno == errno.ELOOP:
+            return OtherEntry.DEAD_LINK
+        raise explain("look up", entry.path, error) from error
+    if stat_module.S_ISSOCK(mode):
+        return OtherEntry.SOCKET
+    return OtherEntry.FIFO if stat_module.S_ISFIFO(mode) else OtherEntry.DEVICE
