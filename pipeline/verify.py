@@ -26,16 +26,27 @@ from pipeline import storage
 from pipeline.console import Progress, run_command, say, say_json
 from pipeline.dataset import Manifest, open_dataset
 from pipeline.dataset.info import DATASET_FILE, PLAN_FILE
-from pipeline.dataset.scan import list_shards, scan
+from pipeline.dataset.scan import (
+    EMPTY_ARCHIVE,
+    ShardFiles,
+    container_of,
+    finished_shards,
+    is_selection,
+    list_shards,
+    scan,
+)
 from pipeline.dataset.writer import write_dataset
 from pipeline.errors import ConfigError, DataError
 from pipeline.formats.index import index_shard
-from pipeline.formats.records import SUFFIXES, ShardIndex, suffix_of
+from pipeline.formats.records import SUFFIXES, EmptyShardError, ShardIndex
 from pipeline.formats.table import FORMATS, ShardTable
 from pipeline.images.decodable import undecodable
+from pipeline.images.left_out import LeftOut
 from pipeline.options import Location
 
 _THREADS = 8
+_MOST_ZEROS_BYTES = 2**20
+"""Largest archive that is looked at for members, if dataset.json does not list it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,20 +104,31 @@ def verify(uri: str, *, full: bool = False) -> VerifyResult:
         DataError: There is no dataset, it is unfinished, or `dataset.json` cannot be read.
         InfrastructureError: The storage failed.
     """
+    chosen = list_shards(uri) if is_selection(uri) else None
+    folder = uri if chosen is None else chosen.folder
     # An unfinished conversion has shards, too: opening it says that it is unfinished.
-    is_ours = any(storage.exists(storage.join(uri, name)) for name in (DATASET_FILE, PLAN_FILE))
-    if is_ours:
-        return _verify_dataset(open_dataset(uri), full=full)
-    return _verify_foreign(uri, full=full)
+    is_ours = any(storage.exists(storage.join(folder, name)) for name in (DATASET_FILE, PLAN_FILE))
+    if not is_ours:
+        return _verify_foreign(chosen or list_shards(uri), full=full)
+    dataset = open_dataset(uri)
+    # Shards that were chosen by name and that dataset.json does not know are scanned, like others.
+    if dataset.info.made_by.get("tool") == "scan" and chosen is not None:
+        return _verify_foreign(chosen, full=full)
+    return _verify_dataset(dataset, full=full, is_whole=chosen is None)
 
 
-def _verify_dataset(manifest: Manifest, *, full: bool) -> VerifyResult:
+def _verify_dataset(manifest: Manifest, *, full: bool, is_whole: bool) -> VerifyResult:
     info = manifest.info
     result = VerifyResult(info.num_samples, info.num_shards)
     present = {file.name: file.size_bytes for file in storage.list_files(manifest.uri)}
     listed = set(info.shards.columns["name"])
-    for name in sorted(present):
-        if name.endswith(suffix_of(info.format)) and name not in listed:
+    for name in sorted(present) if is_whole else []:
+        is_shard = container_of(name) == info.format and not storage.is_hidden(name)
+        if not is_shard or name in listed:
+            continue
+        if _is_empty_archive(storage.join(manifest.uri, name), present[name]):
+            result.ignored[EMPTY_ARCHIVE] = result.ignored.get(EMPTY_ARCHIVE, 0) + 1
+        else:
             result.problems.append(Problem(name, "", f"not in {DATASET_FILE}"))
 
     def check(s: int) -> list[Problem]:
@@ -177,7 +199,9 @@ def _inconsistent(name: str, table: ShardTable, size_bytes: int) -> Iterator[Pro
     # By offset, not by row: FFCV's workers write a beton's pages out of order.
     order = np.argsort(table.offsets, kind="stable")
     starts = table.offsets[order]
-    overlaps = starts[1:] < ends[order][:-1]
+    # Links in a foreign tar share the bytes of one member: the same place, not a part of it.
+    is_same = (starts[1:] == starts[:-1]) & (np.diff(table.sizes[order]) == 0)
+    overlaps = (starts[1:] < ends[order][:-1]) & ~is_same
     for row in order[1:][overlaps].tolist():
         yield Problem(name, table.keys[row], "lies on top of the sample before it")
 
@@ -185,7 +209,8 @@ def _inconsistent(name: str, table: ShardTable, size_bytes: int) -> Iterator[Pro
 def _verify_bytes(manifest: Manifest, s: int, table: ShardTable) -> list[Problem]:
     name = manifest.shard_name(s)
     try:
-        index = index_shard(manifest.shard_uri(s))
+        component = manifest.info.made_by.get("image_component")
+        index = index_shard(manifest.shard_uri(s), image_component=component)
     except DataError as error:
         return [Problem(name, "", str(error))]
     problems = []
@@ -257,68 +282,110 @@ def _repeated_keys(manifest: Manifest) -> Iterator[Problem]:
                 )
 
 
-def _verify_foreign(uri: str, *, full: bool) -> VerifyResult:
+def _is_empty_archive(uri: str, size_bytes: int) -> bool:
+    """Tell whether a tar has no member: only the zeros that end an archive."""
+    if not 0 < size_bytes <= _MOST_ZEROS_BYTES:
+        return False
+    data = storage.read_bytes(uri)
+    return data.count(0) == len(data)
+
+
+def _verify_foreign(found: ShardFiles, *, full: bool) -> VerifyResult:
     result = VerifyResult()
-    files = list_shards(uri)[1]
-    for file, shard in zip(files, scan(uri, files), strict=True):
+    for file, shard in zip(found.files, scan(found.folder, found.files), strict=True):
         result.num_shards += 1
+        is_empty_one = isinstance(shard, EmptyShardError) and len(found.files) > 1
+        if is_empty_one:
+            result.num_shards -= 1
+            result.ignored[EMPTY_ARCHIVE] = result.ignored.get(EMPTY_ARCHIVE, 0) + 1
+            continue
         if isinstance(shard, DataError):
             result.problems.append(Problem(file.name, "", str(shard)))
             continue
         result.num_samples += len(shard.table)
         for reason, count in shard.ignored.items():
             result.ignored[reason] = result.ignored.get(reason, 0) + count
-        found = (
-            list(_undecodable(storage.join(uri, file.name), file.name, shard))
+        problems = (
+            list(_undecodable(file.uri, file.name, shard))
             if full
             else [Problem(file.name, key, str(refused)) for key, refused in shard.bad]
         )
-        result.problems.extend(found)
+        result.problems.extend(problems)
+    if found.files and not result.num_shards:
+        result.problems.append(Problem("", "", "all archives are empty"))
     return result
 
 
-def write_manifest(uri: str) -> VerifyResult:
+def write_manifest(uri: str, *, image_component: str | None = None) -> VerifyResult:
     """Index a folder of shards and write `manifest.parquet`, `dataset.json` and, for tars, DALI's
     indexes beside them.
 
     Images that cannot be read keep their place, marked, and count as problems; a damaged shard is
     an error.
 
+    Args:
+        uri: The folder, or a pattern that names all shards in it.
+        image_component: Member of a sample that is its image, such as `image.jpg`.
+
     Raises:
-        ConfigError: There is a dataset, or an unfinished conversion, already.
+        ConfigError: There is a dataset, or an unfinished conversion, already; or other shards.
         DataError: A shard is damaged.
         InfrastructureError: The folder cannot be written.
     """
+    found = list_shards(uri)
     for name in (DATASET_FILE, PLAN_FILE):
-        if storage.exists(storage.join(uri, name)):
+        if storage.exists(storage.join(found.folder, name)):
             raise ConfigError(
-                f"verify: {storage.redact(uri)} already has {name}. Verify it without "
+                f"verify: {storage.redact(found.folder)} already has {name}. Verify it without "
                 "--write-manifest, or remove that file first."
             )
+    _refuse_others(uri, found)
     result = VerifyResult()
-    container, files = list_shards(uri)
+    left_out = LeftOut()
+    made_by: dict[str, Any] = {"tool": "pipeline.verify --write-manifest"}
+    if image_component is not None:
+        made_by["image_component"] = image_component
 
     def shards() -> Iterator[ShardIndex]:
-        for shard in scan(uri, files):
-            if isinstance(shard, DataError):
-                raise DataError(f"verify: {shard}")
+        for shard in finished_shards(found, left_out, image_component=image_component):
             name = shard.file.name
             result.problems.extend(Problem(name, key, str(refused)) for key, refused in shard.bad)
             if shard.dali_index:
-                stem = name.removesuffix(SUFFIXES["webdataset"])
-                storage.write_atomic(storage.join(uri, f"{stem}.idx"), shard.dali_index)
+                stem = name[: -len(SUFFIXES["webdataset"])]
+                storage.write_atomic(storage.join(found.folder, f"{stem}.idx"), shard.dali_index)
             yield shard
+        made_by["left_out"] = dict(left_out.counts)
 
     info = write_dataset(
-        uri,
+        found.folder,
         shards=shards(),
-        name=storage.name_of(uri),
-        container=container,
-        made_by={"tool": "pipeline.verify --write-manifest"},
+        name=storage.name_of(found.folder),
+        container=found.container,
+        made_by=made_by,
     )
     result.num_samples = info.num_samples
     result.num_shards = info.num_shards
+    result.ignored = dict(left_out.counts)
     return result
+
+
+def _refuse_others(uri: str, found: ShardFiles) -> None:
+    """Refuse to describe some of a folder's shards: its `dataset.json` must know them all."""
+    if not is_selection(uri):
+        return
+    chosen = {file.name for file in found.files}
+    others = [
+        file.name
+        for file in storage.list_files(found.folder)
+        if container_of(file.name) is not None and not storage.is_hidden(file.name)
+        if file.name not in chosen
+    ]
+    if others:
+        raise ConfigError(
+            f"verify: {storage.redact(found.folder)} also holds {min(others)}, and one "
+            f"{DATASET_FILE} describes all shards of a folder. Move the shards that you mean into "
+            "a folder of their own; or use the pattern as it is: its scan is kept in the cache."
+        )
 
 
 @dataclass(frozen=True)
@@ -326,7 +393,8 @@ class Arguments:
     """Check a dataset. Exit code 0: no problem found; 3: at least one problem."""
 
     uri: Annotated[Location, tyro.conf.Positional, tyro.conf.arg(metavar="URI")]
-    """Folder of the dataset: a path, s3://, gs:// or az://."""
+    """Folder of the dataset: a path, s3://, gs:// or az://; or some of its shards, as a pattern in
+    quotes such as 'data/train-*.tar' or 'data/train-{0000..0003}.tar', or a list with commas."""
     full: bool = False
     """Read every byte: check the sha256 of every shard and the hash of every image, and decode it.
     Takes about one core-minute per 30,000 photographs."""
@@ -335,6 +403,9 @@ class Arguments:
     write_manifest: bool = False
     """Index shards that were made elsewhere, and write manifest.parquet and dataset.json next to
     them."""
+    image_component: str | None = None
+    """With --write-manifest: member of a sample that is its image, for example image.jpg or 1.jpg.
+    None: jpg, jpeg, png or webp."""
 
 
 _MOST_SHOWN = 20
@@ -343,9 +414,12 @@ _MOST_SHOWN = 20
 
 def _run(arguments: Arguments) -> int:
     """Do what the command line asks for and return the exit code."""
+    if arguments.image_component is not None and not arguments.write_manifest:
+        raise ConfigError("verify: --image-component needs --write-manifest.")
     try:
         if arguments.write_manifest:
-            result = write_manifest(arguments.uri)
+            component = arguments.image_component
+            result = write_manifest(arguments.uri, image_component=component)
         else:
             result = verify(arguments.uri, full=arguments.full)
     except DataError as error:

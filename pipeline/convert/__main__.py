@@ -39,11 +39,12 @@ from pipeline.convert.shard import prepare
 from pipeline.convert.target import Job, check_target, find_finished, parse_job
 from pipeline.convert.workers import Engine, Workers, cores
 from pipeline.dataset import DatasetInfo
-from pipeline.dataset.left_out import LEFT_OUT_FILE
+from pipeline.dataset.unpacked import unpacked
 from pipeline.errors import ConfigError
+from pipeline.images.left_out import LEFT_OUT_FILE
 from pipeline.images.refused import Refused
 from pipeline.options import Location, Parallel
-from pipeline.sources.choose import open_source
+from pipeline.sources.choose import list_source, open_source
 
 _MOST_NAMED = 20
 """Files left out that `--json` names per reason; left_out.json names more."""
@@ -137,8 +138,13 @@ def _mistake(details: ErrorDetails) -> str:
 def _dry_run(arguments: Arguments, settings: ConvertSettings) -> dict[str, Any]:
     """Plan the conversion and prepare some of its images, without writing."""
     check_target(arguments.src, arguments.dst)
-    source = open_source(arguments.src, settings)
-    listing = source.listing()
+    with unpacked(arguments.src) as src:
+        return _try_some(src, arguments, settings)
+
+
+def _try_some(src: str, arguments: Arguments, settings: ConvertSettings) -> dict[str, Any]:
+    source = open_source(src, settings)
+    listing = list_source(source, src)
     plan = make_plan(listing, settings)
     finished = find_finished(arguments.dst, plan)
 

@@ -19,10 +19,10 @@ from pipeline.convert.plan import Plan, tool_version
 from pipeline.convert.shard import Part, finished_shard
 from pipeline.convert.statistics import DatasetStatistics
 from pipeline.dataset import DatasetInfo
-from pipeline.dataset.left_out import LEFT_OUT_FILE, LeftOut, parse_left_out
 from pipeline.dataset.writer import write_dataset
 from pipeline.errors import DataError
 from pipeline.formats.records import ShardIndex
+from pipeline.images.left_out import LEFT_OUT_FILE, LeftOut, parse_left_out
 from pipeline.sources.listing import Listing
 
 REJECTED_FILE = "rejected.parquet"

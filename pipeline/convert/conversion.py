@@ -25,10 +25,11 @@ from pipeline.convert.target import (
 )
 from pipeline.convert.workers import Workers, cores
 from pipeline.dataset.info import PLAN_FILE, DatasetInfo
+from pipeline.dataset.unpacked import is_packed, unpacked
 from pipeline.errors import ConfigError, DataError, MaelstromError
 from pipeline.formats.records import suffix_of
 from pipeline.images.upright import turbojpeg
-from pipeline.sources.choose import open_source
+from pipeline.sources.choose import list_source, open_source
 from pipeline.sources.listing import Listing
 from pipeline.sources.names import pick, sample_keys
 from pipeline.storage.uri import absolute
@@ -93,10 +94,23 @@ def convert_job(
         turbojpeg()  # if it is missing, that is told before the first shard
     check_target(src, dst)
     # A worker may have another working folder, as those of a Ray cluster do.
-    src = absolute(src)
+    src = storage.absolute_named(src)
     dst = absolute(dst)
     warm_up(workers)
-    listing = open_source(src, settings).listing()
+    if workers.ray_address is not None and is_packed(src):
+        raise ConfigError(
+            f"convert: {storage.redact(src)} is packed with gzip, and is unpacked on this machine, "
+            "where the nodes of --ray-address cannot read it. Unpack it where all nodes see it."
+        )
+    with unpacked(src) as plain:
+        return _convert_plain(plain, dst, settings, job=job, workers=workers)
+
+
+def _convert_plain(
+    src: str, dst: str, settings: ConvertSettings, *, job: Job, workers: Workers
+) -> DatasetInfo | None:
+    """Do what `convert_job` does, from a source that is not packed."""
+    listing = list_source(open_source(src, settings), src)
     plan = make_plan(listing, settings)
 
     done = find_finished(dst, plan)

@@ -112,7 +112,8 @@ class ConvertSettings(SourceSettings):
 
     def describe(self) -> dict[str, Any]:
         """Return what shapes the bytes, for the plan; settings that do not apply are left out."""
-        left_out = {"strict", "ground_truth", "synsets", "image_column", "label_column"}
+        # How images are found shows in the listing, whose digest is in the plan.
+        left_out = set(SourceSettings.model_fields) - {"labels"} | {"strict"}
         # A setting that is newer than plan version 1 appears only if it is used: a conversion that
         # an older version began keeps its identity.
         if not self.stats:

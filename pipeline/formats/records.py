@@ -13,6 +13,14 @@ SUFFIXES = {"webdataset": ".tar", "ffcv": ".beton"}
 """Ending of a shard's file name, by container."""
 
 
+DEAD_LINK = "link to what is not in the archive (refused)"
+"""Reason for which a link in a tar is left out."""
+
+
+class EmptyShardError(DataError):
+    """A whole archive without a member."""
+
+
 @dataclass(frozen=True, slots=True)
 class ShardFile:
     """One shard file, as `dataset.json` lists it.
@@ -53,6 +61,8 @@ class ShardIndex:
             with blanks in a name, which that format cannot express.
         ignored: What was skipped, counted by reason.
         bad: Key and reason of each image whose header cannot be read.
+        dead_links: Links whose target is not in the archive, with the target; counted in `ignored`
+            under `DEAD_LINK`.
     """
 
     file: ShardFile
@@ -60,6 +70,7 @@ class ShardIndex:
     dali_index: bytes = b""
     ignored: dict[str, int] = field(default_factory=dict)
     bad: list[tuple[str, Refused]] = field(default_factory=list)
+    dead_links: list[str] = field(default_factory=list)
 
 
 def suffix_of(container: str) -> str:

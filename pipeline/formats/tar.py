@@ -1,19 +1,23 @@
 """A strict reader of tar headers: what tarfile and webdataset skip in silence is an error here.
 
-Read: ustar with its prefix field, GNU long names, PAX `path` and `size`, old v7 headers. Refused:
-links, devices, sparse members, absolute names and `..`. Checked: every header's checksum, every
-member's length, zero padding of the end. An archive must end with at least one zero block: without
-it a file that was cut between two members could not be told from a whole one. (Two zero blocks are
-the standard; one is accepted, because no member can be missing then.)
+Read: ustar with its prefix field, GNU long names, PAX `path`, `linkpath` and `size`, old v7
+headers. Refused: devices, sparse members, absolute names and `..`; links too, unless the caller
+asks for them: then a link is a name for another member, never for a file of this machine. Checked:
+every header's checksum, every member's length, zero padding of the end. An archive must end with at
+least one zero block: without it a file that was cut between two members could not be told from a
+whole one. (Two zero blocks are the standard; one is accepted, because no member can be missing
+then.)
 """
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO, Protocol, runtime_checkable
+from typing import BinaryIO, Literal, Protocol, runtime_checkable
 
 from pipeline.errors import DataError
+from pipeline.formats.compressed import GZIP, compression_of_bytes
 
 BLOCK_BYTES = 512
 """Unit of a tar file. Source: POSIX.1-2024, pax, "ustar Interchange Format"."""
@@ -29,6 +33,21 @@ _KINDS = {
     b"6": "a FIFO",
     b"S": "a sparse file",
 }
+
+
+_DAMAGED = (
+    "The file was cut, damaged or badly made: copy it again from its source, or convert the images "
+    "again with pipeline.convert."
+)
+_REFUSED = (
+    "Copying the file again does not help: pack it again without that member, or unpack it into a "
+    "folder and convert that with pipeline.convert."
+)
+BADLY_GROUPED = (
+    "Copying the file again does not help: pack it again with the members of a sample side by side "
+    "under a key of their own, or unpack it into a folder and convert that with pipeline.convert."
+)
+"""What to do about members that make no samples."""
 
 
 class Stream(Protocol):
@@ -56,12 +75,17 @@ class TarMember:
         header_offset: Where its header starts, extension headers not counted.
         offset: First byte of its data.
         size: Bytes of data.
+        link_to: For a link, the path in the archive that it stands for, or empty if it leads out of
+            the archive; None for a file.
+        link_text: For a link, its target as it is written.
     """
 
     name: str
     header_offset: int
     offset: int
     size: int
+    link_to: str | None = None
+    link_text: str = ""
 
 
 class TarScanner:
@@ -70,26 +94,38 @@ class TarScanner:
     Args:
         stream: The archive, at its start.
         shard: What to call it in errors.
+        links: `refuse` them, or `yield` them as members without data.
     """
 
-    def __init__(self, stream: Stream | BinaryIO, *, shard: str) -> None:
+    def __init__(
+        self,
+        stream: Stream | BinaryIO,
+        *,
+        shard: str,
+        links: Literal["refuse", "yield"] = "refuse",
+    ) -> None:
         self._stream = stream
         self._shard = shard
+        self._allowed = b"127" if links == "yield" else b"7"
         self._at = 0
         self._pending = 0  # data and padding of the current member that is still to be read
         self._data_left = 0
         self._name = ""
         self.num_members = 0
 
-    def error(self, what: str, *, offset: int | None = None) -> DataError:
+    def error(self, what: str, *, offset: int | None = None, remedy: str = _DAMAGED) -> DataError:
         """Return an error that names the shard, the place and the count of whole members before
-        it."""
+        it.
+
+        Args:
+            what: What is wrong.
+            offset: Byte at which it is; None: where the scanner stands.
+            remedy: What to do next.
+        """
         place = self._at if offset is None else offset
         return DataError(
-            f"{self._shard}: {what} at byte {place}, after {self.num_members} whole members. The "
-            "file was cut, "
-            "damaged or badly made: copy it again from its source, or convert the images again "
-            "with pipeline.convert."
+            f"{self._shard}: {what} at byte {place}, after {self.num_members} whole members. "
+            f"{remedy}"
         )
 
     def _read_exactly(self, size: int, what: str) -> bytes:
@@ -110,6 +146,7 @@ class TarScanner:
     def __iter__(self) -> Iterator[TarMember]:
         """Yield the regular files; call `read` before asking for the next to get the data."""
         long_name: str | None = None
+        long_link: str | None = None
         pax: dict[str, str] = {}
         while (header := self._next_header()) is not None:
             start = self._at - BLOCK_BYTES
@@ -120,11 +157,23 @@ class TarScanner:
                     pax = self._pax(record, start)
                 elif kind == b"L":
                     long_name = self._text(record.rstrip(b"\0"), start)
+                elif kind == b"K":
+                    long_link = self._link_text(record.rstrip(b"\0"))
                 continue
             size = self._pax_size(pax, size, start)
             name = pax.get("path") or long_name or self._header_name(header, start)
-            long_name, pax = None, {}
+            header_link = self._link_text(header[157:257].split(b"\0", 1)[0])
+            target = pax.get("linkpath") or long_link or header_link
+            long_name = None
+            long_link = None
+            pax = {}
             self._refuse(name, kind, start)
+            if kind in (b"1", b"2"):
+                # A link has no data, whatever size its header gives.
+                self._begin(name, 0)
+                yield TarMember(name, start, self._at, 0, _inside(name, kind, target), target)
+                self.num_members += 1
+                continue
             if kind == b"5":
                 self._begin(name, 0)
                 continue
@@ -186,6 +235,17 @@ class TarScanner:
         ):
             block += more
         self._at += len(block)
+        packed = compression_of_bytes(block) if start == 0 else None
+        if packed is not None:
+            advice = (
+                "Make shards of it: python -m pipeline.convert SRC DST."
+                if packed is GZIP
+                else f"Unpack it first: {packed.command} FILE."
+            )
+            raise DataError(
+                f"{self._shard} is compressed with {packed.name}: no image in it can be found "
+                f"without reading all before it. {advice}"
+            )
         if not block:
             if start == 0:
                 raise self.error("the file is empty")
@@ -259,6 +319,8 @@ class TarScanner:
                 raise self.error("a sparse file, which is refused, stands", offset=start)
             if name in (b"path", b"size"):
                 fields[name.decode()] = self._text(value, start)
+            elif name == b"linkpath":
+                fields["linkpath"] = self._link_text(value)
             at += length
         return fields
 
@@ -276,6 +338,10 @@ class TarScanner:
             name = prefix + b"/" + name
         return self._text(name, start)
 
+    def _link_text(self, raw: bytes) -> str:
+        # Only compared with names and shown: what is not UTF-8 is the name of no member.
+        return raw.decode(errors="backslashreplace")
+
     def _text(self, raw: bytes, start: int) -> str:
         try:
             return raw.decode()
@@ -283,14 +349,57 @@ class TarScanner:
             raise self.error(f"the name {raw[:80]!r} is not UTF-8", offset=start) from None
 
     def _refuse(self, name: str, kind: bytes, start: int) -> None:
-        if kind != b"5" and kind not in (b"0", b"\0", b"7"):
+        is_allowed = kind in (b"0", b"\0", b"5") or kind in self._allowed
+        if not is_allowed:
             found = _KINDS.get(kind, f"a member of unknown type {kind!r}")
-            raise self.error(f"{name!r} is {found}, which is refused,", offset=start)
+            raise self.error(
+                f"{name!r} is {found}, which is refused,", offset=start, remedy=_REFUSED
+            )
         if not name or "\0" in name or name.startswith("/") or ".." in name.split("/"):
             raise self.error(
                 f"the member name {name!r} is absolute, empty or leaves the folder, and is refused",
                 offset=start,
+                remedy=_REFUSED,
             )
+
+
+def _inside(name: str, kind: bytes, target: str) -> str:
+    """Return the path in the archive that a link stands for; empty if it leads out of it."""
+    # A symbolic link counts from its own folder, a hard link from the root of the archive.
+    base = posixpath.dirname(name) if kind == b"2" else ""
+    path = posixpath.normpath(posixpath.join(base, target)) if target else ".."
+    is_outside = path.startswith(("/", "../")) or path in (".", "..")
+    return "" if is_outside else path
+
+
+def resolve_links(
+    members: list[TarMember],
+) -> tuple[list[TarMember], list[TarMember]]:
+    """Give links the bytes of the members that they stand for.
+
+    Args:
+        members: Of one archive, files and links, with clean names.
+
+    Returns:
+        (files, and links with the place of their target's bytes; links without a target)
+    """
+    by_name = {member.name: member for member in members}
+    resolved: list[TarMember] = []
+    dead: list[TarMember] = []
+    for member in members:
+        target = member
+        # A link may lead to a link; one that leads to itself never ends.
+        passed = {member.name}
+        while target.link_to is not None and target.link_to in by_name:
+            target = by_name[target.link_to]
+            if target.name in passed:
+                break
+            passed.add(target.name)
+        if target.link_to is not None:
+            dead.append(member)
+            continue
+        resolved.append(TarMember(member.name, member.header_offset, target.offset, target.size))
+    return resolved, dead
 
 
 def make_header(name: str, size: int) -> bytes:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import BinaryIO
 
 import xxhash
 
 from pipeline import storage
 from pipeline.errors import DataError
-from pipeline.formats.records import ShardFile, ShardIndex
+from pipeline.formats.records import DEAD_LINK, EmptyShardError, ShardFile, ShardIndex
 from pipeline.formats.table import NO_LABEL, ShardTable, TableBuilder, class_number
-from pipeline.formats.tar import TarMember, TarScanner
+from pipeline.formats.tar import BADLY_GROUPED, TarMember, TarScanner
 from pipeline.formats.webdataset import (
     EXTENSIONS,
     IMAGE_EXTENSIONS,
@@ -28,6 +29,7 @@ from pipeline.images.refused import Reason, Refused
 
 _MAX_IMAGE_BYTES = 2**30
 _MAX_TEXT_BYTES = 2**20
+_CHUNK_BYTES = 2**20
 
 
 @dataclass(slots=True)
@@ -39,6 +41,7 @@ class _Sample:
     components: list[tuple[str, int, int, str]] = field(default_factory=list)
     images: dict[str, tuple[TarMember, int, Probe | Refused]] = field(default_factory=dict)
     texts: dict[str, bytes] = field(default_factory=dict)
+    num_dead_links: int = 0
 
 
 class _HashingStream:
@@ -54,22 +57,32 @@ class _HashingStream:
         return data
 
 
-def index_shard(uri: str) -> ShardIndex:
+def index_shard(uri: str, *, image_component: str | None = None) -> ShardIndex:
     """Read a tar once, from end to end, and return its samples' places, sizes and hashes.
 
+    Args:
+        uri: The tar.
+        image_component: Extension of the member that is a sample's image, such as `image.jpg`; None
+            takes the first of `IMAGE_EXTENSIONS` that there is.
+
     Raises:
+        EmptyShardError: The tar is whole and has no member.
         DataError: The tar is cut, damaged or badly made, or holds no sample. The message names the
             shard, the byte and how many members before it are whole.
     """
     name = storage.name_of(uri)
     with storage.open_read(uri) as file:
         stream = _HashingStream(file)
-        indexer = _Indexer(TarScanner(stream, shard=storage.redact(uri)))
+        scanner = TarScanner(stream, shard=storage.redact(uri), links="yield")
+        indexer = _Indexer(scanner, uri, image_component)
         table = indexer.run()
+    if not scanner.num_members:
+        raise EmptyShardError(f"{storage.redact(uri)} is an archive without members.")
     if not len(table):
         raise DataError(
-            f"{storage.redact(uri)}: no sample with an image ({', '.join(IMAGE_EXTENSIONS)}) in "
-            f"{indexer.scanner.num_members} members; passed over: {dict(indexer.ignored)}."
+            f"{storage.redact(uri)}: no sample with an image ({', '.join(indexer.extensions)}) in "
+            f"{scanner.num_members} members; passed over: {dict(indexer.ignored)}."
+            f"{indexer.advice()}"
         )
     return ShardIndex(
         ShardFile.of(
@@ -79,24 +92,42 @@ def index_shard(uri: str) -> ShardIndex:
         dali_index=make_dali_index(indexer.components),
         ignored=dict(indexer.ignored),
         bad=indexer.bad,
+        dead_links=indexer.dead_links,
     )
 
 
 class _Indexer:
-    """Groups a tar's members into samples."""
+    """Groups a tar's members into samples.
 
-    def __init__(self, scanner: TarScanner) -> None:
+    Args:
+        scanner: Of the tar, at its start.
+        uri: The tar, from which the target of a link is read.
+        image_component: As `index_shard` takes it.
+    """
+
+    def __init__(self, scanner: TarScanner, uri: str, image_component: str | None) -> None:
         self.scanner = scanner
+        self.extensions: tuple[str, ...] = IMAGE_EXTENSIONS
+        if image_component is not None:
+            self.extensions = (image_component.lower().removeprefix("."),)
         self.components: list[list[tuple[str, int, int, str]]] = []
         self.ignored: Counter[str] = Counter()
         self.bad: list[tuple[str, Refused]] = []
+        self.dead_links: list[str] = []
+        self._uri = uri
         self._rows = TableBuilder()
         self._seen: set[str] = set()
+        self._offered: Counter[str] = Counter()
+        self._places: dict[str, tuple[int, int]] = {}
 
     def run(self) -> ShardTable:
         current: _Sample | None = None
         for member in self.scanner:
             parts = split_key(member.name)
+            # macOS puts a ._file beside every file: its key would be that of no other member.
+            if storage.is_hidden(member.name):
+                self.ignored["hidden"] += 1
+                continue
             if parts is None or RESERVED_NAME.match(member.name):
                 self.ignored["no key"] += 1
                 continue
@@ -108,6 +139,7 @@ class _Indexer:
                         f"the key {key!r} comes again: its members are not adjacent, or two "
                         "samples share it,",
                         offset=member.header_offset,
+                        remedy=BADLY_GROUPED,
                     )
                 self._seen.add(key)
                 current = _Sample(key, member.header_offset)
@@ -116,38 +148,84 @@ class _Indexer:
         return self._rows.build()
 
     def _take(self, sample: _Sample, member: TarMember, extension: str) -> None:
-        sample.components.append((extension, member.offset, member.size, member.name))
-        if extension not in EXTENSIONS:
-            self.ignored[f"extension .{extension}"] += 1
+        if member.link_to is None:
+            # As a link's target is written: without the `./` that `tar .` puts before all names.
+            self._places[member.name.removeprefix("./")] = (member.offset, member.size)
+        elif member.link_to in self._places:
+            # Its bytes lie at the target: it counts as a member at that place.
+            offset, size = self._places[member.link_to]
+            member = replace(member, offset=offset, size=size)
+        else:
+            sample.num_dead_links += 1
+            self.ignored[DEAD_LINK] += 1
+            self.dead_links.append(f"{member.name} -> {member.link_text}")
             return
+        sample.components.append((extension, member.offset, member.size, member.name))
         if extension in sample.images or extension in sample.texts:
             raise self.scanner.error(
-                f"the key {sample.key!r} has two members .{extension}", offset=member.header_offset
+                f"the key {sample.key!r} has two members .{extension}",
+                offset=member.header_offset,
+                remedy=BADLY_GROUPED,
             )
-        if extension in IMAGE_EXTENSIONS:
-            if member.size > _MAX_IMAGE_BYTES:
-                digest = xxhash.xxh3_64()
-                for part in self.scanner.read_chunks():
-                    digest.update(part)
-                refused = Refused(Reason.TOO_MANY_BYTES)
-                sample.images[extension] = member, digest.intdigest(), refused
-            else:
-                data = self.scanner.read()
-                sample.images[extension] = member, xxhash.xxh3_64_intdigest(data), probe(data)
+        if extension in self.extensions:
+            sample.images[extension] = self._take_image(member)
+        elif extension in IMAGE_EXTENSIONS:
+            self.ignored["further images of a key"] += 1
         elif extension in ("cls", "json") and member.size <= _MAX_TEXT_BYTES:
-            sample.texts[extension] = self.scanner.read()
+            sample.texts[extension] = self._read(member)
         else:
-            sample.texts[extension] = b""
+            # Of a caption there is no place in a dataset of images: it is counted.
+            self.ignored[f"extension .{extension}"] += 1
+            if extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
+                self._offered[extension] += 1
+            if extension in EXTENSIONS:
+                sample.texts[extension] = b""
+
+    def _take_image(self, member: TarMember) -> tuple[TarMember, int, Probe | Refused]:
+        """Return an image's hash and what its header says."""
+        if member.size <= _MAX_IMAGE_BYTES:
+            data = self._read(member)
+            return member, xxhash.xxh3_64_intdigest(data), probe(data)
+        digest = xxhash.xxh3_64()
+        chunks = self.scanner.read_chunks() if member.link_to is None else self._chunks_of(member)
+        for part in chunks:
+            digest.update(part)
+        return member, digest.intdigest(), Refused(Reason.TOO_MANY_BYTES)
+
+    def _read(self, member: TarMember) -> bytes:
+        if member.link_to is None:
+            return self.scanner.read()
+        return storage.read_bytes(self._uri, member.offset, member.size)
+
+    def _chunks_of(self, member: TarMember) -> Iterator[bytes]:
+        for start in range(0, member.size, _CHUNK_BYTES):
+            length = min(_CHUNK_BYTES, member.size - start)
+            yield storage.read_bytes(self._uri, member.offset + start, length)
+
+    def advice(self) -> str:
+        """Return how to choose a member that may be the image; empty if there is none."""
+        if not self._offered:
+            return ""
+        named = [extension for extension, _ in self._offered.most_common(5)]
+        return (
+            f" Members that look like images: {', '.join('.' + name for name in named)}. Choose "
+            f"one: --image-component {named[0]} of pipeline.convert, or of pipeline.verify "
+            "--write-manifest."
+        )
 
     def _finish(self, sample: _Sample | None) -> None:
         if sample is None or not (sample.images or sample.texts):
             return
-        chosen = next((name for name in IMAGE_EXTENSIONS if name in sample.images), None)
+        chosen = next((name for name in self.extensions if name in sample.images), None)
+        if chosen is None and sample.num_dead_links:
+            self.ignored["member of a sample without its image"] += len(sample.texts)
+            return
         if chosen is None:
             raise self.scanner.error(
-                f"the key {sample.key!r} has no image ({', '.join(IMAGE_EXTENSIONS)}), "
+                f"the key {sample.key!r} has no image ({', '.join(self.extensions)}), "
                 f"only {', '.join('.' + component[0] for component in sample.components)},",
                 offset=sample.header_offset,
+                remedy=self.advice().strip() or BADLY_GROUPED,
             )
         if len(sample.images) > 1:
             self.ignored["further images of a key"] += len(sample.images) - 1

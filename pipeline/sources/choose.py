@@ -3,26 +3,40 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable
 from pathlib import PurePosixPath
 
 from pipeline import storage
 from pipeline.dataset.info import DATASET_FILE, PLAN_FILE
+from pipeline.dataset.scan import say_splits
+from pipeline.dataset.splits import pattern_per_split
 from pipeline.errors import ConfigError
 from pipeline.formats.records import SUFFIXES
-from pipeline.sources.columns import has_pattern, holds_images
+from pipeline.formats.webdataset import IMAGE_EXTENSIONS, split_key
+from pipeline.images.left_out import LeftOut
+from pipeline.sources.columns import holds_images
 from pipeline.sources.dataset import DatasetSource
 from pipeline.sources.folder import FolderSource
-from pipeline.sources.listing import Source, SourceKind, SourceSettings
+from pipeline.sources.listing import Listing, Source, SourceKind, SourceSettings
 from pipeline.sources.names import IMAGE_SUFFIXES
 from pipeline.sources.parquet import ParquetSource
 from pipeline.sources.table import TEXT_SUFFIXES, ListSource
-from pipeline.sources.tar import TarSource
+from pipeline.sources.tar import TarSource, first_members
 from pipeline.storage.uri import split_scheme
 
 WNID = re.compile(r"n\d{8}")
 """Name of an ImageNet class: a noun of WordNet and its number."""
+_MOST_PREVIEWS = 3
+"""Pictures beside shards that do not make them a folder of images."""
+_MOST_MEMBERS = 1000
+"""Members of a tar that are looked at to tell whether it is a shard."""
+_ENDINGS: dict[SourceKind, tuple[str, ...]] = {
+    "dataset": tuple(SUFFIXES.values()),
+    "tar": (".tar",),
+    "parquet": (".parquet",),
+    "list": (".parquet", *TEXT_SUFFIXES),
+}
+"""Endings of the files that a source reads in its folder."""
 _OWN_PARQUET = re.compile(r"(manifest(-\d+)?|rejected)\.parquet")
 
 
@@ -30,72 +44,124 @@ def find_kind(uri: str, settings: SourceSettings) -> SourceKind:
     """Return what a source is.
 
     Raises:
-        ConfigError: A folder holds several things.
+        ConfigError: A folder holds several things, or several splits.
     """
     is_https = uri.startswith("https:")
     # A signed URL has its signature behind the name.
     path = split_scheme(uri)[1].partition("?")[0] if is_https else uri
     suffix = PurePosixPath(path).suffix.lower()
+    if not is_https and storage.names_several(uri):
+        return _kind_of_files(uri, storage.find_named(uri), settings)
     # A local folder may be called x.tar; asking a store for each name would cost a request.
     is_file = not (storage.is_local(uri) and storage.is_folder(uri))
-    by_name: dict[str, SourceKind] = {
-        ".tar": "tar",
-        **dict.fromkeys(TEXT_SUFFIXES, "list"),
-    }
-    if suffix in by_name and is_file:
-        return by_name[suffix]
-    if is_pattern(uri) or (suffix == ".parquet" and is_file):
+    if suffix == ".tar" and is_file:
+        return _kind_of_tar(uri)
+    if suffix in TEXT_SUFFIXES and is_file:
+        return "list"
+    if suffix == SUFFIXES["ffcv"] and is_file and not is_https:
+        return "dataset"
+    if suffix == ".parquet" and is_file:
         return _kind_of_table(uri, settings)
     if is_https or not storage.is_folder(uri):
         return "folder"  # whose own message says what is wrong
     return _kind_of_folder(uri, settings)
 
 
-def is_pattern(uri: str) -> bool:
-    """Tell whether a URI names several files, such as data/train-*.parquet."""
-    # A file may have such a mark in its own name.
-    return has_pattern(uri) and not storage.exists(uri)
+def _kind_of_files(uri: str, files: list[storage.FileInfo], settings: SourceSettings) -> SourceKind:
+    """Tell what the files are that a pattern or a list names."""
+    suffixes = sorted({PurePosixPath(file.name).suffix.lower() for file in files})
+    if suffixes == [".tar"]:
+        return _kind_of_tars(uri, [PurePosixPath(file.name).stem for file in files])
+    if suffixes == [SUFFIXES["ffcv"]]:
+        return "dataset"
+    if suffixes == [".parquet"]:
+        return _kind_of_table(uri, settings)
+    raise ConfigError(
+        f"convert: {storage.redact(uri)} names files that end in {', '.join(suffixes)}. A pattern "
+        "or a list names tars, betons or Parquet files, of one kind; of images give the folder."
+    )
+
+
+def _kind_of_tar(uri: str) -> SourceKind:
+    """Tell a shard from a tar of loose images: in a shard, neighbours share a key."""
+    if uri.startswith("https:"):
+        return "tar"  # a dataset needs a file system, and says so
+    before: tuple[str, str] | None = None
+    for name in first_members(uri, _MOST_MEMBERS):
+        parts = split_key(name)
+        if parts is None or storage.is_hidden(name):
+            continue
+        # Two neighbours of one key, an image and what only a sample has.
+        pair = {_role_of(parts[1]), _role_of(before[1])} if before else set()
+        if before and before[0] == parts[0] and pair == {"image", "beside"}:
+            return "dataset"
+        before = parts
+    return "tar"
+
+
+def _role_of(extension: str) -> str:
+    if extension in ("cls", "json", "txt"):
+        return "beside"
+    return "image" if extension.rpartition(".")[2] in IMAGE_EXTENSIONS else "other"
 
 
 def _kind_of_folder(uri: str, settings: SourceSettings) -> SourceKind:
     """Tell what a folder holds; several kinds of sources in it are an error."""
-    seen: Counter[str] = Counter()
-    tars: list[str] = []
+    names: dict[str, list[str]] = {}
     for file in storage.list_files(uri):
-        suffix = PurePosixPath(file.name).suffix.lower()
         # A plan is that of an unfinished conversion, which says so when it is opened.
         if file.name in (DATASET_FILE, PLAN_FILE):
             return "dataset"
-        is_hidden = file.name.startswith(".")
-        if not _OWN_PARQUET.fullmatch(file.name) and not is_hidden:
-            seen["image" if suffix in IMAGE_SUFFIXES else suffix] += 1
-        if suffix == SUFFIXES["webdataset"]:
-            tars.append(PurePosixPath(file.name).stem)
-    if SUFFIXES["ffcv"] in seen:
+        # What operating systems leave behind decides nothing.
+        if not storage.is_hidden(file.name) and not _OWN_PARQUET.fullmatch(file.name):
+            suffix = PurePosixPath(file.name).suffix.lower()
+            group = "image" if suffix in IMAGE_SUFFIXES else suffix
+            names.setdefault(group, []).append(file.name)
+    if SUFFIXES["ffcv"] in names:
         return "dataset"
 
+    tars = names.get(".tar", [])
+    images = names.get("image", [])
+    stems = {PurePosixPath(name).stem for name in tars}
+    # img2dataset writes 00000.parquet beside 00000.tar: what it knows of that shard's images.
+    tables = [name for name in names.get(".parquet", []) if PurePosixPath(name).stem not in stems]
+    # A preview or two beside shards is no collection of images.
+    if tars and len(images) <= max(_MOST_PREVIEWS, len(tars)):
+        images = []
     kinds: dict[str, SourceKind] = {}
-    if seen["image"]:
+    if images:
         kinds["images"] = "folder"
     if tars:
-        kinds["tars"] = _kind_of_tars(uri, tars)
-    if seen[".parquet"]:
+        kinds["tars"] = _kind_of_tars(uri, sorted(stems))
+    if tables:
         kinds["Parquet files"] = "parquet"
     if len(kinds) > 1:
+        shown = storage.redact(uri)
         raise ConfigError(
-            f"convert: {storage.redact(uri)} holds {' and '.join(kinds)}. Give a folder with one "
-            "of them, or name the files, for example data/train-*.parquet."
+            f"convert: {shown} holds {' and '.join(kinds)}. Give a folder with one of them, or "
+            f"name the files, for example '{shown}/*.tar' or '{shown}/*.parquet'."
         )
 
-    if "Parquet files" in kinds:
+    if tables:
+        _refuse_splits(uri, tables)
         return _kind_of_table(uri, settings)
+    if tars:
+        _refuse_splits(uri, tars)
     # A data set cloned from a hub keeps its Parquet files one folder below.
     data_folder = storage.join(uri, "data")
     if not kinds and storage.is_folder(data_folder):
-        suffixes = {PurePosixPath(file.name).suffix for file in storage.list_files(data_folder)}
-        if ".parquet" in suffixes:
+        below = [file.name for file in storage.list_files(data_folder)]
+        tables = [name for name in below if name.lower().endswith(".parquet")]
+        if tables:
+            _refuse_splits(data_folder, tables)
             return _kind_of_table(data_folder, settings)
     return next(iter(kinds.values()), "folder")
+
+
+def _refuse_splits(uri: str, names: list[str]) -> None:
+    patterns = pattern_per_split(names)
+    if patterns:
+        raise ConfigError(say_splits("convert", uri, patterns))
 
 
 def _kind_of_tars(uri: str, stems: list[str]) -> SourceKind:
@@ -123,6 +189,9 @@ def open_source(
             folder, file or pattern; a CSV, TSV or Parquet list of URIs.
         settings: Where labels come from, and which columns of a table are meant.
         kind: What it is; None finds out. Workers are told: looking again costs a listing.
+
+    Raises:
+        ConfigError: It holds several things, or the settings are for another kind of source.
     """
     kinds: dict[SourceKind, Callable[[str, SourceSettings], Source]] = {
         "folder": FolderSource,
@@ -132,4 +201,54 @@ def open_source(
         "list": ListSource,
     }
     settings = settings or SourceSettings()
-    return kinds[kind or find_kind(uri, settings)](uri, settings)
+    kind = kind or find_kind(uri, settings)
+    if settings.image_component is not None and kind != "dataset":
+        raise ConfigError(
+            f"convert: --image-component is for WebDataset shards, and {storage.redact(uri)} holds "
+            "none. Leave it out."
+        )
+    return kinds[kind](uri, settings)
+
+
+def list_source(source: Source, uri: str) -> Listing:
+    """Return what a source holds, and what lies beside it in its folder.
+
+    Args:
+        source: Opened.
+        uri: What it was opened by.
+    """
+    listing = source.listing()
+    beside = _left_beside(uri, listing.kind)
+    listing.left_out.update(beside)
+    for reason, count in beside.counts.items():
+        listing.passed_over[reason] = listing.passed_over.get(reason, 0) + count
+    return listing
+
+
+def _left_beside(uri: str, kind: SourceKind) -> LeftOut:
+    """Count the files of a folder that are not the shards, class tars or tables that it is read
+    for."""
+    left_out = LeftOut()
+    is_one_file = uri.startswith("https:") or storage.names_several(uri)
+    # A folder of images has counted its files itself.
+    if kind == "folder" or is_one_file or not storage.is_folder(uri):
+        return left_out
+    # Everything in the folder of a finished dataset is the dataset's.
+    if kind == "dataset" and storage.exists(storage.join(uri, DATASET_FILE)):
+        return left_out
+    endings = _ENDINGS[kind]
+    files = list(storage.list_files(uri, recursive=True))
+    # Tables may lie in `data`, as hubs keep them.
+    has_own = any("/" not in file.name and file.name.lower().endswith(endings) for file in files)
+    folder = "" if has_own or kind not in ("parquet", "list") else "data/"
+    for file in files:
+        name = file.name.removeprefix(folder)
+        is_read = file.name.startswith(folder) and "/" not in name
+        if storage.is_hidden(file.name):
+            left_out.add("hidden", file.name)
+        elif not (is_read and name.lower().endswith(endings) and not _OWN_PARQUET.fullmatch(name)):
+            suffix = PurePosixPath(name).suffix.lower()
+            left_out.add(
+                "in a folder below" if "/" in name else suffix or "no extension", file.name
+            )
+    return left_out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,8 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.console import say
+from pipeline.dataset.scan import say_splits
+from pipeline.dataset.splits import pattern_per_split
 from pipeline.errors import ConfigError, DataError
 from pipeline.formats.table import NO_LABEL
 from pipeline.sources.listing import SourceSettings
@@ -25,53 +26,35 @@ _BUFFER_BYTES = 2**20
 
 
 def find_files(uri: str) -> list[storage.FileInfo]:
-    """Return the Parquet files of a folder, a pattern or a file, by name.
+    """Return the Parquet files of a folder, a pattern, a list or a file; those of a folder by name.
 
     Raises:
         ConfigError: The folder holds the files of several splits.
         DataError: There is no such file.
     """
-    name = storage.name_of(uri)
-    # Folders and files called data[1] exist: then the brackets are part of the name.
-    is_pattern = has_pattern(uri) and not storage.exists(uri)
-    is_folder = not uri.startswith("https:") and not is_pattern and storage.is_folder(uri)
-    if not is_folder and not is_pattern and name.lower().endswith(".parquet"):
-        return [storage.FileInfo(name, uri, storage.size_of(uri))]
+    if uri.startswith("https:"):
+        return [storage.FileInfo(storage.name_of(uri), uri, storage.size_of(uri))]
+    if storage.names_several(uri):
+        return storage.find_named(uri)
+    if not storage.is_folder(uri):
+        return [storage.FileInfo(storage.name_of(uri), uri, storage.size_of(uri))]
 
-    folder = uri
-    pattern = "*.parquet"
-    if not is_folder:
-        folder, pattern = uri.rsplit("/", 1) if "/" in uri else (".", uri)
-    listed = storage.list_files(folder)
-    if is_folder:
-        # Cameras and Windows programs write endings in upper case.
-        files = [file for file in listed if file.name.lower().endswith(".parquet")]
-    else:
-        files = [file for file in listed if fnmatch.fnmatch(file.name, pattern)]
+    # Cameras and Windows programs write endings in upper case.
+    listed = [file for file in storage.list_files(uri) if file.name.lower().endswith(".parquet")]
+    # macOS puts a ._file beside every file.
+    files = [file for file in listed if not storage.is_hidden(file.name)]
     if not files:
         # A data set cloned from a hub keeps its files one folder below.
         data_folder = storage.join(uri, "data")
-        if pattern == "*.parquet" and storage.is_folder(data_folder):
+        if storage.is_folder(data_folder):
             return find_files(data_folder)
         raise DataError(
-            f"convert: no file {pattern} in {storage.redact(folder)}. Check the folder and the "
-            "pattern."
+            f"convert: no file *.parquet in {storage.redact(uri)}. Check the folder."
         )
-
-    # Hubs name files train-00000-of-00007.parquet, all splits in one folder.
-    splits = sorted({file.name.split("-")[0] for file in files if "-of-" in file.name})
-    if pattern == "*.parquet" and len(splits) > 1:
-        example = storage.redact(storage.join(folder, splits[0]))
-        raise ConfigError(
-            f"convert: {storage.redact(folder)} holds files of {', '.join(splits)}. Give one of "
-            f"them, for example {example}-*.parquet."
-        )
+    patterns = pattern_per_split(file.name for file in files)
+    if patterns:
+        raise ConfigError(say_splits("convert", uri, patterns))
     return sorted(files, key=lambda file: file.name)
-
-
-def has_pattern(uri: str) -> bool:
-    """Tell whether the last part of a URI has marks of a pattern."""
-    return any(mark in storage.name_of(uri) for mark in "*[")
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from pipeline.formats.table import FORMATS, NO_LABEL
 from pipeline.formats.tar import TarScanner
 from pipeline.formats.webdataset import split_key
 from pipeline.images.encode import as_png
+from pipeline.images.left_out import LeftOut
 from pipeline.images.refused import Refused
 from pipeline.sources.listing import Listing, SourceSettings, Wanted, read_each
 from pipeline.sources.names import sample_keys
@@ -39,13 +40,16 @@ class DatasetSource:
 
     def __init__(self, uri: str, settings: SourceSettings | None = None) -> None:
         self.uri = uri
-        self._labels = (settings or SourceSettings()).labels
+        settings = settings or SourceSettings()
+        self._labels = settings.labels
+        self._image_component = settings.image_component
         self._opened: Manifest | None = None
         self._texts: dict[int, list[dict[str, Any] | None]] = {}
 
     def _manifest(self) -> Manifest:
         if self._opened is None:
-            self._opened = open_dataset(self.uri)
+            component = self._image_component
+            self._opened = open_dataset(self.uri, image_component=component)
         return self._opened
 
     def listing(self) -> Listing:
@@ -69,6 +73,10 @@ class DatasetSource:
         if has_unfit or has_repeated:
             all_keys = sample_keys(all_keys)
 
+        # Conversions that an older version began have other keys: they must not be continued.
+        fingerprint = manifest.info.fingerprint + ("/keys-2" if has_repeated else "")
+        left_out = LeftOut()
+        left_out.count(manifest.info.made_by.get("left_out") or {})
         all_labels = np.concatenate(labels)
         classes = manifest.info.classes
         if self._labels == "none":
@@ -80,11 +88,12 @@ class DatasetSource:
             sizes=np.concatenate(sizes),
             labels=all_labels,
             classes=classes,
-            passed_over={},
+            passed_over=dict(left_out.counts),
             kind="dataset",
             keys=all_keys,
             bounds=manifest.shard_starts,
-            fingerprint=manifest.info.fingerprint,
+            fingerprint=fingerprint,
+            left_out=left_out,
         )
 
     def read_all(self, wanted: Wanted) -> Iterator[bytes | Refused]:
@@ -115,12 +124,17 @@ class DatasetSource:
         if manifest.info.format == "ffcv":
             return read_metas(manifest.shard_uri(s))
         texts: dict[str, dict[str, Any]] = {}
+        read: dict[str, bytes] = {}
         with storage.open_read(manifest.shard_uri(s)) as file:
-            scanner = TarScanner(file, shard=manifest.shard_name(s))
+            scanner = TarScanner(file, shard=manifest.shard_name(s), links="yield")
             for member in scanner:
                 parts = split_key(member.name)
                 if parts is not None and parts[1] == "json" and member.size <= _MAX_TEXT_BYTES:
-                    value = _parse(scanner.read())
+                    # A link has the bytes of a member before it.
+                    linked = member.link_to
+                    data = scanner.read() if linked is None else read.get(linked, b"")
+                    read[member.name.removeprefix("./")] = data
+                    value = _parse(data)
                     if value is not None:
                         texts[parts[0]] = value
         return [texts.get(key) for key in manifest.shard_table(s).keys]

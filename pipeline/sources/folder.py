@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline import storage
-from pipeline.dataset.left_out import printable
+from pipeline.dataset.info import DATASET_FILE
 from pipeline.errors import ConfigError, DataError
+from pipeline.images.left_out import LeftOut, printable
 from pipeline.images.refused import Refused
 from pipeline.sources.listing import (
     Listing,
@@ -68,13 +69,32 @@ class FolderSource:
             if builder.add(file.name, file.size_bytes):
                 classes.holding.add(file.name.partition("/")[0])
         if not len(builder):
+            deeper = _sources_below(self.uri, builder.left_out)
+            expected = f"Expected {', '.join(IMAGE_SUFFIXES)}, tars, betons or Parquet files."
             raise DataError(
                 f"convert: no image in {storage.redact(self.uri)}; seen: {builder.seen()}. "
-                f"Expected {', '.join(IMAGE_SUFFIXES)}, tars, betons or Parquet files."
+                f"{deeper or expected}"
             )
         if self._settings.labels != "none":
             builder.left_out.notes.extend(classes.notes())
         return builder.build(self._settings, kind="folder")
+
+
+def _sources_below(uri: str, left_out: LeftOut) -> str:
+    """Return which files or folders below are sources themselves; empty if there is none."""
+    found: dict[str, None] = {}
+    for ending in (".tar", ".beton", ".parquet", ".gz", ".tgz", ".csv", ".tsv", ".json"):
+        for name in left_out.names.get(ending, ()):
+            folder, _, file = name.rpartition("/")
+            # A table or a list is given by its name, shards by their folder.
+            if ending in (".csv", ".tsv"):
+                found[storage.join(uri, name)] = None
+            elif ending != ".json" or file == DATASET_FILE:
+                found[storage.join(uri, folder) if folder else storage.join(uri, name)] = None
+    if not found:
+        return ""
+    named = ", ".join(storage.redact(each) for each in list(found)[:5])
+    return f"There are shards, archives or tables below it: give one of them, such as {named}"
 
 
 class _ClassFolders:

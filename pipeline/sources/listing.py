@@ -18,7 +18,9 @@ from pydantic import ConfigDict
 from pipeline import storage
 from pipeline.config import Settings
 from pipeline.console import Progress, say
-from pipeline.dataset.left_out import LeftOut
+from pipeline.dataset.splits import split_of
+from pipeline.errors import ConfigError
+from pipeline.images.left_out import LeftOut
 from pipeline.images.refused import Refused
 from pipeline.options import Location
 from pipeline.sources.labels import LabelMode, labels_of_names
@@ -56,6 +58,9 @@ class SourceSettings(Settings):
     """Column of a table that holds the images or their URIs. None: chosen by its name."""
     label_column: str | None = None
     """Column of a table that holds the labels. None: chosen by its name."""
+    image_component: str | None = None
+    """Member of a WebDataset's sample that is its image, for example image.jpg or 1.jpg. None: jpg,
+    jpeg, png or webp."""
 
 
 @dataclass(frozen=True)
@@ -273,6 +278,8 @@ class ListingBuilder:
         rows = order.to_numpy()
         sizes = np.concatenate([chunk.sizes for chunk in self._chunks])
         locations = np.concatenate([chunk.locations for chunk in self._chunks])
+        if settings.labels == "auto" and settings.ground_truth is None:
+            _refuse_splits(self._uri, names, kind)
         labels, classes = labels_of_names(
             self._uri,
             names,
@@ -292,6 +299,31 @@ class ListingBuilder:
             files=files,
             left_out=self.left_out,
         )
+
+
+def _refuse_splits(uri: str, names: pa.StringArray, kind: SourceKind) -> None:
+    """Refuse folders of train and validation images as classes: they are not one dataset.
+
+    Raises:
+        ConfigError: All folders are called like splits, or two different splits are among them.
+    """
+    folders = pc.unique(pc.replace_substring_regex(names, "/.*", "")).to_pylist()
+    in_folders = pc.match_substring(names, "/")
+    if not pc.all(in_folders).as_py():
+        return
+    split_of_folder = {str(folder): split_of(str(folder)) for folder in folders}
+    # A class may be called `train`: beside cars and ships it is one.
+    named = {folder: split for folder, split in split_of_folder.items() if split is not None}
+    has_several = len(set(named.values())) > 1
+    if not named or not (has_several or len(named) == len(folders)):
+        return
+    examples = ", ".join(storage.redact(storage.join(uri, folder)) for folder in sorted(named))
+    what = f"one of them: {examples}" if kind == "folder" else "one of them, unpacked"
+    raise ConfigError(
+        f"convert: {storage.redact(uri)} holds the folders {', '.join(sorted(named))}, which are "
+        f"splits of a data set and not classes. Give {what}. If they are classes, give --labels "
+        "folders; for one dataset of all images without labels, --labels none."
+    )
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,9 @@ IMAGE_SUFFIXES = (
     ".tiff",
 )
 """Endings of image files, in lower case. The content then tells what a file really is."""
+_EXTENSION = r"\.[^./]*$"
+_UNFIT = r"[.\s\p{Z}\p{C}]"
+"""Characters that no key of a WebDataset may have: dots, and all kinds of blanks."""
 
 
 def why_skipped(name: str) -> str | None:
@@ -55,14 +58,21 @@ def sample_keys(names: pa.StringArray) -> pa.StringArray:
     and blanks.
 
     If several files would get the same key, their extensions are appended, then their positions in
-    the list. The result depends on the sorted list alone.
+    the list: `a.b.jpg` and `a_b.jpg` become `a_b-jpg-0` and `a_b-jpg-1`, two times `000000` become
+    `000000-0` and `000000-1`. The result depends on the list alone.
     """
-    keys = pc.replace_substring_regex(names, r"\.[^./]*$", "")
-    keys = pc.replace_substring_regex(keys, r"[.\s\p{Z}\p{C}]", "_")
+    keys = pc.replace_substring_regex(names, _EXTENSION, "")
+    keys = pc.replace_substring_regex(keys, _UNFIT, "_")
     # WebDataset keeps names like __key__ for itself.
     keys = pc.replace_substring_regex(keys, r"^__+", "_")
+    # An extension or a dot at the start leaves a last part that is empty: that is no name.
+    keys = pc.replace_substring_regex(keys, r"(^|/)$", r"\1_")
 
-    suffixes = pc.utf8_lower(pc.replace_substring_regex(names, r"^.*\.", "-"))
+    # A name without an extension has none to append: its text is in the key already.
+    has_extension = pc.match_substring_regex(names, _EXTENSION)
+    endings = pc.utf8_lower(pc.replace_substring_regex(names, r"(?s)^.*\.", "-"))
+    endings = pc.replace_substring_regex(endings, _UNFIT, "_")
+    suffixes = pc.if_else(has_extension, endings, pa.scalar(""))
     positions = pa.array([f"-{position}" for position in range(len(names))])
     for ending in (suffixes, positions):
         repeated = _repeated(keys)

@@ -11,14 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 from pipeline import storage
 from pipeline.console import Progress
 from pipeline.errors import DataError
-from pipeline.formats.tar import TarMember, TarScanner
+from pipeline.formats.records import DEAD_LINK
+from pipeline.formats.tar import TarMember, TarScanner, resolve_links
+from pipeline.images.left_out import printable
 from pipeline.images.refused import Refused
 from pipeline.sources.listing import (
     QUIET_S,
@@ -90,8 +94,9 @@ class TarSource:
         Raises:
             DataError: A tar is cut or damaged, or there is no image in it.
         """
-        files, tars, loose = self._find()
+        files, tars, found = self._find()
         builder = ListingBuilder(self.uri)
+        loose, dead = resolve_links(found)
 
         # Members beside tars are not below a common folder that unpacking would leave out.
         names = [member.name for member in loose]
@@ -99,7 +104,9 @@ class TarSource:
         for member in loose:
             name = member.name.removeprefix(common)
             builder.add(name, member.size, file=0, offset=member.offset)
+        _add_dead(builder, dead)
 
+        empty: list[str] = []
         threads = 1 if storage.is_local(self.uri) else _SCANNERS
         with (
             Progress(
@@ -111,12 +118,20 @@ class TarSource:
             ThreadPoolExecutor(threads, thread_name_prefix="tar") as pool,
         ):
             scanned = pool.map(lambda tar: _members(files[tar.file], tar), tars)
-            for tar, members in zip(tars, scanned, strict=True):
-                for name, member in members:
+            for tar, (members, dead) in zip(tars, scanned, strict=True):
+                for member in members:
                     # A member's offset is counted from the start of its own tar.
                     offset = tar.start + member.offset
-                    builder.add(name, member.size, file=tar.file, offset=offset)
+                    builder.add(member.name, member.size, file=tar.file, offset=offset)
+                _add_dead(builder, dead)
+                if not members:
+                    empty.append(tar.class_name)
                 progress.advance(1, size_bytes=tar.size)
+        if empty:
+            named = ", ".join(printable(name) for name in sorted(empty))
+            builder.left_out.notes.append(
+                f"{len(empty):,} class tars hold no file and get no class number: {named}"
+            )
 
         if not len(builder):
             raise DataError(
@@ -127,8 +142,11 @@ class TarSource:
 
     def _find(self) -> tuple[tuple[str, ...], list[_ClassTar], list[TarMember]]:
         """Return the files, the class tars in them, and the members outside of those."""
-        if not self.uri.startswith("https:") and storage.is_folder(self.uri):
-            return self._find_in_folder()
+        is_https = self.uri.startswith("https:")
+        if not is_https and storage.names_several(self.uri):
+            return self._class_tars(storage.find_named(self.uri))
+        if not is_https and storage.is_folder(self.uri):
+            return self._class_tars(list(storage.list_files(self.uri)))
         tars: list[_ClassTar] = []
         loose: list[TarMember] = []
         size = storage.size_of(self.uri)
@@ -136,17 +154,26 @@ class TarSource:
         if not storage.is_local(self.uri) and not self._is_nested(size):
             # Small members of a remote tar: reading on is cheaper than a request per header.
             buffer_bytes = _SCAN_BUFFER_BYTES
+        shown = storage.redact(self.uri)
         with storage.open_read(self.uri, buffer_bytes=buffer_bytes) as stream:
-            for member in TarScanner(_Window(stream, 0, size), shard=storage.redact(self.uri)):
+            for member in TarScanner(_Window(stream, 0, size), shard=shown, links="yield"):
                 path = PurePosixPath(member.name)
-                if path.suffix.lower() == ".tar":
+                is_class_tar = path.suffix.lower() == ".tar" and member.link_to is None
+                if is_class_tar and not storage.is_hidden(member.name):
                     tars.append(_ClassTar(0, path.stem, member.offset, member.size))
                 else:
                     loose.append(_clean(member))
         return (self.uri,), tars, loose
 
-    def _find_in_folder(self) -> tuple[tuple[str, ...], list[_ClassTar], list[TarMember]]:
-        listed = [file for file in storage.list_files(self.uri) if file.name.endswith(".tar")]
+    def _class_tars(
+        self, files: list[storage.FileInfo]
+    ) -> tuple[tuple[str, ...], list[_ClassTar], list[TarMember]]:
+        listed = [
+            file
+            for file in files
+            # macOS puts a ._n01440764.tar beside every tar: it is neither a tar nor a class.
+            if file.name.lower().endswith(".tar") and not storage.is_hidden(file.name)
+        ]
         # Storage lists in any order; the files' numbers must depend on the source alone.
         listed.sort(key=lambda file: file.name)
         tars = [
@@ -158,7 +185,8 @@ class TarSource:
     def _is_nested(self, size: int) -> bool:
         """Return whether the first member is a tar."""
         with storage.open_read(self.uri, buffer_bytes=_HEADER_BUFFER_BYTES) as stream:
-            scanner = TarScanner(_Window(stream, 0, size), shard=storage.redact(self.uri))
+            shown = storage.redact(self.uri)
+            scanner = TarScanner(_Window(stream, 0, size), shard=shown, links="yield")
             first = next(iter(scanner), None)
         return first is not None and first.name.lower().endswith(".tar")
 
@@ -180,19 +208,47 @@ class _ClassTar:
     size: int
 
 
-def _members(uri: str, tar: _ClassTar) -> list[tuple[str, TarMember]]:
-    """Return the members of a class tar, named as if unpacked into a folder of the tar's name."""
+def _members(uri: str, tar: _ClassTar) -> tuple[list[TarMember], list[TarMember]]:
+    """Return the members of a class tar, named as if unpacked into a folder of the tar's name, and
+    its links to what is not in it."""
     buffer_bytes = _HEADER_BUFFER_BYTES if storage.is_local(uri) else _SCAN_BUFFER_BYTES
     shown = f"{storage.redact(uri)}: {tar.class_name}.tar at byte {tar.start}"
     with storage.open_read(uri, buffer_bytes=buffer_bytes) as stream:
-        scanner = TarScanner(_Window(stream, tar.start, tar.size), shard=shown)
-        return [(f"{tar.class_name}/{_clean(member).name}", member) for member in scanner]
+        window = _Window(stream, tar.start, tar.size)
+        scanner = TarScanner(window, shard=shown, links="yield")
+        files, dead = resolve_links([_clean(member) for member in scanner])
+
+    def in_class(member: TarMember) -> TarMember:
+        return replace(member, name=f"{tar.class_name}/{member.name}")
+
+    return [in_class(member) for member in files], [in_class(member) for member in dead]
+
+
+def _add_dead(builder: ListingBuilder, links: list[TarMember]) -> None:
+    for link in links:
+        reason = "hidden" if storage.is_hidden(link.name) else DEAD_LINK
+        builder.left_out.add(reason, f"{link.name} -> {link.link_text}")
+
+
+def first_members(uri: str, count: int) -> Iterator[str]:
+    """Yield the names of the first files in a tar; none of a tar that cannot be read, which says
+    so when it is listed."""
+    size = storage.size_of(uri)
+    buffer_bytes = _HEADER_BUFFER_BYTES if storage.is_local(uri) else _SCAN_BUFFER_BYTES
+    with storage.open_read(uri, buffer_bytes=buffer_bytes) as stream:
+        scanner = TarScanner(_Window(stream, 0, size), shard=storage.redact(uri), links="yield")
+        with suppress(DataError):
+            for member in islice(scanner, count):
+                # Looking for samples among tars of tars would pass over gigabytes.
+                if member.name.lower().endswith(".tar"):
+                    return
+                yield member.name
 
 
 def _clean(member: TarMember) -> TarMember:
     # `tar -C folder .` writes ./name: unpacked that is the same file as `name`.
     name = "/".join(part for part in member.name.split("/") if part not in ("", "."))
-    return TarMember(name, member.header_offset, member.offset, member.size)
+    return replace(member, name=name)
 
 
 def _common_folder(names: list[str]) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 
 _HIDDEN = re.compile(
-    # A leading dot: .DS_Store and ._files of macOS, .git, .ipynb_checkpoints.
+    # A leading dot: .DS_Store and ._files of macOS, .git, .ipynb_checkpoints; not `./` itself.
     r"(^|/)("
-    r"\.|"
+    r"\.(?!\.?(/|$))|"
     # Folders: macOS archives, Synology and QNAP, the roots of ext4 and of Windows disks.
     r"(__MACOSX|@eaDir|#recycle|@Recycle|lost\+found)(/|$)|"
     r"(\$RECYCLE\.BIN|System Volume Information)(/|$)|"
