@@ -48,9 +48,7 @@ def find_files(uri: str) -> list[storage.FileInfo]:
         data_folder = storage.join(uri, "data")
         if storage.is_folder(data_folder):
             return find_files(data_folder)
-        raise DataError(
-            f"convert: no file *.parquet in {storage.redact(uri)}. Check the folder."
-        )
+        raise DataError(f"convert: no file *.parquet in {storage.redact(uri)}. Check the folder.")
     patterns = pattern_per_split(file.name for file in files)
     if patterns:
         raise ConfigError(say_splits("convert", uri, patterns))

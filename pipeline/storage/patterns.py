@@ -14,7 +14,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.storage.door import exists, is_folder, is_local, list_files, on_disk, size_of
 from pipeline.storage.hidden import is_hidden
 from pipeline.storage.local import FileInfo
-from pipeline.storage.uri import absolute, join, name_of, redact, split_scheme
+from pipeline.storage.uri import absolute, join, redact, split_scheme
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -34,7 +34,12 @@ def names_several(uri: str) -> bool:
 def _has_marks(uri: str) -> bool:
     has_braces = any(_words(found[1]) is not None for found in _BRACES.finditer(uri))
     is_list = "," in _BRACES.sub("", uri)
-    return has_braces or is_list or any(mark in name_of(uri) for mark in _MARKS)
+    return has_braces or is_list or any(mark in _last_part(uri) for mark in _MARKS)
+
+
+def _last_part(uri: str) -> str:
+    # Not name_of: it takes a question mark for the start of a URL's query.
+    return uri.rpartition("/")[2]
 
 
 def find_named(uri: str) -> list[FileInfo]:
@@ -128,7 +133,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _refuse_folder_marks(folder: str, part: str) -> None:
-    if any(mark in name_of(folder) for mark in "*?") and not is_folder(folder):
+    if any(mark in _last_part(folder) for mark in "*?") and not is_folder(folder):
         raise ConfigError(
             f"storage: {redact(part)} has a wildcard in the name of a folder. Only the last part "
             "may have one: give the files of one folder, for example data/train-*.tar."
@@ -151,11 +156,11 @@ def find_one(uri: str) -> FileInfo:
     if is_local(uri):
         # The file's time is its version: a scan that is kept must notice a file that was replaced.
         stat = on_disk("look up", uri, lambda path: path.stat())
-        return FileInfo(name_of(uri), uri, stat.st_size, str(stat.st_mtime_ns))
+        return FileInfo(_last_part(uri), uri, stat.st_size, str(stat.st_mtime_ns))
     for file in list_files(folder_of(uri)):
-        if file.name == name_of(uri):
+        if file.name == _last_part(uri):
             return file
-    return FileInfo(name_of(uri), uri, size_of(uri))
+    return FileInfo(_last_part(uri), uri, size_of(uri))
 
 
 def expand_braces(text: str) -> Iterator[str]:
