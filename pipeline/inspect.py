@@ -64,10 +64,23 @@ def survey(dataset: Manifest) -> Survey:
     """Read the rows of evenly spread shards."""
     num_shards = dataset.info.num_shards
     count = min(num_shards, _MAX_SURVEYED_SHARDS)
-    shards = np.unique(np.linspace(0, num_shards - 1, count).round().astype(int))
+    shards = np.unique(
+        np.linspace(
+            0,
+            num_shards - 1,
+            count,
+        )
+        .round()
+        .astype(int)
+    )
     tables = []
     label = f"Surveying {storage.name_of(dataset.uri)}"
-    with Progress(label, total=len(shards), unit="shards", after_s=_QUIET_S) as progress:
+    with Progress(
+        label,
+        total=len(shards),
+        unit="shards",
+        after_s=_QUIET_S,
+    ) as progress:
         for shard in shards.tolist():
             tables.append(dataset.shard_table(shard))
             progress.advance(1)
@@ -79,7 +92,14 @@ def survey(dataset: Manifest) -> Survey:
         heights=np.concatenate([table.heights for table in tables]),
         sizes=np.concatenate([table.sizes for table in tables]),
         labels=np.concatenate([table.labels for table in tables]),
-        formats={FORMATS[code]: int(number) for code, number in zip(codes, counts, strict=True)},
+        formats={
+            FORMATS[code]: int(number)
+            for code, number in zip(
+                codes,
+                counts,
+                strict=True,
+            )
+        },
     )
 
 
@@ -88,7 +108,12 @@ def summary(dataset: Manifest, found: Survey) -> dict[str, Any]:
 
     def quantiles(values: npt.NDArray[Any]) -> list[int]:
         return [
-            int(value) for value in np.quantile(values, [0, 0.25, 0.5, 0.75, 1], method="nearest")
+            int(value)
+            for value in np.quantile(
+                values,
+                [0, 0.25, 0.5, 0.75, 1],
+                method="nearest",
+            )
         ]
 
     info = dataset.info
@@ -117,7 +142,11 @@ def contact_sheet(dataset: Manifest, *, count: int) -> list[tuple[str, U8]]:
         left black.
     """
     num_samples = dataset.info.num_samples
-    spread = np.linspace(0, num_samples - 1, min(count, num_samples))
+    spread = np.linspace(
+        0,
+        num_samples - 1,
+        min(count, num_samples),
+    )
     ids_B = np.unique(spread.astype(int))
     rows = dataset.lookup(ids_B)
     reader = ShardReader(dataset, verify_hashes="on")
@@ -130,7 +159,11 @@ def contact_sheet(dataset: Manifest, *, count: int) -> list[tuple[str, U8]]:
 
     sheet = []
     for i, key in enumerate(dataset.keys(ids_B)):
-        caption = _caption(dataset, key, int(rows.labels_B[i]))
+        caption = _caption(
+            dataset,
+            key,
+            int(rows.labels_B[i]),
+        )
         try:
             if i in bad:
                 raise RefusedError(bad[i])
@@ -145,7 +178,11 @@ def contact_sheet(dataset: Manifest, *, count: int) -> list[tuple[str, U8]]:
     return sheet
 
 
-def _caption(dataset: Manifest, key: str, label: int) -> str:
+def _caption(
+    dataset: Manifest,
+    key: str,
+    label: int,
+) -> str:
     """Return the key, and below it the class if the sample has one."""
     if label == NO_LABEL:
         return key
@@ -153,7 +190,11 @@ def _caption(dataset: Manifest, key: str, label: int) -> str:
     return f"{key}\n{classes[label] if classes else label}"
 
 
-def draw(dataset: Manifest, found: Survey, sheet: list[tuple[str, U8]]) -> bytes:
+def draw(
+    dataset: Manifest,
+    found: Survey,
+    sheet: list[tuple[str, U8]],
+) -> bytes:
     """Draw the page; returns a PNG."""
     import matplotlib
 
@@ -163,28 +204,49 @@ def draw(dataset: Manifest, found: Survey, sheet: list[tuple[str, U8]]) -> bytes
     columns = 8
     rows = math.ceil(len(sheet) / columns)
     figure = Figure(figsize=(columns * 1.6, rows * 1.9 + 3.6), layout="constrained")
-    halves: Any = figure.subfigures(2, 1, height_ratios=[3.2, max(rows, 1) * 1.9])
+    halves: Any = figure.subfigures(
+        2,
+        1,
+        height_ratios=[3.2, max(rows, 1) * 1.9],
+    )
     top, bottom = halves
     info = dataset.info
     top.suptitle(
         f"{info.name}: {info.num_samples:,} samples in {info.num_shards:,} shards ({info.format})"
     )
     plots = top.subplots(1, 3)
-    plots[0].hist2d(found.widths, found.heights, bins=40, cmin=1)
+    plots[0].hist2d(
+        found.widths,
+        found.heights,
+        bins=40,
+        cmin=1,
+    )
     plots[0].set(xlabel="width, pixels", ylabel="height, pixels")
     plots[1].hist(found.sizes / 1000, bins=40)
     plots[1].set(xlabel="encoded size, kB", ylabel="samples")
     labelled = found.labels[found.labels != NO_LABEL]
     plots[2].bar(*np.unique(labelled, return_counts=True), width=1.0)
-    plots[2].set(xlabel="class", ylabel="samples", title="" if len(labelled) else "no labels")
+    plots[2].set(
+        xlabel="class",
+        ylabel="samples",
+        title="" if len(labelled) else "no labels",
+    )
     cells = np.atleast_1d(bottom.subplots(max(rows, 1), columns)).ravel()
     for cell in cells:
         cell.axis("off")
-    for cell, (caption, picture) in zip(cells, sheet, strict=False):
+    for cell, (caption, picture) in zip(
+        cells,
+        sheet,
+        strict=False,
+    ):
         cell.imshow(picture)
         cell.set_title(caption.replace("$", r"\$"), fontsize=5)
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, format="png")
+    figure.savefig(
+        buffer,
+        dpi=110,
+        format="png",
+    )
     return buffer.getvalue()
 
 
@@ -207,7 +269,14 @@ def _run(arguments: Arguments) -> int:
     dataset = open_dataset(arguments.uri)
     surveyed = survey(dataset)
     sheet = contact_sheet(dataset, count=arguments.count)
-    storage.write_atomic(str(Path(arguments.out)), draw(dataset, surveyed, sheet))
+    storage.write_atomic(
+        str(Path(arguments.out)),
+        draw(
+            dataset,
+            surveyed,
+            sheet,
+        ),
+    )
     figures = summary(dataset, surveyed)
     if arguments.json:
         say_json(figures)

@@ -25,23 +25,21 @@ import tyro
 from pipeline import storage
 from pipeline.console import Progress, run_command, say, say_json
 from pipeline.dataset import Manifest, open_dataset
+from pipeline.dataset.in_place import index_in_place
 from pipeline.dataset.info import DATASET_FILE, PLAN_FILE
 from pipeline.dataset.scan import (
     EMPTY_ARCHIVE,
     ShardFiles,
     container_of,
-    finished_shards,
     is_selection,
     list_shards,
     scan,
 )
-from pipeline.dataset.writer import write_dataset
 from pipeline.errors import ConfigError, DataError
 from pipeline.formats.index import index_shard
-from pipeline.formats.records import SUFFIXES, EmptyShardError, ShardIndex
+from pipeline.formats.records import EmptyShardError, ShardIndex
 from pipeline.formats.table import FORMATS, ShardTable
 from pipeline.images.decodable import undecodable
-from pipeline.images.left_out import LeftOut
 from pipeline.options import Location
 
 _THREADS = 8
@@ -332,60 +330,13 @@ def write_manifest(uri: str, *, image_component: str | None = None) -> VerifyRes
         DataError: A shard is damaged.
         InfrastructureError: The folder cannot be written.
     """
-    found = list_shards(uri)
-    for name in (DATASET_FILE, PLAN_FILE):
-        if storage.exists(storage.join(found.folder, name)):
-            raise ConfigError(
-                f"verify: {storage.redact(found.folder)} already has {name}. Verify it without "
-                "--write-manifest, or remove that file first."
-            )
-    _refuse_others(uri, found)
-    result = VerifyResult()
-    left_out = LeftOut()
-    made_by: dict[str, Any] = {"tool": "pipeline.verify --write-manifest"}
-    if image_component is not None:
-        made_by["image_component"] = image_component
-
-    def shards() -> Iterator[ShardIndex]:
-        for shard in finished_shards(found, left_out, image_component=image_component):
-            name = shard.file.name
-            result.problems.extend(Problem(name, key, str(refused)) for key, refused in shard.bad)
-            if shard.dali_index:
-                stem = name[: -len(SUFFIXES["webdataset"])]
-                storage.write_atomic(storage.join(found.folder, f"{stem}.idx"), shard.dali_index)
-            yield shard
-        made_by["left_out"] = dict(left_out.counts)
-
-    info = write_dataset(
-        found.folder,
-        shards=shards(),
-        name=storage.name_of(found.folder),
-        container=found.container,
-        made_by=made_by,
+    written = index_in_place(uri, image_component=image_component)
+    return VerifyResult(
+        num_samples=written.info.num_samples,
+        num_shards=written.info.num_shards,
+        problems=[Problem(name, key, str(refused)) for name, key, refused in written.bad],
+        ignored=dict(written.left_out.counts),
     )
-    result.num_samples = info.num_samples
-    result.num_shards = info.num_shards
-    result.ignored = dict(left_out.counts)
-    return result
-
-
-def _refuse_others(uri: str, found: ShardFiles) -> None:
-    """Refuse to describe some of a folder's shards: its `dataset.json` must know them all."""
-    if not is_selection(uri):
-        return
-    chosen = {file.name for file in found.files}
-    others = [
-        file.name
-        for file in storage.list_files(found.folder)
-        if container_of(file.name) is not None and not storage.is_hidden(file.name)
-        if file.name not in chosen
-    ]
-    if others:
-        raise ConfigError(
-            f"verify: {storage.redact(found.folder)} also holds {min(others)}, and one "
-            f"{DATASET_FILE} describes all shards of a folder. Move the shards that you mean into "
-            "a folder of their own; or use the pattern as it is: its scan is kept in the cache."
-        )
 
 
 @dataclass(frozen=True)

@@ -139,10 +139,18 @@ def _dry_run(arguments: Arguments, settings: ConvertSettings) -> dict[str, Any]:
     """Plan the conversion and prepare some of its images, without writing."""
     check_target(arguments.src, arguments.dst)
     with unpacked(arguments.src) as src:
-        return _try_some(src, arguments, settings)
+        return _try_some(
+            src,
+            arguments,
+            settings,
+        )
 
 
-def _try_some(src: str, arguments: Arguments, settings: ConvertSettings) -> dict[str, Any]:
+def _try_some(
+    src: str,
+    arguments: Arguments,
+    settings: ConvertSettings,
+) -> dict[str, Any]:
     source = open_source(src, settings)
     listing = list_source(source, src)
     plan = make_plan(listing, settings)
@@ -200,7 +208,11 @@ def _say_notes(notes: list[str]) -> None:
         say(f"convert: note: {note}")
 
 
-def _say_made(arguments: Arguments, settings: ConvertSettings, info: DatasetInfo) -> None:
+def _say_made(
+    arguments: Arguments,
+    settings: ConvertSettings,
+    info: DatasetInfo,
+) -> None:
     """Write what a finished conversion holds, for a program or for a person; from it every file
     that was seen can be accounted for."""
     num_rejected = info.made_by["plan"]["num_images"] - info.num_samples
@@ -259,10 +271,24 @@ def _run(arguments: Arguments) -> int:
             _say_planned(planned)
         return 0
 
-    workers = Workers(arguments.engine, arguments.workers, arguments.ray_address)
-    info = convert_job(arguments.src, arguments.dst, settings, job=job, workers=workers)
+    workers = Workers(
+        arguments.engine,
+        arguments.workers,
+        arguments.ray_address,
+    )
+    info = convert_job(
+        arguments.src,
+        arguments.dst,
+        settings,
+        job=job,
+        workers=workers,
+    )
     if info is not None:
-        _say_made(arguments, settings, info)
+        _say_made(
+            arguments,
+            settings,
+            info,
+        )
     elif arguments.json:  # other jobs of the array still have shards to make
         say_json({"dataset": storage.redact(arguments.dst), "finished": False})
     return 0

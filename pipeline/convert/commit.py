@@ -30,7 +30,12 @@ UNTURNED_FILE = "not_upright.parquet"
 STATS_FILE = "stats.json"
 
 
-def commit(listing: Listing, dst: str, plan: Plan, parts: list[Part]) -> DatasetInfo:
+def commit(
+    listing: Listing,
+    dst: str,
+    plan: Plan,
+    parts: list[Part],
+) -> DatasetInfo:
     """Write what neighbours read, the list of refused images, the manifest, and last
     `dataset.json`.
 
@@ -63,7 +68,12 @@ def commit(listing: Listing, dst: str, plan: Plan, parts: list[Part]) -> Dataset
             f"convert: note: {len(unturned):,} images keep their EXIF orientation, as they cannot "
             f"be turned without loss; see {UNTURNED_FILE}"
         )
-    _write_report(listing, dst, plan, stored=_num_stored(kept))
+    _write_report(
+        listing,
+        dst,
+        plan,
+        stored=_num_stored(kept),
+    )
     if plan.settings.format == "webdataset":
         for name, content in _neighbour_files(plan, kept).items():
             _write_json(storage.join(dst, name), content)
@@ -95,7 +105,13 @@ def commit(listing: Listing, dst: str, plan: Plan, parts: list[Part]) -> Dataset
     )
 
 
-def _write_report(listing: Listing, dst: str, plan: Plan, *, stored: int) -> None:
+def _write_report(
+    listing: Listing,
+    dst: str,
+    plan: Plan,
+    *,
+    stored: int,
+) -> None:
     """Write what was left out, so that every file of the source can be accounted for."""
     left_out = all_left_out(listing, plan)
     if not left_out:
@@ -174,5 +190,9 @@ def _neighbour_files(plan: Plan, kept: Sequence[Part]) -> dict[str, Any]:
 
 
 def _write_json(uri: str, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=1, ensure_ascii=False)
+    text = json.dumps(
+        content,
+        indent=1,
+        ensure_ascii=False,
+    )
     storage.write_atomic(uri, text.encode() + b"\n")

@@ -54,7 +54,12 @@ def convert(
         DataError: No image can be used.
         InfrastructureError: Reading or writing failed; the same call continues later.
     """
-    info = convert_job(src, dst, settings, workers=Workers(count=workers))
+    info = convert_job(
+        src,
+        dst,
+        settings,
+        workers=Workers(count=workers),
+    )
     if info is None:
         raise DataError(
             f"convert: shards have vanished from {storage.redact(dst)}. Run the same command again."
@@ -103,7 +108,13 @@ def convert_job(
             "where the nodes of --ray-address cannot read it. Unpack it where all nodes see it."
         )
     with unpacked(src) as plain:
-        return _convert_plain(plain, dst, settings, job=job, workers=workers)
+        return _convert_plain(
+            plain,
+            dst,
+            settings,
+            job=job,
+            workers=workers,
+        )
 
 
 def _convert_plain(
@@ -126,11 +137,26 @@ def _convert_plain(
 
     with lock_target(dst, job):
         try:
-            claim(dst, plan, job)
-            parts = _make_parts(listing, dst, plan, job, workers)
+            claim(
+                dst,
+                plan,
+                job,
+            )
+            parts = _make_parts(
+                listing,
+                dst,
+                plan,
+                job,
+                workers,
+            )
             if parts is None:
                 return None
-            info = commit(listing, dst, plan, parts)
+            info = commit(
+                listing,
+                dst,
+                plan,
+                parts,
+            )
         except MaelstromError:
             # Another job may have committed and cleaned up while this one still looked.
             done = None if job.is_alone else find_finished(dst, plan)
@@ -141,7 +167,11 @@ def _convert_plain(
     return info
 
 
-def _find_parts(dst: str, plan: Plan, shards: Iterable[int]) -> dict[int, Part]:
+def _find_parts(
+    dst: str,
+    plan: Plan,
+    shards: Iterable[int],
+) -> dict[int, Part]:
     """Return the parts of the shards that are finished."""
     identity = plan.identity()
     sizes = {file.name: file.size_bytes for file in list_target(dst)}
@@ -149,7 +179,12 @@ def _find_parts(dst: str, plan: Plan, shards: Iterable[int]) -> dict[int, Part]:
     for shard in shards:
         stem = plan.shard_stem(shard)
         if f"{PARTS_FOLDER}/{stem}.parquet" in sizes:
-            read = read_part(dst, stem, identity=identity, container=plan.settings.format)
+            read = read_part(
+                dst,
+                stem,
+                identity=identity,
+                container=plan.settings.format,
+            )
             if read is None:
                 continue
             part = read[0]
@@ -168,21 +203,38 @@ def _make_parts(
         The parts of all shards in order, or None if some of other jobs are missing.
     """
     mine = [shard for shard in range(plan.num_shards) if shard in job]
-    parts = _find_parts(dst, plan, mine)
+    parts = _find_parts(
+        dst,
+        plan,
+        mine,
+    )
     missing = [shard for shard in mine if shard not in parts]
     images_per_shard = np.diff(plan.bounds)
     total = int(images_per_shard[mine].sum())
     with Progress(f"Converting to {storage.name_of(dst)}", total=total) as progress:
         for part in parts.values():
             progress.skip(part.num_images)
-        task = _task_maker(listing, dst, plan)
-        for shard, part in make_shards(missing, task, workers, target=dst):
+        task = _task_maker(
+            listing,
+            dst,
+            plan,
+        )
+        for shard, part in make_shards(
+            missing,
+            task,
+            workers,
+            target=dst,
+        ):
             parts[shard] = part
             progress.advance(part.num_images, size_bytes=part.read_bytes)
 
     # After this job's own shards: the other jobs had that long to make theirs.
     others = [shard for shard in range(plan.num_shards) if shard not in job]
-    parts |= _find_parts(dst, plan, others)
+    parts |= _find_parts(
+        dst,
+        plan,
+        others,
+    )
     num_missing = plan.num_shards - len(parts)
     if num_missing:
         say(
@@ -194,7 +246,11 @@ def _make_parts(
     return [parts[shard] for shard in range(plan.num_shards)]
 
 
-def _task_maker(listing: Listing, dst: str, plan: Plan) -> Callable[[int], ShardTask]:
+def _task_maker(
+    listing: Listing,
+    dst: str,
+    plan: Plan,
+) -> Callable[[int], ShardTask]:
     """Return what tells of a shard what it is made of."""
     identity = plan.identity()
     keys = sample_keys(listing.names) if listing.keys is None else listing.keys
@@ -241,10 +297,18 @@ def make_shards(
                 "convert: memory:// belongs to one process, so Ray's workers cannot write there. "
                 "Give a folder or object storage."
             )
-        return make_in_ray(shards, task, workers)
+        return make_in_ray(
+            shards,
+            task,
+            workers,
+        )
 
     count = min(workers.count or cores(), len(shards))
     # A pool costs a second to start, and its processes would not see this one's memory://.
     if count == 1 or is_in_memory:
         return ((shard, make_shard(task(shard))) for shard in shards)
-    return make_in_processes(shards, task, count)
+    return make_in_processes(
+        shards,
+        task,
+        count,
+    )

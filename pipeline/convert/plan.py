@@ -117,8 +117,17 @@ def make_plan(listing: Listing, settings: ConvertSettings) -> Plan:
         bounds = _bounds(listing.sizes[order], settings)
     # After the cut: an image may only move inside its shard, so that a shard reads few runs.
     if runs is not None and seed is not None:
-        order = _shuffle_shards(order, bounds, seed)
-    return Plan(settings, listing.digest(), order, bounds)
+        order = _shuffle_shards(
+            order,
+            bounds,
+            seed,
+        )
+    return Plan(
+        settings,
+        listing.digest(),
+        order,
+        bounds,
+    )
 
 
 def _order(count: int, seed: int | None) -> npt.NDArray[np.int64]:
@@ -153,7 +162,12 @@ def _bounds(sizes: npt.NDArray[np.int64], settings: ConvertSettings) -> npt.NDAr
     for."""
     count = len(sizes)
     if settings.samples_per_shard is not None:
-        starts = np.arange(0, count, settings.samples_per_shard, dtype=np.int64)
+        starts = np.arange(
+            0,
+            count,
+            settings.samples_per_shard,
+            dtype=np.int64,
+        )
         return np.append(starts, count)
 
     stored = _stored_sizes(sizes, settings)
@@ -163,7 +177,14 @@ def _bounds(sizes: npt.NDArray[np.int64], settings: ConvertSettings) -> npt.NDAr
     wanted = -(-total_bytes // settings.shard_size_bytes)
     num_shards = min(count, max(1, wanted))
     targets = [total_bytes * shard // num_shards for shard in range(1, num_shards)]
-    inner = np.searchsorted(ends, targets, side="left") + 1
+    inner = (
+        np.searchsorted(
+            ends,
+            targets,
+            side="left",
+        )
+        + 1
+    )
     bounds = np.concatenate([[0], np.minimum(inner, count), [count]])
     return np.unique(bounds).astype(np.int64)
 

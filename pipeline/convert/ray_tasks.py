@@ -49,10 +49,20 @@ def make_in_ray(
             retry_exceptions=[InfrastructureError],
             scheduling_strategy="SPREAD",
         )
-        yield from _gather(ray, remote, shards, task, limit=_slots(ray, workers))
+        yield from _gather(
+            ray,
+            remote,
+            shards,
+            task,
+            limit=_slots(ray, workers),
+        )
     except ray.exceptions.RayError as error:
         # Ray wraps what a task raised; our own errors already say what to do.
-        cause = getattr(error, "cause", None)
+        cause = getattr(
+            error,
+            "cause",
+            None,
+        )
         if isinstance(cause, MaelstromError):
             raise cause from None
         details = str(error).strip()[-500:]
@@ -147,7 +157,11 @@ def _gather(
             if not running:
                 return
 
-            ready, _ = ray.wait(list(running), num_returns=1, timeout=_LOOK_EVERY_S)
+            ready, _ = ray.wait(
+                list(running),
+                num_returns=1,
+                timeout=_LOOK_EVERY_S,
+            )
             for ref in ready:
                 if ref not in running:
                     continue  # a copy of a shard that came in the same moment
@@ -166,7 +180,12 @@ def _gather(
                     ray.cancel(other, force=True)
                 yield shard, part
 
-            late = overdue(list(running.values()), took_s, now_s=time.monotonic(), slots=limit)
+            late = overdue(
+                list(running.values()),
+                took_s,
+                now_s=time.monotonic(),
+                slots=limit,
+            )
             for shard in late:
                 running[remote.remote(task(shard))] = shard, time.monotonic()
     finally:

@@ -51,7 +51,11 @@ class ConvertSettings(SourceSettings):
     orientation and colour profile are applied). None: store images as they are."""
     max_resolution: int | None = Field(default=None, ge=LEAST_SIDE_PX, le=MAX_SIDE_PX)
     """Shrink larger images to this many pixels on the longer side, as FFCV does. None: no limit."""
-    quality: int = Field(default=90, ge=1, le=100)
+    quality: int = Field(
+        default=90,
+        ge=1,
+        le=100,
+    )
     """JPEG quality of images that are shrunk."""
     apply_exif: bool = False
     """Without --resize and --max-resolution images are stored as they are: neither their EXIF
@@ -59,7 +63,11 @@ class ConvertSettings(SourceSettings):
     turns images as their orientation says, if that loses nothing: JPEGs whose size divides into
     whole blocks, PNGs, lossless WebPs. Others stay as they are and are listed in
     not_upright.parquet. Colour profiles are applied only with --resize or --max-resolution."""
-    shuffle_seed: int | None = Field(default=0, ge=0, lt=2**64)
+    shuffle_seed: int | None = Field(
+        default=0,
+        ge=0,
+        lt=2**64,
+    )
     """Seed of the order in which images are stored. None: sorted by name. A dataset as the source
     keeps its order."""
     split: str = Field(default="train", pattern=r"^[A-Za-z0-9][A-Za-z0-9_]*$")

@@ -97,7 +97,11 @@ class Part:
 
 def part_uri(target: str, stem: str) -> str:
     """Return the URI of a shard's part."""
-    return storage.join(target, PARTS_FOLDER, f"{stem}.parquet")
+    return storage.join(
+        target,
+        PARTS_FOLDER,
+        f"{stem}.parquet",
+    )
 
 
 def read_part(
@@ -135,9 +139,20 @@ def read_part(
     return part, table
 
 
-def finished_shard(target: str, stem: str, *, identity: str, container: str) -> ShardIndex | None:
+def finished_shard(
+    target: str,
+    stem: str,
+    *,
+    identity: str,
+    container: str,
+) -> ShardIndex | None:
     """Return a finished part as the dataset's shard; None if it has no shard file."""
-    finished = read_part(target, stem, identity=identity, container=container)
+    finished = read_part(
+        target,
+        stem,
+        identity=identity,
+        container=container,
+    )
     if finished is None:
         raise DataError(
             f"convert: {part_uri(target, stem)} has vanished or changed. Run the same command "
@@ -159,10 +174,18 @@ def make_shard(task: ShardTask, stop: Event | None = None) -> Part:
         InfrastructureError: The source cannot be read, or the target not written.
         StoppedError: `stop` was set.
     """
-    source = open_source(task.source, task.settings, kind=task.source_kind)
+    source = open_source(
+        task.source,
+        task.settings,
+        kind=task.source_kind,
+    )
     uri = storage.join(task.target, task.stem + suffix_of(task.settings.format))
     with BetonWriter(uri) if task.settings.format == "ffcv" else WebDatasetWriter(uri) as writer:
-        filling = _Filling(task, source, writer)
+        filling = _Filling(
+            task,
+            source,
+            writer,
+        )
         for row, data in enumerate(source.read_all(task.wanted)):
             if stop is not None and stop.is_set():
                 raise StoppedError("stopped")
@@ -189,7 +212,11 @@ def make_shard(task: ShardTask, stop: Event | None = None) -> Part:
         unturned=filling.unturned,
     )
     # Last: a run that finds the part takes the shard as it is.
-    _write_part(task, part, table)
+    _write_part(
+        task,
+        part,
+        table,
+    )
     return part
 
 
@@ -234,7 +261,13 @@ class _Filling:
             self.pixels.add(encoded, header)
         label = task.labels[row]
         about = self._source.about(task.wanted.names[row], class_name=self._class_name(label))
-        self._writer.add(task.keys[row], encoded, header, label=label, metadata=about)
+        self._writer.add(
+            task.keys[row],
+            encoded,
+            header,
+            label=label,
+            metadata=about,
+        )
 
     def _turn(self, name: str, header: Probe, encoded: bytes) -> tuple[Probe, bytes]:
         """Turn an image upright, or note why it stays as it is."""
@@ -276,7 +309,11 @@ def prepare(data: bytes, settings: ConvertSettings) -> tuple[Probe, bytes] | Ref
     if isinstance(header, Refused):
         return header
     if settings.format == "ffcv" and _as_pixels(header, settings):
-        return to_pixels(data, short_side=settings.resize, long_side=settings.max_resolution)
+        return to_pixels(
+            data,
+            short_side=settings.resize,
+            long_side=settings.max_resolution,
+        )
 
     if settings.resizes:
         smaller = reencode(
@@ -312,7 +349,11 @@ def _as_pixels(header: Probe, settings: ConvertSettings) -> bool:
     return width * height * 3 <= settings.smart_threshold_bytes
 
 
-def _write_part(task: ShardTask, part: Part, table: ShardTable) -> None:
+def _write_part(
+    task: ShardTask,
+    part: Part,
+    table: ShardTable,
+) -> None:
     # Named one by one: `read_part` of every later version must understand this.
     file = part.file
     head = {
@@ -331,5 +372,10 @@ def _write_part(task: ShardTask, part: Part, table: ShardTable) -> None:
     }
     rows = table.to_arrow().replace_schema_metadata({_PART_KEY: json.dumps(head).encode()})
     buffer = io.BytesIO()
-    pq.write_table(rows, buffer, compression="zstd", write_statistics=False)
+    pq.write_table(
+        rows,
+        buffer,
+        compression="zstd",
+        write_statistics=False,
+    )
     storage.write_atomic(part_uri(task.target, task.stem), buffer.getvalue())

@@ -34,7 +34,11 @@ class DatasetStatistics:
             table.sizes,
             table.labels,
         )
-        for values, column in zip(self._columns.values(), columns, strict=True):
+        for values, column in zip(
+            self._columns.values(),
+            columns,
+            strict=True,
+        ):
             values.append(column)
 
     def describe(self, sums: Iterable[PixelSums], *, classes: list[str] | None) -> dict[str, Any]:
@@ -81,4 +85,11 @@ def _class_counts(labels: npt.NDArray[Any], classes: list[str] | None) -> dict[s
     counts = np.bincount(labels[labels != NO_LABEL], minlength=len(classes or []))
     has_names = classes is not None and len(classes) == len(counts)
     names = classes if classes is not None and has_names else range(len(counts))
-    return {str(name): int(count) for name, count in zip(names, counts, strict=True)}
+    return {
+        str(name): int(count)
+        for name, count in zip(
+            names,
+            counts,
+            strict=True,
+        )
+    }

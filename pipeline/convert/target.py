@@ -153,11 +153,19 @@ def lock_target(dst: str, job: Job) -> Iterator[None]:
                 "it."
             ) from None
         except OSError as error:
-            raise explain("write", str(folder / job.lock_file), error) from error
+            raise explain(
+                "write",
+                str(folder / job.lock_file),
+                error,
+            ) from error
         yield
 
 
-def claim(dst: str, plan: Plan, job: Job) -> None:
+def claim(
+    dst: str,
+    plan: Plan,
+    job: Job,
+) -> None:
     """Mark the target as this conversion's; refuse one that is somebody else's.
 
     Raises:

@@ -68,7 +68,15 @@ def open_dataset(
         names = None if chosen is None else [file.name for file in chosen.files]
         if names is None or set(names) <= set(info.shards.columns["name"]):
             _refuse_component(image_component, where)
-            return dataset if names is None else _part_of(dataset, names, cache_dir=cache_dir)
+            return (
+                dataset
+                if names is None
+                else _part_of(
+                    dataset,
+                    names,
+                    cache_dir=cache_dir,
+                )
+            )
     elif storage.exists(storage.join(folder, PLAN_FILE)):
         raise DataError(
             f"dataset: {storage.redact(folder)} holds a conversion that has not finished "
@@ -77,7 +85,11 @@ def open_dataset(
             "what is missing."
         )
 
-    return scan_cached(uri if chosen else folder, cache_dir=cache_dir, component=image_component)
+    return scan_cached(
+        uri if chosen else folder,
+        cache_dir=cache_dir,
+        component=image_component,
+    )
 
 
 def _refuse_component(image_component: str | None, where: str) -> None:
@@ -88,7 +100,12 @@ def _refuse_component(image_component: str | None, where: str) -> None:
         )
 
 
-def _part_of(dataset: Manifest, names: list[str], *, cache_dir: Path | None) -> Manifest:
+def _part_of(
+    dataset: Manifest,
+    names: list[str],
+    *,
+    cache_dir: Path | None,
+) -> Manifest:
     """Open some shards of a dataset, in the order named; class names and rows are the dataset's."""
     listed = dataset.info.shards.columns["name"]
     if names == listed:
@@ -113,7 +130,11 @@ def _part_of(dataset: Manifest, names: list[str], *, cache_dir: Path | None) -> 
             made_by={"tool": "part of a dataset", "fingerprint": dataset.info.fingerprint},
             versions=dataset.info.versions,
         )
-    return Manifest(dataset.uri, info, index_uri=index_uri)
+    return Manifest(
+        dataset.uri,
+        info,
+        index_uri=index_uri,
+    )
 
 
 def default_cache_dir() -> Path:
@@ -121,7 +142,12 @@ def default_cache_dir() -> Path:
     return Path(storage.cache_home()) / "maelstrom"
 
 
-def scan_cached(uri: str, *, cache_dir: Path | None, component: str | None = None) -> Manifest:
+def scan_cached(
+    uri: str,
+    *,
+    cache_dir: Path | None,
+    component: str | None = None,
+) -> Manifest:
     """Open shards that no `dataset.json` describes: scan them, or use the scan of an earlier run.
 
     The scan is kept by the folder's URI and every shard's name, size and version: a changed shard
@@ -139,8 +165,17 @@ def scan_cached(uri: str, *, cache_dir: Path | None, component: str | None = Non
     index_uri = _index_uri(cache_dir, digest.hexdigest())
     # The ranks of a node start together: one scans, the rest wait.
     with _cache_lock(uri, index_uri):
-        info = _known(index_uri) or _scan_once(uri, found, index_uri, component)
-    return Manifest(found.folder, info, index_uri=index_uri)
+        info = _known(index_uri) or _scan_once(
+            uri,
+            found,
+            index_uri,
+            component,
+        )
+    return Manifest(
+        found.folder,
+        info,
+        index_uri=index_uri,
+    )
 
 
 def _place_of(folder: str) -> str:
@@ -179,7 +214,12 @@ def _known(index_uri: str) -> DatasetInfo | None:
     return parse_dataset_info(storage.read_bytes(description), where=f"dataset: {description}")
 
 
-def _scan_once(uri: str, found: ShardFiles, index_uri: str, component: str | None) -> DatasetInfo:
+def _scan_once(
+    uri: str,
+    found: ShardFiles,
+    index_uri: str,
+    component: str | None,
+) -> DatasetInfo:
     chosen = "" if component is None else f" --image-component {component}"
     logger.warning(
         "%s has no %s: its %d shards are scanned once. To keep the result beside them: "
@@ -197,7 +237,11 @@ def _scan_once(uri: str, found: ShardFiles, index_uri: str, component: str | Non
         made_by["image_component"] = component
 
     def shards() -> Iterator[ShardIndex]:
-        yield from finished_shards(found, left_out, image_component=component)
+        yield from finished_shards(
+            found,
+            left_out,
+            image_component=component,
+        )
         made_by["left_out"] = dict(left_out.counts)
 
     return write_dataset(

@@ -85,7 +85,11 @@ def list_shards(uri: str) -> ShardFiles:
         raise DataError(_why_no_shards(uri, seen))
     shards.sort(key=lambda file: file.name)
     _refuse_splits(uri, shards)
-    return ShardFiles(uri, _one_container(uri, shards), shards)
+    return ShardFiles(
+        uri,
+        _one_container(uri, shards),
+        shards,
+    )
 
 
 def _selected(uri: str) -> ShardFiles:
@@ -103,7 +107,11 @@ def _selected(uri: str) -> ShardFiles:
             f"dataset: {storage.redact(uri)} names shards in several folders ({named}). The shards "
             "of a dataset lie in one folder: link them into one, or convert each folder."
         )
-    return ShardFiles(folders[0], _one_container(uri, files), files)
+    return ShardFiles(
+        folders[0],
+        _one_container(uri, files),
+        files,
+    )
 
 
 def _one_container(uri: str, files: list[storage.FileInfo]) -> str:
@@ -121,10 +129,20 @@ def _refuse_splits(uri: str, files: list[storage.FileInfo]) -> None:
     """Refuse train and validation shards in one folder: they are not one dataset."""
     patterns = pattern_per_split(file.name for file in files)
     if patterns:
-        raise DataError(say_splits("dataset", uri, patterns))
+        raise DataError(
+            say_splits(
+                "dataset",
+                uri,
+                patterns,
+            )
+        )
 
 
-def say_splits(command: str, uri: str, patterns: dict[str, str]) -> str:
+def say_splits(
+    command: str,
+    uri: str,
+    patterns: dict[str, str],
+) -> str:
     """Return what to tell about a folder that holds several splits.
 
     Args:
@@ -207,7 +225,11 @@ def scan(
     label = f"Scanning {storage.name_of(uri)}"
     pool = ThreadPoolExecutor(workers, thread_name_prefix="scan")
     try:
-        with Progress(label, total=len(files), unit="shards") as progress:
+        with Progress(
+            label,
+            total=len(files),
+            unit="shards",
+        ) as progress:
             waiting = [pool.submit(one, file) for file in files]
             waiting.reverse()  # a result is dropped as soon as it has been taken
             for file in files:
@@ -233,8 +255,16 @@ def finished_shards(
     shown = storage.redact(found.folder)
     num_bad = 0
     num_good = 0
-    shards = scan(found.folder, found.files, image_component=image_component)
-    for file, shard in zip(found.files, shards, strict=True):
+    shards = scan(
+        found.folder,
+        found.files,
+        image_component=image_component,
+    )
+    for file, shard in zip(
+        found.files,
+        shards,
+        strict=True,
+    ):
         if isinstance(shard, EmptyShardError):
             # A job that had no images left closes an archive without members.
             left_out.add(EMPTY_ARCHIVE, file.name)
@@ -250,6 +280,14 @@ def finished_shards(
     if not num_good:
         raise DataError(f"dataset: {shown}: all {len(found.files)} archives are empty.")
     if left_out:
-        logger.warning("%s: left out: %s", shown, left_out.say())
+        logger.warning(
+            "%s: left out: %s",
+            shown,
+            left_out.say(),
+        )
     if num_bad:
-        logger.warning("%s: %d images cannot be read and will be replaced", shown, num_bad)
+        logger.warning(
+            "%s: %d images cannot be read and will be replaced",
+            shown,
+            num_bad,
+        )

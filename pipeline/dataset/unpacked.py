@@ -49,10 +49,24 @@ def unpacked(uri: str) -> Iterator[str]:
         say(f"convert: unpacking {len(packed):,} gzip files into {folder} (TMPDIR)")
         label = f"Unpacking {storage.name_of(uri)}"
         total = sum(file.size_bytes for file in packed)
-        with Progress(label, total=total, unit="bytes") as progress:
+        with Progress(
+            label,
+            total=total,
+            unit="bytes",
+        ) as progress:
             for file in packed:
-                _unpack(file, folder / _plain_name(file.name), progress)
-        _add_others(uri, folder, archives, packed, is_folder=is_folder)
+                _unpack(
+                    file,
+                    folder / _plain_name(file.name),
+                    progress,
+                )
+        _add_others(
+            uri,
+            folder,
+            archives,
+            packed,
+            is_folder=is_folder,
+        )
         is_single = len(archives) == 1 and not is_folder
         yield str(folder / _plain_name(packed[0].name)) if is_single else str(folder)
 
@@ -67,7 +81,17 @@ def _archives(uri: str) -> list[storage.FileInfo]:
     """Return the archives that an address stands for; empty if it stands for something else."""
     if uri.startswith("https:"):
         name = storage.name_of(uri)
-        return [storage.FileInfo(name, uri, 0)] if _refuse_unknown(name) else []
+        return (
+            [
+                storage.FileInfo(
+                    name,
+                    uri,
+                    0,
+                )
+            ]
+            if _refuse_unknown(name)
+            else []
+        )
     if storage.names_several(uri):
         return [file for file in storage.find_named(uri) if _refuse_unknown(file.name)]
     if not _may_be_archive(storage.name_of(uri)) or storage.is_folder(uri):
@@ -137,12 +161,20 @@ def _plain_name(name: str) -> str:
     return name
 
 
-def _unpack(file: storage.FileInfo, target: Path, progress: Progress) -> None:
+def _unpack(
+    file: storage.FileInfo,
+    target: Path,
+    progress: Progress,
+) -> None:
     def advance(size: int) -> None:
         progress.advance(size, size_bytes=size)
 
     try:
-        unpack_gzip(file.uri, target, on_read=advance)
+        unpack_gzip(
+            file.uri,
+            target,
+            on_read=advance,
+        )
     except OSError as error:
         raise InfrastructureError(
             f"convert: {storage.redact(file.uri)} cannot be unpacked into {target.parent} "

@@ -372,36 +372,6 @@ def _inside(name: str, kind: bytes, target: str) -> str:
     return "" if is_outside else path
 
 
-def resolve_links(
-    members: list[TarMember],
-) -> tuple[list[TarMember], list[TarMember]]:
-    """Give links the bytes of the members that they stand for.
-
-    Args:
-        members: Of one archive, files and links, with clean names.
-
-    Returns:
-        (files, and links with the place of their target's bytes; links without a target)
-    """
-    by_name = {member.name: member for member in members}
-    resolved: list[TarMember] = []
-    dead: list[TarMember] = []
-    for member in members:
-        target = member
-        # A link may lead to a link; one that leads to itself never ends.
-        passed = {member.name}
-        while target.link_to is not None and target.link_to in by_name:
-            target = by_name[target.link_to]
-            if target.name in passed:
-                break
-            passed.add(target.name)
-        if target.link_to is not None:
-            dead.append(member)
-            continue
-        resolved.append(TarMember(member.name, member.header_offset, target.offset, target.size))
-    return resolved, dead
-
-
 def make_header(name: str, size: int) -> bytes:
     """Return the header of a regular file: ustar if the name fits, preceded by a PAX header
     if it does not.

@@ -73,8 +73,16 @@ def index_shard(uri: str, *, image_component: str | None = None) -> ShardIndex:
     name = storage.name_of(uri)
     with storage.open_read(uri) as file:
         stream = _HashingStream(file)
-        scanner = TarScanner(stream, shard=storage.redact(uri), links="yield")
-        indexer = _Indexer(scanner, uri, image_component)
+        scanner = TarScanner(
+            stream,
+            shard=storage.redact(uri),
+            links="yield",
+        )
+        indexer = _Indexer(
+            scanner,
+            uri,
+            image_component,
+        )
         table = indexer.run()
     if not scanner.num_members:
         raise EmptyShardError(f"{storage.redact(uri)} is an archive without members.")
@@ -105,7 +113,12 @@ class _Indexer:
         image_component: As `index_shard` takes it.
     """
 
-    def __init__(self, scanner: TarScanner, uri: str, image_component: str | None) -> None:
+    def __init__(
+        self,
+        scanner: TarScanner,
+        uri: str,
+        image_component: str | None,
+    ) -> None:
         self.scanner = scanner
         self.extensions: tuple[str, ...] = IMAGE_EXTENSIONS
         if image_component is not None:
@@ -143,18 +156,31 @@ class _Indexer:
                     )
                 self._seen.add(key)
                 current = _Sample(key, member.header_offset)
-            self._take(current, member, extension)
+            self._take(
+                current,
+                member,
+                extension,
+            )
         self._finish(current)
         return self._rows.build()
 
-    def _take(self, sample: _Sample, member: TarMember, extension: str) -> None:
+    def _take(
+        self,
+        sample: _Sample,
+        member: TarMember,
+        extension: str,
+    ) -> None:
         if member.link_to is None:
             # As a link's target is written: without the `./` that `tar .` puts before all names.
             self._places[member.name.removeprefix("./")] = (member.offset, member.size)
         elif member.link_to in self._places:
             # Its bytes lie at the target: it counts as a member at that place.
             offset, size = self._places[member.link_to]
-            member = replace(member, offset=offset, size=size)
+            member = replace(
+                member,
+                offset=offset,
+                size=size,
+            )
         else:
             sample.num_dead_links += 1
             self.ignored[DEAD_LINK] += 1
@@ -195,12 +221,24 @@ class _Indexer:
     def _read(self, member: TarMember) -> bytes:
         if member.link_to is None:
             return self.scanner.read()
-        return storage.read_bytes(self._uri, member.offset, member.size)
+        return storage.read_bytes(
+            self._uri,
+            member.offset,
+            member.size,
+        )
 
     def _chunks_of(self, member: TarMember) -> Iterator[bytes]:
-        for start in range(0, member.size, _CHUNK_BYTES):
+        for start in range(
+            0,
+            member.size,
+            _CHUNK_BYTES,
+        ):
             length = min(_CHUNK_BYTES, member.size - start)
-            yield storage.read_bytes(self._uri, member.offset + start, length)
+            yield storage.read_bytes(
+                self._uri,
+                member.offset + start,
+                length,
+            )
 
     def advice(self) -> str:
         """Return how to choose a member that may be the image; empty if there is none."""
@@ -232,7 +270,12 @@ class _Indexer:
         member, digest, found = sample.images[chosen]
         if isinstance(found, Refused):
             self.bad.append((sample.key, found))
-            found = Probe("bad", 0, 0, "")
+            found = Probe(
+                "bad",
+                0,
+                0,
+                "",
+            )
         self._rows.add(
             sample.key,
             offset=member.offset,

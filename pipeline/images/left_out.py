@@ -74,7 +74,11 @@ def parse_left_out(text: bytes) -> LeftOut:
     try:
         data = json.loads(text)
         counts = Counter({str(reason): int(count) for reason, count in data["left_out"].items()})
-        return LeftOut(counts, dict(data["names"]), list(data["notes"]))
+        return LeftOut(
+            counts,
+            dict(data["names"]),
+            list(data["notes"]),
+        )
     except (ValueError, TypeError, KeyError, AttributeError):
         return LeftOut()
 

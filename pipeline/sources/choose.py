@@ -51,7 +51,11 @@ def find_kind(uri: str, settings: SourceSettings) -> SourceKind:
     path = split_scheme(uri)[1].partition("?")[0] if is_https else uri
     suffix = PurePosixPath(path).suffix.lower()
     if not is_https and storage.names_several(uri):
-        return _kind_of_files(uri, storage.find_named(uri), settings)
+        return _kind_of_files(
+            uri,
+            storage.find_named(uri),
+            settings,
+        )
     # A local folder may be called x.tar; asking a store for each name would cost a request.
     is_file = not (storage.is_local(uri) and storage.is_folder(uri))
     if suffix == ".tar" and is_file:
@@ -67,7 +71,11 @@ def find_kind(uri: str, settings: SourceSettings) -> SourceKind:
     return _kind_of_folder(uri, settings)
 
 
-def _kind_of_files(uri: str, files: list[storage.FileInfo], settings: SourceSettings) -> SourceKind:
+def _kind_of_files(
+    uri: str,
+    files: list[storage.FileInfo],
+    settings: SourceSettings,
+) -> SourceKind:
     """Tell what the files are that a pattern or a list names."""
     suffixes = sorted({PurePosixPath(file.name).suffix.lower() for file in files})
     if suffixes == [".tar"]:
@@ -161,7 +169,13 @@ def _kind_of_folder(uri: str, settings: SourceSettings) -> SourceKind:
 def _refuse_splits(uri: str, names: list[str]) -> None:
     patterns = pattern_per_split(names)
     if patterns:
-        raise ConfigError(say_splits("convert", uri, patterns))
+        raise ConfigError(
+            say_splits(
+                "convert",
+                uri,
+                patterns,
+            )
+        )
 
 
 def _kind_of_tars(uri: str, stems: list[str]) -> SourceKind:

@@ -43,7 +43,11 @@ class FolderSource:
     def read_all(self, wanted: Wanted) -> Iterator[bytes | Refused]:
         """Yield the files' bytes."""
         read = storage.reader_below(self.uri)
-        return read_each(self.uri, lambda i: read(wanted.names[i]), len(wanted))
+        return read_each(
+            self.uri,
+            lambda i: read(wanted.names[i]),
+            len(wanted),
+        )
 
     def about(self, name: str, *, class_name: str | None) -> dict[str, Any] | None:
         """Return the file's name, and its class if it has one."""
@@ -65,7 +69,11 @@ class FolderSource:
             )
         builder = ListingBuilder(self.uri)
         classes = _ClassFolders(self.uri, builder)
-        for file in storage.list_files(self.uri, recursive=True, on_other=classes.on_other):
+        for file in storage.list_files(
+            self.uri,
+            recursive=True,
+            on_other=classes.on_other,
+        ):
             if builder.add(file.name, file.size_bytes):
                 classes.holding.add(file.name.partition("/")[0])
         if not len(builder):

@@ -138,9 +138,17 @@ class Listing:
         """Return a sha256 of all names, sizes and labels: the identity of what is converted."""
         digest = hashlib.sha256()
         label = f"Hashing the listing of {storage.name_of(self.uri)}"
-        with Progress(label, total=len(self), after_s=QUIET_S) as progress:
+        with Progress(
+            label,
+            total=len(self),
+            after_s=QUIET_S,
+        ) as progress:
             # A chunk at a time: fourteen million names as Python objects take gigabytes.
-            for start in range(0, len(self), _HASHED_AT_ONCE):
+            for start in range(
+                0,
+                len(self),
+                _HASHED_AT_ONCE,
+            ):
                 names = self.names[start : start + _HASHED_AT_ONCE].to_pylist()
                 text = "\0".join(str(name) for name in names)
                 digest.update(text.encode() + b"\0")
@@ -177,7 +185,11 @@ def read_each(
     # In batches: `map` over all of them would read a whole shard into memory.
     batch = 4 * _REMOTE_READERS
     with ThreadPoolExecutor(_REMOTE_READERS, thread_name_prefix="read") as pool:
-        for start in range(0, count, batch):
+        for start in range(
+            0,
+            count,
+            batch,
+        ):
             end = min(count, start + batch)
             yield from pool.map(read, range(start, end))
 
@@ -209,7 +221,14 @@ class ListingBuilder:
     def __len__(self) -> int:
         return len(self._names) + sum(len(chunk.names) for chunk in self._chunks)
 
-    def add(self, name: str, size_bytes: int, *, file: int = -1, offset: int = -1) -> bool:
+    def add(
+        self,
+        name: str,
+        size_bytes: int,
+        *,
+        file: int = -1,
+        offset: int = -1,
+    ) -> bool:
         """List a file if its name is an image's; count it as left out otherwise.
 
         Args:
@@ -279,7 +298,11 @@ class ListingBuilder:
         sizes = np.concatenate([chunk.sizes for chunk in self._chunks])
         locations = np.concatenate([chunk.locations for chunk in self._chunks])
         if settings.labels == "auto" and settings.ground_truth is None:
-            _refuse_splits(self._uri, names, kind)
+            _refuse_splits(
+                self._uri,
+                names,
+                kind,
+            )
         labels, classes = labels_of_names(
             self._uri,
             names,
@@ -301,13 +324,23 @@ class ListingBuilder:
         )
 
 
-def _refuse_splits(uri: str, names: pa.StringArray, kind: SourceKind) -> None:
+def _refuse_splits(
+    uri: str,
+    names: pa.StringArray,
+    kind: SourceKind,
+) -> None:
     """Refuse folders of train and validation images as classes: they are not one dataset.
 
     Raises:
         ConfigError: All folders are called like splits, or two different splits are among them.
     """
-    folders = pc.unique(pc.replace_substring_regex(names, "/.*", "")).to_pylist()
+    folders = pc.unique(
+        pc.replace_substring_regex(
+            names,
+            "/.*",
+            "",
+        )
+    ).to_pylist()
     in_folders = pc.match_substring(names, "/")
     if not pc.all(in_folders).as_py():
         return

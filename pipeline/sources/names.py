@@ -61,28 +61,66 @@ def sample_keys(names: pa.StringArray) -> pa.StringArray:
     the list: `a.b.jpg` and `a_b.jpg` become `a_b-jpg-0` and `a_b-jpg-1`, two times `000000` become
     `000000-0` and `000000-1`. The result depends on the list alone.
     """
-    keys = pc.replace_substring_regex(names, _EXTENSION, "")
-    keys = pc.replace_substring_regex(keys, _UNFIT, "_")
+    keys = pc.replace_substring_regex(
+        names,
+        _EXTENSION,
+        "",
+    )
+    keys = pc.replace_substring_regex(
+        keys,
+        _UNFIT,
+        "_",
+    )
     # WebDataset keeps names like __key__ for itself.
-    keys = pc.replace_substring_regex(keys, r"^__+", "_")
+    keys = pc.replace_substring_regex(
+        keys,
+        r"^__+",
+        "_",
+    )
     # An extension or a dot at the start leaves a last part that is empty: that is no name.
-    keys = pc.replace_substring_regex(keys, r"(^|/)$", r"\1_")
+    keys = pc.replace_substring_regex(
+        keys,
+        r"(^|/)$",
+        r"\1_",
+    )
 
     # A name without an extension has none to append: its text is in the key already.
     has_extension = pc.match_substring_regex(names, _EXTENSION)
-    endings = pc.utf8_lower(pc.replace_substring_regex(names, r"(?s)^.*\.", "-"))
-    endings = pc.replace_substring_regex(endings, _UNFIT, "_")
-    suffixes = pc.if_else(has_extension, endings, pa.scalar(""))
+    endings = pc.utf8_lower(
+        pc.replace_substring_regex(
+            names,
+            r"(?s)^.*\.",
+            "-",
+        )
+    )
+    endings = pc.replace_substring_regex(
+        endings,
+        _UNFIT,
+        "_",
+    )
+    suffixes = pc.if_else(
+        has_extension,
+        endings,
+        pa.scalar(""),
+    )
     positions = pa.array([f"-{position}" for position in range(len(names))])
     for ending in (suffixes, positions):
         repeated = _repeated(keys)
         if not repeated.any():
             return keys
-        keys = _append(keys, ending, to=repeated)
+        keys = _append(
+            keys,
+            ending,
+            to=repeated,
+        )
 
     # A longer key may now equal another file's own: `a-1` made of `a`, beside a file named `a-1`.
     while (repeated := _repeated(keys)).any():
-        keys = _append(keys, pa.scalar("-"), to=repeated)
+        keys = _append(
+            keys,
+            pa.scalar("-"),
+            to=repeated,
+        )
     return keys
 
 
@@ -92,10 +130,23 @@ def pick(texts: pa.StringArray, rows: npt.NDArray[np.int64]) -> list[str]:
     return [str(text) for text in chosen.to_pylist()]
 
 
-def _append(keys: pa.StringArray, ending: Any, *, to: npt.NDArray[np.bool_]) -> pa.StringArray:
+def _append(
+    keys: pa.StringArray,
+    ending: Any,
+    *,
+    to: npt.NDArray[np.bool_],
+) -> pa.StringArray:
     join: Any = pc.binary_join_element_wise  # its stubs know arrays only
-    longer = join(keys, ending, pa.scalar(""))
-    return pc.if_else(pa.array(to), longer, keys)
+    longer = join(
+        keys,
+        ending,
+        pa.scalar(""),
+    )
+    return pc.if_else(
+        pa.array(to),
+        longer,
+        keys,
+    )
 
 
 def _repeated(keys: pa.StringArray) -> npt.NDArray[np.bool_]:

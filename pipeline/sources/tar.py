@@ -21,7 +21,7 @@ from pipeline import storage
 from pipeline.console import Progress
 from pipeline.errors import DataError
 from pipeline.formats.records import DEAD_LINK
-from pipeline.formats.tar import TarMember, TarScanner, resolve_links
+from pipeline.formats.tar import TarMember, TarScanner
 from pipeline.images.left_out import printable
 from pipeline.images.refused import Refused
 from pipeline.sources.listing import (
@@ -43,7 +43,12 @@ _SCANNERS = 16
 class _Window:
     """A part of a file as a stream that can skip."""
 
-    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
+    def __init__(
+        self,
+        file: BinaryIO,
+        start: int,
+        size: int,
+    ) -> None:
         self._file, self._at, self._end = file, start, start + size
         file.seek(start)
 
@@ -80,9 +85,17 @@ class TarSource:
 
         def read(i: int) -> bytes:
             file, offset = locations[i].tolist()
-            return storage.read_bytes(wanted.files[file], offset, wanted.sizes[i])
+            return storage.read_bytes(
+                wanted.files[file],
+                offset,
+                wanted.sizes[i],
+            )
 
-        return read_each(self.uri, read, len(wanted))
+        return read_each(
+            self.uri,
+            read,
+            len(wanted),
+        )
 
     def about(self, name: str, *, class_name: str | None) -> dict[str, Any] | None:
         """Return the member's name, as it would be unpacked, and its class if it has one."""
@@ -96,14 +109,19 @@ class TarSource:
         """
         files, tars, found = self._find()
         builder = ListingBuilder(self.uri)
-        loose, dead = resolve_links(found)
+        loose, dead = _resolve_links(found)
 
         # Members beside tars are not below a common folder that unpacking would leave out.
         names = [member.name for member in loose]
         common = "" if tars else _common_folder(names)
         for member in loose:
             name = member.name.removeprefix(common)
-            builder.add(name, member.size, file=0, offset=member.offset)
+            builder.add(
+                name,
+                member.size,
+                file=0,
+                offset=member.offset,
+            )
         _add_dead(builder, dead)
 
         empty: list[str] = []
@@ -118,11 +136,20 @@ class TarSource:
             ThreadPoolExecutor(threads, thread_name_prefix="tar") as pool,
         ):
             scanned = pool.map(lambda tar: _members(files[tar.file], tar), tars)
-            for tar, (members, dead) in zip(tars, scanned, strict=True):
+            for tar, (members, dead) in zip(
+                tars,
+                scanned,
+                strict=True,
+            ):
                 for member in members:
                     # A member's offset is counted from the start of its own tar.
                     offset = tar.start + member.offset
-                    builder.add(member.name, member.size, file=tar.file, offset=offset)
+                    builder.add(
+                        member.name,
+                        member.size,
+                        file=tar.file,
+                        offset=offset,
+                    )
                 _add_dead(builder, dead)
                 if not members:
                     empty.append(tar.class_name)
@@ -138,7 +165,11 @@ class TarSource:
                 f"convert: no image in {storage.redact(self.uri)}; seen: {builder.seen()}. "
                 f"Expected {', '.join(IMAGE_SUFFIXES)}, or tars of them."
             )
-        return builder.build(self._settings, kind="tar", files=files)
+        return builder.build(
+            self._settings,
+            kind="tar",
+            files=files,
+        )
 
     def _find(self) -> tuple[tuple[str, ...], list[_ClassTar], list[TarMember]]:
         """Return the files, the class tars in them, and the members outside of those."""
@@ -156,11 +187,26 @@ class TarSource:
             buffer_bytes = _SCAN_BUFFER_BYTES
         shown = storage.redact(self.uri)
         with storage.open_read(self.uri, buffer_bytes=buffer_bytes) as stream:
-            for member in TarScanner(_Window(stream, 0, size), shard=shown, links="yield"):
+            for member in TarScanner(
+                _Window(
+                    stream,
+                    0,
+                    size,
+                ),
+                shard=shown,
+                links="yield",
+            ):
                 path = PurePosixPath(member.name)
                 is_class_tar = path.suffix.lower() == ".tar" and member.link_to is None
                 if is_class_tar and not storage.is_hidden(member.name):
-                    tars.append(_ClassTar(0, path.stem, member.offset, member.size))
+                    tars.append(
+                        _ClassTar(
+                            0,
+                            path.stem,
+                            member.offset,
+                            member.size,
+                        )
+                    )
                 else:
                     loose.append(_clean(member))
         return (self.uri,), tars, loose
@@ -177,7 +223,12 @@ class TarSource:
         # Storage lists in any order; the files' numbers must depend on the source alone.
         listed.sort(key=lambda file: file.name)
         tars = [
-            _ClassTar(number, PurePosixPath(file.name).stem, 0, file.size_bytes)
+            _ClassTar(
+                number,
+                PurePosixPath(file.name).stem,
+                0,
+                file.size_bytes,
+            )
             for number, file in enumerate(listed)
         ]
         return tuple(file.uri for file in listed), tars, []
@@ -186,7 +237,15 @@ class TarSource:
         """Return whether the first member is a tar."""
         with storage.open_read(self.uri, buffer_bytes=_HEADER_BUFFER_BYTES) as stream:
             shown = storage.redact(self.uri)
-            scanner = TarScanner(_Window(stream, 0, size), shard=shown, links="yield")
+            scanner = TarScanner(
+                _Window(
+                    stream,
+                    0,
+                    size,
+                ),
+                shard=shown,
+                links="yield",
+            )
             first = next(iter(scanner), None)
         return first is not None and first.name.lower().endswith(".tar")
 
@@ -214,14 +273,52 @@ def _members(uri: str, tar: _ClassTar) -> tuple[list[TarMember], list[TarMember]
     buffer_bytes = _HEADER_BUFFER_BYTES if storage.is_local(uri) else _SCAN_BUFFER_BYTES
     shown = f"{storage.redact(uri)}: {tar.class_name}.tar at byte {tar.start}"
     with storage.open_read(uri, buffer_bytes=buffer_bytes) as stream:
-        window = _Window(stream, tar.start, tar.size)
-        scanner = TarScanner(window, shard=shown, links="yield")
-        files, dead = resolve_links([_clean(member) for member in scanner])
+        window = _Window(
+            stream,
+            tar.start,
+            tar.size,
+        )
+        scanner = TarScanner(
+            window,
+            shard=shown,
+            links="yield",
+        )
+        files, dead = _resolve_links([_clean(member) for member in scanner])
 
     def in_class(member: TarMember) -> TarMember:
         return replace(member, name=f"{tar.class_name}/{member.name}")
 
     return [in_class(member) for member in files], [in_class(member) for member in dead]
+
+
+def _resolve_links(
+    members: list[TarMember],
+) -> tuple[list[TarMember], list[TarMember]]:
+    """Give links the bytes of the members that they stand for.
+
+    Args:
+        members: Of one archive, files and links, with clean names.
+
+    Returns:
+        (files, and links with the place of their target's bytes; links without a target)
+    """
+    by_name = {member.name: member for member in members}
+    resolved: list[TarMember] = []
+    dead: list[TarMember] = []
+    for member in members:
+        target = member
+        # A link may lead to a link; one that leads to itself never ends.
+        passed = {member.name}
+        while target.link_to is not None and target.link_to in by_name:
+            target = by_name[target.link_to]
+            if target.name in passed:
+                break
+            passed.add(target.name)
+        if target.link_to is not None:
+            dead.append(member)
+            continue
+        resolved.append(TarMember(member.name, member.header_offset, target.offset, target.size))
+    return resolved, dead
 
 
 def _add_dead(builder: ListingBuilder, links: list[TarMember]) -> None:
@@ -236,7 +333,15 @@ def first_members(uri: str, count: int) -> Iterator[str]:
     size = storage.size_of(uri)
     buffer_bytes = _HEADER_BUFFER_BYTES if storage.is_local(uri) else _SCAN_BUFFER_BYTES
     with storage.open_read(uri, buffer_bytes=buffer_bytes) as stream:
-        scanner = TarScanner(_Window(stream, 0, size), shard=storage.redact(uri), links="yield")
+        scanner = TarScanner(
+            _Window(
+                stream,
+                0,
+                size,
+            ),
+            shard=storage.redact(uri),
+            links="yield",
+        )
         with suppress(DataError):
             for member in islice(scanner, count):
                 # Looking for samples among tars of tars would pass over gigabytes.

@@ -112,12 +112,24 @@ def _find_part(part: str) -> list[FileInfo]:
         else:
             matching = [files[each] for each in sorted(files) if _matches(each, pattern)]
         if not matching:
-            raise DataError(_no_match(part, name, folder, sorted(files)))
+            raise DataError(
+                _no_match(
+                    part,
+                    name,
+                    folder,
+                    sorted(files),
+                )
+            )
         found.extend(matching)
     return found
 
 
-def _no_match(part: str, name: str, folder: str, seen: list[str]) -> str:
+def _no_match(
+    part: str,
+    name: str,
+    folder: str,
+    seen: list[str],
+) -> str:
     has_wildcards = any(mark in name for mark in _MARKS)
     what = "matches no file" if has_wildcards else "names a file that is not there"
     shown = "" if part == name else f": {redact(name)}"
@@ -155,12 +167,25 @@ def find_one(uri: str) -> FileInfo:
         )
     if is_local(uri):
         # The file's time is its version: a scan that is kept must notice a file that was replaced.
-        stat = on_disk("look up", uri, lambda path: path.stat())
-        return FileInfo(_last_part(uri), uri, stat.st_size, str(stat.st_mtime_ns))
+        stat = on_disk(
+            "look up",
+            uri,
+            lambda path: path.stat(),
+        )
+        return FileInfo(
+            _last_part(uri),
+            uri,
+            stat.st_size,
+            str(stat.st_mtime_ns),
+        )
     for file in list_files(folder_of(uri)):
         if file.name == _last_part(uri):
             return file
-    return FileInfo(_last_part(uri), uri, size_of(uri))
+    return FileInfo(
+        _last_part(uri),
+        uri,
+        size_of(uri),
+    )
 
 
 def expand_braces(text: str) -> Iterator[str]:
@@ -213,7 +238,11 @@ class _Numbers:
         is_padded = any(len(text) > 1 and text.startswith("0") for text in (first, last))
         self._width = max(len(first), len(last)) if is_padded else 0
         step = 1 if int(first) <= int(last) else -1
-        self._numbers = range(int(first), int(last) + step, step)
+        self._numbers = range(
+            int(first),
+            int(last) + step,
+            step,
+        )
 
     def __len__(self) -> int:
         return len(self._numbers)
