@@ -255,7 +255,8 @@ class Arguments:
     """Draw a contact sheet and histograms of a dataset."""
 
     uri: Annotated[Location, tyro.conf.Positional, tyro.conf.arg(metavar="URI")]
-    """Folder of the dataset: a path, s3://, gs:// or az://."""
+    """Folder of the dataset: a path, s3://, gs:// or az://; or some of its shards, as a pattern in
+    quotes such as 'data/train-*.tar' or 'data/train-{0000..0003}.tar', or a list with commas."""
     out: PngFile = "sheet.png"
     """PNG file to write."""
     count: Pictures = 48

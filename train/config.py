@@ -46,7 +46,8 @@ class RunSection(Settings):
 
 
 class DataSection(Settings):
-    """Datasets of a run; each is the URI of a folder of shards, e.g. `s3://bucket/imagenet/train`."""
+    """Datasets of a run; each is the URI of a folder of shards, e.g. `s3://bucket/imagenet/train`,
+    or names shards in one folder, e.g. `data/train-*.tar` or `data/train-{0000..0146}.tar`."""
 
     train: Location = ""
     """Training shards. Required."""

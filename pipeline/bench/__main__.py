@@ -61,7 +61,9 @@ class Arguments(BenchArguments):
     """
 
     uri: Annotated[Location, tyro.conf.Positional, tyro.conf.arg(metavar="URI")] = ""
-    """Folder of the dataset: a path, s3://, gs:// or az://. Not with --peers."""
+    """Folder of the dataset: a path, s3://, gs:// or az://; or some of its shards, as a pattern in
+    quotes such as 'data/train-*.tar' or 'data/train-{0000..0003}.tar', or a list with commas.
+    Not with --peers."""
     decoder: Literal["auto", "dali", "turbo", "ffcv"] = "auto"
     """Decoder, as loader.decoder."""
     interpolation: Literal["bicubic", "bilinear", "area"] = "bicubic"

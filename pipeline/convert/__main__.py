@@ -59,11 +59,19 @@ class Arguments:
     """Turn any collection of images into shards with an index.
 
     SRC is one of: a folder with a folder per class (labels number the sorted folder names); a flat
-    folder (no labels); a tar of images or of class tars, such as ILSVRC2012_img_train.tar; Parquet
-    files with images in them, given as a folder or as "data/train-*.parquet"; a .csv, .tsv, .jsonl
-    or .parquet list of paths or URIs and labels; a dataset of tars or betons, which keeps its
-    order, keys, labels and shards. DST becomes the dataset: shards, manifest.parquet, dataset.json.
-    You can stop at any time: the same command continues.
+        folder (no labels); a tar of images or of class tars, such as ILSVRC2012_img_train.tar; a
+    dataset of tars or betons, which keeps its order, keys, labels and shards; Parquet files with
+    images in them; a .csv, .tsv or .parquet list of URIs and labels. A tar whose neighbours share a
+    key with .cls, .json or .txt is a shard of a dataset. Tars may be packed with gzip: they are
+    unpacked into TMPDIR first. Shards and Parquet files are given by their folder, as a pattern in
+    quotes ('data/train-*.tar', 'data/train-{0000..0003}.tar') or as a list with commas. A folder
+    that holds train and validation files, or the folders train and val, is refused: give one of
+    them.
+
+    DST becomes the dataset: shards, manifest.parquet, dataset.json. You can stop at any time: the
+    same command continues. The last line accounts for every file that was seen: stored + rejected
+    (rejected.parquet) + left out (left_out.json). Hidden files (a leading dot, __MACOSX, @eaDir,
+    Thumbs.db, ...) decide nothing.
     """
 
     src: Annotated[Location, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]

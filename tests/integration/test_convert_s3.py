@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import multiprocessing
 import os
 from collections.abc import Callable
@@ -166,3 +167,41 @@ def test_tars_in_s3_are_scanned_once(
     caplog.clear()
     assert open_dataset(uri, cache_dir=tmp_path / "cache").info == first.info
     assert not caplog.text
+
+
+def test_shards_in_s3_are_chosen_by_name_as_on_a_disk(
+    s3_bucket: str,
+    make_class_folder: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = make_class_folder(num_classes=2, per_class=3, root=tmp_path / "src")
+    convert(str(source), str(tmp_path / "dst"), ConvertSettings(samples_per_shard=2), workers=1)
+    folder = storage.join(s3_bucket, "odd [1]")
+    for path in sorted((tmp_path / "dst").glob("*.tar")):
+        storage.put_file(path, storage.join(folder, path.name))
+        packed = gzip.compress(path.read_bytes())
+        storage.write_atomic(storage.join(folder, "packed", f"{path.stem}.tar.gz"), packed)
+    storage.put_file(path, storage.join(folder, "val-000000.tar"))
+    storage.write_atomic(storage.join(folder, "._train-000009.tar"), b"\0")
+    for pattern, count in (
+        ("train-*.tar", 6),
+        ("train-{000000..000001}.tar", 4),
+        ("train-00000[02].tar", 4),
+        ("train-000001.tar", 2),
+    ):
+        uri = f"{folder}/{pattern}"
+        assert open_dataset(uri).info.num_samples == count
+        assert verify(uri, full=True).problems == []
+        target = storage.join(s3_bucket, f"made-{count}-{len(pattern)}")
+        assert convert(uri, target, workers=1).num_samples == count
+    names = f"{folder}/train-000001.tar,{folder}/val-000000.tar"
+    assert open_dataset(names).info.num_shards == 2
+    with pytest.raises(DataError, match="matches no file"):
+        open_dataset(f"{folder}/nope-*.tar")
+    with pytest.raises(DataError, match=r"splits.*train-\*\.tar"):
+        open_dataset(folder)
+    for uri in (storage.join(folder, "packed"), f"{folder}/packed/train-*.tar.gz"):
+        target = storage.join(s3_bucket, f"unpacked-{len(uri)}")
+        assert convert(uri, target, workers=1).num_samples == 6
