@@ -4,9 +4,9 @@ any process is started."""
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from model.config import ModelConfig
 from pipeline.config import LoaderConfig, OrderConfig, Settings, ViewConfig
@@ -98,13 +98,23 @@ class TrainSection(Settings):
 
 
 class OptimSection(Settings):
-    """AdamW with a linear warm-up and a half-cosine decay, per step (He et al. 2022, table 8)."""
+    """AdamW with a linear warm-up, then a schedule that is set per step (by default the half cosine
+    of He et al. 2022, table 8)."""
 
     base_lr: PositiveRate = 1.5e-4
     """Peak learning rate per 256 images of the global batch. The rate of a run is base_lr x
-    global_batch_size / 256."""
+    global_batch_size / 256, with the batch size that the run was started with: a later change of
+    the batch size leaves the rate as it is."""
     min_lr: Rate = 0.0
     """Learning rate at the last step."""
+    schedule: Literal["cosine", "constant_cooldown"] = "cosine"
+    """What follows the warm-up. `cosine`: half a cosine from the peak to `min_lr`; its length must
+    be known at the start. `constant_cooldown`: the peak, then a straight line to `min_lr` over
+    `cooldown_share` of the run; before the cooldown begins, the run can be made longer or shorter
+    without a jump of the rate."""
+    cooldown_share: float = Field(default=0.2, gt=0, le=1)
+    """Share of the run's length, at its end, over which `constant_cooldown` lowers the rate.
+    `cosine` has no cooldown."""
     warmup_epochs: LengthOrNone | None = 40.0
     """Length of the warm-up in epochs. Give either this or `warmup_steps`."""
     warmup_steps: CountOrOff | None = None
@@ -224,6 +234,23 @@ class LogSection(Settings):
     """Name of the MLflow experiment."""
 
 
+class ResumeSection(Settings):
+    """What a start takes over from a checkpoint although its settings differ."""
+
+    accept: str = ""
+    """Settings that define the run and whose new values are to be taken at a resume, e.g.
+    `optim.base_lr,view.min_area`. What was accepted is written to history.jsonl and into the next
+    checkpoints. `train.seed` and `order.*` then apply from the next epoch on."""
+
+    @field_validator("accept", mode="before")
+    @classmethod
+    def _join(cls, value: Any) -> Any:
+        # A list is the natural form in a TOML file.
+        if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
+            return ",".join(value)
+        return value
+
+
 class RunConfig(Settings):
     """Everything that defines a pre-training run."""
 
@@ -239,6 +266,7 @@ class RunConfig(Settings):
     train: TrainSection = TrainSection(epochs=800)
     engine: EngineSection = EngineSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    resume: ResumeSection = ResumeSection()
     guard: GuardSection = GuardSection()
     log: LogSection = LogSection()
 

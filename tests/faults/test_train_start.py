@@ -49,7 +49,7 @@ def test_a_bucket_for_checkpoints_that_is_not_there(
     done = start(
         tmp_path, {}, data=make_dataset(), ranks=1, settings={**SETTINGS, "checkpoint.dir": where}
     )
-    check_refused(done, code=3, says=[where, "not found"])
+    check_refused(done, code=4, says=[where, "not found"])
     assert not losses(tmp_path / "run"), "it trained what it could not have saved"
 
 

@@ -58,6 +58,7 @@ class CheckpointState:
         self.client: dict[str, Any] = document["client"]
         self.engine: dict[str, Any] = document["engine"]
         self.config: dict[str, Any] = document["config"]
+        self.parts: int = document["parts"]
         self.table: list[NamedTensor] = parse_table(document["tensors"])
         self._parts = {tensor.name: tensor.part for tensor in self.table}
         self._files: dict[tuple[str, int], Any] = {}

@@ -33,6 +33,7 @@ from train.checkpoint.files import (
     step_name,
     write_file,
 )
+from train.checkpoint.owner import CheckpointOwner
 from train.checkpoint.state import CheckpointState
 from train.checkpoint.state_buffers import StateBuffers
 from train.checkpoint.verified import open_verified
@@ -49,6 +50,10 @@ PHASES = ("captured", "written", "checked", "committed", "pruned")
 class CheckpointWriteError(InfrastructureError):
     """A save that failed and left no trace; earlier checkpoints are untouched and training may go
     on."""
+
+
+class CheckpointLostError(CheckpointError):
+    """Another job has taken the folder of checkpoints over; this one must write no more."""
 
 
 class StateExporter(Protocol):
@@ -85,6 +90,7 @@ class CheckpointStore:
         keep_last: newest steps that are kept.
         keep_every: steps that are a multiple of this are kept for good; 0 keeps none for that
             reason.
+        owner: who this job is to others that write here; without one nobody is looked for.
         on_phase: told the name of each of `PHASES` as it is passed; tests end the process there.
     """
 
@@ -94,11 +100,13 @@ class CheckpointStore:
         *,
         keep_last: int,
         keep_every: int = 0,
+        owner: CheckpointOwner | None = None,
         on_phase: Callable[[str], None] | None = None,
     ) -> None:
         self.uri = uri
         self.keep_last = keep_last
         self.keep_every = keep_every
+        self._owner = owner
         self._on_phase = on_phase or (lambda phase: None)
         self._current: int | None = None
         self._buffers: StateBuffers | None = None
@@ -192,11 +200,12 @@ class CheckpointStore:
         Raises:
             CheckpointWriteError: on every rank alike, if any could not write; earlier ones were not
                 touched.
+            CheckpointLostError: on every rank alike, another job has taken the folder over.
         """
         self._write(captured, world=world)
         # Only now: a failed save must be tried again when the loop asks for the same step.
         self._current = captured.step
-        if world.is_main:
+        if world.is_main and self._is_still_ours():
             self._prune(captured.step)
         self._on_phase("pruned")
 
@@ -257,6 +266,7 @@ class CheckpointStore:
     def _write(self, captured: Captured, *, world: World) -> None:
         folder = self.uri_of(captured.step)
         failure = f"{storage.redact(folder)}: the checkpoint was not saved"
+        self._check_owner(failure, world=world)
         # What an earlier start has left of this step, before anybody writes into the folder.
         with agreed(world, failure, raises=CheckpointWriteError):
             if world.is_main:
@@ -272,15 +282,37 @@ class CheckpointStore:
             self._on_phase("written")
 
             everything = [entry for part in world.gather(entries) for entry in part]
+            # Writing may have taken long enough for another job to take the folder over.
+            self._check_owner(failure, world=world)
             with agreed(world, failure, raises=CheckpointWriteError):
                 if world.is_main:
                     self._commit(captured.step, everything)
         except CheckpointWriteError:
-            for entry in entries:
+            # Under the same names another job may have written meanwhile.
+            is_ours = world.broadcast(world.is_main and self._is_still_ours())
+            for entry in entries if is_ours else []:
                 with contextlib.suppress(MaelstromError):
                     storage.delete(storage.join(folder, entry.name))
             raise
         self._on_phase("committed")
+
+    def _check_owner(self, failure: str, *, world: World) -> None:
+        """End this job's writing if another one has taken the folder over. All ranks enter."""
+        problem = None
+        with agreed(world, failure, raises=CheckpointWriteError):
+            if world.is_main and self._owner is not None:
+                problem = self._owner.problem()
+        problem = world.broadcast(problem)
+        if problem is not None:
+            raise CheckpointLostError(problem)
+
+    def _is_still_ours(self) -> bool:
+        """Tell whether steps may be removed; not if that cannot be known."""
+        try:
+            return self._owner is None or self._owner.problem() is None
+        except MaelstromError as error:
+            log.warning("old checkpoints were not removed, they stay: %s", error)
+            return False
 
     def _share(
         self, captured: Captured, *, world: World

@@ -16,9 +16,15 @@ IMAGES_OF_BASE_LR = 256
 256)."""
 
 
-def peak_lr(config: RunConfig) -> float:
-    """Return the learning rate at the end of the warm-up."""
-    return config.optim.base_lr * config.train.global_batch_size / IMAGES_OF_BASE_LR
+def peak_lr(config: RunConfig, *, global_batch_size: int | None = None) -> float:
+    """Return the learning rate at the end of the warm-up.
+
+    Args:
+        config: settings of the run.
+        global_batch_size: the batch that the rate is scaled to; by default that of the settings.
+    """
+    batch = config.train.global_batch_size if global_batch_size is None else global_batch_size
+    return config.optim.base_lr * batch / IMAGES_OF_BASE_LR
 
 
 def warmup_length(config: RunConfig, *, steps_per_epoch: float) -> float:
@@ -29,35 +35,50 @@ def warmup_length(config: RunConfig, *, steps_per_epoch: float) -> float:
     return config.optim.warmup_epochs * steps_per_epoch
 
 
-def lr_at(step: int, *, config: RunConfig, steps_per_epoch: float, total_steps: int) -> float:
-    """Compute the learning rate of one step: a straight warm-up from 0, then half a cosine down to
+def lr_at(
+    step: float,
+    *,
+    config: RunConfig,
+    steps_per_epoch: float,
+    total_steps: int,
+    global_batch_size: int | None = None,
+) -> float:
+    """Compute the learning rate of one step: a straight warm-up from 0, then the schedule down to
     min_lr.
 
     A pure function, so that a schedule has no state to save or restore. Step 0 has rate 0,
-    and the last step is one short of the end of the cosine, as in the published recipe.
+    and the last step is one short of the end of the schedule, as in the published recipe.
 
     Args:
-        step: optimizer steps done before this one, from 0.
-        config: settings of the run; base_lr, min_lr, warm-up and global batch are read.
+        step: optimizer steps done before this one, from 0; a fraction if the batch size changed
+            during the run, see `train.loop.progress`.
+        config: settings of the run; the section `optim` is read.
         steps_per_epoch: optimizer steps of one epoch; only used if the warm-up is given in
             epochs.
         total_steps: steps of the whole run; later steps stay at min_lr.
+        global_batch_size: the batch that the peak is scaled to; by default that of the settings.
 
     Returns:
         The rate for every parameter group.
 
-    Source: He et al. 2022, table 8; the schedule is that of Goyal et al. 2017 and Loshchilov &
-        Hutter 2017.
+    Source: He et al. 2022, table 8; the cosine is that of Goyal et al. 2017 and Loshchilov &
+        Hutter 2017, the constant rate with a cooldown that of Zhai et al. 2022, section 3.5.
     """
     if step < 0:
         raise ValueError(f"step {step} is negative")
-    peak = peak_lr(config)
+    peak = peak_lr(config, global_batch_size=global_batch_size)
     warmup = warmup_length(config, steps_per_epoch=steps_per_epoch)
     if step < warmup:
         return peak * step / warmup
     if step >= total_steps:
         return config.optim.min_lr
     low = config.optim.min_lr
+    if config.optim.schedule == "constant_cooldown":
+        # A cooldown that is longer than what the warm-up leaves begins right after the warm-up.
+        begin = max(warmup, total_steps * (1 - config.optim.cooldown_share))
+        if step <= begin:
+            return peak
+        return low + (peak - low) * (total_steps - step) / (total_steps - begin)
     progress = (step - warmup) / (total_steps - warmup)
     # Another order of operations would round otherwise, and a run that is resumed with it would no
     # longer be equal to the last bit.

@@ -7,14 +7,15 @@ from pathlib import Path
 
 from pipeline.errors import DataError
 from pipeline.loader import Batch
+from train.checkpoint.owner import CheckpointOwner
 from train.config import RunConfig
-from train.engine.optim import lr_at
 from train.errors import Preempted
 from train.loop.guard import Reaction
 from train.loop.opening import Run, open_run
 from train.loop.recovery import SeenBatch, record_skipped, roll_back
 from train.loop.replicas import check_replicas
 from train.loop.reporting import MeanLoss, conclude, draw_pictures, log_line
+from train.loop.resuming import rate_at
 from train.loop.saving import begin_save, finish_save
 from train.objectives.base import Objective
 from train.objectives.choose import choose_objective
@@ -46,8 +47,9 @@ def train(config: RunConfig, outcome: Outcome, objective: Objective | None = Non
         if outcome.rank == 0:
             outcome.write("running", exit_code=None)
         world = init_world(config)
-        with Preemption(world) as preemption:
-            run = open_run(config, objective, world=world, outcome=outcome)
+        owner = CheckpointOwner(config.checkpoint_dir, run_dir=run_dir, world=world)
+        with Preemption(world) as preemption, owner:
+            run = open_run(config, objective, world=world, outcome=outcome, owner=owner)
             if run is not None:
                 try:
                     with Watchdog(
@@ -83,7 +85,7 @@ def _loop(run: Run, preemption: Preemption, watchdog: Watchdog) -> None:
         micro_batches = _accumulate(run, batches)
 
         # Step. A skipped one counts too: the schedule follows the data, not the updates.
-        lr = _lr_of(run, done)
+        lr = rate_at(done, config=config, progress=run.progress)
         skipped_before = run.engine.skipped_steps
         run.engine.step(lr)
         was_taken = run.engine.skipped_steps == skipped_before
@@ -147,15 +149,6 @@ def _accumulate(run: Run, batches: Iterator[Batch]) -> list[SeenBatch]:
             SeenBatch(batch.sample_ids_B, batch.epochs_B, batch.epoch, batch.position, loss)
         )
     return micro_batches
-
-
-def _lr_of(run: Run, done: int) -> float:
-    return lr_at(
-        done,
-        config=run.config,
-        steps_per_epoch=run.loader.steps_per_epoch,
-        total_steps=run.total_steps,
-    )
 
 
 def _judge(run: Run, done: int, micro_batches: list[SeenBatch], *, was_taken: bool) -> Reaction:

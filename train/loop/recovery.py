@@ -16,6 +16,7 @@ from train.checkpoint.state import CheckpointState
 from train.errors import NumericsError
 from train.loop.guard import Reaction
 from train.loop.opening import Run
+from train.loop.resuming import progress_of
 from train.loop.saving import finish_save
 from train.process.outcome import write_json
 
@@ -102,8 +103,8 @@ def roll_back(run: Run, done: int, *, reaction: Reaction) -> int:
         f"finite and were skipped; their images are named in {run.run_dir}/nonfinite-step-*.json"
     )
     remedy = (
-        "Lower optim.base_lr, set optim.grad_clip or use engine.precision autocast or fp32, "
-        "and run again"
+        "Use engine.precision autocast or fp32, or lower optim.base_lr or set optim.grad_clip with "
+        "--resume.accept optim.base_lr,optim.grad_clip, and run again"
     )
     if reaction == "stop":
         raise NumericsError(
@@ -121,6 +122,9 @@ def roll_back(run: Run, done: int, *, reaction: Reaction) -> int:
     run.skips.rolled_back(state.step)
     run.reporter.rewind(state.step)
     run.outcome.step = state.step
+    # The checkpoint may be from before a change of the batch size.
+    run.progress = progress_of(state, run.progress.pace)
+    run.total_steps = run.progress.total_steps(run.config)
     cursor = run.loader.state_dict()
     run.reporter.say(
         f"warning: {story}; back to the weights of step {state.step} ({run.skips.roll_backs} of "

@@ -75,7 +75,7 @@ def log_line(run: Run, done: int, *, lr: float, mean_loss: MeanLoss) -> bool:
     Returns:
         Whether a spike of the loss begins here.
     """
-    config, world, loader = run.config, run.world, run.loader
+    world, loader = run.world, run.loader
     # The window ends before the loss is read: reading waits for the device, and that wait belongs
     # to the next window's steps, which run meanwhile.
     window = run.meter.close_window(wait_s=loader.wait_s)
@@ -98,8 +98,8 @@ def log_line(run: Run, done: int, *, lr: float, mean_loss: MeanLoss) -> bool:
     run.reporter.log(
         {
             "step": done,
-            "epoch": done / loader.steps_per_epoch,
-            "images_seen": done * config.train.global_batch_size,
+            "epoch": run.progress.epochs_at(done),
+            "images_seen": run.progress.images_at(done),
             "loss": loss,
             "lr": lr,
             "grad_norm": run.engine.grad_norm(),

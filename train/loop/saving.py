@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pipeline.storage import redact
 from train.checkpoint.store import CheckpointWriteError
 from train.loop.opening import Run
+from train.loop.progress import PROGRESS_KEY
 from train.report.data_record import collect_data_report
 
 SAVE_FAILURES_ALLOWED = 3
@@ -28,8 +29,10 @@ def begin_save(run: Run, done: int, *, wait: bool) -> None:
     run.meter.pause()
     client = {
         "step": done,
-        "images_seen": done * run.config.train.global_batch_size,
+        "images_seen": run.progress.images_at(done),
         "total_steps": run.total_steps,
+        PROGRESS_KEY: run.progress.to_json(),
+        **run.resume.to_client(step=run.first_step),
         "loader": run.loader.state_dict(),
         "data_report": merge_data_reports(run),
     }

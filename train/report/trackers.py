@@ -324,17 +324,14 @@ def check_trackers(config: RunConfig) -> None:
 
 def _shown_settings(config: RunConfig) -> dict[str, Any]:
     """Give the settings as JSON types; URIs without what may be secret in them."""
-    sections: dict[str, Any] = config.model_dump(mode="json")
-    shown: dict[str, Any] = {}
-    for section, values in sections.items():
-        if isinstance(values, dict):
-            shown[section] = {name: _without_secrets(value) for name, value in values.items()}
-        else:
-            shown[section] = values
+    shown: dict[str, Any] = without_secrets(config.model_dump(mode="json"))
     return shown
 
 
-def _without_secrets(value: Any) -> Any:
+def without_secrets(value: Any) -> Any:
+    """Give settings of any depth with every text redacted."""
+    if isinstance(value, dict):
+        return {name: without_secrets(inner) for name, inner in value.items()}
     return redact(value) if isinstance(value, str) else value
 
 

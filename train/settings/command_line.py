@@ -30,6 +30,7 @@ from train.settings.layers import (
     read_toml,
     setting_types,
 )
+from train.settings.resume_rules import accept_problems
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +89,7 @@ def parse_command(argv: Sequence[str], *, env: Mapping[str, str] | None = None) 
     )
     if words.action == "run":
         problems += machine_problems(config)
+    problems += accept_problems(config.resume.accept)
     # As given, not as checked: a section with a mistake holds its defaults.
     if not merged.get("data.train") and words.action == "run":
         problems.append(

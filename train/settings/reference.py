@@ -35,6 +35,7 @@ from train.config import RunConfig
 from train.recipes import RECIPES
 from train.settings.checks import build_config
 from train.settings.layers import default_values, flatten, merge
+from train.settings.resume_rules import RULES
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 COMMAND = "python -m train.settings.reference"
@@ -101,7 +102,7 @@ def render() -> str:
         parts.append(f"### `[{section}]`\n\n{_summary(model)}\n")
         names = {name: f"{section}.{name}" for name in model.model_fields}
         values = {name: getattr(defaults, name) for name in model.model_fields}
-        parts.append(_table(model, names, values))
+        parts.append(_table(model, names, values, rules=RULES))
     parts += [_RECIPES, _recipe_table(), _CONVERT, _convert_table()]
     return "\n".join(parts)
 
@@ -111,6 +112,8 @@ def _table(
     model: type[BaseModel],
     names: Mapping[str, str],
     defaults: Mapping[str, Any],
+    *,
+    rules: Mapping[str, str] | None = None,
 ) -> str:
     """Lay out one model: a row per setting.
 
@@ -118,14 +121,21 @@ def _table(
         model: the settings.
         names: what a user types for each field.
         defaults: value of each field if it is not given.
+        rules: what a resume does about another value, by what a user types; None for settings of a
+            command that is not resumed.
     """
-    rows = ["| setting | type | default | unit | meaning |", "|---|---|---|---|---|"]
+    columns = ["setting", "type", "default", "unit", "meaning"]
+    if rules is not None:
+        columns.insert(4, "at a resume")
+    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     help_texts = field_help(model)
     for name in model.model_fields:
         kind = describe_type(model, name)
         if not kind:  # a nested model, which has no value of its own
             continue
-        cells = (f"`{names[name]}`", kind, _shown(defaults[name]), unit_of(name), help_texts[name])
+        cells = [f"`{names[name]}`", kind, _shown(defaults[name]), unit_of(name), help_texts[name]]
+        if rules is not None:
+            cells.insert(4, rules[names[name]])
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
 
@@ -330,6 +340,12 @@ python -m train.pretrain mae_vit_b_16 --config run.toml --train.global-batch-siz
 all mistakes are reported at once with exit code 2 before any process starts. Setting one of
 `train.steps` and `train.epochs`, or one of `optim.warmup_steps` and `optim.warmup_epochs`, unsets
 the other one.
+
+The column "at a resume" says what a start does whose value differs from that of the checkpoint it
+goes on from. `defines`: it is refused, with both values; `--resume.accept NAME,...` takes the new
+values and writes that down. The settings of the model's shape cannot be accepted, because the saved
+weights have that shape. `may change`: the run goes on, and one line names the change. `free`: the
+setting changes no number of a run.
 """
 _RECIPES = """## What the recipes set
 
