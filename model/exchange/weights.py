@@ -20,7 +20,7 @@ from model.config import ModelConfig
 from model.exchange.hf_names import HFNames, hf_config, rename_from_hf, rename_to_hf
 from model.exchange.resample import resample_kernel
 from model.objectives.mae import MaskedAutoencoder, is_decoder_name
-from model.pos_embed import interpolate_table
+from model.pos_embed import interpolate_table, sincos_table
 
 State = dict[str, Tensor]
 Tensors = Mapping[str, Tensor]
@@ -249,14 +249,15 @@ def fit_weights(
         state: Tensors by our names; see `from_published`.
         config: The model that is to take them.
         part: What must be there. `encoder` also takes a full state and leaves the decoder out.
-        old_grid: Rows and columns that the position tables were made for; taken as square if
-            absent.
+        old_grid: Rows and columns that the position tables were made for. If absent, the grid that
+            the table's own sines and cosines tell, or else a square.
 
     Returns:
         Tensors by name, exactly those of the part, for `load_state_dict` (strict for `full`).
 
     Raises:
-        WeightsError: Names or shapes differ; the message lists all of them.
+        WeightsError: Names or shapes differ; the message lists all of them. Or a position table
+            has as many rows as the model's, but is of a grid of another shape.
     """
     fitted = {}
     for name, value in state.items():
@@ -268,7 +269,7 @@ def fit_weights(
         # One of another rank is left for the check to report.
         if table is None or table.ndim != 3:
             continue
-        grid = old_grid or _square_grid(table, config)
+        grid = old_grid or _find_grid(name, table, config)
         if grid != config.grid:
             fitted[name] = interpolate_table(table, grid, config.grid)
     check_weights(fitted, expected_shapes(config, part), source="the checkpoint")
@@ -288,11 +289,10 @@ def load_published(
         model: Changed in place. With `encoder` its decoder is left as it is.
         state: What was read from the file; see `from_published`.
         part: What to load.
-        old_grid: Rows and columns that the position tables were made for; taken as square if
-            absent.
+        old_grid: Rows and columns that the position tables were made for; see `fit_weights`.
 
     Raises:
-        WeightsError: Names or shapes differ; the model is as it was.
+        WeightsError: Names, shapes or the grid of a position table differ; the model is as it was.
     """
     ours = from_published(state)
     # Checked in whole before the first tensor is copied.
@@ -300,15 +300,48 @@ def load_published(
     model.load_state_dict(fitted, strict=part == "full")
 
 
-def _square_grid(table: Tensor, config: ModelConfig) -> tuple[int, int]:
-    """The grid a position table was made for: the model's own if the length fits, a square
-    otherwise."""
+def _find_grid(name: str, table: Tensor, config: ModelConfig) -> tuple[int, int]:
+    """Find the grid that a position table was made for.
+
+    Raises:
+        WeightsError: It has as many patches as the model's, in another shape, or may have.
+    """
     num_patches = table.shape[1] - 1
     side = round(max(num_patches, 0) ** 0.5)
-    if num_patches == config.num_patches or side * side != num_patches:
+    is_square = num_patches > 0 and side * side == num_patches
+    # A fixed table says itself which grid it is of; a learned one does not.
+    grid = _grid_of_sines(table)
+    if grid is None and is_square:
+        grid = (side, side)
+    if grid is None:
         # A length that is not a square is left for the check to report.
         return config.grid
-    return side, side
+    if num_patches == config.num_patches and grid != config.grid:
+        rows, columns = config.grid
+        raise WeightsError(
+            f"{name}: the table is of {grid[0]} x {grid[1]} patches, the model has {rows} x "
+            f"{columns}, which are as many in another shape. Give old_grid=({grid[0]}, {grid[1]}) "
+            f"to resample it, or old_grid=({rows}, {columns}) if it was made for the model's own "
+            "grid."
+        )
+    return grid
+
+
+def _grid_of_sines(table: Tensor) -> tuple[int, int] | None:
+    """Give the grid of a fixed sine-cosine table; None if it is none, e.g. a learned one."""
+    num_patches = table.shape[1] - 1
+    width = table.shape[2]
+    if table.shape[0] != 1 or num_patches < 1 or width % 4:
+        return None
+    for rows in range(1, num_patches + 1):
+        if num_patches % rows:
+            continue
+        grid = (rows, num_patches // rows)
+        fixed = sincos_table(grid, width)
+        # Files may hold the table in 16 bits.
+        if torch.allclose(table.detach().cpu().float(), fixed, atol=0.01):
+            return grid
+    return None
 
 
 def _table(rows: Iterable[tuple[object, ...]], limit: int = 20) -> str:

@@ -167,6 +167,51 @@ def test_equal_numbers_of_patches_on_another_grid_need_the_old_grid(
     assert torch.equal(fitted["pos_embed"], interpolate_table(state["pos_embed"], (4, 4), (2, 8)))
 
 
+def of_size(*size: int) -> ModelConfig:
+    return ModelConfig(**{**CONFIG.model_dump(), "image_size": size})
+
+
+@pytest.mark.parametrize("kind", ["fixed", "half", "learned"])
+@pytest.mark.parametrize(
+    ("saved", "wanted"),
+    [((32, 32), (16, 64)), ((16, 64), (32, 32)), ((16, 64), (64, 16)), ((64, 16), (8, 128))],
+)
+def test_a_table_of_as_many_patches_in_another_shape_is_refused(
+    saved: tuple[int, int], wanted: tuple[int, int], kind: str
+) -> None:
+    state = dict(MaskedAutoencoder(of_size(*saved)).state_dict())
+    if kind == "half":
+        state = {name: value.bfloat16().float() for name, value in state.items()}
+    if kind == "learned":
+        # Says nothing of its grid, so that a square is all that may be guessed.
+        state |= {name: torch.randn_like(state[name]) for name in state if "pos_embed" in name}
+    target = MaskedAutoencoder(of_size(*wanted))
+    if kind == "learned" and wanted == (32, 32):
+        load_published(target, state)
+        return
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    with pytest.raises(WeightsError, match=r"as many in another shape. Give old_grid=\(\d"):
+        load_published(target, state)
+    assert_equal(dict(target.state_dict()), before)
+    load_published(target, state, old_grid=of_size(*saved).grid)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (16, 64), (64, 16), (8, 128)])
+def test_a_models_own_export_loads_again(size: tuple[int, int]) -> None:
+    config = of_size(*size)
+    saved = MaskedAutoencoder(config)
+    loaded = MaskedAutoencoder(config)
+    load_published(loaded, to_mae(saved.state_dict(), config))
+    assert_equal(dict(loaded.state_dict()), dict(saved.state_dict()))
+
+
+def test_a_fixed_table_is_resampled_from_the_grid_it_was_made_for() -> None:
+    # 2 x 8 patches are as many as 4 x 4: a square would be the wrong guess.
+    state = MaskedAutoencoder(of_size(16, 64)).state_dict()
+    fitted = fit_weights(state, of_size(32, 128))
+    assert torch.equal(fitted["pos_embed"], interpolate_table(state["pos_embed"], (2, 8), (4, 16)))
+
+
 def test_weights_are_untouched_by_a_failed_load(state: dict[str, torch.Tensor]) -> None:
     model = MaskedAutoencoder(CONFIG)
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -124,3 +125,51 @@ def test_optimizer_starts_at_rate_zero_and_takes_the_rate_of_each_step() -> None
 def test_model_without_vectors_has_one_group() -> None:
     groups = build_param_groups(torch.nn.Linear(3, 2, bias=False), weight_decay=0.1)
     assert [group["weight_decay"] for group in groups] == [0.1]
+
+
+def cooldown_lr(step: float, *, total: int, share: float, warmup: int = 10) -> float:
+    optim = {
+        "base_lr": 1.0,
+        "min_lr": 0.001,
+        "warmup_steps": warmup,
+        "warmup_epochs": None,
+        "schedule": "constant_cooldown",
+        "cooldown_share": share,
+    }
+    config = RunConfig.model_validate(
+        {"train": {"steps": total, "global_batch_size": 256}, "optim": optim}
+    )
+    return lr_at(step, config=config, steps_per_epoch=7, total_steps=total)
+
+
+def test_constant_rate_and_then_a_straight_line() -> None:
+    rates = [cooldown_lr(step, total=100, share=0.2) for step in range(102)]
+    assert rates[:11] == [pytest.approx(step / 10) for step in range(11)]
+    assert rates[10:81] == [1.0] * 71
+    assert rates[90] == pytest.approx((1 + 0.001) / 2)
+    assert rates[100] == rates[101] == 0.001
+    steps = [before - after for before, after in pairwise(rates[80:101])]
+    assert steps == [pytest.approx(0.999 / 20)] * 20
+
+
+@given(total=st.integers(20, 300), more=st.integers(0, 300), share=st.floats(0.01, 1))
+def test_a_longer_run_has_the_same_rates_until_its_cooldown(
+    total: int, more: int, share: float
+) -> None:
+    for step in range(int(total * (1 - share)) + 1):
+        before = cooldown_lr(step, total=total, share=share)
+        assert cooldown_lr(step, total=total + more, share=share) == before
+
+
+@given(total=st.integers(1, 60), share=st.floats(0.01, 1), warmup=st.integers(0, 80))
+def test_a_cooldown_never_rises_and_waits_for_the_warmup(
+    total: int, share: float, warmup: int
+) -> None:
+    rates = [
+        cooldown_lr(step, total=total, share=share, warmup=warmup) for step in range(total + 1)
+    ]
+    assert all(0 <= rate <= 1 for rate in rates)
+    rest = rates[warmup:]
+    assert rest == sorted(rest, reverse=True)
+    if warmup < total:
+        assert rates[warmup] == 1.0
