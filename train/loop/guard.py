@@ -57,6 +57,7 @@ class SkipGuard:
             stop: that was done often enough.
         """
         if step == "taken":
+            # Only a row of skips is suspicious: single ones come with a bad batch.
             self._in_a_row = 0
             return "fine"
         self._in_a_row += 1
@@ -70,6 +71,7 @@ class SkipGuard:
         Args:
             step: the checkpoint's step.
         """
+        # The restored weights are sound again; the limit on going back stays for the whole start.
         self._in_a_row = 0
         self.roll_backs += 1
         self.target = step

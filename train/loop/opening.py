@@ -281,6 +281,7 @@ def _write_settings(
         New names of another run's files.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
+    # Before anything is written here under the old names.
     settings = to_toml(config)
     kept_files = keep_earlier_run(
         run_dir,
@@ -305,6 +306,7 @@ def _write_settings(
             "settings": without_secrets(config.model_dump(mode="json")),
         },
     )
+    # Of the latest start; history.jsonl has those of all.
     (run_dir / SETTINGS_FILE).write_text(settings, encoding="utf-8")
     if config.engine.kind == "deepspeed":
         write_json(

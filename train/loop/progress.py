@@ -69,11 +69,14 @@ class Progress:
         if config.train.steps is not None:
             return config.train.steps
         assert config.train.epochs is not None, "the settings give exactly one of the two"
+        # Rounded once, over what is left: before a change of pace every step was taken whole.
         epochs_left = config.train.epochs - self.epochs
         return max(1, self.step + round(epochs_left * self.pace.steps_per_epoch))
 
     def schedule_at(self, step: int, config: RunConfig) -> float:
         """Say at which step of the learning rate's schedule a step of the run is."""
+        # A length in steps is a schedule in steps; and an unbroken run must not be rounded, or a
+        # resumed one would differ from it in the last bit.
         if self.step == 0 or config.train.steps is not None:
             return step
         return self.epochs_at(step) * self.first_pace.steps_per_epoch
@@ -84,6 +87,7 @@ class Progress:
 
     def at_pace(self, pace: Pace, *, step: int) -> Progress:
         """Go on from a step at a pace; the same one changes no count."""
+        # Counting on from a later step would round anew what an unbroken run counts exactly.
         if pace == self.pace:
             return self
         return dataclasses.replace(

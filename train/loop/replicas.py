@@ -43,9 +43,10 @@ def checksums(module: nn.Module) -> tuple[list[str], Tensor]:
         total = torch.zeros((), dtype=torch.int64, device=tensor.device)
         for first in range(0, bits.numel(), _CHUNK):
             part = bits[first : first + _CHUNK].to(torch.int64)
-            # Odd factors have an inverse modulo 2^64: no change of one value can vanish.
             indices = torch.arange(first, first + part.numel(), device=part.device)
-            total += (part * (2 * indices + 1)).sum()
+            # Odd factors have an inverse modulo 2^64: no change of one value can vanish.
+            factors = 2 * indices + 1
+            total += (part * factors).sum()
         names.append(name)
         sums.append(total)
     return names, torch.stack(sums)
@@ -92,22 +93,29 @@ def check_replicas(module: nn.Module, *, world: World, step: int) -> None:
     if world.world_size == 1:
         return
     names, sums = checksums(module)
-    gathered = world.gather((sums.tolist(), world.device_name()))
-    tensors, ranks = find_differing([part for part, _ in gathered])
+    # The only wait for the device: all sums come back in one copy.
+    own_sums = sums.tolist()
+    own_device = world.device_name()
+    gathered = world.gather((own_sums, own_device))
+    all_sums = [of_rank for of_rank, _ in gathered]
+    tensors, ranks = find_differing(all_sums)
     if not tensors:
         return
+
     # Every rank has the same sums by now, so all of them raise, and none waits for another.
-    shown = ", ".join(names[tensor] for tensor in tensors[:_NAMES_SHOWN])
-    more = f" and {len(tensors) - _NAMES_SHOWN} more" if len(tensors) > _NAMES_SHOWN else ""
+    shown = [names[tensor] for tensor in tensors[:_NAMES_SHOWN]]
+    num_more = len(tensors) - len(shown)
+    what = ", ".join(shown)
+    if num_more:
+        what += f" and {num_more} more"
+    who = f"the {world.world_size} ranks differ and no majority tells which is right"
     if ranks:
-        culprits = ", ".join(f"rank {rank} ({gathered[rank][1]})" for rank in ranks)
-        who = f"{culprits} differs from the others"
-    else:
-        who = f"the {world.world_size} ranks differ and no majority tells which is right"
+        devices = [device for _, device in gathered]
+        culprits = [f"rank {rank} ({devices[rank]})" for rank in ranks]
+        who = f"{', '.join(culprits)} differs from the others"
     raise NumericsError(
-        f"step {step}: the weights are not equal on all ranks: {who} in {shown}{more}. A memory "
-        "error, or a collective "
-        "that failed silently. Check that device (dmesg, nvidia-smi -q -d ECC) or leave its node "
-        "out; the same command "
-        "goes on from the last checkpoint. guard.checksum_every_steps 0 would switch this check off"
+        f"step {step}: the weights are not equal on all ranks: {who} in {what}. A memory error, or "
+        "a collective that failed silently. Check that device (dmesg, nvidia-smi -q -d ECC) or "
+        "leave its node out; the same command goes on from the last checkpoint. "
+        "guard.checksum_every_steps 0 would switch this check off"
     )

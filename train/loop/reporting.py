@@ -146,6 +146,7 @@ def _draw_held_out(run: Run, module: torch.nn.Module, done: int) -> None:
     completion = run.objective.pictures(module, batch)
     if completion is None:
         return
+    # One file that is replaced: TensorBoard and the trackers keep the earlier ones.
     path = run.run_dir / RECONSTRUCTION_PICTURE
     draw_reconstruction(path, completion, title=f"held-out images after step {done}")
     run.reporter.picture("reconstruction", path, done)
@@ -159,13 +160,15 @@ def conclude(run: Run) -> None:
     report = merge_data_reports(run)
     if not run.world.is_main:
         return
+    # Rank 0's stages stand for all: every rank reads and decodes the same number of images.
     stages = run.loader.stats.snapshot()
-    summary = throughput_summary(run.meter.total, stages, world_size=run.world.world_size)
+    world_size = run.world.world_size
+    summary = throughput_summary(run.meter.total, stages, world_size=world_size)
     lines: list[dict[str, Any]] = read_metrics(run.run_dir)
     more = {
         "final_loss": lines[-1]["loss"] if lines else None,
         "bad_samples": report["num_bad"],
-        "world_size": run.world.world_size,
+        "world_size": world_size,
     }
     write_json(run.run_dir / SUMMARY_FILE, {**summary, **more})
     if report["num_bad"]:

@@ -24,6 +24,7 @@ from train.settings.layers import EITHER_OR
 from train.settings.resume_rules import (
     NEVER_ACCEPTED,
     ORDER_SETTINGS,
+    RULES,
     Change,
     describe_refused,
     find_changes,
@@ -60,8 +61,8 @@ class Resume:
         Args:
             step: the step that this start went on from.
         """
-        told = [change for change in self.changes if change in of_rule(self.changes, "may change")]
-        kept = [change for change in self.changes if change.name in self.accepted] + told
+        # Free settings change no number of the run: history.jsonl alone has them.
+        kept = [change for change in self.changes if RULES[change.name] != "free"]
         changes = list(self.earlier)
         for change in kept:
             row = {"step": step, "setting": change.name, "before": change.before}
@@ -81,7 +82,9 @@ def check_same_run(config: RunConfig, objective: Objective, state: CheckpointSta
         CheckpointError: the model is another.
         ConfigError: settings that define the run differ and are not accepted by name.
     """
-    changes = find_changes(state.config, config.model_dump(mode="json"))
+    settings = config.model_dump(mode="json")
+    changes = find_changes(state.config, settings)
+    # First: whoever changed the model meets the view's size among the other settings too.
     _refuse_other_model(objective, state, changes)
 
     accepted = _accepted_names(config)
@@ -89,6 +92,7 @@ def check_same_run(config: RunConfig, objective: Objective, state: CheckpointSta
     refused = [change for change in defining if change.name not in accepted]
     if refused:
         raise ConfigError(describe_refused(refused, where=redact(state.uri)))
+    # All of `changes` may be taken from here on.
     return Resume(
         run_id=state.client.get(RUN_KEY) or _name_older_run(state),
         changes=changes,
@@ -137,6 +141,7 @@ def describe_resume(
     told = [str(change) for change in of_rule(resume.changes, "may change")]
     if state.parts != ranks:
         told.append(f"ranks {state.parts} -> {ranks}")
+    # One line for each kind of change, so that each can be looked for in a log.
     if told:
         lines.append(f"changed since the checkpoint: {', '.join(told)}")
     if resume.accepted:
@@ -145,6 +150,7 @@ def describe_resume(
         if not ORDER_SETTINGS.isdisjoint(resume.accepted):
             line += "; the new order begins with the next epoch"
         lines.append(line)
+    # base_lr is given per 256 images: a reader may expect the rate to follow the batch.
     if any(change.name == "train.global_batch_size" for change in resume.changes):
         batch = progress.first_pace.global_batch_size
         peak = peak_lr(config, global_batch_size=batch)
@@ -162,24 +168,31 @@ def _rate_lines(config: RunConfig, state: CheckpointState, progress: Progress) -
     except ValidationError:
         # An older version's settings, which this one cannot read: the rate cannot be compared.
         return []
+    # The rate that this very step would have had, had the settings stayed as they were.
     then = progress_of(state, _pace_of(state, progress))
     expected = rate_at(state.step, config=before, progress=then)
     now = rate_at(state.step, config=config, progress=progress)
     peak = peak_lr(config, global_batch_size=progress.first_pace.global_batch_size)
     if abs(now - expected) <= _RATE_JUMP * peak:
         return []
-    last = rate_at(max(0, state.step - 1), config=before, progress=then)
+    last_step = max(0, state.step - 1)
+    last = rate_at(last_step, config=before, progress=then)
+    line = f"note: the learning rate goes from {last:.3g} to {now:.3g}"
     old_length = then.total_steps(before)
     new_length = progress.total_steps(config)
-    remedy = (
-        "Choose optim.schedule constant_cooldown for a run that is to be made longer"
-        if config.optim.schedule == "cosine"
-        else "A checkpoint from before the cooldown goes on without a jump: copy its step into "
-        "another checkpoint.dir"
-    )
+    if old_length == new_length:
+        return [f"{line}, because the schedule's settings changed"]
+
+    # The way without a jump differs: a cosine has none, a constant rate has one until it falls.
+    remedy = "Choose optim.schedule constant_cooldown for a run that is to be made longer"
+    if config.optim.schedule == "constant_cooldown":
+        remedy = (
+            "A checkpoint from before the cooldown goes on without a jump: copy its step into "
+            "another checkpoint.dir"
+        )
     return [
-        f"note: the learning rate goes from {last:.3g} to {now:.3g}, because the schedule is laid "
-        f"out over {new_length} steps and was over {old_length}. {remedy}"
+        f"{line}, because the schedule is laid out over {new_length} steps and was over "
+        f"{old_length}. {remedy}"
     ]
 
 
@@ -222,9 +235,12 @@ def _refuse_other_model(
     if not shape:
         return
     # Tensors of other shapes are told by a table of them.
-    check_same_model(state.table, list_tensors(objective.build(), parts=1), where=redact(state.uri))
+    where = redact(state.uri)
+    table = list_tensors(objective.build(), parts=1)
+    check_same_model(state.table, table, where=where)
+    # The shapes are equal and the meaning is not: position tables, heads, patches.
     raise CheckpointError(
-        f"{redact(state.uri)}: the checkpoint is of another model: {', '.join(shape)}. The weights "
+        f"{where}: the checkpoint is of another model: {', '.join(shape)}. The weights "
         "have the same shapes, but were trained for the old values. Use the model settings it was "
         "made with, or another checkpoint.dir for a new run."
     )
@@ -232,5 +248,10 @@ def _refuse_other_model(
 
 def _name_older_run(state: CheckpointState) -> str:
     """Name a run of version 0.1.0, which had no name: the same for each of its checkpoints."""
-    known = {"model": state.config["model"], "seed": state.config["train"]["seed"]}
-    return hash_json({**known, "fingerprint": state.client["loader"]["fingerprint"]})[:12]
+    known = {
+        "model": state.config["model"],
+        "seed": state.config["train"]["seed"],
+        "fingerprint": state.client["loader"]["fingerprint"],
+    }
+    # Not drawn: a start that is killed before its first save must find the same name again.
+    return hash_json(known)[:12]

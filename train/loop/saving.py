@@ -27,6 +27,8 @@ def begin_save(run: Run, done: int, *, wait: bool) -> None:
         finish_save(run)
     # What the saving costs is told by itself, and is left out of the rates of the log.
     run.meter.pause()
+    # The loader's state is the cursor behind this step's last batch, not behind what its threads
+    # have read ahead.
     client = {
         "step": done,
         "images_seen": run.progress.images_at(done),
@@ -65,6 +67,7 @@ def finish_save(run: Run, *, failure: Literal["warn", "raise"] = "warn") -> None
         )
         return
     if saved is not None:
+        # Failures count in a row: a disk that has room again is as good as new.
         run.failed_saves = 0
         run.reporter.say(
             f"saved step {saved.step} to {redact(saved.uri)} (training waited {saved.stall_s:.2f} "
