@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from train.config import RunConfig
+from train.settings.lengths import total_steps_of
 
 PROGRESS_KEY = "progress"
 """Where a checkpoint keeps it, in what the loop saves."""
@@ -83,7 +84,7 @@ class Progress:
 
     def schedule_length(self, config: RunConfig) -> int:
         """Derive the length of the learning rate's schedule, in steps of the first pace."""
-        return Progress.start(self.first_pace).total_steps(config)
+        return total_steps_of(config, steps_per_epoch=self.first_pace.steps_per_epoch)
 
     def at_pace(self, pace: Pace, *, step: int) -> Progress:
         """Go on from a step at a pace; the same one changes no count."""
