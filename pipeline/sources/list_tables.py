@@ -16,7 +16,12 @@ from pipeline.errors import ConfigError, DataError, MaelstromError
 from pipeline.images.refused import Reason
 from pipeline.sources.columns import choose_column, choose_label, find_files, open_parquet
 from pipeline.sources.listing import SourceSettings
-from pipeline.sources.tables.image_field import ImageField, explain_lists, fields_of
+from pipeline.sources.tables.image_field import (
+    ImageField,
+    explain_lists,
+    fields_of,
+    readable_texts,
+)
 from pipeline.sources.tables.label_column import LabelPart, json_labels, typed_texts
 from pipeline.sources.tables.text_rows import (
     DelimitedTable,
@@ -244,7 +249,8 @@ def _paths(parquet: pq.ParquetFile, settings: SourceSettings, shown: str) -> lis
             f"every row. Choose another with --image-column.{hint}"
         )
     rows = parquet.read(columns=[path], use_threads=False)
-    return [None if text is None else str(text) for text in field.leaf(rows).to_pylist()]
+    texts = readable_texts(field.leaf(rows))
+    return [None if text is None else str(text) for text in texts.to_pylist()]
 
 
 def _column(parquet: pq.ParquetFile, name: str | None) -> Any:

@@ -39,6 +39,7 @@ from pipeline.sources.tables.image_field import (
     ImageField,
     explain_lists,
     fields_of,
+    readable_texts,
 )
 from pipeline.sources.tables.label_column import LabelPart
 
@@ -247,7 +248,7 @@ def _image_names(file: storage.FileInfo, paths: Any, count: int) -> pa.StringArr
     numbered = pa.array([f"{stem}/{row:08d}" for row in range(count)], pa.string())
     if paths is None:
         return numbered
-    texts = paths.cast(pa.string()).combine_chunks()
+    texts = readable_texts(paths).combine_chunks()
     has_path = pc.match_substring_regex(pc.fill_null(texts, ""), ".")
     names: Any = pc.if_else(has_path, texts, numbered)
     if isinstance(names, pa.ChunkedArray):

@@ -67,7 +67,7 @@ class ListSource:
             try:
                 return storage.read_bytes(self._whole(wanted.names[i]))
             except MaelstromError as error:
-                reason = _why_unread(error)
+                reason = _why_unread(error, wanted.names[i])
                 if reason is None:
                     raise
                 return Refused(reason)
@@ -237,18 +237,19 @@ def _report(bad: list[BadRow], num_good: int, shown: str) -> None:
     )
 
 
-def _why_unread(error: MaelstromError) -> Reason | None:
+def _why_unread(error: MaelstromError, name: str) -> Reason | None:
     """Return why one image of a list cannot be read; None if the others could not be either."""
     cause = error.__cause__
-    status = getattr(cause, "status", None)
-    is_gone = isinstance(cause, FileNotFoundError | NotADirectoryError) or status in (404, 410)
-    if isinstance(error, DataError) and is_gone:
+    # Object storage answers 403 to expired credentials too, and then to all images.
+    status = getattr(cause, "status", None) if name.startswith("https:") else None
+    is_missing = isinstance(cause, FileNotFoundError | NotADirectoryError)
+    # Storage has told apart what may pass by itself.
+    if status in (404, 410) or (is_missing and isinstance(error, DataError)):
         return Reason.NOT_FOUND
     if isinstance(cause, IsADirectoryError):
         return Reason.NOT_A_FILE
-    # Only of files and web servers: object storage says the same of expired credentials.
-    is_local = isinstance(cause, PermissionError) and cause.filename is not None
-    return Reason.NO_PERMISSION if is_local or status in (401, 403) else None
+    is_forbidden = isinstance(cause, PermissionError) and cause.filename is not None
+    return Reason.NO_PERMISSION if is_forbidden or status in (401, 403) else None
 
 
 def _given_sizes(tables: list[ListTable]) -> npt.NDArray[np.int64] | None:

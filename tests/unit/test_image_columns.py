@@ -185,6 +185,16 @@ def test_a_column_that_holds_no_paths_is_named(tmp_path: Path, values: Any) -> N
         given(path)
 
 
+def test_paths_that_are_not_utf8_stop_no_other(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"one")
+    latin = pa.array([b"a.jpg", b"caf\xe9.jpg"]).view(pa.string())
+    found = given(wrote(tmp_path, {"image": latin}))
+    assert found == [("a.jpg", b"one"), ("x.parquet row 2", "no path or URL")]
+    record = pa.StructArray.from_arrays([pa.array([b"one", b"two"]), latin], ["bytes", "path"])
+    found = given(wrote(tmp_path, {"image": record}))
+    assert found == [("a.jpg", b"one"), ("x/00000001", b"two")]
+
+
 def test_files_whose_images_stand_elsewhere(tmp_path: Path, crops: list[bytes]) -> None:
     folder = tmp_path / "src"
     folder.mkdir()

@@ -209,6 +209,17 @@ def test_types_that_hold_no_label_are_named(tmp_path: Path, kind: str, values: A
         listed(src)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("is_category", [False, True])
+def test_names_that_are_not_utf8_are_told(tmp_path: Path, kind: str, is_category: bool) -> None:
+    latin = pa.array([b"dog", b"caf\xe9"]).view(pa.string())
+    values = latin.dictionary_encode() if is_category else latin
+    src = write(tmp_path, {"a": values}, kind=kind)
+    with pytest.raises(DataError, match=r"'label' of .*a\.parquet: 1 labels are not UTF-8"):
+        listed(src)
+    assert listed(src, labels="none").labels.tolist() == [NONE, NONE]
+
+
 def test_minus_one_is_no_label(tmp_path: Path) -> None:
     src = write(tmp_path, {"a": pa.array([-1, 4], pa.int8()), "b": pa.array([-1.0])}, kind="list")
     assert listed(src).labels.tolist() == [NONE, 4, NONE]

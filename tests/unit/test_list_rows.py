@@ -22,7 +22,9 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.images.refused import Refused
 from pipeline.sources.choose import open_source
 from pipeline.sources.listing import Listing, SourceSettings
+from pipeline.sources.table import _why_unread
 from pipeline.sources.tables.text_rows import DelimitedTable
+from pipeline.storage.retry import explain
 
 NONE = -1
 
@@ -260,6 +262,34 @@ def test_a_list_of_bad_rows_alone_says_why(tmp_path: Path) -> None:
         listed(wrote(tmp_path, "list.csv", "url\nftp://host/a.jpg\nftp://host/b.jpg\n"))
     with pytest.raises(DataError, match=r"list\.csv line 2: 3 values, the header has 2"):
         listed(wrote(tmp_path, "list.csv", "url,label\na.jpg,1,2\n"))
+
+
+class AnswerError(Exception):
+    """What a web server's refusal becomes in the storage's file system."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(str(status))
+        self.status = status
+
+
+@pytest.mark.parametrize(
+    ("name", "cause", "reason"),
+    [
+        ("https://h/a.jpg", AnswerError(404), "not found"),
+        ("https://h/a.jpg", AnswerError(410), "not found"),
+        ("https://h/a.jpg", AnswerError(403), "no permission to read"),
+        ("https://h/a.jpg", AnswerError(401), "no permission to read"),
+        ("https://h/a.jpg", AnswerError(500), None),
+        ("gs://b/a.jpg", AnswerError(403), None),
+        ("a.jpg", PermissionError(13, "no", "a.jpg"), "no permission to read"),
+        ("s3://b/a.jpg", PermissionError("Access Denied"), None),
+        ("a.jpg", OSError(5, "input/output error"), None),
+    ],
+)
+def test_what_is_wrong_with_one_image_alone(name: str, cause: Exception, reason: Any) -> None:
+    error = explain("read", name, cause)
+    error.__cause__ = cause
+    assert _why_unread(error, name) == reason
 
 
 def test_a_parquet_list_with_bad_rows(tmp_path: Path) -> None:

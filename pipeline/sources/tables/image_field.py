@@ -145,6 +145,29 @@ def is_text(kind: Any) -> bool:
     )
 
 
+def readable_texts(values: Any) -> Any:
+    """Return a column of text as strings; null where the text is not UTF-8.
+
+    Parquet does not check what programs write as text: such a value ends in an exception when it
+    becomes Python's.
+    """
+    texts = values.cast(pa.string())
+    try:
+        texts.validate(full=True)
+        return texts
+    except pa.ArrowInvalid:
+        readable = [_text_or_none(text) for text in texts]
+        return pa.chunked_array([pa.array(readable, pa.string())])
+
+
+def _text_or_none(text: Any) -> str | None:
+    try:
+        value = text.as_py()
+    except UnicodeDecodeError:
+        return None
+    return None if value is None else str(value)
+
+
 def _child(kind: Any, name: str) -> Any:
     """Return the type of a record's field; None if there is no such field."""
     if not pa.types.is_struct(kind):

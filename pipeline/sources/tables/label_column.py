@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from pipeline.errors import ConfigError, DataError
 from pipeline.formats.table import NO_LABEL
-from pipeline.sources.tables.image_field import is_text
+from pipeline.sources.tables.image_field import is_text, readable_texts
 
 Labels = tuple[npt.NDArray[np.int32], list[str] | None]
 """Class number of each image, -1 if it has none, and the class names; None without names."""
@@ -261,7 +261,14 @@ def _read(part: LabelPart) -> _Column:
 
     kind = values.type
     if is_text(kind):
-        names = _names(values)
+        texts = readable_texts(values)
+        unreadable = texts.null_count - values.null_count
+        if unreadable:
+            raise DataError(
+                f"convert: {part.describe()}: {unreadable:,} labels are not UTF-8. Write the "
+                "column as UTF-8, choose another with --label-column, or give --labels none."
+            )
+        names = _names(texts)
         if _is_empty(names) and not declared:
             return _Column(part)
         return _Column(part, names=names, declared=declared)
@@ -305,13 +312,17 @@ def _categories(values: Any) -> frozenset[str]:
     """Return the names in a dictionary column's dictionaries; numbers declare no class."""
     if not is_text(values.type.value_type):
         return frozenset()
-    known = {name for chunk in values.chunks for name in chunk.dictionary.to_pylist()}
-    return frozenset(name for name in known if name is not None and name.strip())
+    names: set[str] = set()
+    for chunk in values.chunks:
+        for name in readable_texts(chunk.dictionary).to_pylist():
+            if name is not None and name.strip():
+                names.add(name)
+    return frozenset(names)
 
 
 def _names(values: Any) -> pa.StringArray:
     """Return names, null for those that are empty or blank."""
-    texts = values.cast(pa.string()).chunks
+    texts = values.chunks
     names = pa.concat_arrays(texts) if texts else pa.array([], pa.string())
     has_name = pc.match_substring_regex(names, r"\S")
     return pc.if_else(has_name, names, pa.scalar(None, pa.string()))
