@@ -90,7 +90,14 @@ def start_command(module: str, *, speaks: bool = True) -> NoReturn:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # It stays until run_command takes over: there is no moment without a handler.
         signal.signal(signal.SIGINT, _EndAtOnce(command, speaks=speaks))
-    exit_code = importlib.import_module(module).main()
+    try:
+        exit_code = importlib.import_module(module).main()
+    except (OSError, ImportError) as error:
+        # Of files and libraries that an import opens; `guard` sees those of the work itself.
+        if not has_too_many_files(error):
+            raise
+        say(f"error: {TOO_MANY_FILES}")
+        exit_code = InfrastructureError.exit_code
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # The result is out. KeyboardInterrupt inside an exit handler would print a traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)

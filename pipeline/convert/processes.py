@@ -13,6 +13,7 @@ from multiprocessing import connection, forkserver
 from multiprocessing.synchronize import Event
 from typing import Any
 
+from pipeline.console import outlive_readers
 from pipeline.convert.shard import Part, ShardTask, make_shard
 from pipeline.convert.workers import Workers, cores
 from pipeline.errors import InfrastructureError
@@ -104,6 +105,8 @@ def start_worker(stop: Event, environment: dict[str, str]) -> None:
         environment: The parent's. The process that workers are forked off keeps the one it was
             started with, and credentials may have changed since.
     """
+    # Workers warn on stderr (of retries, for example), and must not end for that either.
+    outlive_readers()
     Worker.stop = stop
     os.environ.clear()
     os.environ.update(environment)

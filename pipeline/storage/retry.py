@@ -98,7 +98,13 @@ TOO_MANY_FILES = (
 def has_too_many_files(error: BaseException) -> bool:
     """Return whether a process, or the machine, had no file descriptor left."""
     codes = (errno.EMFILE, errno.ENFILE)
-    return any(isinstance(link, OSError) and link.errno in codes for link in _chain(error))
+    for link in _chain(error):
+        if isinstance(link, OSError) and link.errno in codes:
+            return True
+        # The loader of shared libraries has only words for it.
+        if isinstance(link, ImportError) and os.strerror(errno.EMFILE) in str(link):
+            return True
+    return False
 
 
 def _budget_s() -> float:

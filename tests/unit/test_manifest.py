@@ -17,7 +17,7 @@ from pipeline.dataset import writer as dataset_writer
 from pipeline.dataset.info import DATASET_FILE, fingerprint_of, parse_dataset_info
 from pipeline.dataset.manifest import diff
 from pipeline.dataset.writer import write_dataset
-from pipeline.errors import DataError
+from pipeline.errors import DataError, InfrastructureError
 from pipeline.formats.records import ShardFile, ShardIndex
 from pipeline.formats.table import FORMATS, MODES, ShardTable, TableBuilder
 
@@ -356,3 +356,20 @@ def test_the_description_of_a_hundred_thousand_shards_is_read_as_columns() -> No
     found = Manifest("memory://nowhere", info)
     assert found.locate(np.array([999_999, 10]))[0].tolist() == [99_999, 1]
     assert info.shards[-1].name == "train-099999.tar"
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_both_remedies(
+    make_dataset: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = make_dataset()
+    for name in ("dataset.json", "manifest.parquet"):
+        (Path(uri) / name).unlink()
+    (tmp_path / "file").write_bytes(b"")
+    for place in (tmp_path / "file", Path("/proc/none"), Path("/dev/null")):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(place))
+        with pytest.raises(InfrastructureError) as caught:
+            open_dataset(uri)
+        assert "XDG_CACHE_HOME" in str(caught.value)
+        assert f"pipeline.verify {uri} --write-manifest" in str(caught.value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert open_dataset(uri).info.num_samples > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline.console import say, say_json, say_result
+from pipeline.console import guard, say, say_json, say_result
 from pipeline.console.streams import _Tolerant, refuse_lost_result
 from pipeline.errors import InfrastructureError
 from tests.unit.test_doors import DOORS, QUICK, REPOSITORY
@@ -299,3 +300,22 @@ def test_a_name_that_is_not_text_is_written_all_the_same(tmp_path: Path) -> None
         )
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["name"] == "caf\udce9.jpg"
+
+
+def test_too_many_open_files_anywhere_are_named(capfd: pytest.CaptureFixture[str]) -> None:
+    """In a library that raises them as they come, as a failed import, or as a cause."""
+    exhausted = OSError(errno.EMFILE, "Too many open files")
+    wrapped = RuntimeError("cannot go on")
+    wrapped.__cause__ = exhausted
+    library = ImportError("libx.so: cannot open shared object file: Too many open files")
+    for error in (exhausted, wrapped, library):
+
+        def command(error: BaseException = error) -> int:
+            raise error
+
+        assert guard(command, interrupted="") == 76
+        told = capfd.readouterr().err
+        assert told.startswith("error: too many open files")
+        assert "ulimit -n" in told
+    assert guard(lambda: Path("/none").stat().st_size, interrupted="") == 1
+    assert "Traceback" in capfd.readouterr().err
