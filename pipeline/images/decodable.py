@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import io
 import warnings
+from contextlib import suppress
 
 import simplejpeg
 from PIL import Image
 
+from pipeline.images.encode import DECODER_ERRORS
 from pipeline.images.header import Probe, ScreenLimits, screen
 from pipeline.images.refused import Reason, Refused
 
@@ -25,22 +27,22 @@ def undecodable(data: bytes) -> Refused | None:
     if isinstance(found, Refused):
         return found
     if found.format == "jpeg" and found.mode in ("RGB", "L"):
-        try:
-            pixels_HWC = simplejpeg.decode_jpeg(data, "RGB" if found.mode == "RGB" else "GRAY")
-        except ValueError:
-            pass  # libjpeg's word alone is too strict in places; Pillow decides
-        else:
+        colours = "RGB" if found.mode == "RGB" else "GRAY"
+        # libjpeg's word alone is too strict in places, such as stray bytes: then Pillow decides.
+        with suppress(ValueError):
+            pixels_HWC = simplejpeg.decode_jpeg(data, colours)
             height, width = pixels_HWC.shape[:2]
             return _compare_size(found, width, height)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # sizes that the screen has let through
+            # Pillow warns of sizes that the screen has already let through.
+            warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data)) as image:
                 image.load()
-                size = image.size
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
+                width, height = image.size
+    except DECODER_ERRORS:
         return Refused(Reason.UNDECODABLE)
-    return _compare_size(found, *size)
+    return _compare_size(found, width, height)
 
 
 def _compare_size(found: Probe, width: int, height: int) -> Refused | None:

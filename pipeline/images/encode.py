@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from contextlib import suppress
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
@@ -15,12 +16,12 @@ from pipeline.images.refused import Reason, Refused
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any of Pillow's modes to RGB; 16-bit grey keeps its high byte, transparency is
     dropped."""
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "I":
-        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert(
-            "RGB"
-        )
+    if image.mode.startswith("I"):
+        # The high byte. Mode I has 32 bits, of which a picture uses 16: others are cut off.
+        high_HW = (np.asarray(image) >> 8).clip(0, 255)
+        grey_HW = high_HW.astype(np.uint8)
+        return Image.fromarray(grey_HW).convert("RGB")
+    # Directly, Pillow would warn of a palette's transparency that is given as bytes.
     if image.mode in ("P", "PA") and "transparency" in image.info:
         return image.convert("RGBA").convert("RGB")
     return image.convert("RGB")
@@ -50,11 +51,15 @@ def reencode(
     """
     if _is_fine(data, found, short_side, long_side):
         return data
+    buffer = io.BytesIO()
     try:
-        buffer = io.BytesIO()
-        _shrunk(data, short_side, long_side, upright=_is_upright(found)).save(
-            buffer, "JPEG", quality=quality
+        shrunk = _shrunk(
+            data,
+            short_side,
+            long_side,
+            upright=_is_upright(found),
         )
+        shrunk.save(buffer, "JPEG", quality=quality)
         return buffer.getvalue()
     except DECODER_ERRORS:
         return Refused(Reason.UNDECODABLE)
@@ -123,25 +128,29 @@ def _shrunk(
 
 def _is_fine(data: bytes, found: Probe, short_side: int | None, long_side: int | None) -> bool:
     size = found.width, found.height
-    small = shrunk_size(*size, short_side=short_side, long_side=long_side) == size
-    kind = found.format == "jpeg" and found.mode in ("RGB", "L") and found.orientation == 1
-    return small and kind and b"ICC_PROFILE" not in data[:_PROFILE_SEARCH_BYTES]
+    if shrunk_size(*size, short_side=short_side, long_side=long_side) != size:
+        return False
+    if not _is_upright(found) or found.mode not in ("RGB", "L"):
+        return False
+    # Profiles stand in front: the pixels of a large image are not searched for the name.
+    return b"ICC_PROFILE" not in data[:_PROFILE_SEARCH_BYTES]
 
 
 def _plain(image: Image.Image) -> Image.Image:
     """Return the image as 8-bit sRGB or grey."""
-    if image.mode.startswith("I"):  # 16 bits a pixel: the high byte, not Pillow's clipping
-        return image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+    if image.mode.startswith("I"):
+        # 16 bits per pixel: the high byte. Pillow's own conversion would clip at 255.
+        wide = image.convert("I")
+        return wide.point(lambda value: value * (1 / 256)).convert("L")
     profile = image.info.get("icc_profile")
     if profile and image.mode in ("RGB", "CMYK", "L"):
-        try:
+        # A broken profile says nothing about the pixels.
+        with suppress(ImageCms.PyCMSError, OSError):
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             target = ImageCms.createProfile("sRGB")
             converted = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
             if converted is not None:
                 return converted
-        except (ImageCms.PyCMSError, OSError):
-            pass  # a broken profile says nothing about the pixels
     if image.mode in ("RGB", "L"):
         return image
     return image.convert("L" if image.mode in ("1", "LA") else "RGB")

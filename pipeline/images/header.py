@@ -153,16 +153,20 @@ def _png(data: bytes) -> Probe | Refused:
     if data[12:16] != b"IHDR":
         return _NOT_AN_IMAGE
     width, height, depth, colour = struct.unpack_from(">IIBB", data, 16)
-    mode = _PNG_MODES_16.get(colour, "") if depth == 16 else _PNG_MODES.get(colour, "")
-    if not mode:
+    modes = _PNG_MODES_16 if depth == 16 else _PNG_MODES
+    mode = modes.get(colour)
+    if mode is None:
         return _NOT_AN_IMAGE
+    # The usual end is the last chunk; tools append bytes behind it.
     if data[-8:-4] != b"IEND" and data.rfind(b"IEND\xaeB`\x82") < 0:
         return _TRUNCATED
     return Probe("png", width, height, mode, animated=data.find(b"acTL", 33, _TAIL_BYTES) >= 0)
 
 
 def _webp(data: bytes) -> Probe | Refused:
-    if struct.unpack_from("<I", data, 4)[0] + 8 > len(data):
+    # RIFF's size counts from behind itself.
+    (riff_bytes,) = struct.unpack_from("<I", data, 4)
+    if riff_bytes + 8 > len(data):
         return _TRUNCATED
     chunk = data[12:16]
     if chunk == b"VP8 ":

@@ -98,6 +98,7 @@ def _segments(data: bytes | memoryview) -> Iterator[tuple[int, int, int, bool]]:
             marker = found[1][0]
             at = found.end()
 
+        # No length follows these: what does is the next marker.
         if marker in _STANDALONE or marker == _EOI:
             yield marker, at, 0, is_strict
             continue
@@ -125,12 +126,14 @@ def read_jpeg_header(data: bytes) -> JpegHeader | Refused:
                 continue
             # The image ends before a scan, or a segment is shorter than its own length.
             return _NOT_AN_IMAGE
+        # Most segments are of these: they are asked for first.
         if marker in _SKIPPED:
             if marker == 0xE1 and data[start + 2 : start + 8] == b"Exif\0\0":
                 orientation = read_orientation(data[start + 8 : start + length])
             elif marker == 0xEE and data[start + 2 : start + 7] == b"Adobe":
                 transform = data[start + 13]
         elif marker in _DECODED_FRAMES or marker in _REFUSED_FRAMES:
+            # Judged below: what is cut or has no scan is called so, whatever its frame.
             frame = marker, start
         elif marker == _SOS:
             scan_at = start
@@ -154,6 +157,7 @@ def _of_frame(
     if marker in _REFUSED_FRAMES:
         kind = _REFUSED_FRAMES[marker]
         return Refused(Reason.UNDECODABLE, f"a JPEG of a kind that no decoder here reads: {kind}")
+    # Behind the segment's length. A height of 0 (it follows in DNL) is refused by `probe`.
     precision, height, width, channels = struct.unpack_from(">BHHB", data, start + 2)
     if precision != 8:
         return Refused(
@@ -181,6 +185,7 @@ def is_common(data: memoryview) -> bool:
         for marker, start, length, is_strict in _segments(data):
             if not is_strict or length < 2:
                 return False
+            # Tables (C4, CC) lie in the same range as frames.
             if 0xC0 <= marker <= 0xCF and marker not in _SKIPPED:
                 has_frame = marker in _COMMON_FRAMES and data[start + 2] == 8
                 if not has_frame:

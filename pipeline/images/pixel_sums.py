@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import cv2
@@ -40,22 +41,30 @@ class PixelSums:
         if pixels is None:
             self.num_undecodable += 1
             return
-        mean, deviation = (values.ravel() / 255 for values in cv2.meanStdDev(pixels))
         self.num_images += 1
-        self.means = [total + float(value) for total, value in zip(self.means, mean, strict=True)]
+        means, deviations = cv2.meanStdDev(pixels)
+        mean = means.ravel() / 255
+        deviation = deviations.ravel() / 255
+        # The mean of squares can be summed over images; a deviation cannot.
         square = deviation**2 + mean**2
-        self.squares = [
-            total + float(value) for total, value in zip(self.squares, square, strict=True)
-        ]
+        self.means = _added(self.means, mean)
+        self.squares = _added(self.squares, square)
+
+
+def _added(totals: list[float], values: npt.NDArray[np.float64]) -> list[float]:
+    # Python's floats: a part of a conversion keeps the sums as JSON.
+    return [total + float(value) for total, value in zip(totals, values, strict=True)]
 
 
 def _decode(data: bytes, found: Probe) -> npt.NDArray[np.uint8] | None:
     """Return RGB pixels, or None if the image is broken."""
     if found.format == "raw":
         return np.frombuffer(data, np.uint8).reshape(found.height, found.width, 3)
-    try:
-        if found.format == "jpeg" and found.mode in ("RGB", "L"):
+    if found.format == "jpeg" and found.mode in ("RGB", "L"):
+        # It refuses what libjpeg only warns of, such as stray bytes: then Pillow decides.
+        with suppress(ValueError):
             return simplejpeg.decode_jpeg(data, "RGB")
+    try:
         with warnings.catch_warnings():
             # Pillow warns of sizes that the screen has already let through.
             warnings.simplefilter("ignore")

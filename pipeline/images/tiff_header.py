@@ -146,6 +146,7 @@ def _mode(tags: dict[int, tuple[int, ...]]) -> str:
     samples = tags.get(_SAMPLES, (1,))[0]
     bits = tags.get(_BITS, (1,))[0]
     photometric = tags.get(_PHOTOMETRIC, (1,))[0]
+    # A palette or CMYK is told by its meaning, before the number of samples is looked at.
     if photometric == _PHOTOMETRIC_CMYK:
         return "CMYK"
     if photometric == _PHOTOMETRIC_PALETTE:

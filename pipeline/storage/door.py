@@ -67,6 +67,7 @@ def file_system(scheme: str, use: Literal["read", "any"] = "any") -> Any:
         options["config_kwargs"] = {"connect_timeout": 10, "read_timeout": 60}
         if use == "read":
             options["config_kwargs"]["retries"] = {"total_max_attempts": 1}
+    # An extra that is missing shows only here: fsspec imports a scheme's package when it is asked.
     try:
         fs = fsspec.filesystem(scheme, **options)
         if scheme == "s3" and use == "read":
@@ -176,12 +177,14 @@ def list_files(
             else {e["name"]: e for e in fs.ls(uri, detail=True)}
         ),
     )
+    # Object storage knows no folders: an empty answer is either an empty prefix or a wrong one.
     if not found and not exists(uri):
         raise explain("list", uri, FileNotFoundError(uri))
     base = SCHEME.sub("", uri).strip("/") + "/"
     for name, entry in found.items():
         path = str(name).lstrip("/")
         if entry.get("type") == "file" and path.startswith(base) and not path.endswith("/"):
+            # Stores name it each in their own way.
             version = str(
                 entry.get("ETag")
                 or entry.get("etag")

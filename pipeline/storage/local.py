@@ -41,6 +41,7 @@ def sync_folder(folder: Path) -> None:
 def commit_file(tmp: Path, target: Path) -> None:
     """Put a finished temporary file in its place at once: flushed, renamed, and the rename
     flushed."""
+    # Before the rename: after a power cut the name must not stand for an empty file.
     descriptor = os.open(tmp, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -64,6 +65,7 @@ def write_local(
             os.fsync(file.fileno())
         place(tmp, path)
     finally:
+        # Also after a rename, which has left no such file.
         with suppress(OSError):
             tmp.unlink()
 

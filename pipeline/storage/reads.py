@@ -44,6 +44,7 @@ def read_view(
         length: Bytes; None reads to the end.
         on_retry: Told of each attempt that failed and is made again.
     """
+    # Stores have no empty range: they answer it with the whole file or an error.
     if length == 0:
         return memoryview(b"")
     if is_local(uri):
@@ -163,6 +164,7 @@ class _RangeReader(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
+        # A range that starts at the end is an error in S3, and the end of a file here.
         length = min(len(buffer), self._size - self._at)
         if length <= 0:
             return 0

@@ -75,6 +75,7 @@ def is_transient(error: BaseException) -> bool:
     # As a failed connection it looks like the network's fault, and passes no sooner for waiting.
     if has_too_many_files(error):
         return False
+    # Clients wrap what the network said: the cause counts as much as the error itself.
     for link in _chain(error):
         status = getattr(link, "status", None)
         if isinstance(status, int) and (status >= 500 or status == 429):
@@ -143,6 +144,7 @@ def explain(action: str, uri: str, error: BaseException) -> MaelstromError:
     if has_too_many_files(error):
         return InfrastructureError(f"{where}: {TOO_MANY_FILES}")
     code = error.errno if isinstance(error, OSError) else None
+    # From what is sure to what is only likely: the texts of the last ones are a guess.
     if isinstance(error, PermissionError) or code in (errno.EACCES, errno.EPERM):
         return InfrastructureError(
             f"{where}: permission denied. Check the owner and mode of the path, or the credentials "
@@ -196,6 +198,7 @@ def with_retries(
     retrying = Retrying(
         retry=retry_if_exception(is_transient),
         wait=wait_exponential_jitter(initial=0.2, max=8.0, jitter=0.5),
+        # A budget of time, not of attempts: an outage lasts as long as it lasts.
         stop=stop_after_delay(_budget_s()),
         before_sleep=_say_retry(uri, on_retry),
         reraise=True,

@@ -45,12 +45,14 @@ def split_scheme(uri: str) -> tuple[str, str]:
     Raises:
         ConfigError: It is empty, names no bucket, or has a scheme that is not opened.
     """
+    # First of all, as a Path makes "." of it: the working folder would be taken for a dataset.
     if not uri:
         raise ConfigError(
             "storage: the path is empty. Give a folder or a URI such as s3://bucket/folder."
         )
     if "\0" in uri:
         raise ConfigError(f"storage: {redact(uri)!r} has a NUL byte, which no path can have.")
+    # fsspec would run the first and follow the second: neither reaches it.
     chained = _CHAIN.match(uri)
     found = SCHEME.match(uri)
     scheme = found.group(1).lower() if found else ""
@@ -94,6 +96,7 @@ def _not_opened(uri: str, kind: str) -> ConfigError:
         "Download the data first, or give its object-storage URI (shards are cached on local disk "
         "by the loader itself)."
     )
+    # A scheme that is only spelled otherwise has a better remedy than a download.
     other = _OTHER_NAMES.get(kind.removesuffix("://"))
     if other is not None:
         hint = f"Write {other}:// in its place."
@@ -109,6 +112,7 @@ def join(uri: str, *parts: str) -> str:
     if scheme not in ("", "file"):
         uri = path
     found = SCHEME.match(uri)
+    # The slashes of the scheme are not the path's: "file:///" keeps all three.
     root = uri[: found.end()] if found else ""
     head = uri[len(root) :].rstrip("/")
     if not head and uri.endswith("/") and root in ("", "file://"):
@@ -174,9 +178,11 @@ def name_of(uri: str) -> str:
 def redact(text: str) -> str:
     """Take user names, passwords and query strings out of every URL in a text, and known secrets
     out of the rest."""
+    # Signatures of presigned URLs stand in the query, so that all of it goes.
     clean = _URL_SECRETS.sub(r"\1\2", text)
     for name in _SECRET_VARIABLES:
         secret = os.environ.get(name, "")
+        # A secret of one or two letters would be taken out of every word.
         if len(secret) >= 4:
             clean = clean.replace(secret, "***")
     return clean

@@ -35,7 +35,7 @@ def write_atomic(uri: str, data: bytes) -> None:
 def put_file(local: Path, uri: str) -> None:
     """Copy a local file to a URI, whole or not at all."""
     if is_local(uri):
-
+        # By way of a temporary file: a copy that is stopped must leave no part of one.
         def copy(path: Path) -> None:
             with local.open("rb") as source:
                 write_local(path, lambda file: shutil.copyfileobj(source, file, 2**20), commit_file)
@@ -66,6 +66,7 @@ def put_if_absent(uri: str, data: bytes) -> bool:
             # A PUT that was answered too late has been retried: what is there may be ours.
             return attempts > 1 and bytes(fs.cat_file(uri)) == data
         except OSError as error:
+            # What S3 and its imitations answer if the condition "only if absent" does not hold.
             if (
                 "PreconditionFailed" in str(error)
                 or "ConditionalRequestConflict" in str(error)

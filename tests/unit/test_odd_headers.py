@@ -23,6 +23,7 @@ from pipeline.decoders.turbo import TurboDecoder
 from pipeline.images.decodable import undecodable
 from pipeline.images.header import DEFAULT_LIMITS, Probe, probe, screen
 from pipeline.images.jpeg_header import is_common
+from pipeline.images.pixel_sums import PixelSums
 from pipeline.images.refused import Reason, Refused
 from pipeline.sampling.boxes import Boxes
 from tests import odd_images
@@ -273,3 +274,13 @@ def test_bitmaps_of_every_header_are_read_as_pillow_reads_them(
         return
     check_against_pillow(data)
     assert isinstance(probe(data[:-1]), Refused)
+
+
+def test_statistics_count_what_the_probe_lets_in(photo: Image.Image) -> None:
+    plain = jpeg(photo)
+    sums = PixelSums()
+    for data in (plain, with_strays(plain, {2: b"abc"}), lossless_jpeg(np.asarray(photo)[..., 0])):
+        found = probe(data)
+        assert isinstance(found, Probe)
+        sums.add(data, found)
+    assert (sums.num_images, sums.num_undecodable) == (3, 0)
