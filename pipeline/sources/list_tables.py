@@ -154,6 +154,8 @@ def _uri_column(columns: list[str], settings: SourceSettings, shown: str, *, mor
 def _read_text(table: TextTable, file_name: str, shown: str, settings: SourceSettings) -> ListTable:
     """Read a text table."""
     columns = table.columns
+    if not columns:
+        _refuse_empty(table, file_name)
     uri_place = columns.index(_uri_column(columns, settings, shown))
     label = choose_label(columns, settings, shown=shown)
     size = choose_column(columns, SIZE_COLUMNS, None, option="", shown=shown)
@@ -191,6 +193,12 @@ def _read_text(table: TextTable, file_name: str, shown: str, settings: SourceSet
         columns=columns,
         bad=bad,
     )
+
+
+def _refuse_empty(table: TextTable, file_name: str) -> None:
+    """Say why a table without columns has none, if a row shows it."""
+    for row in table.rows():
+        raise _unreadable(f"{file_name} line {row.line}", row.problem).error
 
 
 def _read_parquet(uri: str, settings: SourceSettings) -> ListTable:

@@ -286,7 +286,7 @@ def _class_names(schema: pa.Schema, label: str | None) -> list[str] | None:
         described = json.loads(metadata[b"huggingface"])
         features = described["info"]["features"]
         names = features[label]["names"]
-        return [str(name) for name in names]
+        return [str(name) for name in names] if isinstance(names, list) else None
     except (KeyError, ValueError, TypeError):
         return None
 

@@ -142,6 +142,22 @@ def test_a_header_that_is_missing_is_said(tmp_path: Path, text: str) -> None:
         listed(wrote(tmp_path, "list.csv", text))
 
 
+@pytest.mark.parametrize("text", ["my path;label\na.jpg;3\n", "my path,label\na.jpg,3\n"])
+def test_the_columns_of_an_unknown_header_are_listed(tmp_path: Path, text: str) -> None:
+    path = wrote(tmp_path, "list.csv", text)
+    with pytest.raises(ConfigError, match="it has my path, label"):
+        listed(path)
+    with pytest.raises(ConfigError, match=r"no column 'x' .*it has my path, label"):
+        listed(path, image_column="x")
+    assert contents(listed(path, image_column="my path")) == [("a.jpg", 3)]
+
+
+@pytest.mark.parametrize("text", ["[", "7", '{"a": 1}}', "[" * 100_000])
+def test_json_lines_without_an_object_say_why(tmp_path: Path, text: str) -> None:
+    with pytest.raises(DataError, match=r"metadata\.jsonl line 1: is not a JSON object"):
+        listed(wrote(tmp_path, "metadata.jsonl", text))
+
+
 def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     path = wrote(tmp_path, "list.csv", "path,label,label\na.jpg,1,2\n")
     with pytest.raises(ConfigError, match="2 columns called 'label'"):

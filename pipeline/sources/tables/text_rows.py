@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import csv
 import json
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -63,7 +64,7 @@ def decode_text(data: bytes, *, shown: str) -> str:
         raise DataError(
             f"convert: {shown}, line {line}: byte 0x{byte:02x} is not {encoding}. The "
             "file is probably in Latin-1 or Windows-1252: save it as UTF-8, for example with "
-            f"`iconv -f WINDOWS-1252 -t UTF-8 {shown} > utf8-list`, and give that file."
+            f"`iconv -f WINDOWS-1252 -t UTF-8 {shlex.quote(shown)} > utf8-list`; then give that."
         ) from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
@@ -82,7 +83,6 @@ class DelimitedTable:
     ) -> None:
         self._lines = [f"{line}\n" for line in text.split("\n")]
         self._start = 0
-        start = 0
         self._delimiter = delimiter
         self.columns: list[str] = []
         first = self._lines[0].strip()
@@ -96,22 +96,23 @@ class DelimitedTable:
             self._start += 1
 
         # Not by counting characters: a path or a caption may hold any of them.
-        promised = self._delimiter
-        for mark in dict.fromkeys((promised, delimiter, *DELIMITERS)):
+        chosen: list[str] = []
+        start = self._start
+        for mark in dict.fromkeys((self._delimiter, delimiter, *DELIMITERS)):
             columns, end = self._header(mark)
-            # If none fits, the header is shown as the file's name promises it.
-            if mark == promised or is_header(columns):
+            is_fitting = is_header(columns)
+            # If none fits, the error shows the columns of the one that splits the most.
+            if is_fitting or len(columns) > len(chosen):
                 self._delimiter = mark
-                self.columns = columns
+                chosen = columns
                 start = end
-            if is_header(columns):
+            if is_fitting:
                 break
+        self.columns = chosen
         self._start = start
 
     def _header(self, delimiter: str) -> tuple[list[str], int]:
         """Return the names of columns, and the line behind them."""
-        # No number of values is wrong yet.
-        self.columns = []
         for end, values in self._records(self._start, delimiter):
             names = values or []
             return [name.strip() for name in names], end
