@@ -12,12 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.console import say
 from pipeline.dataset.scan import say_splits
 from pipeline.dataset.splits import pattern_per_split
 from pipeline.errors import ConfigError, DataError
 from pipeline.formats.table import NO_LABEL
-from pipeline.sources.listing import SourceSettings
+from pipeline.images.left_out import LeftOut
+from pipeline.sources.listing import SourceSettings, say_note
 from pipeline.sources.tables.image_field import ImageField, fields_of, is_binary
 from pipeline.sources.tables.label_column import LabelPart, Labels, labels_of_parts
 
@@ -124,7 +124,12 @@ def choose_label(
 
 
 def labels_of_files(
-    parts: Sequence[LabelPart], columns: Sequence[str], settings: SourceSettings, *, shown: str
+    parts: Sequence[LabelPart],
+    columns: Sequence[str],
+    settings: SourceSettings,
+    *,
+    shown: str,
+    left_out: LeftOut,
 ) -> Labels:
     """Return the labels of a source's files, and say which images have none.
 
@@ -133,12 +138,13 @@ def labels_of_files(
         columns: Names of the columns in any of the files.
         settings: Which column is meant.
         shown: What to call the source.
+        left_out: Gets a note of each thing that is said.
 
     Raises:
         As `labels_of_parts` does.
         ConfigError: No file has the column asked for.
     """
-    _say_unused(settings, shown)
+    _note_unused(settings, shown, left_out)
     if settings.labels == "none":
         return labels_of_parts(parts)
     without = [part for part in parts if part.column is None]
@@ -146,37 +152,41 @@ def labels_of_files(
         names = list(dict.fromkeys(columns))
         # Raises if a column was asked for: no file has it.
         choose_label(names, settings, shown=shown)
-        say(
-            f"convert: {shown}: no label column was found, so no image gets a label. Looked for "
+        say_note(
+            left_out,
+            f"{shown}: no label column was found, so no image gets a label. Looked for "
             f"{', '.join(LABEL_COLUMNS)}; there are {', '.join(names)}. Choose one with "
-            "--label-column; --labels none says that there is none."
+            "--label-column; --labels none says that there is none.",
         )
         return labels_of_parts(parts)
 
     labels, classes = labels_of_parts(parts)
     if without:
-        say(
-            f"convert: {shown}: {len(without):,} of {len(parts):,} files have no label column, for "
-            f"example {without[0].shown}. Their images get no label."
+        say_note(
+            left_out,
+            f"{shown}: {len(without):,} of {len(parts):,} files have no label column, for "
+            f"example {without[0].shown}. Their images get no label.",
         )
     num_without = int(np.count_nonzero(labels == NO_LABEL))
     # Those of files without the column have been told already.
     num_told = sum(len(part.values) for part in without)
     if num_without > num_told:
-        say(
-            f"convert: {shown}: {num_without:,} of {len(labels):,} images have no label (empty, "
-            "null, NaN or -1)."
+        say_note(
+            left_out,
+            f"{shown}: {num_without:,} of {len(labels):,} images have no label (empty, "
+            "null, NaN or -1).",
         )
     largest = int(labels.max(initial=NO_LABEL))
     if classes is not None and largest >= len(classes):
-        say(
-            f"convert: {shown}: labels run to {largest}, but there are names for {len(classes):,} "
-            "classes only. The numbers are kept."
+        say_note(
+            left_out,
+            f"{shown}: labels run to {largest}, but there are names for {len(classes):,} "
+            "classes only. The numbers are kept.",
         )
     return labels, classes
 
 
-def _say_unused(settings: SourceSettings, shown: str) -> None:
+def _note_unused(settings: SourceSettings, shown: str, left_out: LeftOut) -> None:
     """Say which settings a table has no use for: they are meant for folders and tars."""
     unused: list[str] = []
     if settings.labels == "folders":
@@ -186,9 +196,10 @@ def _say_unused(settings: SourceSettings, shown: str) -> None:
     if settings.synsets is not None:
         unused.append("--synsets")
     if unused:
-        say(
-            f"convert: {shown} is a table, whose labels are a column: {', '.join(unused)} is not "
-            "used. Choose the column with --label-column."
+        say_note(
+            left_out,
+            f"{shown} is a table, whose labels are a column: {', '.join(unused)} is not "
+            "used. Choose the column with --label-column.",
         )
 
 

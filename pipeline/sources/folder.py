@@ -17,9 +17,10 @@ from pipeline.sources.listing import (
     Wanted,
     name_and_class,
     read_each,
+    say_note,
 )
 from pipeline.sources.names import IMAGE_SUFFIXES, why_skipped
-from pipeline.sources.tables.metadata_file import say_metadata
+from pipeline.sources.tables.metadata_file import metadata_notes
 
 _MOST_NAMED = 20
 """Folders that a note names."""
@@ -60,8 +61,6 @@ class FolderSource:
             DataError: There is no such folder, or no image in it.
             ConfigError: It is unclear whether there are classes.
         """
-        if self._settings.labels != "none" and not self.uri.startswith("https:"):
-            say_metadata(self.uri)
         if storage.exists(self.uri) and not storage.is_folder(self.uri):
             raise ConfigError(
                 f"convert: {storage.redact(self.uri)} is a file. Give the folder that holds the "
@@ -85,6 +84,8 @@ class FolderSource:
             )
         if self._settings.labels != "none":
             builder.left_out.notes.extend(classes.notes())
+            for note in metadata_notes(self.uri):
+                say_note(builder.left_out, note)
         return builder.build(self._settings, kind="folder")
 
 

@@ -194,6 +194,15 @@ def read_each(
             yield from pool.map(read, range(start, end))
 
 
+def say_note(left_out: LeftOut, note: str) -> None:
+    """Say at once what a person must know, and keep it for the end of the conversion.
+
+    A long conversion without labels should be stopped at its start; a program reads the end.
+    """
+    say(f"convert: {note}")
+    left_out.notes.append(note)
+
+
 def name_and_class(name: str, class_name: str | None) -> dict[str, Any]:
     """Return what is stored beside an image of which no more is known."""
     about = {"filename": storage.redact(name) if "://" in name else name}

@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 from pipeline import storage
 from pipeline.console import Progress
 from pipeline.errors import ConfigError, DataError
+from pipeline.images.left_out import LeftOut
 from pipeline.images.refused import Refused
 from pipeline.sources.columns import (
     choose_column,
@@ -139,7 +140,14 @@ class ParquetSource:
         for index in indices:
             columns.extend(index.columns)
         parts = [index.label for index in indices]
-        labels, classes = labels_of_files(parts, columns, self._settings, shown=shown)
+        left_out = LeftOut()
+        labels, classes = labels_of_files(
+            parts,
+            columns,
+            self._settings,
+            shown=shown,
+            left_out=left_out,
+        )
 
         rows_per_group = np.concatenate([index.rows_per_group for index in indices])
         group_ends = np.cumsum(rows_per_group)
@@ -153,6 +161,7 @@ class ParquetSource:
             labels=labels,
             classes=classes,
             passed_over={},
+            left_out=left_out,
             kind="parquet",
             keys=sample_keys(_safe(names)),
             # The sizes of the files stand for their content, which is too much to hash here.

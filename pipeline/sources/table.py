@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import storage
-from pipeline.console import Progress, say
+from pipeline.console import Progress
 from pipeline.errors import ConfigError, DataError, MaelstromError
 from pipeline.formats.table import NO_LABEL
+from pipeline.images.left_out import LeftOut
 from pipeline.images.refused import Reason, Refused
 from pipeline.sources.columns import find_files, labels_of_files
 from pipeline.sources.list_tables import TEXT_SUFFIXES as TEXT_SUFFIXES
@@ -29,6 +30,7 @@ from pipeline.sources.listing import (
     Wanted,
     name_and_class,
     read_each,
+    say_note,
 )
 from pipeline.sources.names import sample_keys
 from pipeline.storage.uri import SCHEME, split_scheme
@@ -99,7 +101,11 @@ class ListSource:
     def _folders(self) -> list[str]:
         """Return the folders that paths may be taken from, the likeliest first."""
         above = self.uri.rstrip("/").rsplit("/", 1)[0] if "/" in self.uri else "."
-        if self.uri.startswith("https:") or not storage.is_folder(self.uri):
+        is_https = self.uri.startswith("https:")
+        if not is_https and storage.names_several(self.uri):
+            # Of a pattern or a list of files, the folder of the first one.
+            return [find_files(self.uri)[0].uri.rsplit("/", 1)[0]]
+        if is_https or not storage.is_folder(self.uri):
             return [above or "/"]
         # The files may lie one folder below, as those of a data set cloned from a hub.
         own = find_files(self.uri)[0].uri.rsplit("/", 1)[0]
@@ -135,7 +141,14 @@ class ListSource:
         if not names and not bad:
             raise DataError(f"convert: {shown} has no rows. Check that it is complete.")
         parts = [table.label for table in tables]
-        labels, classes = labels_of_files(parts, columns, self._settings, shown=shown)
+        left_out = LeftOut()
+        labels, classes = labels_of_files(
+            parts,
+            columns,
+            self._settings,
+            shown=shown,
+            left_out=left_out,
+        )
 
         # Every URI is looked at before any image is read: a list of mistakes should stop at once.
         looked, sizes = self._look_up(names)
@@ -152,7 +165,7 @@ class ListSource:
                 rows.append(row)
         kept = np.array(rows, np.int64)
         if bad:
-            _report(bad, len(good), shown)
+            _report(bad, len(good), shown, left_out)
 
         # Keys of good rows alone: a bad one must not change the folder that all have in common.
         keys = sample_keys(_short(pa.array(good, pa.string())))
@@ -170,6 +183,7 @@ class ListSource:
             labels=np.append(labels[kept], no_label),
             classes=classes,
             passed_over={},
+            left_out=left_out,
             kind="list",
             keys=pa.concat_arrays([keys, unused]),
             locations=locations,
@@ -222,7 +236,7 @@ def _bad_path(name: str, error: Exception) -> BadRow:
     return BadRow(name, Reason.BAD_PATH, error)
 
 
-def _report(bad: list[BadRow], num_good: int, shown: str) -> None:
+def _report(bad: list[BadRow], num_good: int, shown: str, left_out: LeftOut) -> None:
     """Say how many rows cannot be used, and why the first one cannot.
 
     Raises:
@@ -231,9 +245,11 @@ def _report(bad: list[BadRow], num_good: int, shown: str) -> None:
     if not num_good:
         raise bad[0].error
     problem = str(bad[0].error).removeprefix("convert: ").rstrip(".")
-    say(
-        f"convert: {shown}: {len(bad):,} of {len(bad) + num_good:,} rows cannot be used, for "
-        f"example: {problem}. They are left out and listed in rejected.parquet."
+    num_rows = len(bad) + num_good
+    say_note(
+        left_out,
+        f"{shown}: {len(bad):,} of {num_rows:,} rows cannot be used, for example: {problem}. They "
+        "are left out and listed in rejected.parquet.",
     )
 
 
