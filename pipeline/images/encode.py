@@ -33,7 +33,12 @@ _PROFILE_SEARCH_BYTES = 65_536
 
 
 def reencode(
-    data: bytes, found: Probe, *, short_side: int | None, long_side: int | None = None, quality: int
+    data: bytes,
+    found: Probe,
+    *,
+    short_side: int | None,
+    long_side: int | None = None,
+    quality: int,
 ) -> bytes | Refused:
     """Return a JPEG whose sides are at most `short_side` and `long_side`, or why it cannot be
     made.
@@ -66,7 +71,10 @@ def reencode(
 
 
 def to_pixels(
-    data: bytes, *, short_side: int | None, long_side: int | None
+    data: bytes,
+    *,
+    short_side: int | None,
+    long_side: int | None,
 ) -> tuple[Probe, bytes] | Refused:
     """Return an image as bare RGB pixels, shrunk and made plain as `reencode` does, or why they
     cannot be made.
@@ -89,7 +97,11 @@ def as_png(pixels: bytes, width: int, height: int) -> bytes:
 
 
 def shrunk_size(
-    width: int, height: int, *, short_side: int | None, long_side: int | None
+    width: int,
+    height: int,
+    *,
+    short_side: int | None,
+    long_side: int | None,
 ) -> tuple[int, int]:
     """Return width and height after shrinking; never larger."""
     scales = [1.0]
@@ -110,7 +122,11 @@ def _is_upright(found: Probe) -> bool:
 
 
 def _shrunk(
-    data: bytes, short_side: int | None, long_side: int | None, *, upright: bool = False
+    data: bytes,
+    short_side: int | None,
+    long_side: int | None,
+    *,
+    upright: bool = False,
 ) -> Image.Image:
     """Decode an image: upright, 8-bit sRGB or grey, shrunk. One that is known to be upright is not
     copied for it."""
@@ -118,17 +134,33 @@ def _shrunk(
         # Pillow warns of sizes that the screen has already let through.
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data)) as image:
-            plain = _plain(image if upright else ImageOps.exif_transpose(image))
-            size = shrunk_size(*plain.size, short_side=short_side, long_side=long_side)
+            turned = image if upright else ImageOps.exif_transpose(image)
+            plain = _plain(turned)
+            size = shrunk_size(
+                *plain.size,
+                short_side=short_side,
+                long_side=long_side,
+            )
             # A fully decoded copy in either case: the file is closed on return.
             if size == plain.size:
                 return plain.copy()
             return plain.resize(size, Image.Resampling.BICUBIC)
 
 
-def _is_fine(data: bytes, found: Probe, short_side: int | None, long_side: int | None) -> bool:
+def _is_fine(
+    data: bytes,
+    found: Probe,
+    short_side: int | None,
+    long_side: int | None,
+) -> bool:
+    """Return whether a JPEG is small, plain and upright already."""
     size = found.width, found.height
-    if shrunk_size(*size, short_side=short_side, long_side=long_side) != size:
+    shrunk = shrunk_size(
+        *size,
+        short_side=short_side,
+        long_side=long_side,
+    )
+    if shrunk != size:
         return False
     if not _is_upright(found) or found.mode not in ("RGB", "L"):
         return False
@@ -148,9 +180,16 @@ def _plain(image: Image.Image) -> Image.Image:
         with suppress(ImageCms.PyCMSError, OSError):
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             target = ImageCms.createProfile("sRGB")
-            converted = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
+            converted = ImageCms.profileToProfile(
+                image,
+                source,
+                target,
+                outputMode="RGB",
+            )
             if converted is not None:
                 return converted
     if image.mode in ("RGB", "L"):
         return image
-    return image.convert("L" if image.mode in ("1", "LA") else "RGB")
+    # Grey stays grey: three equal planes would take three times the room.
+    is_grey = image.mode in ("1", "LA")
+    return image.convert("L" if is_grey else "RGB")

@@ -160,7 +160,15 @@ def _png(data: bytes) -> Probe | Refused:
     # The usual end is the last chunk; tools append bytes behind it.
     if data[-8:-4] != b"IEND" and data.rfind(b"IEND\xaeB`\x82") < 0:
         return _TRUNCATED
-    return Probe("png", width, height, mode, animated=data.find(b"acTL", 33, _TAIL_BYTES) >= 0)
+    # The animation's chunk stands before the pixels.
+    is_animated = data.find(b"acTL", 33, _TAIL_BYTES) >= 0
+    return Probe(
+        "png",
+        width,
+        height,
+        mode,
+        animated=is_animated,
+    )
 
 
 def _webp(data: bytes) -> Probe | Refused:
@@ -173,14 +181,22 @@ def _webp(data: bytes) -> Probe | Refused:
         if data[23:26] != b"\x9d\x01\x2a":
             return _NOT_AN_IMAGE
         width, height = struct.unpack_from("<HH", data, 26)
-        return Probe("webp", width & 0x3FFF, height & 0x3FFF, "RGB")
+        # The two high bits of each are a scale, which decoders do not apply.
+        return Probe(
+            "webp",
+            width & 0x3FFF,
+            height & 0x3FFF,
+            "RGB",
+        )
     if chunk == b"VP8L":
         if data[20] != 0x2F:
             return _NOT_AN_IMAGE
         (bits,) = struct.unpack_from("<I", data, 21)
         width = (bits & 0x3FFF) + 1
         height = (bits >> 14 & 0x3FFF) + 1
-        return Probe("webp", width, height, "RGBA" if bits >> 28 & 1 else "RGB")
+        has_alpha = bits >> 28 & 1
+        mode = "RGBA" if has_alpha else "RGB"
+        return Probe("webp", width, height, mode)
     if chunk == b"VP8X":
         flags = data[20]
         width = int.from_bytes(data[24:27], "little") + 1
@@ -188,7 +204,13 @@ def _webp(data: bytes) -> Probe | Refused:
         if len(data) < 30:
             return _TRUNCATED
         mode = "RGBA" if flags & 0x10 else "RGB"
-        return Probe("webp", width, height, mode, animated=bool(flags & 0x02))
+        return Probe(
+            "webp",
+            width,
+            height,
+            mode,
+            animated=bool(flags & 0x02),
+        )
     return _NOT_AN_IMAGE
 
 

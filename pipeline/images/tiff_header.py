@@ -102,7 +102,12 @@ def read_tiff_header(data: bytes) -> TiffHeader | Refused:
 
     # A TIFF has no end mark: it is whole if every strip or tile is.
     for starts, lengths in _SPANS:
-        spans = zip(tags.get(starts, ()), tags.get(lengths, ()), strict=False)
+        # A damaged file may have more of the one than of the other.
+        spans = zip(
+            tags.get(starts, ()),
+            tags.get(lengths, ()),
+            strict=False,
+        )
         ends = [begin + length for begin, length in spans]
         if ends and max(ends) > len(data):
             return Refused(Reason.TRUNCATED)
@@ -151,8 +156,10 @@ def _mode(tags: dict[int, tuple[int, ...]]) -> str:
         return "CMYK"
     if photometric == _PHOTOMETRIC_PALETTE:
         return "P"
-    if samples >= 3:
-        return "RGBA" if samples > 3 else "RGB"
+    if samples > 3:
+        return "RGBA"
+    if samples == 3:
+        return "RGB"
     if bits == 16:
         return "I;16"
     return "1" if bits == 1 else "L"

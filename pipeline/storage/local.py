@@ -82,6 +82,7 @@ def put_local_if_absent(path: Path, data: bytes) -> bool:
     except FileExistsError:
         return False
     except OSError as error:
+        # Everything but "no hard links here" is a failure.
         if error.errno not in (
             errno.EPERM,
             errno.EOPNOTSUPP,
@@ -162,6 +163,7 @@ def list_local(
             if prefix and not folder.exists():
                 continue  # taken away while this goes on
             status = folder.stat()
+            # By device and number: a link back to a folder above would be followed for ever.
             if (status.st_dev, status.st_ino) in seen:
                 on_other(prefix.rstrip("/"), OtherEntry.SECOND_LINK)
                 continue

@@ -68,6 +68,7 @@ def read_s3(uri: str, start: int | None, length: int | None) -> memoryview | Uns
         return UNSURE
     if _first_process() != os.getpid():
         return UNSURE  # forked: the threads that obstore had in the parent are not here
+    # Many threads ask at once in the beginning: one makes the store, which takes a while.
     with _making:
         store = _store(bucket, tuple(os.environ.get(name) for name in _ENVIRONMENT))
     if store is None:
@@ -99,6 +100,7 @@ def _store(bucket: str, environment: tuple[str | None, ...]) -> Any:
         stores, session_module = import_module("obstore.store"), import_module("botocore.session")
     except ImportError:
         return None
+    # botocore knows all the ways in which credentials and endpoints can be given; obstore does not.
     session = session_module.get_session()
     credentials = session.get_credentials()
     if credentials is None or session.get_scoped_config().get("s3"):
@@ -129,6 +131,7 @@ def _provider(credentials: Any) -> Callable[[], dict[str, Any]]:
     is_lasting = type(credentials).__name__ == "Credentials"
 
     def provide() -> dict[str, Any]:
+        # Key, secret and token of one moment: a renewal between two reads would mix them.
         current = credentials.get_frozen_credentials()
         return {
             "access_key_id": current.access_key,

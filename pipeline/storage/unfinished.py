@@ -85,6 +85,7 @@ class UnfinishedFile:
             InfrastructureError: The disk is full or not writable, or the upload failed.
         """
         try:
+            # What the buffer still holds may be what the disk has no room for.
             self.file.close()
             assert self._path is not None
             if is_local(self._uri):

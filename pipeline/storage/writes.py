@@ -52,6 +52,7 @@ def put_if_absent(uri: str, data: bytes) -> bool:
     The whole content appears at once: locally by a hard link (which fails if the name is taken),
     in object storage by a conditional PUT.
     """
+    # Leases and checkpoints rely on it: of many processes exactly one is told that it wrote.
     if is_local(uri):
         return on_disk("write", uri, lambda path: put_local_if_absent(path, data))
     uri = split_scheme(uri)[1]
