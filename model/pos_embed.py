@@ -37,7 +37,8 @@ def sincos_table(grid: tuple[int, int], embed_dim: int) -> Tensor:
         )
     rows, columns = grid
     num_frequencies = embed_dim // 4
-    exponents = torch.arange(num_frequencies, dtype=torch.float64) / num_frequencies
+    steps = torch.arange(num_frequencies, dtype=torch.float64)
+    exponents = steps / num_frequencies
     omega = BASE**-exponents
 
     # Patches row by row, as `patchify` lays them out: the column changes fastest.
@@ -89,8 +90,10 @@ def interpolate_table(
     patches = table[:, 1:]
     # In float32, so that a table in 16 bits is rounded once, at the end.
     picture = patches.reshape(1, rows, columns, -1)
-    picture = picture.permute(0, 3, 1, 2).to(torch.float32)
+    picture = picture.permute(0, 3, 1, 2)
+    picture = picture.to(torch.float32)
     picture = F.interpolate(picture, size=new_grid, mode="bicubic", align_corners=False)
-    patches = picture.permute(0, 2, 3, 1).flatten(1, 2)
+    picture = picture.permute(0, 2, 3, 1)
+    patches = picture.flatten(1, 2)
     patches = patches.to(table.dtype)
     return torch.cat([cls, patches], dim=1)

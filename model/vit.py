@@ -88,7 +88,8 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        hidden = int(dim * mlp_ratio)
+        self.mlp = Mlp(dim, hidden)
 
     def forward(self, tokens_BSD: Tensor) -> Tensor:
         """Apply attention and MLP, each around a residual.
@@ -117,7 +118,8 @@ class PatchProjection(nn.Module):
         super().__init__()
         kernel = torch.empty(embed_dim, CHANNELS, patch_size, patch_size)
         self.weight = nn.Parameter(kernel)
-        self.bias = nn.Parameter(torch.empty(embed_dim))
+        bias = torch.empty(embed_dim)
+        self.bias = nn.Parameter(bias)
 
     def forward(self, patches_BVP: Tensor) -> Tensor:
         """Project patches to tokens.
@@ -180,16 +182,20 @@ class VisionTransformer(nn.Module):
         self.image_size = image_size
         self.patch_size = patch_size
         height, width = image_size
-        self.grid = (height // patch_size, width // patch_size)
+        rows = height // patch_size
+        columns = width // patch_size
+        self.grid = (rows, columns)
         self.encoder_checkpointing: ActivationCheckpointing = "none"
-        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        cls_token = torch.empty(1, 1, embed_dim)
+        self.cls_token = nn.Parameter(cls_token)
         # A parameter that is not trained, not a buffer: published state dicts hold it.
         table = sincos_table(self.grid, embed_dim)
         self.pos_embed = nn.Parameter(table, requires_grad=False)
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.blocks = nn.ModuleList()
         for _ in range(depth):
-            self.blocks.append(Block(embed_dim, num_heads, mlp_ratio))
+            block = Block(embed_dim, num_heads, mlp_ratio)
+            self.blocks.append(block)
         self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
         self.init_encoder()
 
@@ -253,7 +259,8 @@ class VisionTransformer(nn.Module):
             # Patches are picked before they are projected: a quarter of the work at a mask ratio
             # of 0.75.
             shown_BVP = gather_rows(patches_BNP, ids_keep_BV)
-            tokens_BVD = self.patch_embed(shown_BVP) + positions_ND[ids_keep_BV]
+            shown_VD = positions_ND[ids_keep_BV]
+            tokens_BVD = self.patch_embed(shown_BVP) + shown_VD
 
         # The table's first row belongs to the class token.
         cls_position = self.pos_embed[:, :1]
@@ -291,8 +298,10 @@ class VisionTransformer(nn.Module):
         Returns:
             features_BD, in the weights' type.
         """
-        tokens_BSD = self.encode(self.patches(images_BCHW))
-        return tokens_BSD[:, 1:].mean(dim=1)
+        patches_BNP = self.patches(images_BCHW)
+        tokens_BSD = self.encode(patches_BNP)
+        patch_tokens_BND = tokens_BSD[:, 1:]
+        return patch_tokens_BND.mean(dim=1)
 
 
 def run_blocks(blocks: nn.ModuleList, tokens_BSD: Tensor, mode: ActivationCheckpointing) -> Tensor:

@@ -159,10 +159,12 @@ class _Work:
 
     def _pillow(self) -> None:
         for data in self.data:
-            with Image.open(io.BytesIO(data)) as image:
+            file = io.BytesIO(data)
+            with Image.open(file) as image:
                 size = shrunk_size(*image.size, short_side=_SIDE, long_side=None)
                 small = image.resize(size, Image.Resampling.BICUBIC)
-                small.save(io.BytesIO(), "JPEG", quality=_QUALITY)
+                encoded = io.BytesIO()
+                small.save(encoded, "JPEG", quality=_QUALITY)
 
     def _turbo(self) -> None:
         for data in self.data:

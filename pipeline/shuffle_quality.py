@@ -70,7 +70,8 @@ def measure(ids: I64, next_ids: I64, *, global_batch_size: int, shard_size: int)
     # The last batch may be short, and its spread would not compare with the others'.
     num_whole = count // global_batch_size
     whole = num_whole * global_batch_size
-    batches = stored[:whole].reshape(-1, global_batch_size)
+    of_whole_batches = stored[:whole]
+    batches = of_whole_batches.reshape(-1, global_batch_size)
     spreads = batches.std(axis=1)
     means = batches.mean(axis=1)
     company = _repeated_company(
@@ -105,8 +106,8 @@ def _repeated_company(ids: I64, next_ids: I64, *, global_batch_size: int, shard_
 
     # Only neighbours are compared, not all pairs: a fair sample, and linear in the samples.
     next_batch_of = _inverse(next_ids) // global_batch_size
-    first = ids[order[:-1]][together]
-    second = ids[order[1:]][together]
+    first = ids[first_of_pair][together]
+    second = ids[second_of_pair][together]
     again = next_batch_of[first] == next_batch_of[second]
     # In a full shuffle two samples share a batch with a chance of one in the number of batches.
     share = again.mean()

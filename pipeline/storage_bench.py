@@ -102,7 +102,8 @@ class _Throughput:
         turns.take_timed(ways)
         # Apart from the reads: what these two leave to be written would slow a read behind them.
         with tempfile.TemporaryDirectory(prefix="maelstrom-bench-") as folder:
-            stage = partial(self._stage, Path(folder) / "cache")
+            cache_folder = Path(folder) / "cache"
+            stage = partial(self._stage, cache_folder)
             write = partial(self._write, Path(folder))
             turns.take_timed({_OUR_STAGING: stage, _PLAIN_WRITES: write})
 
@@ -211,7 +212,8 @@ class _SecondEpoch:
             reader.prepare(range(dataset.info.num_shards))
         # The first read begins the staging, which is over before anything is measured.
         cached = self._readers[_CACHE]
-        cached.read(dataset.lookup(np.arange(1)))
+        one_sample = dataset.lookup(np.arange(1))
+        cached.read(one_sample)
         cache = cached._cache
         assert cache is not None
         cache.wait()
@@ -270,7 +272,8 @@ def _first_share(dataset: Manifest, count: int) -> Any:
 
 
 def _bucket_and_prefix(uri: str) -> tuple[str, str]:
-    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    path = uri.removeprefix("s3://")
+    bucket, _, prefix = path.partition("/")
     if prefix:
         prefix = f"{prefix.rstrip('/')}/"
     return bucket, prefix

@@ -159,7 +159,8 @@ def to_detectron2(
     if patch_size is None or patch_size == config.patch_size:
         return {"model": encoder}
     # Through the settings' own checks: a patch size that does not divide the image is refused.
-    other = ModelConfig(**{**config.model_dump(), "patch_size": patch_size})
+    settings = {**config.model_dump(), "patch_size": patch_size}
+    other = ModelConfig(**settings)
     grid = other.grid
     kernel = encoder["patch_embed.proj.weight"]
     encoder["patch_embed.proj.weight"] = resample_kernel(kernel, patch_size)
@@ -186,7 +187,8 @@ def to_hf(
         WeightsError: The state does not belong to the configuration.
     """
     check_weights(state, expected_shapes(config), source="the state dict to export")
-    return rename_to_hf(state, names), hf_config(config)
+    renamed = rename_to_hf(state, names)
+    return renamed, hf_config(config)
 
 
 def from_published(state: Mapping[str, Any]) -> State:
@@ -219,7 +221,8 @@ def from_published(state: Mapping[str, Any]) -> State:
         wrappers = " or ".join(repr(wrapper) for wrapper in _WRAPPERS)
         problem = "it is empty"
         if others:
-            problem = f"no tensor under: {', '.join(others[:8])}"
+            first_others = ", ".join(others[:8])
+            problem = f"no tensor under: {first_others}"
         raise WeightsError(f"expected a dictionary of tensors, or one under {wrappers}; {problem}")
     plain = {}
     for name, value in state.items():
@@ -272,7 +275,8 @@ def fit_weights(
         grid = old_grid or _find_grid(name, table, config)
         if grid != config.grid:
             fitted[name] = interpolate_table(table, grid, config.grid)
-    check_weights(fitted, expected_shapes(config, part), source="the checkpoint")
+    expected = expected_shapes(config, part)
+    check_weights(fitted, expected, source="the checkpoint")
     return fitted
 
 
@@ -359,7 +363,8 @@ def _table(rows: Iterable[tuple[object, ...]], limit: int = 20) -> str:
         padded = []
         for cell, width in zip(texts, widths, strict=True):
             padded.append(cell.ljust(width))
-        lines.append("  ".join(padded).rstrip())
+        line = "  ".join(padded)
+        lines.append(line.rstrip())
     if len(cells) > len(shown):
         num_left = len(cells) - len(shown)
         lines.append(f"... and {num_left} more")

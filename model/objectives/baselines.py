@@ -67,7 +67,8 @@ def paint_nearby(images_BCHW: Tensor, mask_BN: Tensor, *, patch_size: int) -> Te
     visible_B1N = (1 - mask_BN).unsqueeze(1)
     weight_BNN = weight_NN * visible_B1N
     sum_BNC = weight_BNN @ colours_BNC
-    near_BNC = sum_BNC / weight_BNN.sum(-1, keepdim=True)
+    total_weight_BN1 = weight_BNN.sum(-1, keepdim=True)
+    near_BNC = sum_BNC / total_weight_BN1
     is_hidden_BN1 = mask_BN.unsqueeze(-1) > 0
     painted_BNC = torch.where(is_hidden_BN1, near_BNC, colours_BNC)
     return _flat_patches(painted_BNC, patch_size)
@@ -76,7 +77,8 @@ def paint_nearby(images_BCHW: Tensor, mask_BN: Tensor, *, patch_size: int) -> Te
 def _patch_colours(images_BCHW: Tensor, patch_size: int) -> Tensor:
     """Mean colour of each patch, float32, shape (B, N, C)."""
     B, C = images_BCHW.shape[:2]
-    patches_BNP = patchify(images_BCHW.to(torch.float32), patch_size)
+    images_BCHW = images_BCHW.to(torch.float32)
+    patches_BNP = patchify(images_BCHW, patch_size)
     num_pixels = patch_size**2
     pixels = patches_BNP.view(B, -1, num_pixels, C)
     return pixels.mean(dim=2)

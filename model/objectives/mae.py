@@ -73,7 +73,8 @@ class MaskedAutoencoder(VisionTransformer):
         self.num_visible = config.num_visible
         self.decoder_checkpointing: ActivationCheckpointing = "none"
         width = config.decoder_embed_dim
-        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        mask_token = torch.empty(1, 1, width)
+        self.mask_token = nn.Parameter(mask_token)
         table = sincos_table(self.grid, width)
         self.decoder_pos_embed = nn.Parameter(table, requires_grad=False)
         self.decoder_embed = nn.Linear(config.embed_dim, width)
@@ -164,7 +165,8 @@ class MaskedAutoencoder(VisionTransformer):
         """
         tokens_BSE = self.decoder_embed(tokens_BSD)
         B, S, _ = tokens_BSE.shape
-        num_hidden = mask.mask_BN.shape[1] - (S - 1)
+        num_visible = S - 1
+        num_hidden = mask.mask_BN.shape[1] - num_visible
 
         # Mask tokens stand behind the visible patches, as the hidden ones do in the shuffled order.
         # Their type is the tokens': under autocast the projection above gives 16 bits.
@@ -180,7 +182,8 @@ class MaskedAutoencoder(VisionTransformer):
         tokens_BSE = tokens_BSE + self.decoder_pos_embed
         tokens_BSE = run_blocks(self.decoder_blocks, tokens_BSE, self.decoder_checkpointing)
         # The class token is dropped before the head: nothing is predicted from it.
-        normed_BNE = self.decoder_norm(tokens_BSE[:, 1:])
+        tokens_BNE = tokens_BSE[:, 1:]
+        normed_BNE = self.decoder_norm(tokens_BNE)
         prediction_BNP: Tensor = self.decoder_pred(normed_BNE)
         return prediction_BNP
 
@@ -269,7 +272,8 @@ def masked_loss(prediction_BNP: Tensor, target_BNP: Tensor, mask_BN: Tensor) -> 
         A float32 scalar.
     """
     # In float32: 16 bits are too few digits for a mean of squares, and fp16 overflows at 256^2.
-    difference_BNP = prediction_BNP.to(torch.float32) - target_BNP
+    prediction_BNP = prediction_BNP.to(torch.float32)
+    difference_BNP = prediction_BNP - target_BNP
     error_BN = difference_BNP.square().mean(dim=-1)
     # All images hide as many patches, so that this is the plain mean over them.
     masked_error = (error_BN * mask_BN).sum()
@@ -302,8 +306,11 @@ def reconstruct(
         Three pictures per image, float32, in the colour space of the input.
     """
     _, _, height, width = images_BCHW.shape
-    grid = (height // patch_size, width // patch_size)
-    patches_BNP = patchify(images_BCHW, patch_size).to(torch.float32)
+    rows = height // patch_size
+    columns = width // patch_size
+    grid = (rows, columns)
+    patches_BNP = patchify(images_BCHW, patch_size)
+    patches_BNP = patches_BNP.to(torch.float32)
     predicted_BNP = prediction_BNP.to(torch.float32)
     if norm_pix_loss:
         mean_BN1, std_BN1 = patch_statistics(patches_BNP)

@@ -61,7 +61,8 @@ def rss_bytes() -> int:
 
 def peak_rss_bytes() -> int:
     """Return the most memory that this process has held since it started."""
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    for line in status.splitlines():
         name, _, value = line.partition(":")
         if name == "VmHWM":
             # In kB, which the kernel counts as 1,024 bytes.
@@ -86,7 +87,8 @@ def run_counted(command: Sequence[str]) -> dict[str, float]:
     Raises:
         InfrastructureError: The command failed.
     """
-    before = {child.pid for child in psutil.Process().children()}
+    me = psutil.Process()
+    before = {child.pid for child in me.children()}
     # A file, not a pipe: a fork server that the command leaves behind holds a pipe open, and
     # waiting for its end would count as time of the command.
     with _adopting_orphans(), tempfile.TemporaryFile("w+") as said:
@@ -151,7 +153,9 @@ def machine() -> dict[str, Any]:
     model, flags = _processor()
     about: dict[str, Any] = {"cpu": model}
     for name, wanted in _INSTRUCTIONS.items():
-        about[name] = "yes" if flags.intersection(wanted) else "no"
+        about[name] = "no"
+        if flags.intersection(wanted):
+            about[name] = "yes"
     if gpu := _gpu():
         about["gpu"] = gpu
     return about | {

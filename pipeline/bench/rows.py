@@ -31,7 +31,10 @@ def rows_table(rows: Sequence[Row]) -> str:
     columns = list(known)
     cells = []
     for row in rows:
-        cells.append([_cell(row.get(column)) for column in columns])
+        row_cells = []
+        for column in columns:
+            row_cells.append(_cell(row.get(column)))
+        cells.append(row_cells)
     return markdown_table(columns, cells)
 
 

@@ -82,7 +82,8 @@ class _OpenFile:
                 "pipeline.verify --write-manifest."
             )
         if storage.is_local(uri):
-            source: Any = pa.OSFile(str(storage.local_path(uri)), "rb")
+            path = storage.local_path(uri)
+            source: Any = pa.OSFile(str(path), "rb")
         else:
             # Arrow's own object stores know neither our retries nor our settings.
             opened = storage.open_read(uri, buffer_bytes=2**18)
@@ -161,7 +162,8 @@ class Manifest:
 
     def shard_name(self, s: int) -> str:
         """Return the file name of shard s."""
-        return str(self.info.shards.columns["name"][s])
+        names = self.info.shards.columns["name"]
+        return str(names[s])
 
     def shard_uri(self, s: int) -> str:
         """Return where shard s is."""
@@ -169,11 +171,13 @@ class Manifest:
 
     def shard_bytes(self, s: int) -> int:
         """Return the size of shard s's file."""
-        return int(self.info.shards.columns["size_bytes"][s])
+        sizes = self.info.shards.columns["size_bytes"]
+        return int(sizes[s])
 
     def shard_sha256(self, s: int) -> str:
         """Return the sha256 of shard s's file, in hex."""
-        return str(self.info.shards.columns["sha256"][s])
+        hashes = self.info.shards.columns["sha256"]
+        return str(hashes[s])
 
     def _file(self, s: int, *, use: Literal["open", "anew"] = "open") -> tuple[_OpenFile, int]:
         """Return the open file that has shard s, and the row group in it.
@@ -284,7 +288,8 @@ class Manifest:
         dtypes = ("int64", "int64", "int32", "int32", "int32", "uint64", "uint8", "uint8")
         columns = {}
         for name, dtype in zip(names, dtypes, strict=True):
-            columns[name] = np.empty(len(shards_B), dtype=np.dtype(dtype))
+            column_dtype = np.dtype(dtype)
+            columns[name] = np.empty(len(shards_B), dtype=column_dtype)
 
         # Shard by shard: a batch of scattered samples must not ask for a table once per sample.
         order_B = np.argsort(shards_B, kind="stable")
@@ -297,7 +302,8 @@ class Manifest:
             table = self.shard_table(s)
             rows = indices_B[places]
             for name, column in columns.items():
-                column[places] = getattr(table, name)[rows]
+                values = getattr(table, name)
+                column[places] = values[rows]
         by_field = {}
         for name, column in columns.items():
             by_field[f"{name}_B"] = column

@@ -96,14 +96,16 @@ def read_layout(file: BinaryIO, *, name: str, size_bytes: int) -> Layout:
         raise DataError(f"{name}: no image field among {names}.")
     image_number = image_numbers[0]
     image = tables.column(image_number)
-    sizes = _allocated_bytes(image["data_ptr"], tables.allocations, name)
+    starts = image["data_ptr"]
+    sizes = _allocated_bytes(starts, tables.allocations, name)
     used = {image_number}
 
     # A beton without a label is a dataset for pre-training, not an error.
     labels = np.full(count, NO_LABEL, np.int64)
     label_number = _choose(fields, (beton.INT,), "label")
     if label_number is not None:
-        labels = tables.column(label_number).astype(np.int64)
+        stored_labels = tables.column(label_number)
+        labels = stored_labels.astype(np.int64)
         used.add(label_number)
 
     # A JSON field of another writer may be anything; what it says is looked at sample by sample.
@@ -112,7 +114,8 @@ def read_layout(file: BinaryIO, *, name: str, size_bytes: int) -> Layout:
     text_number = _choose(fields, (beton.JSON, beton.BYTES), "meta", "key")
     if text_number is not None:
         texts = tables.column(text_number)
-        texts_are_json = fields[text_number].type_id == beton.JSON
+        text_field = fields[text_number]
+        texts_are_json = text_field.type_id == beton.JSON
         used.add(text_number)
         _check_texts(texts, tables.allocations, name)
 
@@ -121,13 +124,13 @@ def read_layout(file: BinaryIO, *, name: str, size_bytes: int) -> Layout:
     for i, entry in enumerate(fields):
         if i not in used:
             unused.append(entry)
-    ignored = Counter(f"field {entry.name!r}" for entry in unused)
-    return Layout(image, sizes, labels, texts, texts_are_json, dict(ignored))
+    ignored = dict(Counter(f"field {entry.name!r}" for entry in unused))
+    return Layout(image, sizes, labels, texts, texts_are_json, ignored)
 
 
 def _read_tables(file: BinaryIO, *, name: str, size_bytes: int) -> _Tables:
     head_bytes = _read_exactly(file, 0, beton.HEADER.itemsize, name)
-    head = head_bytes.view(beton.HEADER)[0]
+    (head,) = head_bytes.view(beton.HEADER)
     if head["version"] != beton.VERSION:
         raise DataError(
             f"{name}: not a beton of version {beton.VERSION} (its version is {head['version']}). "
@@ -142,7 +145,8 @@ def _read_tables(file: BinaryIO, *, name: str, size_bytes: int) -> _Tables:
     # FFCV writes their place when it is done, so that 0 marks a file that was never finished.
     table_bytes = size_bytes - table_at
     is_inside = 0 < table_at <= size_bytes
-    is_whole = is_inside and table_bytes % beton.ALLOCATION.itemsize == 0
+    is_even = table_bytes % beton.ALLOCATION.itemsize == 0
+    is_whole = is_inside and is_even
     if not is_whole or not 0 < count < _MAX_SAMPLES:
         raise DataError(
             f"{name}: the beton is empty, cut or was never finished: {count} samples, allocations "
@@ -150,7 +154,8 @@ def _read_tables(file: BinaryIO, *, name: str, size_bytes: int) -> _Tables:
         )
 
     fields_at = beton.HEADER.itemsize
-    fields_bytes = int(head["num_fields"]) * beton.FIELD.itemsize
+    num_fields = int(head["num_fields"])
+    fields_bytes = num_fields * beton.FIELD.itemsize
     description_bytes = _read_exactly(file, fields_at, fields_bytes, name)
     descriptions = description_bytes.view(beton.FIELD)
     fields = beton.fields_of(descriptions)
@@ -168,7 +173,8 @@ def _read_tables(file: BinaryIO, *, name: str, size_bytes: int) -> _Tables:
     type_ids = [entry.type_id for entry in fields]
     row = beton.row_dtype(type_ids)
     rows_at = fields_at + fields_bytes
-    row_bytes = _read_exactly(file, rows_at, count * row.itemsize, name)
+    rows_bytes = count * row.itemsize
+    row_bytes = _read_exactly(file, rows_at, rows_bytes, name)
     rows = row_bytes.view(row)
     allocation_bytes = _read_exactly(file, table_at, table_bytes, name)
     allocations = allocation_bytes.view(beton.ALLOCATION)
@@ -216,7 +222,8 @@ def _allocated_bytes(starts: npt.NDArray, allocations: npt.NDArray, name: str) -
     # FFCV's workers write pages out of order: the table is not sorted by itself.
     order = np.argsort(allocations["ptr"], kind="stable")
     known_starts = allocations["ptr"][order]
-    known_sizes = allocations["size"][order].astype(np.int64)
+    known_sizes = allocations["size"][order]
+    known_sizes = known_sizes.astype(np.int64)
     if not len(starts):
         return np.empty(0, np.int64)
 
@@ -235,7 +242,8 @@ def _allocated_bytes(starts: npt.NDArray, allocations: npt.NDArray, name: str) -
 def _check_texts(texts: npt.NDArray, allocations: npt.NDArray, name: str) -> None:
     # An image row has no size of its own; a text row has one, which must agree with its allocation.
     # An empty text has no allocation at all, so that its `ptr` says little.
-    written = texts[texts["size"] > 0]
+    has_text = texts["size"] > 0
+    written = texts[has_text]
     allocated = _allocated_bytes(written["ptr"], allocations, name)
     if (allocated != written["size"]).any():
         raise DataError(
@@ -291,7 +299,8 @@ class _Pass:
         self._file.seek(0)
         at = 0
         # By first byte: the file is read once, from front to back, whatever the samples' order.
-        for start, size, row, is_image in sorted(self._spans()):
+        spans = sorted(self._spans())
+        for start, size, row, is_image in spans:
             if start < at:
                 raise DataError(
                     f"{self._name}: samples lie on top of each other at byte {start}. Write it "
@@ -398,13 +407,18 @@ class _Pass:
             text = self._texts.get(row, b"")
             keys.append(_key_of(text, is_json))
         # All or none: a mixture could repeat a key that another shard has.
-        are_distinct = len(set(keys)) == len(keys)
+        num_distinct = len(set(keys))
+        are_distinct = num_distinct == len(keys)
         if all(keys) and are_distinct:
             return keys
         # A key may hold neither dots nor blanks, so that the sample can go into a tar as well.
-        words = self._stem.replace(".", "_").split()
+        without_dots = self._stem.replace(".", "_")
+        words = without_dots.split()
         stem = "_".join(words)
-        return [f"{stem}/{row:08d}" for row in rows]
+        numbered = []
+        for row in rows:
+            numbered.append(f"{stem}/{row:08d}")
+        return numbered
 
 
 def _key_of(text: bytes, is_json: bool) -> str:
@@ -439,7 +453,8 @@ def read_metas(uri: str) -> list[dict[str, object] | None]:
         for entry in layout.texts:
             file.seek(int(entry["ptr"]))
             size = min(int(entry["size"]), _MAX_TEXT_BYTES)
-            stored = beton.parse_json(file.read(size))
+            text = file.read(size)
+            stored = beton.parse_json(text)
             # Only our own writer has both names; another writer's JSON is kept whole.
             is_ours = stored is not None and "key" in stored
             about: object = stored

@@ -198,7 +198,8 @@ class SampleSource:
     def _screen(self, rows: Rows) -> dict[int, Refused]:
         """Refuse by what the manifest says, before a byte is read or decoded."""
         # In 64 bits: the product of two int32 sides may not fit in 32.
-        pixels_B = rows.widths_B.astype(np.int64) * rows.heights_B
+        widths_B = rows.widths_B.astype(np.int64)
+        pixels_B = widths_B * rows.heights_B
         checks = {
             Reason.NOT_AN_IMAGE: pixels_B <= 0,
             Reason.TOO_MANY_PIXELS: pixels_B > self._settings.max_pixels,
@@ -246,8 +247,10 @@ class SampleSource:
         size = int(self._dataset.shard_sizes[shard])
         # Of the same shard, which is open already, and round its end to its beginning. The order
         # of the tries is a promise of docs/formats.md: another one changes what a run sees.
-        for step in range(1, min(size, _SUBSTITUTES + 1)):
-            candidate_id = start + (index + step) % size
+        num_tries = min(size, _SUBSTITUTES + 1)
+        for step in range(1, num_tries):
+            candidate_index = (index + step) % size
+            candidate_id = start + candidate_index
             candidate_ids = np.array([candidate_id], dtype=np.int64)
             candidate = self._fetch(candidate_ids, named_by_B=sample_id, epochs_B=epoch)
             if candidate.bad:
@@ -255,7 +258,8 @@ class SampleSource:
             decoded = _decode_views(candidate, decoders)
             if not _bad_in_any(decoded):
                 pixels_of_views = [view.pixels_BHW3[0] for view in decoded]
-                return pixels_of_views, int(candidate.labels_B[0])
+                label = int(candidate.labels_B[0])
+                return pixels_of_views, label
         raise DataError(
             f"data: sample {int(sample_id[0])} of {self._dataset.shard_name(shard)} cannot be "
             f"used, nor can the {min(size - 1, _SUBSTITUTES)} after it: check the shard with "
