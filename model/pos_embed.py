@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
 from torch import Tensor
 
+Grid = tuple[int, int]
+"""Rows and columns of patches."""
 BASE = 10000.0
 """Ratio of the slowest to the fastest wavelength. Source: Vaswani et al. 2017, section 3.5."""
 
 
-def sincos_table(grid: tuple[int, int], embed_dim: int) -> Tensor:
+def sincos_table(grid: Grid, embed_dim: int) -> Tensor:
     """Compute the position table of a grid of patches, with a row of zeros for the class token.
 
     The row of the patch at (row, column) is [sin(column w) | cos(column w) | sin(row w) | cos(row
@@ -58,9 +60,7 @@ def sincos_table(grid: tuple[int, int], embed_dim: int) -> Tensor:
     return table.unsqueeze(0).to(torch.float32)
 
 
-def interpolate_table(
-    table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]
-) -> Tensor:
+def interpolate_table(table: Tensor, old_grid: Grid, new_grid: Grid) -> Tensor:
     """Resample a position table to another grid, bicubic, leaving the class token's row as it is.
 
     This is what published fine-tuning at other resolutions does (no antialiasing, corners not

@@ -17,7 +17,7 @@ import io
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from PIL import Image
 from pipeline.bench.command import BenchArguments, Outcome, report, run_bench
 from pipeline.bench.photos import write_crops
 from pipeline.bench.probes import run_counted
-from pipeline.bench.turns import Figures, Spread, Turns, divide_pairs, time_call
+from pipeline.bench.turns import Figures, Measure, Spread, Turns, divide_pairs, time_call
 from pipeline.convert.workers import cores
 from pipeline.errors import ConfigError
 from pipeline.images.encode import shrunk_size
@@ -104,11 +104,11 @@ class _Work:
         class_folder.mkdir(parents=True, exist_ok=True)
         (class_folder / "a.jpg").write_bytes(self.data[0])
 
-    def subjects(self) -> dict[str, Callable[[], Figures]]:
+    def subjects(self) -> dict[str, Measure]:
         """Return every way by its name."""
         # One worker: the loops beside it use one core, and CPU per image is what compares.
         resize = ("--resize", str(_SIDE), "--workers", "1")
-        ways: dict[str, Callable[[], Figures]] = {
+        ways: dict[str, Measure] = {
             _OURS: partial(self._convert, self.many),
             _WEBDATASET: partial(self._shard_writer, self.many),
             _WEBDATASET_START: partial(self._shard_writer, self.one),
@@ -129,7 +129,7 @@ class _Work:
             return 1
         return len(self.data)
 
-    def _from_clean(self, way: Callable[[], Figures]) -> Figures:
+    def _from_clean(self, way: Measure) -> Figures:
         shutil.rmtree(self.out, ignore_errors=True)
         # What was written for others is not waited for in this turn.
         os.sync()

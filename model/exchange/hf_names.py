@@ -17,6 +17,7 @@ from model.config import CHANNELS, ModelConfig
 from model.vit import NORM_EPS
 
 Tensors = Mapping[str, Tensor]
+State = dict[str, Tensor]
 HFNames = Literal["v5", "legacy"]
 """Generation of transformers' parameter names."""
 # Prefixes are compared whole, up to the last dot: "norm" does not match "decoder_norm".
@@ -57,7 +58,7 @@ _HF_QKV = {
 }
 
 
-def rename_to_hf(state: Tensors, names: HFNames) -> dict[str, Tensor]:
+def rename_to_hf(state: Tensors, names: HFNames) -> State:
     """Translate a full state dict of ours, splitting the fused query-key-value tensors.
 
     Args:
@@ -67,7 +68,7 @@ def rename_to_hf(state: Tensors, names: HFNames) -> dict[str, Tensor]:
     Returns:
         Tensors by transformers' names.
     """
-    out: dict[str, Tensor] = {}
+    out: State = {}
     for name, value in state.items():
         if ".attn.qkv." in name:
             # Rows of the fused matrix: first all of the query's, then the key's, the value's.
@@ -100,7 +101,7 @@ def _hf_qkv_names(name: str, names: HFNames) -> list[str]:
     return [f"{prefix}.{inner}.{leaf}" for inner in _HF_QKV[names]]
 
 
-def rename_from_hf(state: Tensors) -> dict[str, Tensor]:
+def rename_from_hf(state: Tensors) -> State:
     """Undo `rename_to_hf`, for either generation of names; an encoder saved alone may lack the
     `vit.` prefix.
 
@@ -116,7 +117,7 @@ def rename_from_hf(state: Tensors) -> dict[str, Tensor]:
     fixed = {}
     for ours, theirs in _HF_FIXED.items():
         fixed[theirs] = ours
-    out: dict[str, Tensor] = {}
+    out: State = {}
     for name, value in named.items():
         stem, _, leaf = name.rpartition(".")
         if name in fixed:
@@ -137,7 +138,7 @@ def _plain_hf_name(name: str) -> str:
     return f"vit.{name}"
 
 
-def _block_from_hf(name: str, value: Tensor, state: Tensors) -> dict[str, Tensor]:
+def _block_from_hf(name: str, value: Tensor, state: Tensors) -> State:
     """Translate one tensor of a block; query, key and value become one tensor when the query comes
     by."""
     stem, _, leaf = name.rpartition(".")

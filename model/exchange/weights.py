@@ -17,14 +17,11 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.exchange.hf_names import HFNames, hf_config, rename_from_hf, rename_to_hf
+from model.exchange.hf_names import HFNames, State, Tensors, hf_config, rename_from_hf, rename_to_hf
 from model.exchange.resample import resample_kernel
 from model.objectives.mae import MaskedAutoencoder, is_decoder_name
-from model.pos_embed import interpolate_table, sincos_table
+from model.pos_embed import Grid, interpolate_table, sincos_table
 
-State = dict[str, Tensor]
-Tensors = Mapping[str, Tensor]
-"""Tensors by name, which are only read."""
 Shape = tuple[int, ...]
 Part = Literal["encoder", "full"]
 ENCODER_ONLY_HEADS = ("head.", "fc_norm.")
@@ -243,7 +240,7 @@ def fit_weights(
     config: ModelConfig,
     *,
     part: Part = "full",
-    old_grid: tuple[int, int] | None = None,
+    old_grid: Grid | None = None,
 ) -> State:
     """Check weights against a configuration, and resample position tables made for another image
     size.
@@ -285,7 +282,7 @@ def load_published(
     state: Mapping[str, Any],
     *,
     part: Part = "full",
-    old_grid: tuple[int, int] | None = None,
+    old_grid: Grid | None = None,
 ) -> None:
     """Load a published checkpoint, full or encoder only, into a model.
 
@@ -304,7 +301,7 @@ def load_published(
     model.load_state_dict(fitted, strict=part == "full")
 
 
-def _find_grid(name: str, table: Tensor, config: ModelConfig) -> tuple[int, int]:
+def _find_grid(name: str, table: Tensor, config: ModelConfig) -> Grid:
     """Find the grid that a position table was made for.
 
     Raises:
@@ -331,7 +328,7 @@ def _find_grid(name: str, table: Tensor, config: ModelConfig) -> tuple[int, int]
     return grid
 
 
-def _grid_of_sines(table: Tensor) -> tuple[int, int] | None:
+def _grid_of_sines(table: Tensor) -> Grid | None:
     """Give the grid of a fixed sine-cosine table; None if it is none, e.g. a learned one."""
     num_patches = table.shape[1] - 1
     width = table.shape[2]

@@ -13,6 +13,8 @@ from pipeline.errors import DataError
 from pipeline.formats.records import ShardFile
 
 DATASET_FILE = "dataset.json"
+Columns = dict[str, list[Any]]
+"""Values of all shards, by the name of the column."""
 FORMAT_VERSION = 1
 """Version of `dataset.json` and `manifest.parquet` that this program writes and reads."""
 
@@ -31,7 +33,7 @@ class Shards(Sequence[ShardFile]):
     """The dataset's shards in order, kept as columns: 100,000 of them load in a fraction of a
     second."""
 
-    def __init__(self, columns: dict[str, list[Any]]) -> None:
+    def __init__(self, columns: Columns) -> None:
         self.columns = columns
 
     @classmethod
@@ -196,7 +198,7 @@ def parse_dataset_info(text: bytes, *, where: str) -> DatasetInfo:
     return info
 
 
-def _checked_columns(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+def _checked_columns(columns: Columns) -> Columns:
     length = len(columns["name"])
     for name, kind in _COLUMNS:
         values = columns[name]

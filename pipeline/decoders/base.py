@@ -22,6 +22,8 @@ from pipeline.images.refused import Reason, Refused, RefusedError
 from pipeline.sampling.boxes import Boxes
 
 U8 = npt.NDArray[np.uint8]
+Bad = dict[int, Refused]
+"""Why some images of a batch cannot be used, by their numbers in it."""
 _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -39,7 +41,7 @@ class Decoded:
     """
 
     pixels_BHW3: torch.Tensor
-    bad: dict[int, Refused] = field(default_factory=dict)
+    bad: Bad = field(default_factory=dict)
 
 
 Pending = Callable[[], Decoded]

@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 
 from pipeline.config import ViewConfig
-from pipeline.decoders.base import U8, Decoded, Pending, decode_single, too_small
-from pipeline.images.refused import Refused, refused_by
+from pipeline.decoders.base import U8, Bad, Decoded, Pending, decode_single, too_small
+from pipeline.images.refused import refused_by
 from pipeline.sampling.boxes import Boxes
 
 _PIECES_PER_THREAD = 4
@@ -82,7 +82,7 @@ class ThreadedDecoder:
 
         def wait() -> Decoded:
             # Every piece is waited for, so that no thread writes to memory that is given back.
-            bad: dict[int, Refused] = {}
+            bad: Bad = {}
             for future in pieces:
                 bad.update(future.result())
             return Decoded(pixels_BHW3, bad)
@@ -104,9 +104,9 @@ class ThreadedDecoder:
 
     def _decode_piece(
         self, piece: range, images_B: Sequence[U8], boxes: Boxes, out_BHW3: U8
-    ) -> dict[int, Refused]:
+    ) -> Bad:
         kernels: Kernels = self._local.kernels
-        bad: dict[int, Refused] = {}
+        bad: Bad = {}
         part = slice(piece.start, piece.stop)
         # As Python's numbers: arithmetic and slices with numpy's scalars are slower.
         rows = zip(

@@ -25,6 +25,8 @@ from pipeline.storage.retry import explain
 from pipeline.storage.unfinished import UnfinishedFile
 
 _CHUNK_BYTES = 2**20
+Places = list[tuple[int, int]]
+"""First bytes of each sample's image and of its text."""
 
 
 def storable(found: Probe) -> bool:
@@ -168,7 +170,7 @@ class BetonWriter:
         file = ShardFile.of(table, name=name, size_bytes=size_bytes, sha256=sha256)
         return ShardIndex(file, table)
 
-    def _table(self, places: list[tuple[int, int]]) -> ShardTable:
+    def _table(self, places: Places) -> ShardTable:
         """Return the rows that a later pass over the file would find."""
         rows = TableBuilder()
         samples = zip(self._keys, self._images, places, strict=True)
@@ -186,7 +188,7 @@ class BetonWriter:
             )
         return rows.build()
 
-    def _lay_out(self) -> tuple[bytes, list[tuple[int, int]], int]:
+    def _lay_out(self) -> tuple[bytes, Places, int]:
         """Return (all that stands before the pages, where each sample's image and meta go, where
         the pages end)."""
         type_ids = [type_id for _, type_id in beton.OUR_FIELDS]
@@ -229,7 +231,7 @@ class BetonWriter:
         head = header.tobytes() + fields.tobytes() + samples.tobytes()
         return head, places, end
 
-    def _write(self, head: bytes, places: list[tuple[int, int]], end: int) -> tuple[str, int]:
+    def _write(self, head: bytes, places: Places, end: int) -> tuple[str, int]:
         """Write everything from first to last byte; return sha256 and size."""
         spool = self._spool.file
         file = self._file.file

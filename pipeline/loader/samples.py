@@ -16,7 +16,7 @@ import torch
 
 from pipeline.config import LoaderConfig
 from pipeline.dataset.manifest import Manifest, Rows
-from pipeline.decoders.base import Decoded, Decoder
+from pipeline.decoders.base import Bad, Decoded, Decoder
 from pipeline.errors import DataError
 from pipeline.formats.table import FORMATS
 from pipeline.images.header import probe
@@ -72,7 +72,7 @@ class Encoded:
     labels_B: I64
     images: list[U8]
     boxes: tuple[Boxes, ...]
-    bad: dict[int, Refused] = field(default_factory=dict)
+    bad: Bad = field(default_factory=dict)
     draws: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
 
 
@@ -158,7 +158,7 @@ class SampleSource:
         self._tell(bad, encoded, report)
         return pixels
 
-    def _tell(self, bad: dict[int, Refused], encoded: Encoded, report: DataReport) -> None:
+    def _tell(self, bad: Bad, encoded: Encoded, report: DataReport) -> None:
         """Report a batch that has bad samples, in the order of its samples."""
         shards_B, _ = self._dataset.locate(encoded.sample_ids_B)
         # Keys are read from the manifest's files, so only those of bad samples are.
@@ -195,7 +195,7 @@ class SampleSource:
         labels_B = rows.labels_B.astype(np.int64)
         return Encoded(sample_ids_B, epochs_B, labels_B, images, boxes, bad)
 
-    def _screen(self, rows: Rows) -> dict[int, Refused]:
+    def _screen(self, rows: Rows) -> Bad:
         """Refuse by what the manifest says, before a byte is read or decoded."""
         # In 64 bits: the product of two int32 sides may not fit in 32.
         widths_B = rows.widths_B.astype(np.int64)
@@ -205,13 +205,13 @@ class SampleSource:
             Reason.TOO_MANY_PIXELS: pixels_B > self._settings.max_pixels,
             Reason.TOO_MANY_BYTES: rows.sizes_B > self._settings.max_bytes,
         }
-        bad: dict[int, Refused] = {}
+        bad: Bad = {}
         for reason, is_bad_B in checks.items():
             for i in np.flatnonzero(is_bad_B).tolist():
                 bad[i] = Refused(reason)
         return bad
 
-    def _screen_headers(self, images: list[U8], rows: Rows) -> dict[int, Refused]:
+    def _screen_headers(self, images: list[U8], rows: Rows) -> Bad:
         """Refuse what is not of the size that the manifest says, before it is decoded: 2
         microseconds a JPEG.
 
@@ -272,9 +272,9 @@ def _decode_views(encoded: Encoded, decoders: Sequence[Decoder]) -> list[Decoded
     return [decoder.decode(encoded.images, boxes) for decoder, boxes in views]
 
 
-def _bad_in_any(decoded: Sequence[Decoded]) -> dict[int, Refused]:
+def _bad_in_any(decoded: Sequence[Decoded]) -> Bad:
     """Collect what is bad in any view; of several reasons the first view's is told."""
-    bad: dict[int, Refused] = {}
+    bad: Bad = {}
     for view in reversed(decoded):
         bad |= view.bad
     return bad

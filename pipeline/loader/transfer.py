@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 
 import torch
+from torch import Tensor
 
 from pipeline.config import IMAGENET_MEAN, IMAGENET_STD
 
@@ -30,9 +31,9 @@ class PixelBuffers:
         self._shape = shape_BHW3
         self._pinned = pinned
         # Appending and popping are atomic: one thread takes, another may give back.
-        self._free: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque()
+        self._free: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
 
-    def take(self) -> torch.Tensor:
+    def take(self) -> Tensor:
         """Return a buffer whose last use is over, or a new one."""
         try:
             buffer_BHW3, copied = self._free.popleft()
@@ -43,9 +44,7 @@ class PixelBuffers:
             copied.synchronize()
         return buffer_BHW3
 
-    def give_back(
-        self, buffer_BHW3: torch.Tensor, *, after: torch.cuda.Event | None = None
-    ) -> None:
+    def give_back(self, buffer_BHW3: Tensor, *, after: torch.cuda.Event | None = None) -> None:
         """Let a buffer be used again, once an event has passed if one is given."""
         self._free.append((buffer_BHW3, after))
 
@@ -83,7 +82,7 @@ class DeviceCopier:
         """Whether the images are the decoded pixels themselves, not a copy of them."""
         return self._dtype == torch.uint8 and self._stream is None
 
-    def begin(self, pixels_BHW3: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    def begin(self, pixels_BHW3: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
         """Start the copy to the device; called by the thread that decodes.
 
         Returns:
@@ -100,7 +99,7 @@ class DeviceCopier:
             copied = self._stream.record_event()
             return on_device_BHW3, copied
 
-    def normalise(self, pixels_BHW3: torch.Tensor) -> torch.Tensor:
+    def normalise(self, pixels_BHW3: Tensor) -> Tensor:
         """Give images of shape (B, C, H, W) with ImageNet's mean and standard deviation taken out.
 
         Computed in float32 whatever the type asked for; the layout in memory stays channels-last.
@@ -124,8 +123,8 @@ class DeviceCopier:
 
 
 def scale_fused(
-    pixels_BCHW: torch.Tensor, scale_C11: torch.Tensor, shift_C11: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
+    pixels_BCHW: Tensor, scale_C11: Tensor, shift_C11: Tensor, dtype: torch.dtype
+) -> Tensor:
     """Compute pixels * scale + shift in float32 and round to a type, in one kernel on a CUDA
     device."""
     images_BCHW = torch.empty_like(pixels_BCHW, dtype=dtype)

@@ -39,6 +39,8 @@ PHOTOS = (
     "sklearn/datasets/images/flower.jpg",
 )
 """Named one by one: the same folders also hold text, logos and test patterns."""
+Made = dict[str, object]
+"""What a folder of pictures was made from; another one is made anew."""
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 """What is taken from a folder of one's own."""
 VAL_SHARE = 0.1
@@ -163,7 +165,7 @@ def cut_photos(folder: Path, plan: CropPlan = CropPlan()) -> Pictures:
         ConfigError: a photograph is not installed.
     """
     cutting = dataclasses.asdict(plan)
-    settings: dict[str, object] = {"plan": cutting, "photos": list(PHOTOS)}
+    settings: Made = {"plan": cutting, "photos": list(PHOTOS)}
     ready = _finished(folder, settings)
     if ready is not None:
         return ready
@@ -214,7 +216,7 @@ def split_folder(source: Path, folder: Path) -> Pictures:
             "to train on and one to hold out"
         )
     all_names = "\n".join(str(name) for name in names)
-    settings: dict[str, object] = {
+    settings: Made = {
         "source": str(source.resolve()),
         "names": _digest(all_names),
     }
@@ -287,7 +289,7 @@ def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _finished(folder: Path, settings: dict[str, object]) -> Pictures | None:
+def _finished(folder: Path, settings: Made) -> Pictures | None:
     path = folder / MARKER
     try:
         marker = json.loads(path.read_text(encoding="utf-8"))
@@ -298,9 +300,7 @@ def _finished(folder: Path, settings: dict[str, object]) -> Pictures | None:
     return _pictures(folder, marker["counts"])
 
 
-def _finish(
-    folder: Path, settings: dict[str, object], *, train: int, val: int, num_classes: int
-) -> Pictures:
+def _finish(folder: Path, settings: Made, *, train: int, val: int, num_classes: int) -> Pictures:
     counts = {"num_train": train, "num_val": val, "num_classes": num_classes}
     content = {"settings": settings, "counts": counts}
     text = json.dumps(content, indent=1) + "\n"
