@@ -243,7 +243,9 @@ def _tune(arguments: Arguments) -> Outcome:
     for _ in turns.rounds():
         turns.take(subjects)
 
-    rates = {name: turns.spread(name, "images_per_s") for name in ways}
+    rates = {}
+    for name in ways:
+        rates[name] = turns.spread(name, "images_per_s")
     ranked = sorted(ways, key=lambda name: rates[name].median, reverse=True)
     lines = []
     for name in ranked:
@@ -262,7 +264,8 @@ def _tune(arguments: Arguments) -> Outcome:
     tried = []
     for name in ranked:
         rates_of_rounds = turns.values(name, "images_per_s")
-        tried.append({**ways[name].model_dump(), "rates": rates_of_rounds})
+        settings = ways[name].model_dump()
+        tried.append({**settings, "rates": rates_of_rounds})
     data = {"best": best.model_dump(), "images_per_s": tried}
     return Outcome(data, "\n".join(lines))
 
@@ -291,7 +294,8 @@ def _compare_with_peers(arguments: Arguments) -> Outcome:
         seconds=arguments.seconds or _SECONDS_OF_TURN,
         subjects=subjects,
     )
-    result = {"machine": about, "subjects": [row.to_json() for row in rows]}
+    subjects_json = [row.to_json() for row in rows]
+    result = {"machine": about, "subjects": subjects_json}
     # Kept before the report is drawn: a chart that fails must not cost the measurement.
     text = json.dumps(result, indent=1)
     (folder / "peers.json").write_text(text + "\n")

@@ -56,7 +56,8 @@ class Checkouts:
         plain = _without_own_options(words)
         self._other_root = other.resolve()
         self._module = module
-        self._title = f"{module} {' '.join(plain)}"
+        typed = " ".join(plain)
+        self._title = f"{module} {typed}"
         self._this = _Checkout(_HERE, module, plain)
         self._other = _Checkout(self._other_root, module, plain)
 
@@ -127,7 +128,8 @@ class _Checkout:
         self._json_words = list(_JSON_WORDS)
         # The working folder stays the user's, for paths on the command line are relative to it.
         # Safe path: or `-m` would find the packages of the working folder first.
-        self._environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONSAFEPATH": "1"}
+        environment = {"PYTHONPATH": str(root), "PYTHONSAFEPATH": "1"}
+        self._environment = {**os.environ, **environment}
 
     def measure(self) -> Figures:
         """Run the command once and return the figures of its JSON."""
@@ -177,7 +179,10 @@ def _figures(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
             # Older commands print a bare list of rows.
             skipped = key in _SKIPPED or key.endswith(_EXTREMES)
             if not skipped:
-                yield from _figures(inner, path if key == "rows" else f"{path}.{key}".strip("."))
+                inner_path = path
+                if key != "rows":
+                    inner_path = f"{path}.{key}".strip(".")
+                yield from _figures(inner, inner_path)
     elif isinstance(value, list):
         numbers = []
         for one in value:
@@ -187,6 +192,7 @@ def _figures(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
             yield from _figures(median(numbers), path)
         else:
             for index, inner in enumerate(value):
-                yield from _figures(inner, f"{path}.{index}".strip("."))
+                inner_path = f"{path}.{index}"
+                yield from _figures(inner, inner_path.strip("."))
     elif isinstance(value, (int, float)) and name.endswith(_HIGHER_IS_BETTER + _LOWER_IS_BETTER):
         yield path, float(value)

@@ -58,7 +58,8 @@ def report(
         facts: what holds for all rows.
     """
     about = dict(facts or {})
-    data = {**about, "rows": [to_json(row) for row in rows]}
+    json_rows = [to_json(row) for row in rows]
+    data = {**about, "rows": json_rows}
     blocks = [rows_table(rows)]
     if ratios:
         # Medians for programs, spreads for a person, who must see whether a difference is one.
@@ -70,7 +71,10 @@ def report(
         data["ratios"] = medians
         blocks.append(rows_table(ratio_rows))
     # Nested facts, such as all settings, are for programs.
-    plain = [f"{name} {value}" for name, value in about.items() if not isinstance(value, dict)]
+    plain = []
+    for fact, value in about.items():
+        if not isinstance(value, dict):
+            plain.append(f"{fact} {value}")
     if plain:
         blocks.append(f"{', '.join(plain)}.")
     return Outcome(data, "\n\n".join(blocks))

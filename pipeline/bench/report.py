@@ -45,8 +45,9 @@ def _against_ffcv(dataset: str, cpu_limit: float, wall_limit: float) -> Iterator
     other = ("FFCV Loader", dataset, "area")
     for name in (_TURBO, _KERNELS):
         what = f"{name.removeprefix('maelstrom ')} / FFCV Loader"
-        yield Bar(what, (name, dataset, "area"), other, cpu_limit)
-        yield Bar(what, (name, dataset, "area"), other, wall_limit, "images/s")
+        subject = (name, dataset, "area")
+        yield Bar(what, subject, other, cpu_limit)
+        yield Bar(what, subject, other, wall_limit, "images/s")
 
 
 BARS = (
@@ -91,7 +92,8 @@ def as_table(rows: Sequence[PeerRow]) -> str:
         *("loader", "data", "filter", "CPU-ms per image"),
         *("images/s", "first batch, s", "memory, MiB"),
     )
-    return markdown_table(header, [_cells(row) for row in rows])
+    cells = [_cells(row) for row in rows]
+    return markdown_table(header, cells)
 
 
 def _cells(row: PeerRow) -> tuple[str, ...]:
@@ -136,7 +138,8 @@ def bars_table(rows: Sequence[PeerRow]) -> str:
         else:
             verdict = "not met"
         rate = best.text(",.0f")
-        table.append(("DALI mixed", "images/s", dataset, rate, f">= {limit:,}", verdict))
+        at_least = f">= {limit:,}"
+        table.append(("DALI mixed", "images/s", dataset, rate, at_least, verdict))
     return markdown_table(("ratio", "of", "data, filter", "measured", "bar", ""), table)
 
 
@@ -153,7 +156,8 @@ def _bar_cells(bar: Bar, ours: PeerRow, other: PeerRow) -> tuple[str, ...]:
     _, dataset, resize_filter = bar.subject
     verdict = "met" if is_met else "not met"
     limit = f"{sign} {bar.limit:.2f}"
-    return (bar.what, bar.figure, f"{dataset}, {resize_filter}", ratio.text(), limit, verdict)
+    data = f"{dataset}, {resize_filter}"
+    return (bar.what, bar.figure, data, ratio.text(), limit, verdict)
 
 
 def write_report(path: Path, rows: Sequence[PeerRow], about: dict[str, Any]) -> None:
@@ -168,7 +172,8 @@ def write_report(path: Path, rows: Sequence[PeerRow], about: dict[str, Any]) -> 
     draw(chart, rows)
     words = []
     for name, value in about.items():
-        words.append(f"{name.replace('_', ' ')} {value}")
+        words_of_name = name.replace("_", " ")
+        words.append(f"{words_of_name} {value}")
     facts = ", ".join(words)
     num_rounds = len(rows[0].cpu_ms_per_image)
     blocks = (
@@ -189,7 +194,8 @@ def draw(path: Path, rows: Sequence[PeerRow]) -> None:
     from matplotlib.figure import Figure
 
     # A bar chart fills from below: the table's first row goes on top.
-    shown = [row for row in rows if row.cpu_ms_per_image][::-1]
+    shown = [row for row in rows if row.cpu_ms_per_image]
+    shown.reverse()
     times = [Spread.of(row.cpu_ms_per_image) for row in shown]
     names = []
     for row in shown:

@@ -76,7 +76,8 @@ class S3fsClient:
     def read(self, key: str, start: int, length: int) -> int:
         """Read a range."""
         path = f"{self._bucket}/{key}"
-        data = self._fs.cat_file(path, start=start, end=start + length)
+        end = start + length
+        data = self._fs.cat_file(path, start=start, end=end)
         return len(data)
 
     def read_whole(self, key: str) -> int:
@@ -135,7 +136,8 @@ def plain_clients(bucket: str) -> dict[str, Client]:
 def read_ranges(client: Client, jobs: list[Job], *, streams: int) -> int:
     """Read ranges with as many threads as streams; return the bytes that came."""
     with ThreadPoolExecutor(streams) as pool:
-        return sum(pool.map(lambda job: client.read(*job), jobs))
+        parts = pool.map(lambda job: client.read(*job), jobs)
+        return sum(parts)
 
 
 def read_objects(client: Client, keys: list[str], *, streams: int) -> int:
@@ -225,7 +227,8 @@ def write_bench_dataset(folder: Path, *, num_shards: int, shard_bytes: int) -> i
             while written_bytes < shard_bytes:
                 image, header = images[number % len(images)]
                 key = f"{number:07d}"
-                writer.add(key, image, header, label=number % 1000)
+                label = number % 1000
+                writer.add(key, image, header, label=label)
                 # With the tar's headers of the image and of its label.
                 written_bytes += len(image) + 1024
                 number += 1

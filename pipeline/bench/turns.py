@@ -123,7 +123,8 @@ class Turns:
             self._figures[name].update()
         # Who goes second finds the caches of the first, and a processor that is warm.
         first = self._round % len(names)
-        for name in names[first:] + names[:first]:
+        in_turn = names[first:] + names[:first]
+        for name in in_turn:
             figures = subjects[name]()
             self.record(name, figures)
 

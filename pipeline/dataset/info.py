@@ -50,7 +50,8 @@ class Shards(Sequence[ShardFile]):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            numbers = range(*index.indices(len(self)))
+            first, last, step = index.indices(len(self))
+            numbers = range(first, last, step)
             return [self[i] for i in numbers]
         values = [self.columns[name][index] for name, _ in _COLUMNS]
         return ShardFile(*values)
@@ -62,7 +63,9 @@ class Shards(Sequence[ShardFile]):
             yield ShardFile(*row)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Shards) and self.columns == other.columns
+        if not isinstance(other, Shards):
+            return False
+        return self.columns == other.columns
 
     # Equal by content, which may change: as a key it would be lost.
     __hash__ = None  # type: ignore[assignment]
@@ -211,7 +214,10 @@ def _checked_columns(columns: Columns) -> Columns:
     for name in columns["name"]:
         if "/" in name or "\\" in name or name in ("", ".", ".."):
             raise ValueError(f"shard name {name!r} is not a plain file name")
-    return {name: columns[name] for name, _ in _COLUMNS}
+    checked = {}
+    for name, _ in _COLUMNS:
+        checked[name] = columns[name]
+    return checked
 
 
 def _check_sums(info: DatasetInfo, where: str, remedy: str) -> None:

@@ -114,11 +114,14 @@ def decode_single(image: U8, boxes: Boxes, view: ViewConfig) -> U8:
         raise RefusedError(Refused(Reason.NOT_AN_IMAGE)) from error
     # What Pillow's plugins are known to raise for damaged files; anything else is a defect here.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise RefusedError(Refused(Reason.UNDECODABLE, str(error))) from error
+        refused = Refused(Reason.UNDECODABLE, str(error))
+        raise RefusedError(refused) from error
     top = int(boxes.tops_B[0])
     left = int(boxes.lefts_B[0])
-    bottom = top + int(boxes.heights_B[0])
-    right = left + int(boxes.widths_B[0])
+    height = int(boxes.heights_B[0])
+    width = int(boxes.widths_B[0])
+    bottom = top + height
+    right = left + width
     # Pillow would fill what is missing with black.
     if bottom > rgb.height or right > rgb.width:
         raise too_small(rgb.width, rgb.height)
@@ -129,7 +132,8 @@ def decode_single(image: U8, boxes: Boxes, view: ViewConfig) -> U8:
     if not boxes.flips_B[0]:
         return pixels_HW3
     # Mirrored after the resize, as every decoder does: the filter rounds the two ways apart.
-    return np.ascontiguousarray(pixels_HW3[:, ::-1])
+    mirrored_HW3 = pixels_HW3[:, ::-1]
+    return np.ascontiguousarray(mirrored_HW3)
 
 
 def too_small(width: int, height: int) -> RefusedError:

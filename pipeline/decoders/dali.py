@@ -208,7 +208,8 @@ class DaliDecoder:
         try:
             pixels_HW3 = decode_single(image, box, self._view)
             # A copy, because Pillow's memory cannot be written, which torch warns of.
-            decoded.pixels_BHW3[i] = torch.from_numpy(pixels_HW3.copy())
+            copy_HW3 = torch.from_numpy(pixels_HW3.copy())
+            decoded.pixels_BHW3[i] = copy_HW3
         except ValueError as error:
             decoded.bad[i] = refused_by(error)
 
@@ -346,4 +347,5 @@ def _feed_inputs(pipeline: Any, images_B: Sequence[U8], boxes: Boxes) -> None:
     pipeline.feed_input("images", list(images_B))
     pipeline.feed_input("starts", starts_B2)
     pipeline.feed_input("sizes", sizes_B2)
-    pipeline.feed_input("flips", boxes.flips_B.astype(np.int32))
+    flips_B = boxes.flips_B.astype(np.int32)
+    pipeline.feed_input("flips", flips_B)

@@ -76,7 +76,8 @@ class ThreadedDecoder:
         size = -(-count // num_pieces) or 1
         pieces = []
         for first in range(0, count, size):
-            piece = range(first, min(first + size, count))
+            behind = min(first + size, count)
+            piece = range(first, behind)
             future = self._pool.submit(self._decode_piece, piece, images_B, boxes, array_BHW3)
             pieces.append(future)
 

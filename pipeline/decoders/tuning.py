@@ -50,13 +50,17 @@ def candidates(*, device: torch.device, interpolation: str) -> list[Tuning]:
     quarter = max(1, cores // 4)
     half = max(1, cores // 2)
     threads = sorted({quarter, half, cores})
-    ways = [Tuning(decoder="turbo", num_threads=count) for count in threads]
+    ways = []
+    for count in threads:
+        ways.append(Tuning(decoder="turbo", num_threads=count))
     if interpolation == "area" and is_installed("ffcv"):
         ways += [Tuning(decoder="ffcv", num_threads=count) for count in threads]
     if interpolation == "area" or not is_installed("nvidia.dali"):
         return ways
     if device.type != "cuda":
-        return ways + [Tuning(decoder="dali", num_threads=count) for count in threads]
+        for count in threads:
+            ways.append(Tuning(decoder="dali", num_threads=count))
+        return ways
     # Depth and share depend on each other: the JPEG engine and the CUDA kernels work at once, and
     # how well they are fed depends on the batches in hand. So all pairs are tried.
     for count in threads:

@@ -41,6 +41,15 @@ def storable(found: Probe) -> bool:
     return found.format == "raw"
 
 
+def _check_pixels(key: str, image: bytes, found: Probe) -> None:
+    """Refuse raw pixels of another size: readers would take what lies behind them for pixels."""
+    expected_bytes = found.width * found.height * 3
+    if len(image) != expected_bytes:
+        raise ValueError(
+            f"{key}: {len(image)} bytes are not {found.height} x {found.width} x 3 pixels"
+        )
+
+
 class BetonWriter:
     """Write one shard: samples go to a temporary file, and are laid out in pages when all are
     known.
@@ -122,10 +131,8 @@ class BetonWriter:
                 "cannot be stored in a beton, which holds JPEG or raw pixels; re-encode it "
                 "(--resize, or --write-mode raw)."
             )
-        if found.format == "raw" and len(image) != found.width * found.height * 3:
-            raise ValueError(
-                f"{key}: {len(image)} bytes are not {found.height} x {found.width} x 3 pixels"
-            )
+        if found.format == "raw":
+            _check_pixels(key, image, found)
         if key in self._keys:
             raise DataError(
                 f"{key!r} is already in {storage.name_of(self._uri)}: keys must be unique."
@@ -136,7 +143,8 @@ class BetonWriter:
             known = {"about": dict(sorted(metadata.items()))}
         meta = beton.json_bytes({"key": key, **known})
         # A sample cannot cross pages, and the header has 32 bits for the size of one.
-        if len(image) + len(meta) > beton.MAX_PAGE_BYTES:
+        sample_bytes = len(image) + len(meta)
+        if sample_bytes > beton.MAX_PAGE_BYTES:
             raise DataError(
                 f"{key}: {len(image)} bytes do not fit in a beton's page of at most 2 GiB; use "
                 "--resize."
@@ -144,7 +152,8 @@ class BetonWriter:
         digest = xxhash.xxh3_64_intdigest(image)
         self._spool.write(image)
         self._keys[key] = None
-        self._images.append((found, len(image), label, digest))
+        stored = (found, len(image), label, digest)
+        self._images.append(stored)
         self._metas.append(meta)
 
     def close(self) -> ShardIndex:
@@ -154,8 +163,10 @@ class BetonWriter:
             InfrastructureError: The disk is full or not writable.
         """
         needed = 0
-        for (_, size, _, _), meta in zip(self._images, self._metas, strict=True):
-            needed = max(needed, size + len(meta))
+        samples = zip(self._images, self._metas, strict=True)
+        for (_, size, _, _), meta in samples:
+            sample_bytes = size + len(meta)
+            needed = max(needed, sample_bytes)
         # FFCV finds a page by shifting, so that its size must stay a power of two.
         while self._page_bytes < needed:
             self._page_bytes *= 2
@@ -254,7 +265,8 @@ class BetonWriter:
 
         put(head)
         # Two runs a sample, image and text, in the order of the file.
-        allocations = np.zeros(2 * len(places), beton.ALLOCATION)
+        num_allocations = 2 * len(places)
+        allocations = np.zeros(num_allocations, beton.ALLOCATION)
         samples = zip(places, self._images, self._metas, strict=True)
         for i, ((offset, meta_offset), (_, size, _, _), meta) in enumerate(samples):
             # Samples lie in the order in which they were spooled: the spool is read straight on.
@@ -262,7 +274,8 @@ class BetonWriter:
             put(spool.read(size))
             put(meta)
             allocations[2 * i] = (i, offset, size)
-            allocations[2 * i + 1] = (i, meta_offset, len(meta))
+            of_text = 2 * i + 1
+            allocations[of_text] = (i, meta_offset, len(meta))
         fill(end)
         put(allocations.tobytes())
         return digest.hexdigest(), at

@@ -59,7 +59,8 @@ def labels_and_draws(
     Returns:
         labels_B and the arrays by name.
     """
-    labels_B = torch.from_numpy(encoded.labels_B).to(device)
+    labels = torch.from_numpy(encoded.labels_B)
+    labels_B = labels.to(device)
     draws = {}
     for name, array in encoded.draws.items():
         # Contiguous, because a Draw may give a slice of what it drew; torch would keep its strides.

@@ -135,7 +135,8 @@ class DataReport:
 
     def write(self, uri: str) -> None:
         """Write the report as JSON."""
-        text = json.dumps(self.to_json(), indent=1, ensure_ascii=False)
+        report = self.to_json()
+        text = json.dumps(report, indent=1, ensure_ascii=False)
         storage.write_atomic(uri, text.encode() + b"\n")
 
 

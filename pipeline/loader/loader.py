@@ -110,7 +110,8 @@ class Loader:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if micro_batch_size < 1 or global_batch_size % (micro_batch_size * world_size):
+        images_at_once = micro_batch_size * world_size
+        if micro_batch_size < 1 or global_batch_size % images_at_once:
             raise ConfigError(
                 f"train.global_batch_size {global_batch_size} is not a multiple of "
                 f"train.micro_batch_size {micro_batch_size} x {world_size} ranks"
@@ -218,7 +219,8 @@ class Loader:
                 epoch += 1
             self._cursor = Cursor(epoch, 0)
         else:
-            problem = describe_change(self._dataset, state["fingerprint"], trained_on)
+            fingerprint = state["fingerprint"]
+            problem = describe_change(self._dataset, fingerprint, trained_on)
             raise DataError(problem)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -233,7 +235,8 @@ class Loader:
             encoded = work.encoded
             with self.stats.busy("copy", items=len(encoded.sample_ids_B)):
                 views = [self._copier.normalise(pixels_BHW3) for pixels_BHW3 in work.pixels]
-                labels_B, draws = labels_and_draws(encoded, views[0].device)
+                device = views[0].device
+                labels_B, draws = labels_and_draws(encoded, device)
             # Before the batch is handed over: a caller that saves after this batch's step must
             # find the cursor behind it.
             if work.end is not None:
@@ -288,7 +291,8 @@ class Loader:
                 count = len(rank_batch.sample_ids_B)
                 for first in range(0, count, self._micro):
                     behind = first + self._micro
-                    encoded = self._read(rank_batch, slice(first, behind))
+                    piece = slice(first, behind)
+                    encoded = self._read(rank_batch, piece)
                     # Only whole global batches move the cursor: a step is never resumed half-way.
                     end = None
                     if behind >= count:
@@ -391,10 +395,13 @@ class Loader:
         """List the shards that are read now, then those that each lane comes to one shard later."""
         num_samples = self._order.num_samples
         # Positions of all epochs on one line, so that a batch may look into the next epoch.
-        now_B = rank_batch.epochs_B * num_samples + rank_batch.positions_B
+        epoch_starts_B = rank_batch.epochs_B * num_samples
+        now_B = epoch_starts_B + rank_batch.positions_B
         # Neighbours of a lane lie as many positions apart as there are lanes.
-        samples_per_shard = max(1, num_samples // self._dataset.info.num_shards)
-        later_B = now_B + self._order.lanes * samples_per_shard
+        num_shards = self._dataset.info.num_shards
+        samples_per_shard = max(1, num_samples // num_shards)
+        distance = self._order.lanes * samples_per_shard
+        later_B = now_B + distance
         shards: list[int] = []
         for absolute_B in (now_B, later_B):
             epochs_B, positions_B = np.divmod(absolute_B, num_samples)
@@ -413,7 +420,9 @@ class Loader:
             raise
         except Exception as error:
             shards_B, _ = self._dataset.locate(sample_ids_B)
-            shards = {self._dataset.shard_name(int(shard)) for shard in shards_B}
+            shards: set[str] = set()
+            for shard in shards_B.tolist():
+                shards.add(self._dataset.shard_name(shard))
             first_shards = sorted(shards)[:_NAMED]
             names = ", ".join(first_shards)
             raise DataError(

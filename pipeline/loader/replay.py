@@ -64,7 +64,8 @@ def read_samples(
         source = SampleSource(dataset, reader, sampling=sampling, settings=settings, seed=seed)
         encoded = source.fetch(ids_B, epochs_B)
         # No share of bad samples is too large here: a replay is asked for to look at them.
-        decoded = source.decode(encoded, decoders, DataReport(max_bad_share=1.0))
+        report = DataReport(max_bad_share=1.0)
+        decoded = source.decode(encoded, decoders, report)
 
         # Pixels are taken out of the decoders' memory before these are closed.
         copier = DeviceCopier(device=device, dtype=dtype)

@@ -163,7 +163,8 @@ class SampleSource:
         shards_B, _ = self._dataset.locate(encoded.sample_ids_B)
         # Keys are read from the manifest's files, so only those of bad samples are.
         bad_ids = encoded.sample_ids_B[list(bad)]
-        keys = dict(zip(bad, self._dataset.keys(bad_ids), strict=True))
+        bad_keys = self._dataset.keys(bad_ids)
+        keys = dict(zip(bad, bad_keys, strict=True))
         reasons: list[Refused | None] = []
         shards = []
         keys_or_none = []
@@ -230,7 +231,8 @@ class SampleSource:
             if declared is None or declared == expected:
                 continue
             width, height = declared
-            detail = f"{width} x {height} pixels, the manifest says {expected[0]} x {expected[1]}"
+            said = f"the manifest says {expected[0]} x {expected[1]}"
+            detail = f"{width} x {height} pixels, {said}"
             bad[i] = Refused(Reason.SIZE_DIFFERS, detail)
         return bad
 

@@ -86,5 +86,6 @@ class PipelineStats:
         totals = {}
         with self._lock:
             for name, counter in self._stages.items():
-                totals[str(name)] = dict(vars(counter))
+                counts = dict(vars(counter))
+                totals[str(name)] = counts
         return totals

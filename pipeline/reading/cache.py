@@ -77,7 +77,8 @@ class CacheCounters:
         """Add to counters by name."""
         with self._lock:
             for name, count in counts.items():
-                setattr(self, name, getattr(self, name) + count)
+                total = getattr(self, name) + count
+                setattr(self, name, total)
 
     def count_retry(self) -> None:
         """Count one storage call that is made again."""
@@ -223,7 +224,8 @@ class ShardCache:
 
     def drop(self, shard: int) -> None:
         """Remove a copy that was damaged where it lies; it will be fetched again."""
-        self._guarded(lambda folder: folder.remove(self.name(shard)))
+        name = self.name(shard)
+        self._guarded(lambda folder: folder.remove(name))
         with self._changed:
             self._turns[shard] = _QUEUED
             self._changed.notify_all()
@@ -277,7 +279,8 @@ class ShardCache:
         name = self._manifest.shard_name(shard)
         problem = storage.redact(str(error))
         self._warn(f"{name} could not be staged: {problem}")
-        return _Turn(_State.PAUSED, time.monotonic() + pause_s)
+        again_at_s = time.monotonic() + pause_s
+        return _Turn(_State.PAUSED, again_at_s)
 
     def _next(self) -> int | None:
         """Wait for the next shard to be fetched and take it; None at the end."""
@@ -305,12 +308,14 @@ class ShardCache:
         """Fetch, check and place one shard; return its next turn, None if it is here."""
         assert self._folder is not None
         size_bytes = self._manifest.shard_bytes(shard)
-        partial = self._folder.begin(self.name(shard), size_bytes)
+        name = self.name(shard)
+        partial = self._folder.begin(name, size_bytes)
         if partial == "here":
             return None
         if partial == "busy":
             # Another process fills it; its rename is not announced, so the disk is looked at again.
-            return _Turn(_State.PAUSED, time.monotonic() + _BUSY_RETRY_S)
+            again_at_s = time.monotonic() + _BUSY_RETRY_S
+            return _Turn(_State.PAUSED, again_at_s)
         if partial == "full":
             self.counters.add(no_room=1)
             with self._changed:  # one shard found no room, so the next would not either
@@ -359,8 +364,10 @@ class ShardCache:
         # memory stays small.
         most = _PARTS_AT_ONCE // _SHARDS_AT_ONCE + 2
         while True:
-            for start in islice(starts, most - len(under_way)):
-                under_way.append(self._fetcher.submit(read, start))
+            num_free = most - len(under_way)
+            for start in islice(starts, num_free):
+                part_under_way = self._fetcher.submit(read, start)
+                under_way.append(part_under_way)
             if not under_way:
                 return digest.hexdigest()
             oldest = under_way.popleft()

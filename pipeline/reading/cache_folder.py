@@ -100,7 +100,9 @@ class CacheFolder:
             if self._lease is None:
                 return
             # Room first: a full disk must not cut the list that protects what is read now.
-            os.posix_fallocate(self._lease.fileno(), 0, max(1, len(content)))
+            # At least one byte, because the call refuses none.
+            room = max(1, len(content))
+            os.posix_fallocate(self._lease.fileno(), 0, room)
             os.pwrite(self._lease.fileno(), content, 0)
             os.ftruncate(self._lease.fileno(), len(content))
 
@@ -125,11 +127,13 @@ class CacheFolder:
             needed = self._leased_names()
             spare = []
             for file in held:
-                name_of_file = str(file.path.relative_to(self.root))
+                relative = file.path.relative_to(self.root)
+                name_of_file = str(relative)
                 if name_of_file not in needed:
                     spare.append(file)
             spare_bytes = sum(file.size_bytes for file in spare)
-            if total_bytes - spare_bytes + size_bytes > self._max_bytes:
+            kept_bytes = total_bytes - spare_bytes
+            if kept_bytes + size_bytes > self._max_bytes:
                 return "full"  # removing everything would not do, so none is removed in vain
 
             # A reader sets the time of its shard when it maps it: the oldest is unused for longest.
@@ -196,7 +200,8 @@ class CacheFolder:
                 stat = path.stat()
                 total_bytes += stat.st_size
                 if not is_partial:
-                    held.append(_Held(stat.st_mtime, stat.st_size, path))
+                    whole = _Held(stat.st_mtime, stat.st_size, path)
+                    held.append(whole)
         return held, total_bytes
 
     def _leased_names(self) -> set[str]:
@@ -227,7 +232,8 @@ class CacheFolder:
             while True:
                 # All at once: a disk that fills up half-way would have cost the download.
                 try:
-                    os.posix_fallocate(partial.file.fileno(), 0, max(1, size_bytes))
+                    room = max(1, size_bytes)
+                    os.posix_fallocate(partial.file.fileno(), 0, room)
                     return partial
                 except OSError as error:
                     file = next(spare, None)
@@ -244,7 +250,8 @@ class CacheFolder:
 
 def _lock(file: BinaryIO) -> None:
     # flock, not lockf: it belongs to the open file, and another open in this process sees it too.
-    fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    how = fcntl.LOCK_EX | fcntl.LOCK_NB
+    fcntl.flock(file.fileno(), how)
 
 
 def _remove_if_dead(path: Path) -> bool:
@@ -254,7 +261,8 @@ def _remove_if_dead(path: Path) -> bool:
             # Shared: two processes may look at the same file at once, and neither takes the other
             # for its owner.
             try:
-                fcntl.flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+                how = fcntl.LOCK_SH | fcntl.LOCK_NB
+                fcntl.flock(file.fileno(), how)
             except BlockingIOError:
                 return False
             path.unlink(missing_ok=True)

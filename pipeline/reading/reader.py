@@ -149,7 +149,8 @@ class ShardReader:
     def _read_range(self, rows: Rows, i: int) -> U8:
         """Read one sample by its own range, again if it arrives damaged; the last try is
         returned as it is."""
-        uri = self._manifest.shard_uri(int(rows.shards_B[i]))
+        shard = int(rows.shards_B[i])
+        uri = self._manifest.shard_uri(shard)
         offset = int(rows.offsets_B[i])
         size = int(rows.sizes_B[i])
         # Tries of the content; a call that fails is tried again below, in `storage`.
@@ -180,7 +181,8 @@ class ShardReader:
         return mapped
 
     def _map_local(self, shard: int) -> U8:
-        path = storage.local_path(self._manifest.shard_uri(shard))
+        uri = self._manifest.shard_uri(shard)
+        path = storage.local_path(uri)
         expected_bytes = self._manifest.shard_bytes(shard)
         try:
             mapped = _map_file(path)

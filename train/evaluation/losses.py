@@ -38,7 +38,8 @@ def held_out_losses(
         losses = objective.held_out_losses(saved.model, batch)
         for name, losses_B in losses.items():
             total = float(losses_B.sum())
-            sums[name] = sums.get(name, 0.0) + total
+            so_far = sums.get(name, 0.0)
+            sums[name] = so_far + total
         count += len(batch.labels_B)
-    means = {name: total / count for name, total in sums.items()}
+    means = {name: summed / count for name, summed in sums.items()}
     return {"num_images": count, **means}

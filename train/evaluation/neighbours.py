@@ -54,7 +54,9 @@ def embed(
         unit_BD = F.normalize(features_BD.float(), dim=1)
         features.append(unit_BD)
         labels.append(batch.labels_B)
-    return torch.cat(features), torch.cat(labels)
+    features_MD = torch.cat(features)
+    labels_M = torch.cat(labels)
+    return features_MD, labels_M
 
 
 def knn_accuracy(

@@ -63,9 +63,12 @@ def read_pictures(paths: Sequence[Path], *, height: int, width: int) -> Tensor:
                 upright = turned.convert("RGB")
         except (UnidentifiedImageError, OSError) as error:
             raise DataError(f"{path}: cannot be read as a picture: {error}") from error
-        fitted = ImageOps.fit(upright, (width, height), method=Image.Resampling.BICUBIC)
-        pixels_HWC = np.asarray(fitted, dtype=np.float32) / 255
-        pictures.append(torch.from_numpy(pixels_HWC).permute(2, 0, 1))
+        size = (width, height)
+        fitted = ImageOps.fit(upright, size, method=Image.Resampling.BICUBIC)
+        levels_HWC = np.asarray(fitted, dtype=np.float32)
+        pixels_HWC = levels_HWC / 255
+        picture_HWC = torch.from_numpy(pixels_HWC)
+        pictures.append(picture_HWC.permute(2, 0, 1))
     mean = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
     std = torch.tensor(IMAGENET_STD).view(3, 1, 1)
     return (torch.stack(pictures) - mean) / std

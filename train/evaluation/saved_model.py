@@ -72,7 +72,8 @@ def load_model(uri: str, *, device: torch.device | None = None) -> SavedModel:
     if device is None:
         device = torch.device("cpu")
     model = model.to(device).eval()
-    return SavedModel(model, config, int(state["step"]), uri)
+    step = int(state["step"])
+    return SavedModel(model, config, step, uri)
 
 
 def untrained_like(saved: SavedModel, *, device: torch.device) -> nn.Module:

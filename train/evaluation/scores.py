@@ -98,7 +98,8 @@ def _accuracies(
         )
         found[name] = knn_accuracy(features_BD, labels_B, known_MD, known_labels_M)
         # Fewer known images give a lower share: a figure says on how many it was measured.
-        found |= {"num_classified": len(labels_B), "num_known": len(known_labels_M)}
+        counts = {"num_classified": len(labels_B), "num_known": len(known_labels_M)}
+        found |= counts
     return found
 
 
