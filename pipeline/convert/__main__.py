@@ -160,7 +160,7 @@ def _try_some(
     settings: ConvertSettings,
 ) -> dict[str, Any]:
     source = open_source(src, settings)
-    listing = list_source(source, src)
+    listing = list_source(source, src, settings)
     plan = make_plan(listing, settings)
     finished = find_finished(arguments.dst, plan)
 

@@ -121,7 +121,7 @@ def _convert_plain(
     src: str, dst: str, settings: ConvertSettings, *, job: Job, workers: Workers
 ) -> DatasetInfo | None:
     """Do what `convert_job` does, from a source that is not packed."""
-    listing = list_source(open_source(src, settings), src)
+    listing = list_source(open_source(src, settings), src, settings)
     plan = make_plan(listing, settings)
 
     done = find_finished(dst, plan)

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import PurePosixPath
 
 from pipeline import storage
+from pipeline.console import say
 from pipeline.dataset.info import DATASET_FILE, PLAN_FILE
 from pipeline.dataset.scan import say_splits
 from pipeline.dataset.splits import pattern_per_split
 from pipeline.errors import ConfigError
 from pipeline.formats.records import SUFFIXES
+from pipeline.formats.table import NO_LABEL
 from pipeline.formats.webdataset import IMAGE_EXTENSIONS, split_key
 from pipeline.images.left_out import LeftOut
 from pipeline.sources.columns import holds_images
@@ -224,14 +226,22 @@ def open_source(
     return kinds[kind](uri, settings)
 
 
-def list_source(source: Source, uri: str) -> Listing:
+def list_source(source: Source, uri: str, settings: SourceSettings) -> Listing:
     """Return what a source holds, and what lies beside it in its folder.
 
     Args:
         source: Opened.
         uri: What it was opened by.
+        settings: What it was opened with.
     """
     listing = source.listing()
+    is_unlabelled = listing.kind == "dataset" and not (listing.labels != NO_LABEL).any()
+    if is_unlabelled and settings.labels != "none":
+        # Tars of loose pictures by class, called cat.tar and dog.tar, look like shards.
+        say(
+            f"convert: note: no sample in the shards of {storage.redact(uri)} has a label (.cls, "
+            "or label in .json)"
+        )
     beside = _left_beside(uri, listing.kind)
     listing.left_out.update(beside)
     for reason, count in beside.counts.items():

@@ -74,7 +74,7 @@ class FolderSource:
             on_other=classes.on_other,
         ):
             if builder.add(file.name, file.size_bytes):
-                classes.holding.add(file.name.partition("/")[0])
+                classes.on_image(file.name)
         if not len(builder):
             deeper = _sources_below(self.uri, builder.left_out)
             expected = f"Expected {', '.join(IMAGE_SUFFIXES)}, tars, betons or Parquet files."
@@ -115,13 +115,21 @@ class _ClassFolders:
     """
 
     def __init__(self, uri: str, builder: ListingBuilder) -> None:
-        self.holding: set[str] = set()
-        """First parts of the images' paths: the class folders, or images without one."""
+        self._holding: set[str] = set()
+        self._has_deep = False
         self._uri = uri
         self._builder = builder
         self._folders: set[str] = set()
         self._dead: list[str] = []
         self._linked: list[str] = []
+
+    def on_image(self, name: str) -> None:
+        """Note a listed image."""
+        folder, _, below = name.partition("/")
+        # Of a flat folder of ten million images no name is kept here.
+        if below:
+            self._holding.add(folder)
+            self._has_deep = self._has_deep or "/" in below
 
     def on_other(self, name: str, entry: storage.OtherEntry) -> None:
         """Note an entry that is not a file."""
@@ -135,20 +143,29 @@ class _ClassFolders:
             return
         shown = name
         if entry is storage.OtherEntry.DEAD_LINK:
-            shown = f"{name} -> {storage.local_path(storage.join(self._uri, name)).readlink()}"
+            shown = f"{name} -> {self._target_of(name)}"
             is_class = "/" not in name and why_skipped(name) == "no extension"
             if is_class:
                 self._dead.append(shown)
         reason = "hidden" if storage.is_hidden(name) else str(entry)
         self._builder.left_out.add(reason, shown)
 
+    def _target_of(self, name: str) -> str:
+        try:
+            return str(storage.local_path(storage.join(self._uri, name)).readlink())
+        except OSError:
+            return "?"  # taken away in the meantime
+
     def notes(self) -> list[str]:
         """Return a sentence for each kind of folder that is not a class, although it may look like
         one."""
-        empty = sorted(self._folders - self.holding - set(self._linked))
+        empty = sorted(self._folders - self._holding - set(self._linked))
         # A flat folder of images has no classes that could shift.
-        has_classes = bool(self._folders & self.holding)
+        has_classes = bool(self._folders & self._holding)
+        is_wrapped = len(self._holding) == 1 and self._has_deep
         told = {
+            "class folder holds all images, in folders of its own; if those are the classes, give "
+            "it as SRC": list(self._holding) if is_wrapped else [],
             "class folders hold no image and get no class number": empty if has_classes else [],
             "class folders are dead links and get no class number": self._dead,
             "folders are reached twice and are listed once": self._linked,

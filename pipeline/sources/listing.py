@@ -333,39 +333,44 @@ class ListingBuilder:
         )
 
 
-def _refuse_splits(
-    uri: str,
-    names: pa.StringArray,
-    kind: SourceKind,
-) -> None:
+def _refuse_splits(uri: str, names: pa.StringArray, kind: SourceKind) -> None:
     """Refuse folders of train and validation images as classes: they are not one dataset.
 
     Raises:
         ConfigError: All folders are called like splits, or two different splits are among them.
     """
-    folders = pc.unique(
-        pc.replace_substring_regex(
-            names,
-            "/.*",
-            "",
-        )
-    ).to_pylist()
-    in_folders = pc.match_substring(names, "/")
-    if not pc.all(in_folders).as_py():
+    prefix = ""
+    folders = _first_folders(names)
+    # data/images/train and data/images/val: the folder that all lie in says no more than its own.
+    while folders is not None and len(folders) == 1 and split_of(folders[0]) is None:
+        prefix = f"{prefix}{folders[0]}/"
+        names = pc.replace_substring_regex(names, "^[^/]*/", "")
+        folders = _first_folders(names)
+    if folders is None:
         return
-    split_of_folder = {str(folder): split_of(str(folder)) for folder in folders}
+
     # A class may be called `train`: beside cars and ships it is one.
-    named = {folder: split for folder, split in split_of_folder.items() if split is not None}
-    has_several = len(set(named.values())) > 1
+    splits = {folder: split_of(folder) for folder in folders}
+    named = sorted(folder for folder, split in splits.items() if split is not None)
+    has_several = len({splits[folder] for folder in named}) > 1
     if not named or not (has_several or len(named) == len(folders)):
         return
-    examples = ", ".join(storage.redact(storage.join(uri, folder)) for folder in sorted(named))
-    what = f"one of them: {examples}" if kind == "folder" else "one of them, unpacked"
+    paths = [storage.redact(storage.join(uri, prefix + folder)) for folder in named]
+    advice = ", ".join(paths) if kind == "folder" else "unpacked"
     raise ConfigError(
-        f"convert: {storage.redact(uri)} holds the folders {', '.join(sorted(named))}, which are "
-        f"splits of a data set and not classes. Give {what}. If they are classes, give --labels "
-        "folders; for one dataset of all images without labels, --labels none."
+        f"convert: {storage.redact(uri)} holds the folders {', '.join(named)}, which are splits of "
+        f"a data set and not classes. Give one of them: {advice}. If they are classes, give "
+        "--labels folders; for one dataset of all images without labels, --labels none."
     )
+
+
+def _first_folders(names: pa.StringArray) -> list[str] | None:
+    """Return the first folders of paths, sorted; None if one path has none."""
+    in_folders = pc.match_substring(names, "/")
+    if not pc.all(in_folders).as_py():
+        return None
+    first = pc.unique(pc.replace_substring_regex(names, "/.*", ""))
+    return sorted(str(folder) for folder in first.to_pylist())
 
 
 @dataclass(frozen=True)

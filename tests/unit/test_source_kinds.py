@@ -294,6 +294,38 @@ def test_folders_called_like_splits_are_not_classes(tmp_path, folders):
     assert made(tmp_path / "src", tmp_path / "none", labels="none")
 
 
+def test_splits_inside_a_folder_around_all_are_found(tmp_path):
+    for folder in ("train", "val"):
+        for name in ("cat", "dog"):
+            path = tmp_path / "src" / "data" / "images" / folder / name / "x.jpg"
+            path.parent.mkdir(parents=True)
+            path.write_bytes(picture())
+    with pytest.raises(ConfigError, match=f"{tmp_path}/src/data/images/train"):
+        convert(str(tmp_path / "src"), str(tmp_path / "dst"), workers=1)
+
+
+def test_one_folder_around_all_classes_is_told(tmp_path):
+    for name in ("cat", "dog"):
+        path = tmp_path / "src" / "flowers" / name / "x.jpg"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(picture())
+    made(tmp_path / "src", tmp_path / "dst")
+    [note] = left_out(tmp_path / "dst")["notes"]
+    assert "if those are the classes" in note
+    assert note.endswith(": flowers")
+    made(tmp_path / "src" / "flowers", tmp_path / "dst2")
+    assert not (tmp_path / "dst2" / "left_out.json").exists()
+
+
+def test_shards_without_a_label_are_told(tmp_path, capsys):
+    for name in ("cat", "dog"):
+        pack(tmp_path / "src" / f"{name}.tar", {f"{name}1.jpg": picture()})
+    made(tmp_path / "src", tmp_path / "dst")
+    assert "no sample" in capsys.readouterr().err
+    made(tmp_path / "src", tmp_path / "dst2", labels="none")
+    assert "no sample" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("folders", [["bus", "car", "train"], ["valley", "testament"]])
 def test_a_class_may_be_called_like_a_split(tmp_path, folders):
     for folder in folders:
