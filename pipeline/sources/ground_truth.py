@@ -62,7 +62,9 @@ class GroundTruth:
         Raises:
             DataError: There is no class for an image.
         """
-        number = {name: position for position, name in enumerate(self.names)}
+        number: dict[str, int] = {}
+        for position, class_name in enumerate(self.names):
+            number[class_name] = position
         if self.in_order:
             # One line too few would shift every label behind it.
             if len(self.in_order) != len(names):
@@ -102,8 +104,12 @@ def read_ground_truth(uri: str, synsets: str | None = None) -> GroundTruth:
     shown = storage.redact(uri)
     files = _devkit(uri)
     if files:
-        missing = [name for name in (_LABELS_FILE, _META_FILE) if name not in files]
-        if missing and not (missing == [_META_FILE] and synsets):
+        wanted = [_LABELS_FILE]
+        # The list of classes may be given apart.
+        if not synsets:
+            wanted.append(_META_FILE)
+        missing = [name for name in wanted if name not in files]
+        if missing:
             raise DataError(f"convert: {shown} does not hold {' and '.join(missing)}. {_HOW}")
         meta = storage.read_bytes(synsets) if synsets else files[_META_FILE]
         classes = _read_synsets(meta, shown=storage.redact(synsets or uri))
@@ -114,8 +120,10 @@ def read_ground_truth(uri: str, synsets: str | None = None) -> GroundTruth:
 
 def _read_text(data: bytes, synsets: str | None, *, shown: str) -> GroundTruth:
     """Read a text file: a number or a name per line, or an image's name and its class."""
-    lines = _text(data, shown).splitlines()
-    rows = [re.split(r"[\s,]+", line.strip()) for line in lines if line.strip()]
+    rows: list[list[str]] = []
+    for line in _text(data, shown).splitlines():
+        if line.strip():
+            rows.append(re.split(r"[\s,]+", line.strip()))
     # A header taken for an image would add a class called `label` and shift those behind it.
     if rows and rows[0][0].lower() in _HEADERS:
         rows = rows[1:]
@@ -136,8 +144,8 @@ def _read_text(data: bytes, synsets: str | None, *, shown: str) -> GroundTruth:
         return _numbered(words, classes, shown=shown)
 
     # Names with numbers: lists of other projects, numbered in an order that nobody states.
-    is_numbered = all(len(row) >= 2 and row[1].isdecimal() for row in rows)
-    if is_numbered or any(len(row) < 2 for row in rows):
+    is_short = any(len(row) < 2 for row in rows)
+    if is_short or all(row[1].isdecimal() for row in rows):
         raise DataError(f"convert: {shown} cannot be understood: {' '.join(rows[0])!r}. {_HOW}")
     by_name: dict[str, str] = {}
     for name, class_name in (row[:2] for row in rows):
@@ -153,13 +161,15 @@ def _read_text(data: bytes, synsets: str | None, *, shown: str) -> GroundTruth:
 
 
 def _numbered(numbers: list[str], classes: dict[int, str], *, shown: str) -> GroundTruth:
-    unknown = [text for text in numbers if not text.isdecimal() or int(text) not in classes]
-    if unknown:
-        raise DataError(
-            f"convert: {shown} has the class number {unknown[0]!r}, which is not in the list of "
-            "classes. Use the list that belongs to it."
-        )
-    in_order = [classes[int(text)] for text in numbers]
+    in_order: list[str] = []
+    for text in numbers:
+        name = classes.get(int(text)) if text.isdecimal() else None
+        if name is None:
+            raise DataError(
+                f"convert: {shown} has the class number {text!r}, which is not in the list of "
+                "classes. Use the list that belongs to it."
+            )
+        in_order.append(name)
     # All classes of the list, even those without an image here: numbers must agree with the train
     # set's.
     return GroundTruth(shown, sorted(classes.values()), in_order, {})
@@ -182,8 +192,11 @@ def _devkit(uri: str) -> dict[str, bytes]:
                 ) from error
     if not uri.startswith("https:") and storage.is_folder(uri):
         files = storage.list_files(uri, recursive=True)
-        uri_of = {storage.name_of(file.name): file.uri for file in files}
-        found = {name: storage.read_bytes(uri_of[name]) for name in wanted if name in uri_of}
+        found: dict[str, bytes] = {}
+        for file in files:
+            file_name = storage.name_of(file.name)
+            if file_name in wanted:
+                found[file_name] = storage.read_bytes(file.uri)
         # A folder is a devkit even if it lacks both files: the error then says what is missing.
         return found or {"": b""}
     return {}
@@ -202,8 +215,10 @@ def _read_synsets(data: bytes, *, shown: str) -> dict[int, str]:
     """Return class names by ILSVRC2012_ID."""
     if data.startswith(b"MATLAB"):
         return _read_meta(data, shown=shown)
-    rows = [line.split() for line in _text(data, shown).splitlines() if line.strip()]
-    if rows and all(len(row) >= 2 and row[0].isdecimal() for row in rows):
+    lines = _text(data, shown).splitlines()
+    rows = [line.split() for line in lines if line.strip()]
+    has_ids = [len(row) >= 2 and row[0].isdecimal() for row in rows]
+    if rows and all(has_ids):
         return {int(row[0]): row[1] for row in rows}
     names = [row[0] for row in rows]
     # A list sorted by name would be taken for one sorted by ID, and every label would be wrong.
@@ -228,9 +243,18 @@ def _read_meta(data: bytes, *, shown: str) -> dict[int, str]:
     try:
         variables: Any = loadmat(io.BytesIO(data), squeeze_me=True, variable_names=["synsets"])
         table = variables["synsets"]
-        rows = zip(table["ILSVRC2012_ID"], table["WNID"], table["num_children"], strict=True)
-        # Classes are the leaves; the rest are the groups they fall into.
-        return {int(number): str(wnid) for number, wnid, children in rows if int(children) == 0}
+        rows = zip(
+            table["ILSVRC2012_ID"],
+            table["WNID"],
+            table["num_children"],
+            strict=True,
+        )
+        classes: dict[int, str] = {}
+        for number, wnid, num_children in rows:
+            # Classes are the leaves; the rest are the groups they fall into.
+            if int(num_children) == 0:
+                classes[int(number)] = str(wnid)
+        return classes
     except (ValueError, TypeError, KeyError, IndexError, NotImplementedError) as error:
         raise DataError(
             f"convert: {shown} is not ImageNet's meta.mat ({type(error).__name__}: {error})."

@@ -53,6 +53,7 @@ def _labels_of_folders(uri: str, names: pa.StringArray, mode: LabelMode) -> Labe
     """Take the first folder of a path as its class."""
     in_folder = pc.match_substring(names, "/")
     num_nested = int(np.count_nonzero(in_folder.to_numpy(zero_copy_only=False)))
+    # A flat folder: no path tells a class.
     if not num_nested:
         if mode == "folders":
             raise ConfigError(
@@ -60,6 +61,7 @@ def _labels_of_folders(uri: str, names: pa.StringArray, mode: LabelMode) -> Labe
                 "--labels none, or a folder of class folders."
             )
         return no_labels(len(names))
+    # A class for some images only would leave the others unlabelled without a word.
     if num_nested < len(names):
         loose = names.filter(pc.invert(in_folder))
         raise ConfigError(

@@ -57,7 +57,8 @@ class SourceSettings(Settings):
     image_column: str | None = None
     """Column of a table that holds the images or their URIs. None: chosen by its name."""
     label_column: str | None = None
-    """Column of a table that holds the labels. None: chosen by its name."""
+    """Column of a table that holds the labels: whole numbers of any type, or names. Null, NaN, -1
+    and empty text are no label. None: chosen by its name."""
     image_component: str | None = None
     """Member of a WebDataset's sample that is its image, for example image.jpg or 1.jpg. None: jpg,
     jpeg, png or webp."""

@@ -178,23 +178,34 @@ class ParquetSource:
             schema = parquet.schema_arrow
             columns = self._columns(schema, shown)
             image = columns.image
-            groups = [parquet.metadata.row_group(g) for g in range(parquet.num_row_groups)]
-            rows_per_group = np.array([group.num_rows for group in groups], np.int64)
+            metadata = parquet.metadata
+            groups = [metadata.row_group(number) for number in range(parquet.num_row_groups)]
+            num_rows = [group.num_rows for group in groups]
+            rows_per_group = np.array(num_rows, np.int64)
 
             # The footer has no size per image, only per column of a row group: all get the mean.
             image_bytes = [_column_bytes(group, image.bytes_path, shown) for group in groups]
-            mean_bytes = np.array(image_bytes, np.int64) // np.maximum(1, rows_per_group)
+            # A group may be empty.
+            divisors = np.maximum(1, rows_per_group)
+            mean_bytes = np.array(image_bytes, np.int64) // divisors
 
             # One column at a time: two of one name, or a name in a record, cannot be mixed up.
             count = int(rows_per_group.sum())
             paths = None
             if image.text_path:
-                paths = image.leaf(parquet.read(columns=[image.text_path], use_threads=False))
+                table = parquet.read(columns=[image.text_path], use_threads=False)
+                paths = image.leaf(table)
             labels = pa.chunked_array([pa.nulls(count)])
             if columns.label is not None:
-                labels = parquet.read(columns=[columns.label], use_threads=False).column(0)
+                table = parquet.read(columns=[columns.label], use_threads=False)
+                labels = table.column(0)
 
-        label = LabelPart(shown, columns.label, labels, _class_names(schema, columns.label))
+        label = LabelPart(
+            shown=shown,
+            column=columns.label,
+            values=labels,
+            class_names=_class_names(schema, columns.label),
+        )
         return _Index(
             names=_image_names(file, paths, count),
             label=label,
@@ -211,8 +222,10 @@ class ParquetSource:
         assert locations is not None, "the listing has a location per image"
         found: list[bytes | Refused] = [b""] * len(wanted)
         # In the order of the files: each row group is read once, from front to back.
-        for file, group in np.unique(locations[["file", "group"]]).tolist():
-            in_group = (locations["file"] == file) & (locations["group"] == group)
+        groups = np.unique(locations[["file", "group"]])
+        for file, group in groups.tolist():
+            is_file = locations["file"] == file
+            in_group = is_file & (locations["group"] == group)
             positions = np.flatnonzero(in_group).tolist()
             rows = locations["row"][in_group].tolist()
             position_of = dict(zip(rows, positions, strict=True))
@@ -270,8 +283,11 @@ def file_locations(file: int, rows_per_group: npt.NDArray[np.int64]) -> npt.NDAr
     locations = np.empty(int(rows_per_group.sum()), LOCATION)
     starts = np.cumsum(rows_per_group) - rows_per_group
     locations["file"] = file
-    locations["group"] = np.repeat(np.arange(len(rows_per_group)), rows_per_group)
-    locations["row"] = np.arange(len(locations)) - np.repeat(starts, rows_per_group)
+    groups = np.arange(len(rows_per_group))
+    locations["group"] = np.repeat(groups, rows_per_group)
+    # Rows count from the start of their group.
+    start_of_row = np.repeat(starts, rows_per_group)
+    locations["row"] = np.arange(len(locations)) - start_of_row
     return locations
 
 

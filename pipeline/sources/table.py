@@ -100,16 +100,22 @@ class ListSource:
     @cached_property
     def _folders(self) -> list[str]:
         """Return the folders that paths may be taken from, the likeliest first."""
-        above = self.uri.rstrip("/").rsplit("/", 1)[0] if "/" in self.uri else "."
+        above = "."
+        if "/" in self.uri:
+            # Empty if the list lies in the root.
+            above = self.uri.rstrip("/").rsplit("/", 1)[0] or "/"
         is_https = self.uri.startswith("https:")
         if not is_https and storage.names_several(self.uri):
             # Of a pattern or a list of files, the folder of the first one.
-            return [find_files(self.uri)[0].uri.rsplit("/", 1)[0]]
+            first = find_files(self.uri)[0]
+            return [first.uri.rsplit("/", 1)[0]]
         if is_https or not storage.is_folder(self.uri):
-            return [above or "/"]
+            return [above]
         # The files may lie one folder below, as those of a data set cloned from a hub.
-        own = find_files(self.uri)[0].uri.rsplit("/", 1)[0]
-        return list(dict.fromkeys([own, self.uri.rstrip("/"), above or "/"]))
+        first = find_files(self.uri)[0]
+        own = first.uri.rsplit("/", 1)[0]
+        folders = [own, self.uri.rstrip("/"), above]
+        return list(dict.fromkeys(folders))
 
     def _folder_of(self, name: str) -> str:
         """Return the folder that a path is taken from."""
@@ -169,16 +175,19 @@ class ListSource:
 
         # Keys of good rows alone: a bad one must not change the folder that all have in common.
         keys = sample_keys(_short(pa.array(good, pa.string())))
+        bad_names = [row.name for row in bad]
         unused = pa.array(["rejected"] * len(bad), pa.string())
         no_label = np.full(len(bad), NO_LABEL, np.int32)
         no_bytes = np.zeros(len(bad), np.int64)
         locations = None
         if bad:
-            codes = [-1] * len(good) + [_ROW_REASONS.index(row.reason) for row in bad]
+            # Told to the workers, which see single rows and not the table.
+            reasons = [_ROW_REASONS.index(row.reason) for row in bad]
+            codes = [-1] * len(good) + reasons
             locations = np.array(codes, np.int8).view(ROW)
         return Listing(
             uri=self.uri,
-            names=pa.array([*good, *[row.name for row in bad]], pa.string()),
+            names=pa.array(good + bad_names, pa.string()),
             sizes=np.append(sizes[kept], no_bytes),
             labels=np.append(labels[kept], no_label),
             classes=classes,
