@@ -112,7 +112,7 @@ class OptimSection(Settings):
     be known at the start. `constant_cooldown`: the peak, then a straight line to `min_lr` over
     `cooldown_share` of the run; before the cooldown begins, the run can be made longer or shorter
     without a jump of the rate."""
-    cooldown_share: float = Field(default=0.2, gt=0, le=1)
+    cooldown_share: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Share of the run's length, at its end, over which `constant_cooldown` lowers the rate.
     `cosine` has no cooldown."""
     warmup_epochs: LengthOrNone | None = 40.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 import os
 import signal
@@ -11,6 +12,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TypeVar
 
@@ -20,7 +22,7 @@ from pipeline.console.streams import (
     say,
     stdout_for_the_result,
 )
-from pipeline.errors import InfrastructureError, MaelstromError
+from pipeline.errors import ConfigError, InfrastructureError, MaelstromError
 from pipeline.storage.retry import TOO_MANY_FILES, has_too_many_files
 
 EXIT_UNEXPECTED = 1
@@ -90,6 +92,7 @@ def start_command(module: str, *, speaks: bool = True) -> NoReturn:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # It stays until run_command takes over: there is no moment without a handler.
         signal.signal(signal.SIGINT, _EndAtOnce(command, speaks=speaks))
+    _refuse_shadows(module)
     try:
         exit_code = importlib.import_module(module).main()
     except (OSError, ImportError) as error:
@@ -102,6 +105,30 @@ def start_command(module: str, *, speaks: bool = True) -> NoReturn:
         # The result is out. KeyboardInterrupt inside an exit handler would print a traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(exit_code)
+
+
+def _refuse_shadows(module: str) -> None:
+    """Stop if a file of the working folder, such as `model.py`, would be imported in place of our
+    package: with `-m` Python looks there first.
+
+    Found, not imported: a stranger's file would be run. A `train.py` or `pipeline.py` hides the
+    command itself, and Python says so before any of our lines is run.
+
+    Args:
+        module: The door.
+    """
+    ours = Path(__file__).resolve().parents[2]
+    # pipeline imports none of the other packages, so they hide nothing from its commands.
+    needed = ("model", "train") if module.startswith("train.") else ()
+    for name in needed:
+        spec = importlib.util.find_spec(name)
+        expected = ours / name / "__init__.py"
+        if spec is not None and spec.origin and Path(spec.origin).resolve() != expected:
+            say(
+                f"error: {spec.origin} hides our package {name} from {module}: rename it, or start "
+                "in another folder"
+            )
+            sys.exit(ConfigError.exit_code)
 
 
 def _interrupt_by_exception() -> None:

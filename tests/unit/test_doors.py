@@ -209,6 +209,26 @@ def test_an_ignored_ctrl_c_stays_ignored(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: ")
 
 
+@pytest.mark.parametrize("name", ["model.py", "model/__init__.py"])
+def test_a_file_that_hides_a_package_is_named_and_not_run(name: str, tmp_path: Path) -> None:
+    hiding = tmp_path / name
+    hiding.parent.mkdir(exist_ok=True)
+    hiding.write_text("open('was-run', 'w')")
+    done = run_door("train.pretrain", "demo", "--dry-run", folder=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"error: {hiding} hides our package model")
+    assert not (tmp_path / "was-run").exists()
+    # The other commands do not need it.
+    assert run_door("pipeline.verify", "--help", folder=tmp_path).returncode == 0
+
+
+def test_a_folder_of_data_hides_nothing(tmp_path: Path) -> None:
+    for name in ("model", "train", "pipeline"):
+        (tmp_path / name).mkdir()
+    done = run_door("train.pretrain", "demo", "--dry-run", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 # ---------------------------------------------------------------------------------------- the guard
 
 

@@ -27,6 +27,7 @@ NO_PATHS = {
     ("pipeline.bench", "device"),
     ("pipeline.convert", "ray_address"),
     ("pipeline.convert", "shards"),
+    ("pipeline.verify", "image_component"),
     ("train.checkpoint_bench", "model"),
     ("train.step_bench", "model"),
 }

@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
 from pydantic import BaseModel
 
 from pipeline.errors import ConfigError
+from tests.random_settings import some_settings
 from tests.unit.test_options import leaves, limits
 from train import pretrain
 from train.config import RunConfig
 from train.settings.command_line import parse_run
 from train.settings.engine_rules import machine_problems
 from train.settings.lengths import length_problems
+from train.settings.text import to_toml
 
 ALONE = {"PATH": "", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -146,9 +149,9 @@ def test_the_size_of_the_data_is_asked_before_torch_is_imported(
     monkeypatch.setattr(
         "train.loop.loop.train", lambda *_: pytest.fail("the run was started"), raising=True
     )
-    given = ["demo", "--data.train", make_dataset(), "--run.dir", str(tmp_path / "run"), *SMALL]
+    started = ["demo", "--data.train", make_dataset(), "--run.dir", str(tmp_path / "run"), *SMALL]
     try:
-        code = pretrain.main([*given, *words, *(["--dry-run"] if is_dry else [])])
+        code = pretrain.main([*started, *words, *(["--dry-run"] if is_dry else [])])
     except SystemExit as left:
         code = int(left.code or 0)
     assert code == 2
@@ -186,12 +189,12 @@ def test_a_decoder_has_the_filter_of_the_view(
 ) -> None:
     words = ("--loader.decoder", decoder, "--view.interpolation", interpolation)
     # For a dry run too: no machine has such a decoder.
-    given = ["demo", *words, "--dry-run"]
+    dry = ["demo", *words, "--dry-run"]
     if is_refused:
         with pytest.raises(ConfigError, match=f"view.interpolation {interpolation}"):
-            parse_run(given, env=ALONE)
+            parse_run(dry, env=ALONE)
     else:
-        assert parse_run(given, env=ALONE).loader.decoder == decoder
+        assert parse_run(dry, env=ALONE).loader.decoder == decoder
 
 
 @pytest.mark.parametrize(
@@ -222,3 +225,32 @@ def test_a_tuning_file_that_cannot_be_read_is_told_before_the_start(
     assert f"loader.tuning_file {path}: cannot be used" in problems_of(
         "--loader.tuning-file", str(path)
     )
+
+
+# --------------------------------------------------------------------------------------- at random
+
+
+def names_one(said: str, drawn: dict[str, str]) -> bool:
+    return any(name.partition(".")[2] in said for name in drawn)
+
+
+def test_settings_at_random_are_refused_by_name_or_read_back(tmp_path: Path) -> None:
+    """tests/integration/test_settings_at_random.py starts them."""
+    file = tmp_path / "run.toml"
+
+    @settings(max_examples=150)
+    @given(drawn=some_settings())
+    def refused_or_read_back(drawn: dict[str, str]) -> None:
+        words = [f"--{name}={word}" for name, word in drawn.items()]
+        refusal = ""
+        try:
+            config = parse_run(["demo", "--data.train=shards", *words], env=ALONE)
+        except ConfigError as error:
+            refusal = str(error)
+        if refusal:
+            assert names_one(refusal, drawn), refusal
+            return
+        file.write_text(to_toml(config), encoding="utf-8")
+        assert parse_run(["demo", f"--config={file}"], env=ALONE) == config
+
+    refused_or_read_back()

@@ -205,13 +205,13 @@ def test_the_home_folder_is_expanded_once_in_every_path(
     me = pwd.getpwuid(os.getuid())
     file = write(tmp_path, f'{name} = "~/x/~y"\n')
     for words in ((f"--{name}=~/x/~y",), (f"--{name}", "~/x/~y")):
-        assert value_of(parse(*words), name) == f"{tmp_path}/x/~y", words
+        assert value_of(parse(*words, "--dry-run"), name) == f"{tmp_path}/x/~y", words
     for path in (file, "~/run.toml"):
         # Not through `parse`, whose own data.train would win over the file's.
         config = parse_run(["demo", f"--config={path}", "--dry-run"], env=ALONE)
         assert value_of(config, name) == f"{tmp_path}/x/~y"
-    assert value_of(parse(f"--{name}=~{me.pw_name}/x"), name) == f"{me.pw_dir}/x"
-    assert value_of(parse(f"--{name}=a/~/x"), name) == "a/~/x"
+    assert value_of(parse(f"--{name}=~{me.pw_name}/x", "--dry-run"), name) == f"{me.pw_dir}/x"
+    assert value_of(parse(f"--{name}=a/~/x", "--dry-run"), name) == "a/~/x"
     said = problems_of(f"--{name}=~nosuchuser/x")
     assert said.startswith(f"{name} = '~nosuchuser/x' (from command line)")
     assert "no user called 'nosuchuser'" in said
