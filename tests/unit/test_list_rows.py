@@ -341,6 +341,16 @@ def test_what_csv_writes_is_read(rows: list[tuple[str, str]], delimiter: str) ->
     assert [row.values for row in table.rows()] == expected
 
 
+def test_a_quotation_mark_that_another_row_closes_swallows_none_between() -> None:
+    text = 'path,label\n"a.jpg,1\nhere.jpg,7\nb".jpg,2,3\nc.jpg,4\n'
+    table = DelimitedTable(text, delimiter=",", is_header=lambda columns: True)
+    found = [row.values for row in table.rows()]
+    assert found == [None, ["here.jpg", "7"], None, ["c.jpg", "4"]]
+    text = 'path,label\n"a.jpg\nhere.jpg,7\n",2,3\n'
+    table = DelimitedTable(text, delimiter=",", is_header=lambda columns: True)
+    assert ["here.jpg", "7"] in [row.values for row in table.rows()]
+
+
 damage = st.lists(st.text(st.sampled_from("ab, "), max_size=8), max_size=6)
 
 
