@@ -24,7 +24,10 @@ def main() -> None:
     world = init_world(RunConfig())
     with Preemption(world) as preemption:
         step = 0
-        (folder / f"ready-{world.rank}").write_text(str(os.getpid()))
+        ready = folder / f".ready-{world.rank}"
+        ready.write_text(str(os.getpid()))
+        # The test reads the number as soon as the file is there: it must appear whole.
+        ready.rename(folder / f"ready-{world.rank}")
         while not preemption.requested():
             step += 1
             world.barrier()
