@@ -32,7 +32,6 @@ QUIET_S = 3.0
 _REMOTE_READERS = 16
 _CHUNK_FILES = 16_384
 """Names in a chunk: as Python objects they take ten times the memory that Arrow takes."""
-_HASHED_AT_ONCE = 65_536
 _SAY_EVERY_S = 10.0
 FILE_OFFSET = np.dtype([("file", np.int32), ("offset", np.int64)])
 """Where an image lies inside a larger file: number of the file, byte at which the image starts."""
@@ -148,9 +147,9 @@ class Listing:
             for start in range(
                 0,
                 len(self),
-                _HASHED_AT_ONCE,
+                _CHUNK_FILES,
             ):
-                names = self.names[start : start + _HASHED_AT_ONCE].to_pylist()
+                names = self.names[start : start + _CHUNK_FILES].to_pylist()
                 text = "\0".join(str(name) for name in names)
                 digest.update(text.encode() + b"\0")
                 progress.advance(len(names))
