@@ -5,7 +5,8 @@ Each ```bash block is preceded by a comment that says whether it runs here:
 
     <!-- run: fast -->                     seconds on a CPU
     <!-- run: slow -->                     minutes on a CPU
-    <!-- run: slow, 400 -> 4, 40 -> 1 -->  the same, with other numbers than the reader's
+    <!-- run: slow, 400 -> 4, 40 -> 1 -->  the same, with other numbers than the reader's; a number
+                                           may bring settings: 400 -> 4 --train.global-batch-size 4
     <!-- run: no, needs a GPU -->          not run; the reason is required
 
 A block of `make` targets alone needs no comment: its targets must exist. The marked blocks of a
@@ -88,8 +89,9 @@ def _mode(comment: str, text: str) -> str:
 
 
 def _exchanges(note: str) -> list[tuple[str, str]] | None:
-    """Read `400 -> 4, 40 -> 1`; None if it is something else."""
-    pairs = [re.fullmatch(r"(\d+) -> (\d+)", part) for part in note.split(", ") if note]
+    """Read `400 -> 4 --some.setting 1, 40 -> 1`; None if it is something else."""
+    pattern = r"(\d+) -> (\d+(?: --[\w.-]+ [\w.-]+)*)"
+    pairs = [re.fullmatch(pattern, part) for part in note.split(", ") if note]
     return None if None in pairs else [(pair[1], pair[2]) for pair in pairs if pair]
 
 
@@ -301,6 +303,9 @@ def test_numbers_are_exchanged_as_the_comment_asks() -> None:
     command = "run --steps 400 --warm 40 --size 4000"
     (block,) = extract_blocks(f"<!-- run: slow, 400 -> 4, 40 -> 1 -->\n```bash\n{command}\n```\n")
     assert (block.run, block.text) == ("slow", "run --steps 4 --warm 1 --size 4000\n")
+    comment = "<!-- run: slow, 400 -> 2 --train.batch 4, 40 -> 1 -->"
+    (block,) = extract_blocks(f"{comment}\n```bash\n{command}\n```\n")
+    assert block.text == "run --steps 2 --train.batch 4 --warm 1 --size 4000\n"
 
 
 @pytest.mark.parametrize(
