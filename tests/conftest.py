@@ -3,8 +3,11 @@ processes."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import ctypes
 import dataclasses
+import gc
 import importlib.util
 import io
 import os
@@ -47,6 +50,8 @@ PHOTO_FILES = (
 hold text and logos."""
 
 CHILD_EXIT_LIMIT_S = EXIT_S
+MUCH_BYTES = 200_000_000
+"""Growth of this process over one file of tests that is not left to the allocator."""
 
 # Compiling the sources of torch and DeepSpeed takes five seconds of CPU time, and the tests start
 # hundreds of processes that import them. If this machine does not keep bytecode beside the sources
@@ -56,6 +61,13 @@ if sys.dont_write_bytecode:
     sys.pycache_prefix = str(Path(sys.prefix) / "pycache")
     os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# torch's compiler keys its graphs by neither the processor nor ATEN_CPU_CAPABILITY: code that was
+# generated for AVX-512 is taken for AVX2 too, where it skips half of each array, and the other way
+# round it writes past the end. Every session generates its own; xdist's workers share one folder.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")
+    atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -275,6 +287,21 @@ def _wait_until_answers(
 
 
 # ---------------------------------------------------------------------------------------- processes
+
+
+@pytest.fixture(autouse=True, scope="module")
+def memory_given_back() -> Iterator[None]:
+    """Give freed memory back after a file that took much: a model of several GB would otherwise
+    stay resident in the allocator for the rest of the session."""
+    process = psutil.Process()
+    before_bytes = process.memory_info().rss
+    yield
+    # Not after every file: walking over all objects of torch takes a third of a second.
+    if process.memory_info().rss - before_bytes < MUCH_BYTES:
+        return
+    gc.collect()
+    with contextlib.suppress(AttributeError):  # musl and macOS have no malloc_trim
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(autouse=True)
