@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import xxhash
 from safetensors import safe_open
 
 from model.config import SIZES, ModelConfig
@@ -26,11 +27,16 @@ transformers = pytest.importorskip("transformers")
 NEEDED_BYTES = 11 * 10**9
 
 
+def digests(model: torch.nn.Module) -> dict[str, str]:
+    """Give a hash of each tensor: a copy to compare with would take as much as the model."""
+    state = model.state_dict()
+    return {name: xxhash.xxh3_128_hexdigest(value.numpy()) for name, value in state.items()}
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(
-    psutil.virtual_memory().available < NEEDED_BYTES, reason="needs 11 GB of free memory"
-)
 def test_vit_h_in_transformers_computes_our_loss_and_comes_back_unchanged(tmp_path: Path) -> None:
+    if psutil.virtual_memory().available < NEEDED_BYTES:
+        pytest.skip("needs 11 GB of free memory")
     config = ModelConfig(**{**SIZES["vit_h_14"].model_dump(), "norm_pix_loss": True})
     torch.manual_seed(0)
     model = MaskedAutoencoder(config).eval()
@@ -40,7 +46,7 @@ def test_vit_h_in_transformers_computes_our_loss_and_comes_back_unchanged(tmp_pa
         ours = model(images, noise)
     run = RunConfig.model_validate({"recipe": "mae_vit_h_14", "model": config.model_dump()})
     files = export(SavedModel(model, run, 0, "memory"), tmp_path, to="hf")
-    state = {name: value.clone() for name, value in model.state_dict().items()}
+    expected_digests = digests(model)
     del model
     gc.collect()
 
@@ -65,6 +71,5 @@ def test_vit_h_in_transformers_computes_our_loss_and_comes_back_unchanged(tmp_pa
     revived = revived.to_empty(device="cpu")
     with safe_open(files[0], framework="pt") as exported:
         load_published(revived, {name: exported.get_tensor(name) for name in exported.keys()})  # noqa: SIM118 - no dict
-    found = revived.state_dict()
-    assert len(found) == len(state) == 494
-    assert all(torch.equal(found[name], value) for name, value in state.items())
+    assert len(expected_digests) == 494
+    assert digests(revived) == expected_digests

@@ -85,7 +85,7 @@ def test_small_model_matches_transformers(norm_pix_loss: bool) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
 def test_vit_b_matches_transformers(norm_pix_loss: bool) -> None:
-    assert_same(SIZES["vit_b_16"].model_copy(update={"norm_pix_loss": norm_pix_loss}), batch=2)
+    assert_same(SIZES["vit_b_16"].model_copy(update={"norm_pix_loss": norm_pix_loss}), batch=1)
 
 
 @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=FILTERING)
