@@ -23,6 +23,7 @@ import tyro
 from pipeline.console import run_command, say_json, say_result, starting
 from pipeline.errors import ConfigError
 from pipeline.options import Count, JsonFile, Location
+from train.process.folder import prepare_file
 from train.process.outcome import write_json
 
 
@@ -52,6 +53,9 @@ def _run(arguments: Arguments) -> int:
         from train.evaluation.saved_model import load_model
         from train.evaluation.scores import evaluate, report
 
+    # Before the checkpoint is read and minutes of measuring: the result must have a place.
+    if arguments.out:
+        prepare_file(Path(arguments.out), option="--out")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     saved = load_model(arguments.checkpoint, device=device)
     val = arguments.val or saved.config.data.val
@@ -65,7 +69,7 @@ def _run(arguments: Arguments) -> int:
         max_images=arguments.max_images,
     )
     if arguments.out:
-        write_json(Path(arguments.out), result)
+        write_json(Path(arguments.out), result, option="--out")
     if arguments.json:
         say_json(result)
     else:

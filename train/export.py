@@ -23,6 +23,7 @@ from pipeline.console import run_command, say_json, say_result, starting
 from pipeline.errors import ConfigError, InfrastructureError
 from pipeline.options import LocalText, Location, Pixels
 from pipeline.storage.local import commit_file, tmp_path
+from train.process.folder import cannot_write, prepare_out
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -142,13 +143,9 @@ def _convert(
         if to == "detectron2":
             _check_patch_size(patch_size, config)
             return to_detectron2(state, config, patch_size=patch_size)["model"], None
-        weights, settings = to_hf(state, config)
+        return to_hf(state, config, part=part)
     except WeightsError as error:
-        raise ConfigError(f"{saved.uri}: {error}") from error
-    if part == "encoder":
-        weights = {name: value for name, value in weights.items() if name.startswith("vit.")}
-        settings["architectures"] = ["ViTMAEModel"]
-    return weights, settings
+        raise ConfigError(f"--to {to}: {saved.uri}: {error}") from error
 
 
 def _check_patch_size(patch_size: int | None, config: ModelConfig) -> None:
@@ -197,6 +194,7 @@ def _write_weights(
     facts: Mapping[str, str],
 ) -> Path:
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     from model.objectives.mae import is_decoder_name
@@ -217,10 +215,9 @@ def _write_weights(
         else:
             torch.save({"model": tensors}, temporary)
         commit_file(temporary, path)
-    except OSError as error:
-        raise InfrastructureError(
-            f"{path}: cannot be written: {error}; free some space or use --out"
-        ) from error
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # Both libraries put the file system's error into an exception of their own.
+        raise InfrastructureError(cannot_write(path, error, setting="--out")) from error
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -240,10 +237,12 @@ def _run(arguments: Arguments) -> int:
         file_type=arguments.file_type,
         patch_size=arguments.patch_size,
     )
+    out = Path(arguments.out or f"export-{arguments.to}")
+    prepare_out(out, option="--out")
     saved = load_model(arguments.checkpoint)
     files = export(
         saved,
-        Path(arguments.out or f"export-{arguments.to}"),
+        out,
         to=arguments.to,
         part=part,
         file_type=arguments.file_type,

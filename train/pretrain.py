@@ -22,11 +22,13 @@ import sys
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 
-from pipeline.console import guard, say_result, starting
+from pipeline.console import guard, say_result
 from pipeline.errors import ConfigError
 from train.config import RunConfig
+from train.process.folder import named_run_dir, prepare_folder
 from train.process.outcome import INTERRUPTED, Outcome
-from train.process.place import rank_of, ranks_of_node, stale_problems
+from train.process.place import is_launched, rank_of, ranks_of_node, stale_problems
+from train.process.starting import Start, end_now
 from train.settings.command_line import HelpRequested, parse_command
 from train.settings.lengths import known_num_samples, refuse_lengths
 
@@ -57,11 +59,23 @@ def _run(words: Sequence[str]) -> int:
     except HelpRequested as help_text:
         say_result(str(help_text))
         return 0
+    except ConfigError as error:
+        return _refuse(words, error)
     if command.action == "dry-run":
         return _dry_run(command.config)
     if problems := stale_problems(os.environ):
-        raise ConfigError("\n".join(problems))
+        return _refuse(words, ConfigError("\n".join(problems)))
     return run(command.config)
+
+
+def _refuse(words: Sequence[str], error: ConfigError) -> int:
+    """Report mistakes in the settings, in status.json too: launchers do not pass the code on."""
+    run_dir = named_run_dir(words, is_launched=is_launched(os.environ))
+    if run_dir is None or "--dry-run" in words:
+        raise error
+    outcome = Outcome(run_dir)
+    outcome.roll.sign()
+    return outcome.refuse(error)
 
 
 def run(config: RunConfig) -> int:
@@ -74,21 +88,22 @@ def run(config: RunConfig) -> int:
         The exit code.
     """
     outcome = Outcome(Path(config.run_dir))
+    start = Start(outcome)
     try:
-        share_cores(os.environ)
-        # While it costs two seconds and no GPU: what only the data's size can tell.
-        if (num_samples := known_num_samples(config)) is not None:
-            refuse_lengths(config, num_samples=num_samples)
-        # Seconds of imports, and not one file touched yet.
-        with starting("train.pretrain", speaks=outcome.rank == 0):
+        with start.watching():
+            share_cores(os.environ)
+            # While it costs two seconds and no GPU: what only the data's size can tell.
+            if (num_samples := known_num_samples(config)) is not None:
+                refuse_lengths(config, num_samples=num_samples)
+            # Seconds of imports, and not one file touched yet.
             from train.loop.loop import train
 
-        train(config, outcome)
+            start.imported()
+            prepare_folder(outcome.run_dir)
+            train(config, outcome)
+            outcome.finish()
     except BaseException as error:  # noqa: BLE001 - whatever it was, the run folder must say so
-        code = outcome.conclude(error)
-        _end_now(code)
-    if outcome.rank == 0:
-        outcome.write("done", exit_code=0)
+        end_now(outcome.conclude(error))
     return 0
 
 
@@ -106,14 +121,6 @@ def share_cores(env: MutableMapping[str, str]) -> None:
     threads = max(1, cores // ranks_of_node(env))
     env.setdefault("OMP_NUM_THREADS", str(threads))
     env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
-def _end_now(code: int) -> None:
-    """End this process at once: after an error, exit handlers would wait for ranks that no longer
-    answer."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def _dry_run(config: RunConfig) -> int:

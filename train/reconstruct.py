@@ -16,7 +16,9 @@ from pathlib import Path
 import tyro
 
 from pipeline.console import run_command, say_json, say_result, starting
+from pipeline.errors import ConfigError
 from pipeline.options import Location, Pictures, PngFile, Seed
+from train.process.folder import prepare_file
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,9 @@ class Arguments:
     checkpoint: tyro.conf.Positional[Location]
     """A step's folder, a folder of checkpoints, or a run's folder; local or a URI."""
     images: Location = ""
-    """Folder of pictures, or one picture. Empty: the run's held-out shards."""
+    """Folder of pictures, or one picture. Empty: held-out shards."""
+    val: Location = ""
+    """Held-out shards. Empty: those of the run."""
     out: PngFile = "reconstruction.png"
     """PNG to write."""
     count: Pictures = 8
@@ -46,12 +50,17 @@ def _run(arguments: Arguments) -> int:
         from train.evaluation.pictures import draw
         from train.evaluation.saved_model import load_model
 
+    # Before the checkpoint is read: a mistake must not cost minutes of it.
+    prepare_file(Path(arguments.out), option="--out")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     saved = load_model(arguments.checkpoint, device=device)
+    if arguments.images and arguments.val:
+        raise ConfigError("--images and --val both name what to draw: give one of them")
     drawn = draw(
         saved,
         Path(arguments.out),
         images=arguments.images,
+        val=arguments.val,
         count=arguments.count,
         seed=arguments.seed,
     )

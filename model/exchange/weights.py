@@ -31,7 +31,17 @@ _PREFIX = re.compile(r"^(?:module\.|_orig_mod\.)+")
 
 
 class WeightsError(ValueError):
-    """Weights that do not belong to the model: names or shapes differ."""
+    """Weights that do not belong to the model, or a model that another library cannot represent."""
+
+
+def _refuse_other_than_square(config: ModelConfig, library: str, remedy: str) -> None:
+    """Refuse images that are not square, for libraries whose position tables have one side."""
+    if config.image_height == config.image_width:
+        return
+    raise WeightsError(
+        f"the model takes images of {config.image_height} x {config.image_width} pixels, and "
+        f"{library} only takes square ones. {remedy}"
+    )
 
 
 def expected_shapes(config: ModelConfig, part: Part = "full") -> dict[str, Shape]:
@@ -152,6 +162,11 @@ def to_detectron2(
         WeightsError: The state does not belong to the configuration.
         ValueError: The patch size does not divide the image.
     """
+    _refuse_other_than_square(
+        config,
+        "ViTDet's table of absolute positions",
+        "Use --to timm, which takes both sides.",
+    )
     encoder = to_timm(state, config)
     if patch_size is None or patch_size == config.patch_size:
         return {"model": encoder}
@@ -167,13 +182,18 @@ def to_detectron2(
 
 
 def to_hf(
-    state: Tensors, config: ModelConfig, *, names: HFNames = "legacy"
+    state: Tensors,
+    config: ModelConfig,
+    *,
+    part: Part = "full",
+    names: HFNames = "legacy",
 ) -> tuple[State, dict[str, Any]]:
     """Give weights the form of transformers' ViTMAEForPreTraining.
 
     Args:
         state: A full state dict of ours.
         config: The model it belongs to.
+        part: `encoder` for ViTMAEModel, which takes images that are not square.
         names: `legacy` names load in every transformers release (5.x renames them while loading);
             `v5` names are those of the modules in 5.x, for `load_state_dict`.
 
@@ -184,8 +204,17 @@ def to_hf(
         WeightsError: The state does not belong to the configuration.
     """
     check_weights(state, expected_shapes(config), source="the state dict to export")
-    renamed = rename_to_hf(state, names)
-    return renamed, hf_config(config)
+    weights = rename_to_hf(state, names)
+    settings = hf_config(config)
+    if part == "full":
+        _refuse_other_than_square(
+            config,
+            "transformers' ViTMAEForPreTraining",
+            "Export the encoder alone with --part encoder, or use --to timm.",
+        )
+        return weights, settings
+    settings["architectures"] = ["ViTMAEModel"]
+    return {name: value for name, value in weights.items() if name.startswith("vit.")}, settings
 
 
 def from_published(state: Mapping[str, Any]) -> State:

@@ -7,14 +7,17 @@ Shapes: B images.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipeline import storage
 from pipeline.config import LoaderConfig
 from pipeline.console import Progress
-from pipeline.dataset import Manifest
+from pipeline.dataset import Manifest, open_dataset
+from pipeline.errors import DataError
 from pipeline.loader import Batch, read_samples
 from train.config import RunConfig
 from train.objectives.base import Objective
@@ -31,8 +34,36 @@ SHOW_AFTER_S = 2.0
 def measuring_loader(config: RunConfig) -> LoaderConfig:
     """Give the run's reading settings with the decoder that is always there, so that figures of
     machines compare."""
-    # DALI and FFCV round the pixels differently, and are not installed everywhere.
-    return config.loader.model_copy(update={"decoder": "turbo"})
+    # DALI and FFCV round the pixels differently, and are not installed everywhere. The tuning
+    # file is that of the machine that trained.
+    return config.loader.model_copy(update={"decoder": "turbo", "tuning_file": ""})
+
+
+def open_given(uri: str, *, setting: str, option: str) -> Manifest:
+    """Open a dataset that a checkpoint's settings or a command line name.
+
+    Args:
+        uri: folder of shards.
+        setting: name of the setting that holds it.
+        option: option that names another place.
+
+    Raises:
+        DataError: it is not there; with what to do if the run's folder was moved.
+    """
+    if storage.is_local(uri):
+        path = storage.local_path(uri)
+        if not path.exists():
+            relative = ""
+            if not path.is_absolute():
+                relative = (
+                    f" The path is relative to the folder that the run was started in; this is "
+                    f"{Path.cwd()}."
+                )
+            raise DataError(
+                f"{setting} {uri}: no such folder.{relative} Say where the shards are now: "
+                f"{option} URI"
+            )
+    return open_dataset(uri)
 
 
 def read_held_out(

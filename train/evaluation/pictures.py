@@ -15,10 +15,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from pipeline.config import IMAGENET_MEAN, IMAGENET_STD
-from pipeline.dataset import open_dataset
 from pipeline.errors import ConfigError, DataError
 from pipeline.loader import Batch
-from train.evaluation.held_out import HELD_OUT_SEED, read_held_out
+from train.evaluation.held_out import HELD_OUT_SEED, open_given, read_held_out
 from train.evaluation.saved_model import SavedModel
 from train.objectives.base import make_batch
 from train.report.drawing import draw_reconstruction, spread_ids
@@ -95,14 +94,21 @@ def find_pictures(source: Path, *, count: int) -> list[Path]:
 
 
 def draw(
-    saved: SavedModel, out: Path, *, images: str = "", count: int = 8, seed: int = HELD_OUT_SEED
+    saved: SavedModel,
+    out: Path,
+    *,
+    images: str = "",
+    val: str = "",
+    count: int = 8,
+    seed: int = HELD_OUT_SEED,
 ) -> Drawn:
     """Draw images as a model sees and completes them.
 
     Args:
         saved: the model.
         out: PNG to write.
-        images: a folder of pictures, or one picture. Empty: the run's held-out shards.
+        images: a folder of pictures, or one picture. Empty: held-out shards.
+        val: URI of the held-out shards. Empty: the run's.
         count: pictures at most.
         seed: key of the draws, e.g. of the masks.
 
@@ -115,12 +121,16 @@ def draw(
     device = next(saved.model.parameters()).device
     if images:
         batch = _batch_of_files(saved, Path(images), count=count, seed=seed)
-    elif config.data.val:
-        dataset = open_dataset(config.data.val)
+    elif val or config.data.val:
+        shards = val or config.data.val
+        dataset = open_given(shards, setting="data.val", option="--images FOLDER or --val")
         ids = spread_ids(dataset.info.num_samples, count)
         batch = read_held_out(config, objective, dataset, ids, device=device, seed=seed)
     else:
-        raise ConfigError("the run has no held-out shards: give a folder of pictures with --images")
+        raise ConfigError(
+            "the run has no held-out shards: give a folder of pictures with --images, or shards "
+            "with --val"
+        )
 
     completion = objective.pictures(saved.model, batch)
     if completion is None:

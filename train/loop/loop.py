@@ -46,14 +46,19 @@ def train(config: RunConfig, outcome: Outcome, objective: Objective | None = Non
     with lease:
         if outcome.rank == 0:
             outcome.write("running", exit_code=None)
-        world = init_world(config)
+        world = init_world(config, roll=outcome.roll)
         owner = CheckpointOwner(config.checkpoint_dir, run_dir=run_dir, world=world)
         with Preemption(world) as preemption, owner:
+            outcome.began = True
             run = open_run(config, objective, world=world, outcome=outcome, owner=owner)
             if run is not None:
                 try:
                     with Watchdog(
-                        timeout_s=config.engine.timeout_s, folder=run_dir, rank=world.rank
+                        timeout_s=config.engine.timeout_s,
+                        folder=run_dir,
+                        rank=world.rank,
+                        roll=outcome.roll,
+                        conclude=outcome.conclude,
                     ) as watchdog:
                         _loop(run, preemption, watchdog)
                 except DataError:
@@ -77,7 +82,7 @@ def _loop(run: Run, preemption: Preemption, watchdog: Watchdog) -> None:
     batches = iter(run.loader)
     mean_loss = MeanLoss(run.engine.device)
     # A save may take longer than a step is allowed to.
-    run.saver.on_wait = watchdog.beat
+    run.saver.on_wait = watchdog.beat_while_waiting
 
     done = run.first_step
     while done < run.total_steps:

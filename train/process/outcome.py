@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import threading
+import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -19,26 +19,35 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from pipeline import storage
-from pipeline.console import EXIT_INTERRUPTED, EXIT_UNEXPECTED
+from pipeline.console import EXIT_INTERRUPTED, EXIT_UNEXPECTED, say
 from pipeline.errors import InfrastructureError, MaelstromError
 from pipeline.storage import redact
 from train.errors import Preempted
+from train.process.folder import cannot_write
 from train.process.lease import FolderInUseError, is_held_by_another
 from train.process.liveness import now_text, this_process
-from train.process.place import name_start, rank_of
+from train.process.place import name_start, rank_of, world_size_of
+from train.process.roll import Roll, is_consequence, name_cause
 
-RunState = Literal["running", "done", "failed", "preempted"]
+RunState = Literal["running", "done", "failed", "preempted", "interrupted"]
 STATUS_FILE = "status.json"
 INTERRUPTED = "stopped before training began. The same command starts again."
 LOCK_WAIT_S = 10.0
+CAUSE_WAIT_S = 10.0
+"""How long a rank that lost contact waits for the cause: the rank that failed is still writing its
+report, or is not yet gone from the list of processes. Launchers kill the rest after 30 s."""
+REFUSAL_WAIT_S = 3.0
+"""How long another rank waits for rank 0 to report a mistake in the settings."""
+_LOOK_S = 0.05
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any], *, option: str = "--run.dir") -> None:
     """Write a small JSON file so that a reader sees the old one or the new one, never half of it.
 
     Args:
         path: local file; its folder is made.
         content: what to write.
+        option: what names another place, for the message.
 
     Raises:
         InfrastructureError: the disk is full, or the folder may not be written.
@@ -47,10 +56,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     try:
         storage.write_atomic(str(path), text.encode())
     except MaelstromError as error:
-        raise InfrastructureError(
-            f"{path}: cannot be written: {error}; free some space or give another folder with "
-            "--run.dir"
-        ) from error
+        raise InfrastructureError(cannot_write(path, error, setting=option)) from error
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
@@ -77,23 +83,42 @@ class Outcome:
         self.rank = rank_of(os.environ)
         self.step = 0
         """Optimizer steps done, kept up to date by the loop."""
+        self.began = False
+        """Whether the loop's own handlers of signals are in place."""
+        self.warn: Callable[[str], None] = say
+        """Told once that status.json cannot be written while the run goes on."""
         self.launch = name_start(os.environ, parent_pid=os.getppid())
         """Name of this start of the program, equal on the ranks of one node."""
         self._process = this_process()
         # Between the loop, which writes, and the thread that says that the run is alive.
         self._writing = threading.Lock()
+        self.roll = Roll(self.launch, rank=self.rank, world_size=world_size_of(os.environ))
+        self._has_warned = False
+        # The main thread, the watchdog and a signal's handler may all come to the end.
+        self._concluding = threading.RLock()
 
     def write(
         self, state: RunState, *, exit_code: int | None, reason: str = "", **more: Any
     ) -> None:
-        """Write status.json.
+        """Write status.json. While the run goes on, failing to is told once and no more: a full
+        disk must not end a run whose checkpoints have room.
 
         Args:
-            state: running, done, failed or preempted.
+            state: running, done, failed, preempted or interrupted.
             exit_code: what the command ends with; None while it runs.
             reason: one line for people; empty if there is no more to say.
             more: further keys.
         """
+        try:
+            self._write(state, exit_code=exit_code, reason=reason, **more)
+        except InfrastructureError as error:
+            if not self._has_warned:
+                self.warn(f"warning: {error}; training goes on without it")
+            self._has_warned = True
+
+    def _write(
+        self, state: RunState, *, exit_code: int | None, reason: str = "", **more: Any
+    ) -> None:
         content = {
             "state": state,
             "exit_code": exit_code,
@@ -124,11 +149,18 @@ class Outcome:
     def _file_lock(self) -> FileLock:
         return FileLock(self.run_dir / f".{STATUS_FILE}.lock", timeout=LOCK_WAIT_S)
 
+    def finish(self) -> None:
+        """Say that the run is done."""
+        if self.rank == 0:
+            self.write("done", exit_code=0)
+        self.roll.leave()
+
     def conclude(self, error: BaseException) -> int:
         """Report an error once and say which code to end with.
 
         The first rank of a node that fails writes status.json and the message. The others fail
         because of it (their connection is closed), find its report, and end silently with its code.
+        A rank that was killed reports nothing: one that noticed finds out which one it was.
 
         Args:
             error: what ended the run.
@@ -136,34 +168,93 @@ class Outcome:
         Returns:
             The exit code.
         """
-        code = exit_code_of(error)
+        with self._concluding:
+            error = self._wait_for_cause(error)
+            with self.roll.locked():
+                code = self._reported()
+                if code is None:
+                    code = exit_code_of(error)
+                    self._report(error, code)
+            self.roll.leave()
+        return code
+
+    def refuse(self, error: MaelstromError) -> int:
+        """Report an error that every rank meets alike before anything was started: rank 0 says it.
+
+        Args:
+            error: e.g. mistakes in the settings.
+
+        Returns:
+            The exit code.
+        """
+        # It has taken no step, and those of an earlier start are not undone.
+        self.step = int(read_status(self.run_dir).get("step") or 0)
+        # A launcher ends the other ranks once one has failed: rank 0 must have spoken by then.
+        deadline_s = time.monotonic() + REFUSAL_WAIT_S
+        while self.rank != 0 and self.roll.verdict() is None and time.monotonic() < deadline_s:
+            time.sleep(_LOOK_S)
+        with self.roll.locked():
+            # Rank 0 says it even if another one was faster, and wrote the status.
+            if self.rank == 0 or self._reported() is None:
+                self._report(error, error.exit_code, speaks=self.rank == 0)
+        self.roll.leave()
+        return error.exit_code
+
+    def _wait_for_cause(self, error: BaseException) -> BaseException:
+        """Give the error that names what happened, in place of one that only noticed it."""
+        if not is_consequence(error, self.roll):
+            return error
+        deadline_s = time.monotonic() + CAUSE_WAIT_S
+        # A rank that failed has reported before it closed its connections, or is about to.
+        while self._reported() is None and time.monotonic() < deadline_s:
+            if self.roll.gone() or self.roll.stopped():
+                break
+            time.sleep(_LOOK_S)
+        return name_cause(error, self.roll, rank=self.rank)
+
+    def _reported(self) -> int | None:
+        """Give the exit code that another rank of this start has reported."""
+        code = self.roll.verdict()
+        if code is not None:
+            return code
+        known = read_status(self.run_dir)
+        if known.get("launch") == self.launch and known.get("exit_code") is not None:
+            return int(known["exit_code"])
+        return None
+
+    def _report(self, error: BaseException, code: int, *, speaks: bool = True) -> None:
+        state: RunState = "failed"
+        if isinstance(error, Preempted):
+            state = "preempted"
+        elif isinstance(error, KeyboardInterrupt):
+            state = "interrupted"
+        # First: whatever fails below, the other ranks shall not say it again.
+        self.roll.decide(code)
+        if speaks:
+            # An empty line between the progress and the end; before the start there is none.
+            text = describe(error).rstrip()
+            _speak(text if self.began else text.lstrip())
         is_refused = isinstance(error, FolderInUseError)
         if is_refused or is_held_by_another(self.run_dir, launch=self.launch):
             # The status here is that of a job which goes on; this start must not touch it.
-            if self.rank == 0:
-                sys.stderr.write(describe(error))
-            return code
-        state: RunState = "preempted" if isinstance(error, Preempted) else "failed"
+            return
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            # The ranks of a node fail within milliseconds; only the first knows the reason.
             with self._file_lock():
-                known = read_status(self.run_dir)
-                if known.get("launch") == self.launch and known.get("exit_code") is not None:
-                    return int(known["exit_code"])
-                self.write(
-                    state,
-                    exit_code=code,
-                    reason=_reason(error),
-                    rank=self.rank,
-                )
-        except (OSError, InfrastructureError) as trouble:
-            sys.stderr.write(
-                f"warning: {self.run_dir / STATUS_FILE} could not be written: {trouble}\n"
-            )
-        sys.stderr.write(describe(error))
-        sys.stderr.flush()
-        return code
+                self._write(state, exit_code=code, reason=_reason(error), rank=self.rank)
+        except (OSError, InfrastructureError, Timeout) as trouble:
+            # An error about this very folder has said so already.
+            if str(self.run_dir) not in str(error):
+                self.warn(f"warning: {trouble}")
+
+
+def _speak(text: str) -> None:
+    try:
+        say(text)
+    except RuntimeError:
+        # A signal's handler may have interrupted a write to the same stream.
+        with suppress(OSError):
+            os.write(2, f"{text}\n".encode())
 
 
 def exit_code_of(error: BaseException) -> int:

@@ -24,7 +24,13 @@ _RANK = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
 _WORLD_SIZE = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 _RANKS_OF_NODE = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 """torchrun says LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE."""
-_START = ("MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID")
+_START = (
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "SLURM_JOB_ID",
+    "SLURM_STEP_ID",
+    "TORCHELASTIC_RESTART_COUNT",
+)
 _FIRST_SLURM_PORT = 20_000
 _SLURM_PORTS = 20_000
 
@@ -78,9 +84,14 @@ def name_start(env: Environment, *, parent_pid: int) -> str:
         parent_pid: of this process. The ranks of a node have one parent, the launcher; addresses
             and ports may be the same on the next start, the parent is not.
     """
-    if "RANK" not in env and "SLURM_STEP_ID" not in env and "OMPI_COMM_WORLD_RANK" not in env:
+    if not is_launched(env):
         return uuid.uuid4().hex
     return ":".join([*(env.get(name, "") for name in _START), str(parent_pid)])
+
+
+def is_launched(env: Environment) -> bool:
+    """Tell whether a launcher has started this process."""
+    return "RANK" in env or "SLURM_STEP_ID" in env or "OMPI_COMM_WORLD_RANK" in env
 
 
 def shows_one_gpu_each(env: Environment) -> bool:

@@ -16,10 +16,13 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 from pipeline.errors import ConfigError
 from train.config import RunConfig
+from train.process.meeting import meet
 from train.process.place import RankPlace, find_place, shows_one_gpu_each, write_place
+from train.process.roll import Roll
 
 T = TypeVar("T")
 
@@ -125,7 +128,7 @@ class World:
         dist.destroy_process_group()
 
 
-def init_world(config: RunConfig) -> World:
+def init_world(config: RunConfig, *, roll: Roll | None = None) -> World:
     """Join the run's processes.
 
     Fills in the launcher's variables if they are absent (a plain `python -m`, or srun without
@@ -134,6 +137,7 @@ def init_world(config: RunConfig) -> World:
     Args:
         config: settings of the run; `engine.timeout_s` bounds every wait for another rank: inside
             the loop by the watchdog, outside it by the groups, which wait longer.
+        roll: the ranks of this node, so that one that died before the others met is named.
 
     Returns:
         The world, with its process groups up.
@@ -141,6 +145,8 @@ def init_world(config: RunConfig) -> World:
     Raises:
         ConfigError: the launcher's variables contradict each other, or there are more ranks than
             GPUs.
+        InfrastructureError: the ranks did not meet: the port is taken, the host is unknown, or a
+            rank did not come.
     """
     place = find_place(os.environ)
     device = _pick_device(place)
@@ -156,7 +162,7 @@ def init_world(config: RunConfig) -> World:
     timeout = timedelta(seconds=GROUP_PATIENCE * config.engine.timeout_s)
     if place.world_size == 1:
         # A store in this process's memory: no port and no network that another process could take.
-        store = torch._C._distributed_c10d.HashStore()
+        store: Store = torch._C._distributed_c10d.HashStore()
         dist.init_process_group(
             backend,
             store=store,
@@ -167,7 +173,15 @@ def init_world(config: RunConfig) -> World:
         control = None
     else:
         options = {"device_id": device} if device.type == "cuda" else {}
-        dist.init_process_group(backend, timeout=timeout, **options)  # type: ignore[arg-type]
+        store = meet(place, timeout_s=config.engine.timeout_s, roll=roll)
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=timeout,
+            **options,  # type: ignore[arg-type]
+        )
         control = dist.new_group(backend="gloo", timeout=timeout)
     return World(
         rank=place.rank,
