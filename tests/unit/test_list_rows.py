@@ -266,6 +266,15 @@ def test_bad_rows_are_counted_and_listed(
     assert found["2"] == NONE
 
 
+def test_a_bad_row_changes_no_key(tmp_path: Path) -> None:
+    good = "path\nimgs/x/a.jpg\nimgs/y/b.jpg\n"
+    keys = listed(wrote(tmp_path, "list.csv", good)).keys
+    assert keys is not None
+    with_bad = listed(wrote(tmp_path, "list.csv", f"{good}z,1\nftp://h/c.jpg\n")).keys
+    assert with_bad is not None
+    assert with_bad.to_pylist()[:2] == keys.to_pylist() == ["x/a", "y/b"]
+
+
 def test_strict_stops_at_a_bad_row(tmp_path: Path, crops: list[bytes]) -> None:
     path = wrote(tmp_path, "list.csv", "path,label\na.jpg,1\na.jpg\n")
     (tmp_path / "a.jpg").write_bytes(crops[0])
