@@ -46,13 +46,15 @@ class Attention(nn.Module):
         # Rows of the weight are query, key, value, each head by head: timm's order, which
         # published weights have.
         head_dim = D // self.num_heads
-        qkv = self.qkv(tokens_BSD).view(B, S, 3, self.num_heads, head_dim)
+        qkv = self.qkv(tokens_BSD)
+        qkv = qkv.view(B, S, 3, self.num_heads, head_dim)
         # Taken apart before the heads move forward: the gradients are then put together in the
         # projection's own order.
         parts = qkv.unbind(2)
         query, key, value = (part.transpose(1, 2) for part in parts)
         mixed = F.scaled_dot_product_attention(query, key, value)
-        mixed_BSD = mixed.transpose(1, 2).reshape(B, S, D)
+        mixed = mixed.transpose(1, 2)
+        mixed_BSD = mixed.reshape(B, S, D)
         out_BSD: Tensor = self.proj(mixed_BSD)
         return out_BSD
 
@@ -131,7 +133,8 @@ class PatchProjection(nn.Module):
             tokens_BVD.
         """
         # The channel changes fastest, as `patchify` lays out pixels.
-        weight_DP = self.weight.permute(0, 2, 3, 1).flatten(1)
+        kernel = self.weight.permute(0, 2, 3, 1)
+        weight_DP = kernel.flatten(1)
         patches_BVP = patches_BVP.to(weight_DP.dtype)
         return F.linear(patches_BVP, weight_DP, self.bias)
 

@@ -89,7 +89,9 @@ class _Work:
         paths = sorted(self.images.rglob("*.jpg"))
         self.data = [path.read_bytes() for path in paths]
         self.num_many = len(paths) * arguments.copies
-        bytes_once = sum(len(data) for data in self.data)
+        bytes_once = 0
+        for data in self.data:
+            bytes_once += len(data)
         self.num_bytes = bytes_once * arguments.copies
         # Names of the same files: the disk holds the images once, and so does the page cache.
         if not self.many.exists():
@@ -119,7 +121,10 @@ class _Work:
             _PILLOW: partial(time_call, self._pillow),
             _TURBO: partial(time_call, self._turbo),
         }
-        return {name: partial(self._from_clean, way) for name, way in ways.items()}
+        from_clean: dict[str, Measure] = {}
+        for name, way in ways.items():
+            from_clean[name] = partial(self._from_clean, way)
+        return from_clean
 
     def count(self, subject: str) -> int:
         """Return how many images a subject converts in a turn."""

@@ -65,7 +65,8 @@ def measure(ids: I64, next_ids: I64, *, global_batch_size: int, shard_size: int)
     stored = ids / count
     ordered = np.arange(count) / count
     distances = np.abs(stored - ordered)
-    correlations = np.corrcoef(stored[:-1], stored[1:])
+    behind = stored[1:]
+    correlations = np.corrcoef(stored[:-1], behind)
 
     # The last batch may be short, and its spread would not compare with the others'.
     num_whole = count // global_batch_size
@@ -92,7 +93,8 @@ def _repeated_company(ids: I64, next_ids: I64, *, global_batch_size: int, shard_
     """Chance that two samples of one shard and one batch share a batch again, over that chance in a
     full shuffle."""
     shards = ids // shard_size
-    batches = np.arange(len(ids)) // global_batch_size
+    positions = np.arange(len(ids))
+    batches = positions // global_batch_size
     # Sorted by batch and shard, samples of one shard that share a batch stand side by side.
     order = np.lexsort((shards, batches))
     first_of_pair = order[:-1]
@@ -140,7 +142,8 @@ class Arguments(BenchArguments):
 
 def _rows(arguments: Arguments) -> list[dict[str, Any]]:
     count = arguments.num_shards * arguments.shard_size
-    if count < 2 * arguments.global_batch_size or arguments.global_batch_size < 2:
+    two_batches = 2 * arguments.global_batch_size
+    if count < two_batches or arguments.global_batch_size < 2:
         raise ConfigError(
             f"shuffle_quality: {count} samples do not make two batches of "
             f"{arguments.global_batch_size}"
@@ -168,7 +171,9 @@ def _rows(arguments: Arguments) -> list[dict[str, Any]]:
         positions = np.arange(count)
         return order.sample_ids(positions)
 
-    num_orders = 1 + len(arguments.lanes) * len(arguments.windows)
+    num_lanes = len(arguments.lanes)
+    num_windows = len(arguments.windows)
+    num_orders = 1 + num_lanes * num_windows
     with Progress("shuffle_quality", total=num_orders, unit="orders") as progress:
         # A row of its own: it shows the noise of a shuffle of this many samples.
         rows = [{"lanes": "full", "window": "shuffle", **quality(full_shuffle)}]

@@ -89,8 +89,11 @@ class _Throughput:
         self._num_shards = dataset.info.num_shards
         bucket, prefix = _bucket_and_prefix(dataset.uri)
         numbers = range(self._num_shards)
-        self.keys = [f"{prefix}{dataset.shard_name(s)}" for s in numbers]
-        self.num_bytes = sum(dataset.shard_bytes(s) for s in numbers)
+        self.keys = []
+        self.num_bytes = 0
+        for s in numbers:
+            self.keys.append(f"{prefix}{dataset.shard_name(s)}")
+            self.num_bytes += dataset.shard_bytes(s)
         self.clients = plain_clients(bucket)
 
     def take(self, turns: Turns) -> None:
@@ -135,7 +138,8 @@ class _Throughput:
 
         # Two at once, as the cache stages them; `list` lets an error of a thread show.
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(write, range(self._num_shards)))
+            numbers = range(self._num_shards)
+            list(pool.map(write, numbers))
 
     def _stage(self, folder: Path) -> None:
         # Twice the room that is needed: no shard may be evicted in the middle.
@@ -159,7 +163,11 @@ class _FirstBatch:
         # The plain clients are told where the samples lie; ours must find that out by itself.
         sample_ids_B = _first_share(dataset, arguments.batch_size)
         rows = dataset.lookup(sample_ids_B)
-        columns = (rows.shards_B.tolist(), rows.offsets_B.tolist(), rows.sizes_B.tolist())
+        columns = (
+            rows.shards_B.tolist(),
+            rows.offsets_B.tolist(),
+            rows.sizes_B.tolist(),
+        )
         self._jobs: list[Job] = []
         for shard, offset, size in zip(*columns, strict=True):
             key = throughput.keys[shard]
@@ -240,7 +248,8 @@ class _SecondEpoch:
             rows = self._dataset.lookup(share.sample_ids_B)
             images, _ = reader.read(rows)
             # Copied, so that every page of a mapped shard is touched.
-            total += sum(len(image.tobytes()) for image in images)
+            for image in images:
+                total += len(image.tobytes())
             cursor = share.end
         return total
 
@@ -330,7 +339,8 @@ def measure(arguments: Arguments) -> Outcome:
     for name in turns.subjects:
         time = turns.spread(name, "wall_s")
         # Of a batch and of a resume the time matters: their bytes are few.
-        is_small = name in (_OUR_BATCH, _RESUME) or name.endswith(_RANGES)
+        is_range = name.endswith(_RANGES)
+        is_small = is_range or name in (_OUR_BATCH, _RESUME)
         rate = None
         if not is_small:
             rate = throughput.num_bytes / time.median / 1e6
@@ -343,8 +353,10 @@ def measure(arguments: Arguments) -> Outcome:
 def _ratios(turns: Turns, clients: Sequence[str]) -> dict[str, Spread]:
     """Return the ratios that matter, round by round."""
     # Against the best of them on this machine: a slow peer would flatter.
-    fastest_whole = _fastest(turns, [_whole(name) for name in clients])
-    fastest_ranges = _fastest(turns, [_ranges(name) for name in clients])
+    whole = [_whole(name) for name in clients]
+    ranges = [_ranges(name) for name in clients]
+    fastest_whole = _fastest(turns, whole)
+    fastest_ranges = _fastest(turns, ranges)
     reads = turns.ratio(fastest_whole, _OUR_READS, "wall_s")
     cache = turns.ratio(_LOCAL, _CACHE, "wall_s")
     first_batch = turns.ratio(_OUR_BATCH, fastest_ranges, "wall_s")
@@ -379,7 +391,12 @@ def _run(arguments: Arguments) -> Outcome:
         raise ConfigError(
             f"storage_bench: --uri {arguments.uri!r}: the plain clients read s3:// only"
         )
-    counts = (arguments.runs, arguments.num_shards, arguments.streams, arguments.batch_size)
+    counts = (
+        arguments.runs,
+        arguments.num_shards,
+        arguments.streams,
+        arguments.batch_size,
+    )
     if min(counts) < 1:
         raise ConfigError(
             "storage_bench: --runs, --num-shards, --streams and --batch-size are at least 1"

@@ -79,7 +79,8 @@ def measure(name: str, uri: str, mode: Mode, *, saves: int, images: int) -> Row:
     """
     world = World(device=_device())
     engine: dict[str, object] = {"kind": "torch", "precision": "fp32"}
-    config = random_config(SIZES[name], images=images, engine=engine)
+    model = SIZES[name]
+    config = random_config(model, images=images, engine=engine)
     run = RandomRun(config, world)
     # AdamW makes its moments in the first step: before it there is less to save.
     run.step()

@@ -146,7 +146,8 @@ def _config(case: Case) -> RunConfig:
         "activation_checkpointing": case.checkpointing,
         "decoder_activation_checkpointing": case.checkpointing,
     }
-    return random_config(SIZES[case.model], images=case.images, engine=engine)
+    model = SIZES[case.model]
+    return random_config(model, images=case.images, engine=engine)
 
 
 def _choose_kernels(run: RandomRun, optimizer: Optimizer) -> None:
@@ -172,7 +173,9 @@ def _time_steps(run: RandomRun, *, steps: int) -> tuple[list[float], list[float]
         end_s = time.perf_counter()
         steps_s.append(end_s - start_s)
         updates_s.append(end_s - between_s)
-    return steps_s[WARM_UP_STEPS:], updates_s[WARM_UP_STEPS:]
+    counted_steps_s = steps_s[WARM_UP_STEPS:]
+    counted_updates_s = updates_s[WARM_UP_STEPS:]
+    return counted_steps_s, counted_updates_s
 
 
 def _peak_bytes(device: torch.device) -> int:
@@ -233,8 +236,10 @@ def list_cases(arguments: Arguments) -> list[Case]:
 def _run(arguments: Arguments) -> Outcome:
     unknown = sorted(set(arguments.model) - set(SIZES))
     if unknown:
-        raise ConfigError(f"step_bench: --model {unknown[0]}: choose from {', '.join(SIZES)}")
-    if min(arguments.steps, *arguments.images) < 1:
+        known = ", ".join(SIZES)
+        raise ConfigError(f"step_bench: --model {unknown[0]}: choose from {known}")
+    fewest = min(arguments.steps, *arguments.images)
+    if fewest < 1:
         raise ConfigError("step_bench: --steps and --images are at least 1")
     if arguments.peer != "none":
         pairs = _compare(arguments)

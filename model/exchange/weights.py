@@ -76,9 +76,16 @@ def check_weights(state: Tensors, expected: Mapping[str, Shape], *, source: str)
         WeightsError: With a table of everything that is missing, unexpected or of another shape.
     """
     # All of them: one name alone does not tell a wrong size from a wrong generation of names.
-    missing = [name for name in expected if name not in state]
-    unexpected = [name for name in state if name not in expected]
-    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    missing = []
+    for name in expected:
+        if name not in state:
+            missing.append(name)
+    unexpected = []
+    shapes = {}
+    for name, value in state.items():
+        shapes[name] = tuple(value.shape)
+        if name not in expected:
+            unexpected.append(name)
     mismatched = []
     for name, shape in expected.items():
         if name in shapes and shapes[name] != shape:
@@ -254,7 +261,8 @@ def from_published(state: Mapping[str, Any]) -> State:
     for name, value in state.items():
         plain[_PREFIX.sub("", name)] = value
     # Our own names and timm's begin with none of these.
-    if any(name.startswith(("vit.", "embeddings.", "decoder.")) for name in plain):
+    their_prefixes = ("vit.", "embeddings.", "decoder.")
+    if any(name.startswith(their_prefixes) for name in plain):
         plain = rename_from_hf(plain)
     # A fine-tuned classifier's encoder is as good as any; its head has no place here.
     kept = {}
@@ -369,7 +377,8 @@ def _grid_of_sines(table: Tensor) -> Grid | None:
         grid = (rows, num_patches // rows)
         fixed = sincos_table(grid, width)
         # Files may hold the table in 16 bits.
-        if torch.allclose(table.detach().cpu().float(), fixed, atol=0.01):
+        stored = table.detach().cpu().float()
+        if torch.allclose(stored, fixed, atol=0.01):
             return grid
     return None
 
@@ -378,12 +387,14 @@ def _table(rows: Iterable[tuple[object, ...]], limit: int = 20) -> str:
     """Lay rows out in columns; long lists are cut."""
     cells: list[tuple[str, ...]] = [("problem", "name", "expected", "found")]
     for row in rows:
-        cells.append(tuple(str(value) for value in row))
+        row_texts = [str(value) for value in row]
+        cells.append(tuple(row_texts))
     # One more than the limit, for the titles.
     shown = cells[: limit + 1]
     widths = []
     for column in zip(*shown, strict=True):
-        widths.append(max(len(cell) for cell in column))
+        lengths = [len(cell) for cell in column]
+        widths.append(max(lengths))
     lines = []
     for texts in shown:
         padded = []

@@ -150,7 +150,8 @@ class _Runner:
             return
         # Children first: once their parent has gone, they can no longer be found by it.
         with suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(process.pid).children(recursive=True):
+            parent = psutil.Process(process.pid)
+            for child in parent.children(recursive=True):
                 child.kill()
         process.kill()
         process.wait()

@@ -106,7 +106,8 @@ def make_crops(count: int) -> Iterator[bytes]:
         scale = rng.uniform(0.7, 1.3)
         # Some photographs are smaller than what a crop asks for: then more is enlarged.
         region = np.minimum(size / scale, image_size)
-        corner = rng.random(2) * (image_size - region)
+        room = image_size - region
+        corner = rng.random(2) * room
         left, top = corner.tolist()
         right = left + region[0]
         bottom = top + region[1]

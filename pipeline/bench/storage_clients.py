@@ -136,7 +136,11 @@ def plain_clients(bucket: str) -> dict[str, Client]:
 def read_ranges(client: Client, jobs: list[Job], *, streams: int) -> int:
     """Read ranges with as many threads as streams; return the bytes that came."""
     with ThreadPoolExecutor(streams) as pool:
-        parts = pool.map(lambda job: client.read(*job), jobs)
+
+        def read(job: Job) -> int:
+            return client.read(*job)
+
+        parts = pool.map(read, jobs)
         return sum(parts)
 
 
@@ -175,7 +179,9 @@ def loopback_store(root: Path) -> Iterator[str]:
         "AWS_EC2_METADATA_DISABLED": "true",
         "NO_PROXY": "127.0.0.1",
     }
-    before = {name: os.environ.get(name) for name in ours}
+    before = {}
+    for variable in ours:
+        before[variable] = os.environ.get(variable)
     command = [sys.executable, "-m", "localbucket", str(root)]
     command += ["--port", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -225,7 +231,8 @@ def write_bench_dataset(folder: Path, *, num_shards: int, shard_bytes: int) -> i
         with WebDatasetWriter(str(path)) as writer:
             written_bytes = 0
             while written_bytes < shard_bytes:
-                image, header = images[number % len(images)]
+                chosen = number % len(images)
+                image, header = images[chosen]
                 key = f"{number:07d}"
                 label = number % 1000
                 writer.add(key, image, header, label=label)

@@ -81,7 +81,8 @@ def ours(
     engine."""
 
     def build(setup: Setup, subject: Subject) -> Batches:
-        dataset = open_dataset(str(setup.folder / subject.dataset))
+        folder = setup.folder / subject.dataset
+        dataset = open_dataset(str(folder))
         view = ViewConfig(interpolation=subject.resize_filter)  # type: ignore[arg-type]
         settings = LoaderConfig(
             decoder=decoder,
@@ -107,9 +108,12 @@ def ours(
 def bare_loop(setup: Setup, subject: Subject) -> Batches:
     """Decode, cut, resize and mirror in one thread, bytes and boxes ready beforehand: what no
     loader can beat."""
-    dataset = open_dataset(str(setup.folder / subject.dataset))
-    rows = dataset.lookup(np.arange(dataset.info.num_samples))
-    images, _ = ShardReader(dataset).read(rows)
+    folder = setup.folder / subject.dataset
+    dataset = open_dataset(str(folder))
+    sample_ids_B = np.arange(dataset.info.num_samples)
+    rows = dataset.lookup(sample_ids_B)
+    reader = ShardReader(dataset)
+    images, _ = reader.read(rows)
     ids = np.arange(len(images))
     boxes = draw_boxes(
         ViewConfig(),
@@ -351,7 +355,8 @@ def ffcvs_own(setup: Setup, subject: Subject) -> Batches:
     from ffcv.transforms import RandomHorizontalFlip, ToTensor
 
     (path,) = (setup.folder / subject.dataset).glob("*.beton")
-    count = open_dataset(str(path.parent)).info.num_samples
+    dataset = open_dataset(str(path.parent))
+    count = dataset.info.num_samples
     # Opened once and never closed: an epoch that is left early keeps a thread of FFCV's alive.
     decoder = RandomResizedCropRGBImageDecoder((SIZE, SIZE), scale=(MIN_AREA, 1.0))
     loader = FfcvLoader(

@@ -110,7 +110,8 @@ class _ManifestFiles:
         self._folder.cleanup()
 
     def _path(self, number: int) -> Path:
-        return Path(self._folder.name) / f"{number:05d}.parquet"
+        folder = Path(self._folder.name)
+        return folder / f"{number:05d}.parquet"
 
     def _close(self) -> None:
         writer = self._writer
@@ -122,12 +123,14 @@ class _ManifestFiles:
 
     def add(self, table: ShardTable) -> None:
         """Append one shard as one row group."""
-        if not self._counts or self._counts[-1] == self._per_file:
+        is_full = self._counts[-1:] == [self._per_file]
+        if not self._counts or is_full:
             self._close()
             self._counts.append(0)
         with _write_as_infrastructure(self._folder.name):
             if self._writer is None:
-                path = self._path(len(self._counts) - 1)
+                number = len(self._counts) - 1
+                path = self._path(number)
                 self._writer = pq.ParquetWriter(
                     path,
                     SCHEMA,
@@ -154,7 +157,8 @@ class _ManifestFiles:
             name = f"manifest-{number:05d}.parquet"
             if single:
                 name = "manifest.parquet"
-            storage.put_file(path, storage.join(self._uri, name))
+            target = storage.join(self._uri, name)
+            storage.put_file(path, target)
             first_shard = number * self._per_file
             size_bytes = path.stat().st_size
             files.append(ManifestFile(name, first_shard, count, size_bytes))

@@ -124,7 +124,8 @@ def read_layout(file: BinaryIO, *, name: str, size_bytes: int) -> Layout:
     for i, entry in enumerate(fields):
         if i not in used:
             unused.append(entry)
-    ignored = dict(Counter(f"field {entry.name!r}" for entry in unused))
+    by_name = Counter(f"field {entry.name!r}" for entry in unused)
+    ignored = dict(by_name)
     return Layout(image, sizes, labels, texts, texts_are_json, ignored)
 
 
@@ -147,7 +148,8 @@ def _read_tables(file: BinaryIO, *, name: str, size_bytes: int) -> _Tables:
     is_inside = 0 < table_at <= size_bytes
     is_even = table_bytes % beton.ALLOCATION.itemsize == 0
     is_whole = is_inside and is_even
-    if not is_whole or not 0 < count < _MAX_SAMPLES:
+    is_counted = 0 < count < _MAX_SAMPLES
+    if not is_whole or not is_counted:
         raise DataError(
             f"{name}: the beton is empty, cut or was never finished: {count} samples, allocations "
             f"at byte {table_at} of {size_bytes}. Copy it again from its source, or write it again."
@@ -354,14 +356,16 @@ class _Pass:
         height = int(entry["height"])
         # Raw pixels have no header to look at: their number is all that can be checked.
         if entry["mode"] == beton.MODE_RAW:
-            if len(data) != width * height * 3:
+            expected_bytes = width * height * 3
+            if len(data) != expected_bytes:
                 return Refused(Reason.TRUNCATED)
             return Probe("raw", width, height, "RGB")
         probed = probe(data)
         if isinstance(probed, Refused):
             return probed
         # Boxes are drawn from the table's size; cut from an image of another, they lie elsewhere.
-        if (probed.width, probed.height) != (width, height):
+        declared = (width, height)
+        if (probed.width, probed.height) != declared:
             said = f"the beton says {width} x {height}"
             detail = f"{probed.width} x {probed.height} pixels, {said}"
             return Refused(Reason.SIZE_DIFFERS, detail)
@@ -374,7 +378,8 @@ class _Pass:
         starts = self._layout.image["data_ptr"].tolist()
         sizes = self._layout.sizes.tolist()
         labels = self._layout.labels.tolist()
-        for row, (key, probed) in enumerate(zip(keys, self._probes, strict=True)):
+        samples = zip(keys, self._probes, strict=True)
+        for row, (key, probed) in enumerate(samples):
             if isinstance(probed, Refused):
                 self.bad.append((key, probed))
                 # The sample keeps its row, so that ids and order do not depend on what is broken.

@@ -274,7 +274,10 @@ def _codes(column: pa.ChunkedArray, names: tuple[str, ...]) -> npt.NDArray[np.ui
             encoded = chunk.dictionary_encode()
         codes = []
         for name in encoded.dictionary.to_pylist():
-            codes.append(names.index(name) if name in names else 0)
+            code = 0
+            if name in names:
+                code = names.index(name)
+            codes.append(code)
         lookup = np.array(codes, np.uint8)
         indices = encoded.indices.to_numpy()
         parts.append(lookup[indices])

@@ -45,7 +45,8 @@ def make_dali_index(samples: list[list[tuple[str, int, int, str]]]) -> bytes:
         words = []
         for part, offset, size, name in components:
             # The format splits at blanks and quotes none: DALI would read the wrong bytes.
-            if name.split() != [name] or part.split() != [part]:
+            is_one_word = name.split() == [name] and part.split() == [part]
+            if not is_one_word:
                 return b""
             words.append(f"{part} {offset} {size} {name}")
         lines.append(" ".join(words))

@@ -103,9 +103,11 @@ class WebDatasetWriter:
         # The image comes first; its offset is taken from the first component below.
         members = [(extension, image)]
         if label != NO_LABEL:
-            members.append(("cls", str(label).encode()))
+            number = str(label)
+            members.append(("cls", number.encode()))
         if metadata is not None:
-            members.append(("json", _to_json(metadata).encode()))
+            text = _to_json(metadata)
+            members.append(("json", text.encode()))
 
         # Each member is a header and its data, filled up with zeros to a block of 512 bytes.
         components = []

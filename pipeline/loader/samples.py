@@ -40,12 +40,14 @@ def shape_raw(images: list[npt.NDArray[np.uint8]], rows: Rows) -> None:
             empty.
         rows: What the manifest says of them.
     """
-    for i in np.flatnonzero(rows.formats_B == _RAW).tolist():
+    raw_rows = np.flatnonzero(rows.formats_B == _RAW)
+    for i in raw_rows.tolist():
         # What could not be read is empty, and is refused already.
         if images[i].size:
             height = rows.heights_B[i]
             width = rows.widths_B[i]
-            images[i] = images[i].reshape(height, width, 3)
+            shape = (height, width, 3)
+            images[i] = images[i].reshape(shape)
 
 
 _SUBSTITUTES = 64

@@ -63,7 +63,8 @@ def compare(
     ours.to(device).train()
     sides = (config.image_height, config.image_width)
     images_BCHW = torch.randn(images, 3, *sides, device=device)
-    noise_BN = torch.rand(images, config.num_patches, device=device)
+    num_patches = config.num_patches
+    noise_BN = torch.rand(images, num_patches, device=device)
     # After the weights are shared: a compiled module's names have a prefix.
     if compiled:
         ours.compile()
@@ -126,7 +127,10 @@ def _stepper(
     precision: Literal["fp32", "autocast"],
 ) -> Callable[[], float]:
     """Give what takes a step, waits for it and returns its loss."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            trained.append(parameter)
     optimizer = torch.optim.AdamW(
         trained, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.05, fused=True
     )

@@ -183,7 +183,8 @@ def count_ranks(available: int) -> int:
 def _ask(process: subprocess.Popen[str], content: Mapping[str, Any]) -> None:
     assert process.stdin is not None, "started with a pipe"
     try:
-        process.stdin.write(json.dumps(content) + "\n")
+        line = json.dumps(content)
+        process.stdin.write(f"{line}\n")
         process.stdin.flush()
     except BrokenPipeError:
         raise _failed(process) from None

@@ -180,7 +180,8 @@ def cut_photos(folder: Path, plan: CropPlan = CropPlan()) -> Pictures:
             for box in boxes(photo.width, photo.height, plan=plan, half=half):
                 # By place, not by number: another stride does not give old names new crops.
                 left, top, _, _ = box
-                name_of_crop = f"{label}-{top:04d}-{left:04d}.jpg"
+                place = f"{top:04d}-{left:04d}"
+                name_of_crop = f"{label}-{place}.jpg"
                 path = class_folder / name_of_crop
                 # Full colour resolution: the crops are small, and are shrunk once more.
                 crop = photo.crop(box)
@@ -274,7 +275,8 @@ def _count_classes(names: list[Path]) -> int:
     """Count class folders; 0 if any picture lies beside them, for then there are no labels."""
     if any(len(name.parts) == 1 for name in names):
         return 0
-    return len({name.parts[0] for name in names})
+    classes = {name.parts[0] for name in names}
+    return len(classes)
 
 
 def _open_photo(path: Path, *, max_side: int) -> Image.Image:

@@ -202,7 +202,8 @@ def explain(plan: Plan, found: Found, speed: Speed, pictures: Pictures) -> str:
             f"this machine is slow: {plan.steps} steps are the fewest that show learning. "
             "Give --steps or --minutes for less"
         )
-    if plan.max_images < max(pictures.num_train, pictures.num_val):
+    num_images = max(pictures.num_train, pictures.num_val)
+    if plan.max_images < num_images:
         lines.append(
             f"it will be measured on {plan.max_images} images of each dataset at most, to take "
             f"{format_duration(measuring_s)}"
@@ -212,4 +213,5 @@ def explain(plan: Plan, found: Found, speed: Speed, pictures: Pictures) -> str:
 
 def describe_kept(plan: Plan, run_dir: Path) -> str:
     """Say that an earlier start has chosen."""
-    return f"{plan.steps} steps in {plan.precision}, as chosen before ({run_dir / PLAN_FILE})"
+    path = run_dir / PLAN_FILE
+    return f"{plan.steps} steps in {plan.precision}, as chosen before ({path})"

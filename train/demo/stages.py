@@ -218,7 +218,8 @@ class Demo:
             _say(f"an earlier start got to step {before}: it is resumed")
         # A tiny run may have finished before it was told to stop. One that an earlier start
         # finished is launched all the same: it says so.
-        if read_status(self._run_dir).get("state") != "done" or before >= stop_at:
+        state = read_status(self._run_dir).get("state")
+        if state != "done" or before >= stop_at:
             self._launch(plan, stop_at=None)
 
     def _launch(self, plan: Plan, *, stop_at: int | None) -> None:
@@ -302,7 +303,8 @@ def _describe_evaluation(evaluation: dict[str, Any]) -> list[str]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8")
+    content: dict[str, Any] = json.loads(text)
     return content
 
 
