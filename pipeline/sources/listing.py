@@ -32,6 +32,7 @@ QUIET_S = 3.0
 _REMOTE_READERS = 16
 _CHUNK_FILES = 16_384
 """Names in a chunk: as Python objects they take ten times the memory that Arrow takes."""
+_FOLDERS_AT_ONCE = 4_096
 _SAY_EVERY_S = 10.0
 FILE_OFFSET = np.dtype([("file", np.int32), ("offset", np.int64)])
 """Where an image lies inside a larger file: number of the file, byte at which the image starts."""
@@ -256,7 +257,9 @@ class ListingBuilder:
             return False
         self._names.append(name)
         self._sizes.append(size_bytes)
-        self._locations.append((file, offset))
+        # A folder's images are files of their own: without a place they take half the memory.
+        if file >= 0:
+            self._locations.append((file, offset))
         if len(self._names) == _CHUNK_FILES:
             self._close_chunk()
         return True
@@ -300,12 +303,14 @@ class ListingBuilder:
         """
         self._close_chunk()
         names = pa.concat_arrays([chunk.names for chunk in self._chunks])
+        sizes = np.concatenate([chunk.sizes for chunk in self._chunks])
+        locations = np.concatenate([chunk.locations for chunk in self._chunks])
+        # Here and not at the end: what comes next copies names, and millions of them lie in chunks.
+        self._chunks = []
         # Storage lists in any order; a listing's order must depend on the source alone.
         order = pc.sort_indices(names)
         names = names.take(order)
         rows = order.to_numpy()
-        sizes = np.concatenate([chunk.sizes for chunk in self._chunks])
-        locations = np.concatenate([chunk.locations for chunk in self._chunks])
         if settings.labels == "auto" and settings.ground_truth is None:
             _refuse_splits(
                 self._uri,
@@ -366,11 +371,15 @@ def _refuse_splits(uri: str, names: pa.StringArray, kind: SourceKind) -> None:
 
 def _first_folders(names: pa.StringArray) -> list[str] | None:
     """Return the first folders of paths, sorted; None if one path has none."""
-    in_folders = pc.match_substring(names, "/")
-    if not pc.all(in_folders).as_py():
-        return None
-    first = pc.unique(pc.replace_substring_regex(names, "/.*", ""))
-    return sorted(str(folder) for folder in first.to_pylist())
+    folders: set[str] = set()
+    # A piece at a time: the folders of all paths at once take as much memory as the paths.
+    for start in range(0, len(names), _FOLDERS_AT_ONCE):
+        piece = names.slice(start, _FOLDERS_AT_ONCE)
+        if not pc.all(pc.match_substring(piece, "/")).as_py():
+            return None
+        first = pc.unique(pc.replace_substring_regex(piece, "/.*", ""))
+        folders.update(str(folder) for folder in first.to_pylist())
+    return sorted(folders)
 
 
 @dataclass(frozen=True)
