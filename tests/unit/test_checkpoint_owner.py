@@ -7,15 +7,21 @@ import threading
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import ClassVar
 
 import psutil
 import pytest
+import torch
 
 from pipeline import storage
 from pipeline.errors import ConfigError
 from tests.limits import wait_until
 from train.checkpoint import owner as owners
+from train.checkpoint.files import committed_steps
 from train.checkpoint.owner import CheckpointOwner
+from train.checkpoint.store import CheckpointLostError, CheckpointStore
+from train.config import RunConfig
+from train.engine.named_state import WEIGHT, ExportedState, HostCopy, NamedTensor
 from train.errors import CheckpointError
 from train.process.world import World
 
@@ -161,3 +167,42 @@ def test_a_sign_of_life_changes_the_record(folder: str) -> None:
         )
     assert json.loads(storage.read_bytes(uri))["state"] == "released"
     assert owners.STALE_S >= 4 * owners.BEAT_S
+
+
+class Exporter:
+    """A model of one number."""
+
+    config = RunConfig()
+    table: ClassVar = [NamedTensor("weight", (1,), trained=False)]
+    device = torch.device("cpu")
+
+    def export_state(self, copy: HostCopy) -> ExportedState:
+        return ExportedState({"weight": {WEIGHT: copy("weight", WEIGHT, torch.ones(1))}})
+
+
+@pytest.mark.parametrize("moment", ["before", "written"])
+def test_a_job_that_was_replaced_neither_commits_nor_removes(folder: str, moment: str) -> None:
+    with job(folder) as own:
+        own.take()
+        world = World()
+        store = CheckpointStore(folder, keep_last=1, owner=own)
+        for step in (1, 2):
+            store.save(step, Exporter(), {}, world=world)
+        assert committed_steps(folder) == [2]
+
+        def replace_owner(phase: str) -> None:
+            if phase == "written":
+                # The other job is at the same step.
+                write_record(folder, 2)
+                storage.write_atomic(storage.join(folder, "step-000003/state.json"), b"theirs")
+
+        if moment == "before":
+            write_record(folder, 2)
+            late = store
+        else:
+            late = CheckpointStore(folder, keep_last=1, owner=own, on_phase=replace_owner)
+        with pytest.raises(CheckpointLostError, match="was taken over by process"):
+            late.save(3, Exporter(), {}, world=world)
+        assert committed_steps(folder) == [2]
+        files = {file.name for file in storage.list_files(folder, recursive=True)}
+        assert ("step-000003/state.json" in files) == (moment == "written")
