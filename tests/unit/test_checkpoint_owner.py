@@ -70,6 +70,7 @@ def test_a_second_job_is_refused_by_name_until_the_first_has_ended(folder: str) 
         first.take()
         with pytest.raises(ConfigError) as caught, job(folder, "/runs/second") as second:
             second.take()
+        assert not second.said, "its process can be looked up: there is no reason to wait"  # type: ignore[attr-defined]
         text = str(caught.value)
         assert f"process {psutil.Process().pid} on " in text
         assert "run.dir /runs/first" in text

@@ -113,6 +113,7 @@ def hash_file(uri: str, *, on_read: OnRead = no_report) -> tuple[int, str]:
     Returns:
         Its size in bytes and its hash.
     """
+    # In pieces: a rank's share may be larger than the memory that is left beside the model.
     digest = xxhash.xxh3_128()
     size_bytes = 0
     with storage.open_read(uri) as file:
@@ -175,6 +176,7 @@ def render_manifest(step: int, files: Iterable[FileEntry]) -> bytes:
 
 def hash_json(content: Mapping[str, Any]) -> str:
     """Hash JSON types, whatever the order of their keys."""
+    # Python's default separators are part of the format: readers make the same text.
     text = json.dumps(content, sort_keys=True)
     return hash_bytes(text.encode())
 
@@ -239,6 +241,7 @@ def check_entry(
         size_bytes, digest = hash_file(uri, on_read=on_read)
     except MaelstromError as error:
         return f"{shown}: {error}"
+    # Told apart from another hash: a short file points to a full disk, not to a bad one.
     if size_bytes != entry.size_bytes:
         return f"{shown}: {size_bytes} bytes, {entry.size_bytes} were written"
     if digest != entry.xxh3:
@@ -257,6 +260,7 @@ def find_steps(root: str) -> dict[int, set[str]]:
     """
     if not storage.exists(root):
         return {}
+    # One listing for all steps: in object storage each listing is a request.
     found: dict[int, set[str]] = {}
     for file in storage.list_files(root, recursive=True):
         folder, _, name = file.name.partition("/")

@@ -137,7 +137,7 @@ class CheckpointOwner:
             verdict: _Verdict = ("wait", "")
             if self._world.is_main:
                 verdict = self._look()
-            # One agreement a look: the other ranks must not wait for as long as all looks take.
+            # One agreement per look: the other ranks must not wait for as long as all looks take.
             kind, text = self._world.broadcast(verdict)
             if kind == "taken":
                 break
@@ -155,6 +155,7 @@ class CheckpointOwner:
             MaelstromError: the storage does not answer.
         """
         numbers = _list_records(self.uri)
+        # Its own record may be gone: whoever takes the folder removes those with lower numbers.
         newest = max(numbers, default=0)
         if newest <= self._number:
             return None
@@ -200,6 +201,7 @@ class CheckpointOwner:
         """Tell whether an owner has released the folder, is gone, or was silent for too long."""
         if other.state == "released":
             return True
+        # Only a definite no: an owner that cannot be looked up is watched instead.
         if is_alive(other.process) is False:
             return True
         return other == self._watched and time.monotonic() - self._watched_since > self._stale_s
@@ -209,6 +211,7 @@ class CheckpointOwner:
         record changed while this start was looking."""
         if is_alive(other.process):
             return True
+        # Any change counts: a higher beat, or the record of a job that came in between.
         before = self._watched
         if other != before:
             self._watched = other

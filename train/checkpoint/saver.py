@@ -107,12 +107,14 @@ class Saver:
             self._write(captured)
             self._stall_s += self._write_s
             return
+        # A daemon: a run that fails must end although an upload hangs.
         self._thread = threading.Thread(
             target=self._write, args=(captured,), name="checkpoint-writer", daemon=True
         )
         self._thread.start()
 
     def _write(self, captured: Captured) -> None:
+        # Not the loop's clock: in a thread this time overlaps the steps.
         begun = time.perf_counter()
         try:
             self.store.write(captured, world=self._writers)

@@ -94,6 +94,7 @@ def resolve_step(uri: str) -> list[str]:
     Raises:
         CheckpointError: there is none.
     """
+    # A step that was named is taken or refused, and no other one in its place.
     if storage.exists(storage.join(uri, MANIFEST_FILE)):
         return [uri]
     for root in (uri, storage.join(uri, CHECKPOINTS_FOLDER)):
@@ -132,6 +133,7 @@ def load_weights(uri: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _load_weights(folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    # Hashes are checked while reading: what is loaded here may be published.
     tensors: dict[str, Tensor] = {}
     state: dict[str, Any] = {}
     entries = [entry for entry in read_manifest(folder) if _is_wanted(entry)]

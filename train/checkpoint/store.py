@@ -231,6 +231,7 @@ class CheckpointStore:
             CheckpointError: there are checkpoints and none of them is sound; starting afresh would
                 hide that.
         """
+        # Names only, no content: a folder without MANIFEST.json costs no reading.
         candidates = self._committed_together(world)
         if before is not None:
             candidates = [step for step in candidates if step < before]
@@ -238,6 +239,7 @@ class CheckpointStore:
         for step in reversed(candidates):
             state, problems = open_verified(self.uri_of(step), world=world)
             if state is not None:
+                # A run that ends at once must not save again what it has just read.
                 self._current = step
                 return state
             damage += problems
@@ -302,6 +304,7 @@ class CheckpointStore:
         with agreed(world, failure, raises=CheckpointWriteError):
             if world.is_main and self._owner is not None:
                 problem = self._owner.problem()
+        # Not through `agreed`: this is no failed save that a later one may make good.
         problem = world.broadcast(problem)
         if problem is not None:
             raise CheckpointLostError(problem)
@@ -309,6 +312,7 @@ class CheckpointStore:
     def _is_still_ours(self) -> bool:
         """Tell whether steps may be removed; not if that cannot be known."""
         try:
+            # Asked anew: between the commit and here another job may have come.
             return self._owner is None or self._owner.problem() is None
         except MaelstromError as error:
             log.warning("old checkpoints were not removed, they stay: %s", error)
@@ -322,6 +326,7 @@ class CheckpointStore:
             yield part_name(kind, world.rank, world.world_size), content
         if world.is_main:
             text = json.dumps(captured.document, indent=1)
+            # One copy of it, from rank 0: what it holds is equal on all ranks.
             yield STATE_FILE, text.encode()
 
     def _commit(self, step: int, entries: list[FileEntry]) -> None:
@@ -361,6 +366,7 @@ class CheckpointStore:
             # Newer steps are of a run that went back; it will write them again.
             steps = {step: names for step, names in find_steps(self.uri).items() if step <= newest}
             committed = [step for step, names in steps.items() if MANIFEST_FILE in names]
+            # Unfinished saves are in `steps` and not in `kept`: they are removed with the old ones.
             kept = set(committed[-self.keep_last :])
             if self.keep_every:
                 kept |= {step for step in committed if step % self.keep_every == 0}

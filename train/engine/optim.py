@@ -66,6 +66,7 @@ def lr_at(
     """
     if step < 0:
         raise ValueError(f"step {step} is negative")
+    # Warm-up and peak are the same for every schedule.
     peak = peak_lr(config, global_batch_size=global_batch_size)
     warmup = warmup_length(config, steps_per_epoch=steps_per_epoch)
     if step < warmup:
@@ -109,6 +110,7 @@ def build_param_groups(module: nn.Module, *, weight_decay: float) -> list[dict[s
     plain: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
+        # E.g. fixed position tables: an optimizer would keep moments for them.
         if not parameter.requires_grad:
             continue
         if is_decayed(name, parameter):

@@ -43,12 +43,16 @@ def record_skipped(run: Run, done: int, micro_batches: list[SeenBatch]) -> None:
     # Reading the losses waits for the device, which is fine here: the step was lost anyway.
     losses = [float(seen.loss) for seen in micro_batches]
     is_sound = all(math.isfinite(loss) for loss in losses)
-    culprits = [rank for rank, sound in enumerate(run.world.gather(is_sound)) if not sound]
+    sound_by_rank = run.world.gather(is_sound)
+    culprits = [rank for rank, sound in enumerate(sound_by_rank) if not sound]
     # With finite losses everywhere the overflow was in a gradient, and no rank is told apart.
-    what = f"the loss on rank {', '.join(map(str, culprits))}" if culprits else "a gradient"
-    run.reporter.say(
-        f"warning: step {done} skipped: {what} is not finite ({run.skips.in_a_row + 1} in a row)"
-    )
+    what = "a gradient"
+    if culprits:
+        ranks = ", ".join(str(rank) for rank in culprits)
+        what = f"the loss on rank {ranks}"
+    # The guard counts this step only after it was told.
+    in_a_row = run.skips.in_a_row + 1
+    run.reporter.say(f"warning: step {done} skipped: {what} is not finite ({in_a_row} in a row)")
     if not culprits or run.world.rank in culprits:
         _write_skipped(run, done, micro_batches, losses)
 

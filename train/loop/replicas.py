@@ -6,6 +6,7 @@ each rank keeps its own part, so there are no two copies to compare.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 
@@ -36,14 +37,18 @@ def checksums(module: nn.Module) -> tuple[list[str], Tensor]:
     """
     names: list[str] = []
     sums: list[Tensor] = []
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+    parameters = module.named_parameters()
+    buffers = module.named_buffers()
+    for name, tensor in itertools.chain(parameters, buffers):
         # Bits and not values: NaN differs from itself, and 0 equals -0.
         as_integer = _INTEGERS[tensor.element_size()]
         bits = tensor.detach().contiguous().flatten().view(as_integer)
         total = torch.zeros((), dtype=torch.int64, device=tensor.device)
         for first in range(0, bits.numel(), _CHUNK):
-            part = bits[first : first + _CHUNK].to(torch.int64)
-            indices = torch.arange(first, first + part.numel(), device=part.device)
+            piece = bits[first : first + _CHUNK]
+            part = piece.to(torch.int64)
+            end = first + part.numel()
+            indices = torch.arange(first, end, device=part.device)
             # Odd factors have an inverse modulo 2^64: no change of one value can vanish.
             factors = 2 * indices + 1
             total += (part * factors).sum()
@@ -75,7 +80,10 @@ def find_differing(sums: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]
     majority, count = votes.most_common(1)[0]
     if 2 * count <= len(sums):
         return columns, []
-    culprits = [rank for rank, of_rank in enumerate(sums) if tuple(of_rank) != majority]
+    culprits = []
+    for rank, of_rank in enumerate(sums):
+        if tuple(of_rank) != majority:
+            culprits.append(rank)
     return columns, culprits
 
 

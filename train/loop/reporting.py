@@ -85,8 +85,10 @@ def log_line(run: Run, done: int, *, lr: float, mean_loss: MeanLoss) -> bool:
     own_loss = mean_loss.read()
     sent_loss = 0.0 if own_loss is None else own_loss
     bad_on_rank = float(loader.report.num_bad)
+    # One agreement for all three: each costs a round trip between the ranks.
     sent = [sent_loss, rates["data_wait_share"], bad_on_rank]
-    average_loss, rates["data_wait_share"], bad_per_rank = world.mean(sent)
+    average_loss, wait_share, bad_per_rank = world.mean(sent)
+    rates["data_wait_share"] = wait_share
     loss = None if own_loss is None else average_loss
 
     arithmetic = utilisation(
@@ -185,4 +187,5 @@ def _memory_gib(device: torch.device) -> float:
     """Give the peak of the device's memory; on the CPU, what the process holds now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return float(psutil.Process().memory_info().rss) / 2**30
+    memory = psutil.Process().memory_info()
+    return float(memory.rss) / 2**30

@@ -17,7 +17,7 @@ from train.config import RunConfig
 from train.engine.named_state import check_same_model, list_tensors
 from train.engine.optim import lr_at, peak_lr
 from train.errors import CheckpointError
-from train.loop.progress import Pace, Progress
+from train.loop.progress import PROGRESS_KEY, Pace, Progress
 from train.objectives.base import Objective
 from train.report.data_record import kept_description
 from train.settings.layers import EITHER_OR
@@ -109,7 +109,8 @@ def restore_cursor(loader: Loader, state: CheckpointState, config: RunConfig) ->
     """
     cursor = state.client["loader"]
     changes = find_changes(state.config, config.model_dump(mode="json"))
-    if any(change.name in ORDER_SETTINGS for change in changes):
+    changed_names = {change.name for change in changes}
+    if not ORDER_SETTINGS.isdisjoint(changed_names):
         # Within an epoch another order would bring some samples twice and others not at all.
         epoch = cursor["epoch"] + bool(cursor["position"])
         cursor = {**cursor, "seed": config.train.seed, "epoch": epoch, "position": 0}
@@ -138,20 +139,27 @@ def describe_resume(
         ranks: processes of this start.
     """
     lines = []
-    told = [str(change) for change in of_rule(resume.changes, "may change")]
+    told = []
+    for change in of_rule(resume.changes, "may change"):
+        told.append(str(change))
     if state.parts != ranks:
         told.append(f"ranks {state.parts} -> {ranks}")
     # One line for each kind of change, so that each can be looked for in a log.
     if told:
         lines.append(f"changed since the checkpoint: {', '.join(told)}")
     if resume.accepted:
-        changes = [str(change) for change in resume.changes if change.name in resume.accepted]
-        line = f"accepted by resume.accept and written to history.jsonl: {', '.join(changes)}"
+        taken = []
+        for change in resume.changes:
+            if change.name in resume.accepted:
+                taken.append(str(change))
+        names = ", ".join(taken)
+        line = f"accepted by resume.accept and written to history.jsonl: {names}"
         if not ORDER_SETTINGS.isdisjoint(resume.accepted):
             line += "; the new order begins with the next epoch"
         lines.append(line)
     # base_lr is given per 256 images: a reader may expect the rate to follow the batch.
-    if any(change.name == "train.global_batch_size" for change in resume.changes):
+    changed_names = {change.name for change in resume.changes}
+    if "train.global_batch_size" in changed_names:
         batch = progress.first_pace.global_batch_size
         peak = peak_lr(config, global_batch_size=batch)
         lines.append(
@@ -215,8 +223,10 @@ def rate_at(step: int, *, config: RunConfig, progress: Progress) -> float:
 
 def _pace_of(state: CheckpointState, progress: Progress) -> Pace:
     """Give the pace that a checkpoint was saved at."""
-    kept: Mapping[str, Any] | None = state.client.get("progress")
-    return Pace(**kept["pace"]) if kept else progress.first_pace
+    kept: Mapping[str, Any] | None = state.client.get(PROGRESS_KEY)
+    if kept is None:
+        return progress.first_pace
+    return Pace(**kept["pace"])
 
 
 def _accepted_names(config: RunConfig) -> set[str]:
@@ -231,7 +241,10 @@ def _accepted_names(config: RunConfig) -> set[str]:
 def _refuse_other_model(
     objective: Objective, state: CheckpointState, changes: list[Change]
 ) -> None:
-    shape = [str(change) for change in changes if change.name in NEVER_ACCEPTED]
+    shape = []
+    for change in changes:
+        if change.name in NEVER_ACCEPTED:
+            shape.append(str(change))
     if not shape:
         return
     # Tensors of other shapes are told by a table of them.

@@ -24,6 +24,7 @@ def keep_description(checkpoint_dir: str, info: DatasetInfo) -> None:
         checkpoint_dir: URI of the folder of checkpoints.
         info: the training dataset.
     """
+    # Named by its fingerprint: each dataset that a run was trained on keeps its own.
     uri = _description_uri(checkpoint_dir, info.fingerprint)
     if not storage.exists(uri):
         storage.put_if_absent(uri, info.to_json())
@@ -55,6 +56,7 @@ def collect_data_report(
         The merged report, for the next checkpoint.
     """
     reports = world.gather(report.to_json())
+    # The loader counts from this start on; the checkpoint has the rest.
     if earlier:
         reports.insert(0, earlier)
     merged = merge_reports(reports)

@@ -57,10 +57,12 @@ def keep_earlier_run(
     """
     if not _holds_another_run(run_dir, run_id, step, settings, checkpoint_dir):
         return []
+    # Sorted, so that the message lists them alike every time.
     found = sorted(path for path in run_dir.iterdir() if _is_record(path.name))
     number = 1
     while any(_numbered(path, number).exists() for path in found):
         number += 1
+    # Renamed and not copied: events and pictures may be large.
     for path in found:
         path.rename(_numbered(path, number))
     return [_numbered(path, number).name for path in found]
@@ -90,6 +92,7 @@ def read_history(run_dir: Path) -> list[dict[str, Any]]:
         return []
     starts = []
     for line in path.read_text(encoding="utf-8").splitlines():
+        # Unlike metrics, lines behind a broken one count: a later start has added them.
         try:
             starts.append(json.loads(line))
         except json.JSONDecodeError:
@@ -100,6 +103,7 @@ def read_history(run_dir: Path) -> list[dict[str, Any]]:
 def _holds_another_run(
     run_dir: Path, run_id: str, step: int, settings: str, checkpoint_dir: str
 ) -> bool:
+    # The latest start tells whose files these are; a run that begins has a name of its own.
     history = read_history(run_dir)
     if history and history[-1].get("run") == run_id:
         # A copy of an older checkpoint in another folder is a branch of the run: the lines behind

@@ -21,6 +21,7 @@ class Window:
     def rates(self) -> dict[str, float]:
         """Give images per second (over all ranks), the share of time waited for data, and seconds a
         step."""
+        # A window without a step, e.g. at once after a resume, must not divide by 0.
         elapsed_s = max(self.elapsed_s, 1e-9)
         return {
             "images_per_s": self.images / elapsed_s,
@@ -65,6 +66,7 @@ class Meter:
         Args:
             wait_s: the loader's running total of seconds that the loop waited for batches.
         """
+        # One reading of the clock ends this window and begins the next: no time falls between.
         now = time.perf_counter()
         window = Window(
             self._steps,
@@ -121,6 +123,7 @@ def throughput_summary(
             "wait_s": float(counters.get("wait_s", 0.0)),
             "busy_ms_per_item": 1e3 * busy_s / items if items else 0.0,
         }
+    # The step's share is what the loop did not wait for; pauses are in neither.
     step_busy_s = max(0.0, total.elapsed_s - total.wait_s)
     images_per_rank = total.images / max(1, world_size)
     rows["train step"] = {

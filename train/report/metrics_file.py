@@ -57,6 +57,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         return []
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
+        # Another process may be writing the last line right now.
         try:
             lines.append(json.loads(line))
         except json.JSONDecodeError:

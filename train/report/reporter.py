@@ -75,6 +75,7 @@ class Reporter:
         if self._tensorboard == "on":
             from torch.utils.tensorboard import SummaryWriter
 
+            # Events after the step would be drawn twice; the viewer leaves out what is purged.
             self._board = SummaryWriter(
                 str(self._run_dir / "tensorboard"),
                 purge_step=step + 1 if step or self._board is not None else None,
@@ -88,6 +89,7 @@ class Reporter:
         """
         if not self._writes:
             return
+        # The cut replaces the file: an open one would go on writing to what is no longer there.
         if self._file is not None:
             self._file.close()
         if self._board is not None:
@@ -182,6 +184,7 @@ class Reporter:
         if self._progress is not None:
             self._progress.update(self._task, completed=step, text=text)
             return
+        # From this start's own steps: earlier ones may have run on other machines.
         done = step - self._first_step
         left_s = (time.perf_counter() - self._started) / max(1, done) * (self._total_steps - step)
         lr = line.get("lr") or 0.0
@@ -209,6 +212,7 @@ class Reporter:
 
     def close(self) -> None:
         """End the display and close the files."""
+        # First: the last lines must not be drawn over by the bar.
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

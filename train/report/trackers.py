@@ -194,6 +194,7 @@ class WandbTracker(Tracker):
         path: Path,
     ) -> None:
         """Show one PNG."""
+        # Here and not at the top: wandb takes a second to import.
         import wandb
 
         self._run.log({name: wandb.Image(str(path)), "step": step})
@@ -296,6 +297,7 @@ def start_trackers(
         run_dir: its local folder.
         warn: told if one fails.
     """
+    # Each has a thread of its own: a server that hangs holds up neither the run nor the other.
     chosen: list[Tracker] = []
     if config.log.wandb == "on":
         chosen.append(WandbTracker(run_dir, config))

@@ -31,6 +31,7 @@ def peak_tflops(device_name: str) -> float | None:
     Args:
         device_name: as CUDA reports it.
     """
+    # Whole words, the longest names first: "A10" is part of "A100", "H100" of "H100 PCIe".
     words = device_name.replace("-", " ").split()
     for name in sorted(DENSE_TFLOPS, key=len, reverse=True):
         wanted = name.split()
