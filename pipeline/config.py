@@ -45,6 +45,7 @@ class ViewConfig(Settings):
     of 20-100% of the area, aspect 3/4 to 4/3, bicubic, and a horizontal flip.
     """
 
+    # The defaults stand in published results: a change makes other runs out of old commands.
     crop: Literal["random", "center"] = "random"
     """`random`: a random resized crop. `center`: the largest centred box with the output's aspect,
     never flipped."""
@@ -67,6 +68,7 @@ class ViewConfig(Settings):
 
     @model_validator(mode="after")
     def _ordered(self) -> ViewConfig:
+        # Equal is fine: boxes of one size.
         if self.min_area > self.max_area:
             raise ValueError(f"min_area {self.min_area} is above max_area {self.max_area}")
         if self.min_aspect > self.max_aspect:
@@ -77,6 +79,7 @@ class ViewConfig(Settings):
 class OrderConfig(Settings):
     """How samples are shuffled. A change of these settings changes the order that a run sees."""
 
+    # Every field decides which image comes when; train/settings/resume_rules.py refuses changes.
     lanes: Lanes = 256
     """Pieces that the epoch's line of samples is cut into. Keep it fixed during a run; it does not
     depend on the size of the cluster."""
@@ -91,6 +94,7 @@ class OrderConfig(Settings):
 class LoaderConfig(Settings):
     """How batches are read and decoded. The samples, crop boxes and flips do not depend on it."""
 
+    # No value here may change a sample, a box or a flip: resumes with other values rely on it.
     decoder: Literal["auto", "dali", "turbo", "ffcv"] = "auto"
     """`dali`: NVIDIA DALI, on the GPU if there is one. `turbo`: CPU threads that call
     libjpeg-turbo and the resize kernels of torch and OpenCV. `ffcv`: CPU threads that call FFCV's

@@ -92,45 +92,107 @@ TomlFile = Annotated[Path, AfterValidator(_local_path), _ending(".toml")]
 MarkdownFile = Annotated[Path, AfterValidator(_local_path), _ending(".md")]
 
 # ------------------------------------------------------------------------------------------ numbers
-Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+# An upper limit is far above what anybody needs, and below what overflows further on: it catches a
+# digit too many, not an ambition.
+Count = Annotated[
+    int,
+    Field(ge=1, le=MAX_COUNT),
+]
 """At least one of something."""
-CountOrOff = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+CountOrOff = Annotated[
+    int,
+    Field(ge=0, le=MAX_COUNT),
+]
 """A number of which 0 means none, off, or our choice."""
-Pixels = Annotated[int, Field(ge=1, le=MAX_SIDE_PX)]
+Pixels = Annotated[
+    int,
+    Field(ge=1, le=MAX_SIDE_PX),
+]
 """A side of an image or a patch."""
-BatchSize = Annotated[int, Field(ge=1, le=MAX_BATCH)]
+BatchSize = Annotated[
+    int,
+    Field(ge=1, le=MAX_BATCH),
+]
 """Images of a batch."""
-Length = Annotated[float, Field(gt=0, le=1e6)]
+Length = Annotated[
+    float,
+    Field(gt=0, le=1e6),
+]
 """A number of epochs."""
-Rate = Annotated[float, Field(ge=0, le=1e30)]
+Rate = Annotated[
+    float,
+    Field(ge=0, le=1e30),
+]
 """A learning rate or a weight decay; above it the products are not finite in fp32."""
-Factor = Annotated[float, Field(ge=0, le=1e9)]
+Factor = Annotated[
+    float,
+    Field(ge=0, le=1e9),
+]
 """A plain measure of which 0 means off, or our choice."""
-Area = Annotated[float, Field(ge=1e-6, le=1)]
+Area = Annotated[
+    float,
+    Field(ge=1e-6, le=1),
+]
 """A part of an image's area; a millionth is one pixel of the largest photographs."""
-Aspect = Annotated[float, Field(ge=0.001, le=1000)]
+Aspect = Annotated[
+    float,
+    Field(ge=0.001, le=1000),
+]
 """Width divided by height."""
-Parallel = Annotated[int, Field(ge=0, le=4096)]
+Parallel = Annotated[
+    int,
+    Field(ge=0, le=4096),
+]
 """Processes or threads; 0 means our choice."""
-Rounds = Annotated[int, Field(ge=1, le=1_000_000)]
+Rounds = Annotated[
+    int,
+    Field(ge=1, le=1_000_000),
+]
 """Repetitions of a measurement."""
-Pictures = Annotated[int, Field(ge=1, le=4096)]
+Pictures = Annotated[
+    int,
+    Field(ge=1, le=4096),
+]
 """Pictures on one sheet."""
-Streams = Annotated[int, Field(ge=1, le=4096)]
+Streams = Annotated[
+    int,
+    Field(ge=1, le=4096),
+]
 """Requests at once."""
-Megabytes = Annotated[float, Field(ge=0.001, le=1e6)]
+Megabytes = Annotated[
+    float,
+    Field(ge=0.001, le=1e6),
+]
 """A size of files."""
-Minutes = Annotated[float, Field(ge=0, le=43_200)]
+Minutes = Annotated[
+    float,
+    Field(ge=0, le=43_200),
+]
 """A length of time up to a month; 0 means our choice."""
-Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Seed = Annotated[
+    int,
+    Field(ge=0, le=MAX_SEED),
+]
 """Key of random choices."""
-Share = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[
+    float,
+    Field(ge=0, le=1),
+]
 """A part of a whole."""
-DaliDepth = Annotated[int, Field(ge=0, le=16)]
+DaliDepth = Annotated[
+    int,
+    Field(ge=0, le=16),
+]
 """Batches that DALI works on at once; 0 means our choice."""
-Lanes = Annotated[int, Field(ge=1, le=2**20)]
+Lanes = Annotated[
+    int,
+    Field(ge=1, le=2**20),
+]
 """Pieces of an epoch's line of samples."""
-Seconds = Annotated[float, Field(gt=0, le=MAX_TIMEOUT_S)]
+Seconds = Annotated[
+    float,
+    Field(gt=0, le=MAX_TIMEOUT_S),
+]
 """A length of time."""
 
 

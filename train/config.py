@@ -75,6 +75,7 @@ class TrainSection(Settings):
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:
+        # A source that sets one unsets the other, see `layers.EITHER_OR`: both here is one source.
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of train.steps and train.epochs")
         return self
@@ -85,6 +86,7 @@ class TrainSection(Settings):
         Raises:
             ValueError: micro_batch_size x world_size does not divide global_batch_size.
         """
+        # Uneven shares would weigh images unequally, and ranks would wait for each other forever.
         together = self.micro_batch_size * world_size
         if self.global_batch_size % together:
             raise ValueError(
@@ -134,6 +136,7 @@ class OptimSection(Settings):
 
     @model_validator(mode="after")
     def _one_warmup(self) -> OptimSection:
+        # As for the run's length.
         if (self.warmup_steps is None) == (self.warmup_epochs is None):
             raise ValueError("give exactly one of optim.warmup_epochs and optim.warmup_steps")
         return self
@@ -168,6 +171,7 @@ class EngineSection(Settings):
     device_tflops: Factor = 0.0
     """Dense 16-bit peak of one GPU in 10^12 operations per second, from which the log computes MFU.
     0: look it up by the device's name."""
+    # Also the process groups' patience, times `world.GROUP_PATIENCE`.
     timeout_s: Timeout = 600.0
     """Longest time in seconds that a rank waits for the others, or that one step may take. After
     it the run writes the stacks of all ranks and ends with exit code 76."""
@@ -254,6 +258,7 @@ class ResumeSection(Settings):
 class RunConfig(Settings):
     """Everything that defines a pre-training run."""
 
+    # Not a section: it is the first word of the command line, and no file may set it.
     recipe: str = "custom"
     """Name of the recipe these settings came from."""
     run: RunSection = RunSection()

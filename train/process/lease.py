@@ -112,6 +112,7 @@ class RunLease:
     ) -> None:
         if self._thread is None:
             return
+        # Joined first: a beat after the removal would touch a lease that is no longer ours.
         self._closing.set()
         self._thread.join()
         with suppress(OSError):
@@ -146,6 +147,7 @@ class RunLease:
         while not self._closing.wait(BEAT_S):
             with suppress(OSError):
                 os.utime(self._path)
+            # After the lease, which other jobs ask; the status is for people.
             if self._on_beat is not None:
                 self._on_beat()
 
@@ -180,6 +182,7 @@ def _is_of(holder: Holder, launch: str) -> bool:
 def _read(path: Path) -> Holder | None:
     try:
         return Holder(**json.loads(path.read_text()))
+    # A damaged file holds no name to wait for: it counts as a free folder.
     except (FileNotFoundError, ValueError, TypeError):
         return None
 

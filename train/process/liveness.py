@@ -79,6 +79,7 @@ def is_alive(process: Identity) -> bool | None:
         process: as it was written down, perhaps long ago.
     """
     here = this_process()
+    # All three: a container has the host's boot, and may have its name.
     places = (process.host, process.boot_id, process.pid_namespace)
     if places == (here.host, here.boot_id, here.pid_namespace):
         return _is_running(process)
@@ -97,6 +98,7 @@ def _is_running(process: Identity) -> bool:
         # A zombie has ended; only its parent has not asked yet.
         return same and found.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
+        # No such process; one that may not be looked at still gives its start time.
         return False
 
 
@@ -113,6 +115,7 @@ def judge_status(status: Mapping[str, Any], *, now_s: float | None = None) -> Ve
         a word, e.g. by SIGKILL or with its machine. unknown: written by a release that did not name
         its process.
     """
+    # First: the process of an ended run is gone, too, and has left its word.
     if status.get("exit_code") is not None:
         return "ended"
     try:

@@ -59,6 +59,7 @@ def stale_problems(env: Environment) -> list[str]:
     Launchers set RANK with it. Alone it would let the settings be checked for that many ranks, and
     the run start on one. A dry run may be asked so about a larger machine.
     """
+    # A world of one is what a run without a launcher is anyway.
     size = env.get("WORLD_SIZE", "1")
     if "RANK" in env or size.strip() in ("", "1"):
         return []
@@ -84,6 +85,7 @@ def name_start(env: Environment, *, parent_pid: int) -> str:
         parent_pid: of this process. The ranks of a node have one parent, the launcher; addresses
             and ports may be the same on the next start, the parent is not.
     """
+    # Alone: no other rank has to come to the same name.
     if not is_launched(env):
         return uuid.uuid4().hex
     return ":".join([*(env.get(name, "") for name in _START), str(parent_pid)])
@@ -107,6 +109,7 @@ def _first_number(
     default: int,
 ) -> int:
     for name in names:
+        # What is not a number is told by `find_place`, once the settings are known to be right.
         if env.get(name, "").isdigit():
             return int(env[name])
     return default
@@ -143,6 +146,7 @@ def find_place(env: Environment) -> RankPlace:
     Raises:
         ConfigError: the variables are incomplete, are not numbers, or contradict each other.
     """
+    # torchrun inside an srun step: the inner launcher numbers the ranks.
     if "RANK" in env:
         place = _torchrun_place(env)
     elif "SLURM_STEP_NUM_TASKS" in env and _number(env, "SLURM_STEP_NUM_TASKS") > 1:
@@ -192,6 +196,7 @@ def _torchrun_place(env: Environment) -> RankPlace:
         )
     rank = _number(env, "RANK")
     world_size = _number(env, "WORLD_SIZE")
+    # Without either all ranks are taken to share one node, as when they are started by hand.
     local_name = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in env else "LOCAL_SIZE"
     local_world_size = _number(env, local_name) if local_name in env else world_size
     local_rank = rank % local_world_size
@@ -213,6 +218,7 @@ def _slurm_place(env: Environment) -> RankPlace:
     port = _FIRST_SLURM_PORT + _number(env, "SLURM_JOB_ID") % _SLURM_PORTS
     if "MASTER_PORT" in env:
         port = _number(env, "MASTER_PORT")
+    # Nodes may have unequal numbers of tasks, so the node's own entry counts.
     node = _number(env, "SLURM_NODEID") if "SLURM_NODEID" in env else 0
     counts = _tasks_by_node(env.get("SLURM_STEP_TASKS_PER_NODE", "1"))
     return RankPlace(
@@ -256,6 +262,7 @@ def first_slurm_host(nodes: str) -> str:
     Raises:
         ConfigError: the list is empty.
     """
+    # `gpu[03-07,11]`: the name, then the first number with its zeros, then what follows.
     match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
     if not match:
         raise ConfigError(

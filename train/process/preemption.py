@@ -103,6 +103,7 @@ class Preemption:
         self._closing.set()
         if self._thread is not None:
             self._thread.join()
+        # The pipe first: a signal in between would write to a closed end.
         signal.set_wakeup_fd(self._saved_wakeup)
         for number, handler in self._saved_handlers.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
@@ -215,6 +216,7 @@ def find_launchers() -> list[tuple[psutil.Process, str]]:
     """
     try:
         parent = psutil.Process().parent()
+        # A container's first process, or one whose launcher has died already.
         if parent is None:
             return []
         command = " ".join(parent.cmdline())

@@ -71,6 +71,7 @@ class Watchdog:
 
     def beat(self) -> None:
         """Say that a step is done."""
+        # One assignment, without a lock: the thread reads the old time or the new one.
         self._last_s = time.monotonic()
 
     def beat_while_waiting(self) -> None:

@@ -33,12 +33,15 @@ def engine_problems(
             "engine.precision fp16 does not scale its loss at engine.zero_stage 0: "
             "use engine.zero_stage 1"
         )
+    # Offloading moves what a stage has taken apart: at stage 0 there are no parts to move.
     if engine.offload_optimizer == "cpu" and engine.zero_stage == 0:
         problems.append("engine.offload_optimizer cpu needs engine.zero_stage 1, 2 or 3, not 0")
+    # Only stage 3 has the weights in parts.
     if engine.offload_parameters == "cpu" and engine.zero_stage != 3:
         problems.append(
             f"engine.offload_parameters cpu needs engine.zero_stage 3, not {engine.zero_stage}"
         )
+    # The engine asks again with the device that it got, which several GPUs of two kinds decide.
     if device is not None:
         problems += device_problems(engine, device)
     return problems
@@ -50,6 +53,7 @@ def _torch_problems(engine: EngineSection, *, world_size: int) -> list[str]:
         problems.append(
             f"engine.kind torch runs one process, not {world_size}: use engine.kind deepspeed"
         )
+    # 16-bit weights need fp32 copies, which DeepSpeed keeps and the plain engine does not.
     if engine.precision in ("bf16", "fp16"):
         problems.append(
             "engine.kind torch runs fp32 and autocast, not engine.precision "
@@ -65,6 +69,7 @@ def device_problems(engine: EngineSection, device: Device) -> list[str]:
         engine: the settings.
         device: what the ranks compute on.
     """
+    # DeepSpeed refuses it too, but only once the ranks are up.
     if engine.precision == "fp16" and device.kind == "cpu":
         return [
             "engine.precision fp16 needs a GPU, this process has none: use bf16, autocast or fp32"
@@ -107,6 +112,7 @@ def machine_problems(config: RunConfig) -> list[str]:
         config: settings of the run.
     """
     decoder = config.loader.decoder
+    # Asked for by name only: `auto` takes what is installed.
     packages = (
         ("loader.decoder", "dali", decoder == "dali", "nvidia.dali", "dali"),
         ("loader.decoder", "ffcv", decoder == "ffcv", "ffcv", "ffcv"),

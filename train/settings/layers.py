@@ -125,6 +125,7 @@ def describe_wrong_type(value: Any, annotation: Any) -> str | None:
         value: as TOML gives it.
         annotation: type of the setting.
     """
+    # A tuple is a list in TOML, and each of its items has a type.
     kinds = _kinds_of(annotation)
     items = value if isinstance(value, list) else [value]
     for item in items:

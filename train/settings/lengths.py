@@ -16,6 +16,7 @@ def steps_per_epoch_of(config: RunConfig, *, num_samples: int) -> float:
         config: settings of the run.
         num_samples: images of the training data.
     """
+    # The same rule as `Order.steps_per_epoch`, which needs the index of the whole dataset.
     batch = config.train.global_batch_size
     if config.order.remainder == "drop":
         return float(num_samples // batch)
@@ -24,6 +25,7 @@ def steps_per_epoch_of(config: RunConfig, *, num_samples: int) -> float:
 
 def total_steps_of(config: RunConfig, *, steps_per_epoch: float) -> int:
     """Derive the run's number of optimizer steps from `train.steps` or `train.epochs`."""
+    # Exact: a resumed run compares its step with this number.
     if config.train.steps is not None:
         return config.train.steps
     assert config.train.epochs is not None, "the settings give exactly one of the two"
@@ -49,12 +51,14 @@ def length_problems(config: RunConfig, *, num_samples: int) -> list[str]:
             "fill, or a smaller batch"
         ]
 
+    # In steps, whichever units were used.
     total = total_steps_of(config, steps_per_epoch=per_epoch)
     warmup = float(config.optim.warmup_steps or 0)
     written = f"optim.warmup_steps {config.optim.warmup_steps}"
     if config.optim.warmup_epochs is not None:
         warmup = config.optim.warmup_epochs * per_epoch
         written = f"optim.warmup_epochs {config.optim.warmup_epochs:g}"
+    # No warm-up is fine for a run of a single step too.
     if warmup < total or warmup == 0:
         return []
 
