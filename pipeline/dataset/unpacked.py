@@ -23,6 +23,10 @@ from pipeline.formats.compressed import (
 )
 
 _MAGIC_BYTES = 8
+_PICTURES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+_OTHERS = (".beton", ".csv", ".tsv", ".jsonl", ".ndjson")
+_MOST_PREVIEWS = 3
+"""Pictures beside archives that do not make them a folder of images."""
 
 
 @contextmanager
@@ -107,13 +111,37 @@ def _archives_in(uri: str) -> list[storage.FileInfo]:
         if entry is storage.OtherEntry.FOLDER and not storage.is_hidden(name):
             folders.append(name)
 
-    files = list(storage.list_files(uri, on_other=on_other))
-    names = {file.name for file in files}
-    # An archive beside folders of images is somebody's backup.
-    if folders or names & {DATASET_FILE, PLAN_FILE}:
+    archives: list[storage.FileInfo] = []
+    tables: list[str] = []
+    num_pictures = 0
+    has_others = False
+    # Streamed: most folders are of images, and may hold ten million.
+    for file in storage.list_files(uri, on_other=on_other):
+        if file.name in (DATASET_FILE, PLAN_FILE):
+            return []
+        if storage.is_hidden(file.name):
+            continue
+        lower = file.name.lower()
+        num_pictures += lower.endswith(_PICTURES)
+        has_others = has_others or lower.endswith(_OTHERS)
+        if lower.endswith(".parquet"):
+            tables.append(PurePosixPath(file.name).stem)
+        if _may_be_archive(file.name):
+            archives.append(file)
+
+    # An archive beside images, tables or folders of images is somebody's backup: those are read,
+    # and it is left out by name. A preview or two beside many archives is no collection.
+    has_images = num_pictures > min(_MOST_PREVIEWS, len(archives) - 1)
+    stems = {PurePosixPath(_plain_name(file.name)).stem for file in archives}
+    # img2dataset writes 00000.parquet beside each archive.
+    has_tables = not stems.issuperset(tables)
+    if folders or has_images or has_others or has_tables:
         return []
-    visible = [file for file in files if not storage.is_hidden(file.name)]
-    return [file for file in visible if _may_be_archive(file.name) and _refuse_unknown(file.name)]
+    plain = [file for file in archives if compression_of_name(file.name) is None]
+    if plain:
+        return plain
+    can_read = [file for file in archives if compression_of_name(file.name) in (None, GZIP)]
+    return can_read or [file for file in archives if _refuse_unknown(file.name)]
 
 
 def _may_be_archive(name: str) -> bool:

@@ -118,28 +118,31 @@ def _role_of(extension: str) -> str:
 def _kind_of_folder(uri: str, settings: SourceSettings) -> SourceKind:
     """Tell what a folder holds; several kinds of sources in it are an error."""
     names: dict[str, list[str]] = {}
+    num_images = 0
     for file in storage.list_files(uri):
         # A plan is that of an unfinished conversion, which says so when it is opened.
         if file.name in (DATASET_FILE, PLAN_FILE):
             return "dataset"
         # What operating systems leave behind decides nothing.
-        if not storage.is_hidden(file.name) and not _OWN_PARQUET.fullmatch(file.name):
-            suffix = PurePosixPath(file.name).suffix.lower()
-            group = "image" if suffix in IMAGE_SUFFIXES else suffix
-            names.setdefault(group, []).append(file.name)
+        if storage.is_hidden(file.name) or _OWN_PARQUET.fullmatch(file.name):
+            continue
+        suffix = PurePosixPath(file.name).suffix.lower()
+        if suffix in IMAGE_SUFFIXES:
+            # Counted alone: a flat folder may hold ten million, and their names fill memory.
+            num_images += 1
+        elif suffix in (".tar", ".parquet", SUFFIXES["ffcv"]):
+            names.setdefault(suffix, []).append(file.name)
     if SUFFIXES["ffcv"] in names:
         return "dataset"
 
     tars = names.get(".tar", [])
-    images = names.get("image", [])
     stems = {PurePosixPath(name).stem for name in tars}
     # img2dataset writes 00000.parquet beside 00000.tar: what it knows of that shard's images.
     tables = [name for name in names.get(".parquet", []) if PurePosixPath(name).stem not in stems]
     # A preview or two beside shards is no collection of images.
-    if tars and len(images) <= max(_MOST_PREVIEWS, len(tars)):
-        images = []
+    has_previews = bool(tars) and num_images <= max(_MOST_PREVIEWS, len(tars))
     kinds: dict[str, SourceKind] = {}
-    if images:
+    if num_images and not has_previews:
         kinds["images"] = "folder"
     if tars:
         kinds["tars"] = _kind_of_tars(uri, sorted(stems))

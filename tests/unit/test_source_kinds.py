@@ -608,11 +608,33 @@ def test_a_folder_of_packed_shards_is_read(tmp_path):
         (tmp_path / "src").mkdir(exist_ok=True)
         packed = gzip.compress(plain.read_bytes())
         (tmp_path / "src" / f"s-{number}.tar.gz").write_bytes(packed)
-    shard(tmp_path / "src" / "s-2.tar", start=4)
     (tmp_path / "src" / "notes.md").write_text("x")
-    assert len(made(tmp_path / "src", tmp_path / "dst")) == 6
+    assert len(made(tmp_path / "src", tmp_path / "dst")) == 4
     assert left_out(tmp_path / "dst")["left_out"] == {".md": 1}
     assert len(made(f"{tmp_path}/src/*.tar.gz", tmp_path / "dst2")) == 4
+
+
+@pytest.mark.parametrize("backup", ["x.zip", "x.tar.gz", "x.tgz", "x.tar.bz2", "x.7z"])
+@pytest.mark.parametrize("names", [["a.jpg"], ["cat/a.jpg", "dog/b.jpg"]])
+def test_an_archive_beside_images_is_left_out(tmp_path, backup, names):
+    for name in names:
+        (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "src" / name).write_bytes(picture())
+    (tmp_path / "src" / backup).write_bytes(gzip.compress(tar_bytes({"a.jpg": picture()})))
+    assert len(made(tmp_path / "src", tmp_path / "dst")) == len(names)
+    assert sum(left_out(tmp_path / "dst")["left_out"].values()) == 1
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_archive_beside_plain_shards_is_left_out(tmp_path, packed):
+    plain = shard(tmp_path / "src" / "a.tar")
+    (tmp_path / "src" / "backup.tar.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    if packed:
+        # Called .tar, and a shard among shards.
+        other = gzip.compress(shard(tmp_path / "x.tar", start=2).read_bytes())
+        (tmp_path / "src" / "b.tar").write_bytes(other)
+    assert len(made(tmp_path / "src", tmp_path / "dst")) == (4 if packed else 2)
+    assert left_out(tmp_path / "dst")["left_out"] == {".gz": 1}
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "junk"])
