@@ -119,7 +119,7 @@ def test_an_epoch_has_a_whole_batch_if_the_rest_is_dropped(
     assert bool(problems) == is_refused
     if is_refused:
         assert "order.remainder drop" in problems[0]
-        assert f"{num_images:,} images" in problems[0]
+        assert f"{num_images:,} samples" in problems[0]
 
 
 SMALL = ("--train.global-batch-size", "4", "--train.micro-batch-size", "4")

@@ -46,7 +46,7 @@ def length_problems(config: RunConfig, *, num_samples: int) -> list[str]:
     per_epoch = steps_per_epoch_of(config, num_samples=num_samples)
     if per_epoch == 0:
         return [
-            f"order.remainder drop: the dataset holds {num_samples:,} images, fewer than one "
+            f"order.remainder drop: the dataset holds {num_samples:,} samples, fewer than one "
             f"train.global_batch_size of {batch:,}, so an epoch has no step: use order.remainder "
             "fill, or a smaller batch"
         ]
