@@ -320,7 +320,7 @@ command. `make check` fails if the page is stale.
 
 1. the defaults on this page;
 2. the recipe, e.g. `mae_vit_b_16` (see [what the recipes set](#what-the-recipes-set));
-3. a TOML file, `--config run.toml`, with one table per section;
+3. a TOML file, `--config run.toml`, with one table per section; of several, a later one wins;
 4. the command line, `--section.field value`. Dashes and underscores are the same there.
 
 ```toml
