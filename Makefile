@@ -30,7 +30,7 @@ test: $(STAMP) ## all tests that need no GPU
 	$(TEST_ENV) $(PYTEST) -m "not gpu" -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=12 --durations-min=5 $(ARGS)
 
 test-unit: $(STAMP) ## the fast tests, under a minute
-	$(TEST_ENV) $(PYTEST) tests/unit -m "not slow and not gpu and not slurm" $(ARGS)
+	$(TEST_ENV) $(PYTEST) tests/unit -m "not slow and not gpu and not slurm" -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device
 	$(PYTEST) -m gpu tests/gpu $(ARGS)
