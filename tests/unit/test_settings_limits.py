@@ -145,7 +145,7 @@ def test_the_size_of_the_data_is_asked_before_torch_is_imported(
     def ended(code: int) -> None:
         raise SystemExit(code)
 
-    monkeypatch.setattr(pretrain, "_end_now", ended)
+    monkeypatch.setattr(pretrain, "end_now", ended)
     monkeypatch.setattr(
         "train.loop.loop.train", lambda *_: pytest.fail("the run was started"), raising=True
     )

@@ -163,6 +163,7 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_conversion_is_finished_whoever_listens(pictures: Path, tmp_path: Path) -> None:
     """Its code is the work's; only a JSON that is lost changes it."""
     module = "pipeline.convert.__main__"
@@ -191,6 +192,7 @@ def test_a_conversion_is_finished_whoever_listens(pictures: Path, tmp_path: Path
         assert ("could not be written to stdout" in told) == (loses and 2 not in case["at"]), case  # type: ignore[operator]
 
 
+@pytest.mark.slow
 def test_what_a_check_has_found_goes_before_a_lost_answer(pictures: Path, tmp_path: Path) -> None:
     target = tmp_path / "made"
     words = ["convert", str(pictures), str(target), "--workers=1"]
