@@ -124,6 +124,7 @@ def _verify_dataset(manifest: Manifest, *, full: bool, is_whole: bool) -> Verify
         is_shard = container_of(name) == info.format and not storage.is_hidden(name)
         if not is_shard or name in listed:
             continue
+        # --write-manifest left an empty archive out with a warning: it is no problem afterwards.
         if _is_empty_archive(storage.join(manifest.uri, name), present[name]):
             result.ignored[EMPTY_ARCHIVE] = result.ignored.get(EMPTY_ARCHIVE, 0) + 1
         else:

@@ -142,6 +142,7 @@ def all_left_out(listing: Listing, plan: Plan) -> LeftOut:
 
 def rejected_reasons(dst: str) -> Counter[str]:
     """Return how many images of a finished conversion were rejected, by reason."""
+    # From the file: a run that finds the dataset finished has no parts any more.
     uri = storage.join(dst, REJECTED_FILE)
     if not storage.exists(uri):
         return Counter()

@@ -102,6 +102,7 @@ def convert_job(
     src = storage.absolute_named(src)
     dst = absolute(dst)
     warm_up(workers)
+    # Looked into only for a cluster: it reads the first bytes of every archive.
     if workers.ray_address is not None and is_packed(src):
         raise ConfigError(
             f"convert: {storage.redact(src)} is packed with gzip, and is unpacked on this machine, "

@@ -65,6 +65,8 @@ def open_dataset(
         if info.num_samples == 0:
             raise DataError(f"{where}: the dataset is empty. Convert a folder that has images.")
         dataset = Manifest(folder, info)
+        # Chosen shards keep the dataset's rows and class names; shards that it does not list are
+        # scanned like those of any other folder.
         names = None if chosen is None else [file.name for file in chosen.files]
         if names is None or set(names) <= set(info.shards.columns["name"]):
             _refuse_component(image_component, where)
@@ -110,6 +112,7 @@ def _part_of(
     listed = dataset.info.shards.columns["name"]
     if names == listed:
         return dataset
+    # Kept in the cache, as a scan is: a manifest has no way to skip row groups.
     number_of = {name: number for number, name in enumerate(listed)}
 
     def shards() -> Iterator[ShardIndex]:

@@ -100,6 +100,7 @@ def _selected(uri: str) -> ShardFiles:
             f"dataset: {storage.redact(uri)} names {strangers[0]}, which is not a tar or beton. "
             "Give a pattern that ends in .tar or .beton."
         )
+    # A manifest names its shards without a folder: two folders may have a shard of one name.
     folders = list(dict.fromkeys(storage.folder_of(file.uri) for file in files))
     if len(folders) > 1:
         named = " and ".join(storage.redact(folder) for folder in folders[:2])
@@ -178,6 +179,7 @@ def _why_no_shards(uri: str, seen: Counter[str]) -> str:
             f"dataset: {shown} holds compressed archives ({what}), in which no image can be found "
             f"without reading all before it. Make shards of them: {_how_to_convert(uri)}"
         )
+    # Only now: going through all folders of a bucket takes long, and is for this message alone.
     deeper = folders_below(uri)
     if deeper:
         named = ", ".join(storage.redact(storage.join(uri, name)) for name in deeper[:5])

@@ -49,6 +49,7 @@ def pattern_per_split(names: Iterable[str]) -> dict[str, str]:
         split = split_of(PurePosixPath(name).stem)
         if split is not None:
             files.setdefault(split, []).append(name)
+    # Files that name no split do not make several: `train-0.tar` beside `extra-0.tar`.
     if len(files) < 2:
         return {}
     return {split: _pattern(found, everything) for split, found in sorted(files.items())}

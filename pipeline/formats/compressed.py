@@ -45,6 +45,7 @@ _ALL = (
     Compression("zstd", b"\x28\xb5\x2f\xfd", (".tar.zst", ".tzst", ".tar.zstd"), "unzstd"),
     Compression("lz4", b"\x04\x22\x4d\x18", (".tar.lz4",), "unlz4"),
     Compression("compress", b"\x1f\x9d", (".tar.z",), "uncompress"),
+    # Not for tars, but people have them in the place of one.
     Compression("zip", b"PK\x03\x04", (".zip",), "unzip"),
     Compression("7-Zip", b"7z\xbc\xaf\x27\x1c", (".7z",), "7z x"),
     Compression("RAR", b"Rar!\x1a\x07", (".rar",), "unrar x"),
@@ -78,6 +79,7 @@ def unpack_gzip(
     """
     with storage.open_read(uri) as packed, target.open("wb") as file:
         unpacked = gzip.GzipFile(fileobj=packed, mode="rb")
+        # Several members, one after the other as pigz and cat write them, are read as one.
         before = 0
         while data := _next_piece(unpacked, uri):
             file.write(data)
