@@ -54,7 +54,8 @@ def record_skipped(run: Run, done: int, micro_batches: list[SeenBatch]) -> None:
     in_a_row = run.skips.in_a_row + 1
     run.reporter.say(f"warning: step {done} skipped: {what} is not finite ({in_a_row} in a row)")
     if not culprits or run.world.rank in culprits:
-        _write_skipped(run, done, micro_batches, losses)
+        with run.reporter.tolerating("nonfinite-step-*.json"):
+            _write_skipped(run, done, micro_batches, losses)
 
 
 def _write_skipped(

@@ -134,9 +134,11 @@ def draw_pictures(run: Run, done: int) -> None:
         # All ranks enter the context even though one draws: at ZeRO 3 it gathers the weights.
         with run.engine.eval_context() as module:
             if run.world.is_main:
-                _draw_held_out(run, module, done)
+                with run.reporter.tolerating(RECONSTRUCTION_PICTURE):
+                    _draw_held_out(run, module, done)
     if run.world.is_main:
-        draw_loss(run.run_dir / LOSS_PICTURE, read_metrics(run.run_dir))
+        with run.reporter.tolerating(LOSS_PICTURE):
+            draw_loss(run.run_dir / LOSS_PICTURE, read_metrics(run.run_dir))
     run.meter.go_on()
 
 
@@ -172,7 +174,8 @@ def conclude(run: Run) -> None:
         "bad_samples": report["num_bad"],
         "world_size": world_size,
     }
-    write_json(run.run_dir / SUMMARY_FILE, {**summary, **more})
+    with run.reporter.tolerating(SUMMARY_FILE):
+        write_json(run.run_dir / SUMMARY_FILE, {**summary, **more})
     if report["num_bad"]:
         run.reporter.say(
             f"{report['num_bad']} bad samples were replaced: see {run.run_dir}/{DATA_REPORT_FILE}"

@@ -196,7 +196,10 @@ class Outcome:
         with self.roll.locked():
             # Rank 0 says it even if another one was faster, and wrote the status.
             if self.rank == 0 or self._reported() is None:
-                self._report(error, error.exit_code, speaks=self.rank == 0)
+                # Without the empty line that ends a progress display.
+                if self.rank == 0:
+                    _speak(describe(error).strip())
+                self._report(error, error.exit_code, speaks=False)
         self.roll.leave()
         return error.exit_code
 
@@ -231,9 +234,7 @@ class Outcome:
         # First: whatever fails below, the other ranks shall not say it again.
         self.roll.decide(code)
         if speaks:
-            # An empty line between the progress and the end; before the start there is none.
-            text = describe(error).rstrip()
-            _speak(text if self.began else text.lstrip())
+            _speak(describe(error).rstrip())
         is_refused = isinstance(error, FolderInUseError)
         if is_refused or is_held_by_another(self.run_dir, launch=self.launch):
             # The status here is that of a job which goes on; this start must not touch it.

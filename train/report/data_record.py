@@ -4,15 +4,17 @@ folder."""
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from pipeline import storage
 from pipeline.dataset.info import DatasetInfo, parse_dataset_info
-from pipeline.errors import DataError
+from pipeline.errors import DataError, InfrastructureError
 from pipeline.loader.data_report import DataReport, merge_reports
 from train.process.world import World
 
+log = logging.getLogger(__name__)
 DATA_REPORT_FILE = "data_report.json"
 
 
@@ -62,7 +64,11 @@ def collect_data_report(
     merged = merge_reports(reports)
     if world.is_main and merged["num_bad"]:
         text = json.dumps(merged, indent=1, ensure_ascii=False) + "\n"
-        storage.write_atomic(str(run_dir / DATA_REPORT_FILE), text.encode())
+        # The report is in the checkpoint too: a full disk here must not end the run.
+        try:
+            storage.write_atomic(str(run_dir / DATA_REPORT_FILE), text.encode())
+        except InfrastructureError as error:
+            log.warning("%s could not be written: %s", DATA_REPORT_FILE, error)
     return merged
 
 

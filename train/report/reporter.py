@@ -6,15 +6,20 @@ Only rank 0 writes. Imports no torch at the top: the demo reads metrics without 
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
+from pipeline.errors import InfrastructureError
+from pipeline.storage import redact
 from train.report.meter import format_duration
 from train.report.metrics_file import METRICS_FILE, truncate_after
 
@@ -48,6 +53,7 @@ class Reporter:
         out: TextIO | None = None,
     ) -> None:
         self._trackers: Sequence[Background] = ()
+        self._told: set[str] = set()
         self._out = out or sys.stdout
         self._writes = rank == 0
         self._total_steps = total_steps
@@ -62,6 +68,34 @@ class Reporter:
         self._open_files(resumed_step)
         if self._out.isatty():
             self._start_progress(resumed_step)
+
+    @contextmanager
+    def tolerating(self, what: str) -> Iterator[None]:
+        """Let the block fail to write: told once for each thing, and the run goes on.
+
+        A run's folder that is full must not end a run whose checkpoints have room.
+
+        Args:
+            what: file or folder that is written, for the message.
+        """
+        try:
+            yield
+        except (OSError, InfrastructureError) as error:
+            if what not in self._told:
+                self._told.add(what)
+                self.say(
+                    f"warning: {self._run_dir / what}: cannot be written: {redact(str(error))}; "
+                    "training goes on without it. Free some space."
+                )
+
+    def _write_line(self, text: str) -> None:
+        assert self._file is not None
+        data = f"{text}\n".encode()
+        written = os.write(self._file.fileno(), data)
+        if written < len(data):
+            # Half a line would end every reader's list: it is taken back.
+            os.ftruncate(self._file.fileno(), os.fstat(self._file.fileno()).st_size - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def show_on(self, trackers: Sequence[Background]) -> None:
         """Show what comes from here on in other places too; they are closed with the reporter."""
@@ -157,13 +191,14 @@ class Reporter:
         clean = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()
         }
-        self._file.write(json.dumps(clean) + "\n")
-        # A line at a time: others follow the file while the run goes on.
-        self._file.flush()
+        with self.tolerating(METRICS_FILE):
+            # In one write and at once: others follow the file while the run goes on, and what does
+            # not fit on a full disk must not stay in a buffer and fail again when it is closed.
+            self._write_line(json.dumps(clean))
         step = int(line["step"] or 0)
-        if self._board is not None:
+        with self.tolerating("tensorboard"):
             for name, value in line.items():
-                if name != "step" and value is not None:
+                if self._board is not None and name != "step" and value is not None:
                     self._board.add_scalar(f"train/{name}", value, step)
         for tracker in self._trackers:
             tracker.log(step, clean)
@@ -217,7 +252,8 @@ class Reporter:
             self._progress.stop()
             self._progress = None
         if self._board is not None:
-            self._board.close()
+            with self.tolerating("tensorboard"):
+                self._board.close()
         for tracker in self._trackers:
             tracker.close()
         if self._file is not None:
