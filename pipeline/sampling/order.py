@@ -64,13 +64,18 @@ class EpochOrder:
         self._seed = seed
         self._epoch = epoch
         self._lanes = config.lanes
-        self._window = config.window or max(len(shard_sizes_S), 1)
+        num_shards = len(shard_sizes_S)
+        # A window of 0 spans all shards.
+        self._window = config.window or max(num_shards, 1)
         self._line_shards_S = permutation(
-            len(shard_sizes_S), seed=seed, purpose=Purpose.SHARDS, epoch=epoch
+            num_shards,
+            seed=seed,
+            purpose=Purpose.SHARDS,
+            epoch=epoch,
         )
         line_sizes_S = shard_sizes_S[self._line_shards_S]
-        self._line_starts = np.concatenate([[0], np.cumsum(line_sizes_S)]).astype(np.int64)
-        self._shard_starts = np.concatenate([[0], np.cumsum(shard_sizes_S)]).astype(np.int64)
+        self._line_starts = _starts_of(line_sizes_S)
+        self._shard_starts = _starts_of(shard_sizes_S)
         self.num_samples = int(self._line_starts[-1])
         # One permuted run a lane is in use at a time; the second is the one a batch reaches into.
         self._runs: OrderedDict[int, I64] = OrderedDict()
@@ -90,19 +95,26 @@ class EpochOrder:
         permuted_B = np.empty_like(line_B)
         # Equal starts are equal runs: a run is a contiguous, non-empty piece of the line.
         by_run = np.argsort(starts_B, kind="stable")
-        edges = np.flatnonzero(np.diff(starts_B[by_run], prepend=-1, append=-1))
+        sorted_starts_B = starts_B[by_run]
+        # No start is -1, so the first and the last position are edges too.
+        steps = np.diff(sorted_starts_B, prepend=-1, append=-1)
+        edges = np.flatnonzero(steps)
         for begin, finish in pairwise(edges.tolist()):
             members = by_run[begin:finish]
-            start = int(starts_B[members[0]])
-            end = int(ends_B[members[0]])
+            first = members[0]
+            start = int(starts_B[first])
+            end = int(ends_B[first])
             permutation_R = self._run_permutation(start, end - start)
-            permuted_B[members] = start + permutation_R[line_B[members] - start]
+            inside_run = line_B[members] - start
+            permuted_B[members] = start + permutation_R[inside_run]
 
         # From the place on the line back to the dataset's own numbering of samples.
-        on_line_B = np.searchsorted(self._line_starts, permuted_B, side="right") - 1
+        after_B = np.searchsorted(self._line_starts, permuted_B, side="right")
+        on_line_B = after_B - 1
         inside_shard_B = permuted_B - self._line_starts[on_line_B]
         shards_B = self._line_shards_S[on_line_B]
-        return self._shard_starts[shards_B] + inside_shard_B
+        shard_starts_B = self._shard_starts[shards_B]
+        return shard_starts_B + inside_shard_B
 
     def shards_ahead(self, positions_B: I64) -> I64:
         """List the shards of the runs that hold the given positions, in the order in which the runs
@@ -111,13 +123,18 @@ class EpochOrder:
         A run is permuted sample by sample, so all of its shards are needed as soon as it is
         entered.
         """
-        starts_B, ends_B, _ = self._runs_of(np.asarray(positions_B, dtype=np.int64))
+        positions_B = np.asarray(positions_B, dtype=np.int64)
+        starts_B, ends_B, _ = self._runs_of(positions_B)
         _, firsts = np.unique(starts_B, return_index=True)
         pieces = []
+        # `unique` sorts by start; the order in which runs are reached is that of the positions.
         for first in np.sort(firsts):
-            low = np.searchsorted(self._line_starts, starts_B[first], side="right") - 1
-            high = np.searchsorted(self._line_starts, ends_B[first], side="left")
-            pieces.append(self._line_shards_S[low:high])
+            start = starts_B[first]
+            end = ends_B[first]
+            after = np.searchsorted(self._line_starts, start, side="right")
+            high = np.searchsorted(self._line_starts, end, side="left")
+            piece = self._line_shards_S[after - 1 : high]
+            pieces.append(piece)
         if not pieces:
             return np.zeros(0, dtype=np.int64)
         shards = np.concatenate(pieces)
@@ -131,20 +148,27 @@ class EpochOrder:
         # The first `extra` lanes are one sample longer than the others.
         lanes_B = positions_B % self._lanes
         base, extra = divmod(self.num_samples, self._lanes)
-        lane_starts_B = lanes_B * base + np.minimum(lanes_B, extra)
-        lane_ends_B = lane_starts_B + base + (lanes_B < extra)
-        line_B = lane_starts_B + positions_B // self._lanes
+        longer_before_B = np.minimum(lanes_B, extra)
+        is_longer_B = lanes_B < extra
+        lane_starts_B = lanes_B * base + longer_before_B
+        lane_ends_B = lane_starts_B + base + is_longer_B
+        inside_lane_B = positions_B // self._lanes
+        line_B = lane_starts_B + inside_lane_B
 
         # A run is `window` shards, counted from the shard that the lane begins in.
-        shard_B = np.searchsorted(self._line_starts, line_B, side="right") - 1
-        first_B = np.searchsorted(self._line_starts, lane_starts_B, side="right") - 1
-        windows_before_B = (shard_B - first_B) // self._window
+        after_B = np.searchsorted(self._line_starts, line_B, side="right")
+        after_first_B = np.searchsorted(self._line_starts, lane_starts_B, side="right")
+        first_B = after_first_B - 1
+        windows_before_B = (after_B - after_first_B) // self._window
         run_first_B = first_B + windows_before_B * self._window
-        run_last_B = np.minimum(run_first_B + self._window, len(self._line_starts) - 1)
+        num_shards = len(self._line_starts) - 1
+        run_last_B = np.minimum(run_first_B + self._window, num_shards)
 
         # Lanes cut through shards, so a lane's first and last run are cut off at its ends.
-        starts_B = np.maximum(lane_starts_B, self._line_starts[run_first_B])
-        ends_B = np.minimum(lane_ends_B, self._line_starts[run_last_B])
+        run_starts_B = self._line_starts[run_first_B]
+        run_ends_B = self._line_starts[run_last_B]
+        starts_B = np.maximum(lane_starts_B, run_starts_B)
+        ends_B = np.minimum(lane_ends_B, run_ends_B)
         return starts_B, ends_B, line_B
 
     def _run_permutation(self, start: int, count: int) -> I64:
@@ -152,7 +176,11 @@ class EpochOrder:
         if run is None:
             # Named by its start on the line: two runs of an epoch never start at one sample.
             run = permutation(
-                count, seed=self._seed, purpose=Purpose.WINDOW, epoch=self._epoch, stream=start
+                count,
+                seed=self._seed,
+                purpose=Purpose.WINDOW,
+                epoch=self._epoch,
+                stream=start,
             )
             self._runs[start] = run
             while len(self._runs) > self._max_runs:
@@ -160,6 +188,14 @@ class EpochOrder:
         else:
             self._runs.move_to_end(start)
         return run
+
+
+def _starts_of(sizes_S: I64) -> I64:
+    """Return the first sample of each shard, and the number of all samples behind the last."""
+    ends_S = np.cumsum(sizes_S)
+    bounds = np.concatenate([[0], ends_S])
+    # Whatever type the sizes have: places are int64 throughout.
+    return bounds.astype(np.int64)
 
 
 class Order:
@@ -213,8 +249,10 @@ class Order:
     @property
     def steps_per_epoch(self) -> float:
         """Global batches per epoch: whole with `drop`, a fraction with `fill`."""
-        steps = self.num_samples / self.global_batch_size
-        return float(int(steps)) if self._config.remainder == "drop" else steps
+        if self._config.remainder == "drop":
+            whole = self.num_samples // self.global_batch_size
+            return float(whole)
+        return self.num_samples / self.global_batch_size
 
     def rank_batch(self, cursor: Cursor) -> RankBatch:
         """Compute this rank's part of the global batch that begins at a cursor."""
@@ -247,22 +285,32 @@ class Order:
     def advance(self, cursor: Cursor, *, batches: int) -> Cursor:
         """Move a cursor by whole global batches, in constant time."""
         cursor = self._settle(cursor)
+        num_samples = batches * self.global_batch_size
         if self._config.remainder == "fill":
-            absolute = (
-                cursor.epoch * self.num_samples + cursor.position + batches * self.global_batch_size
-            )
-            return Cursor(*divmod(absolute, self.num_samples))
+            # Counted from the run's first sample: epochs follow one another without a gap.
+            before = cursor.epoch * self.num_samples
+            absolute = before + cursor.position + num_samples
+            epoch, position = divmod(absolute, self.num_samples)
+            return Cursor(epoch, position)
+        # With `drop` an epoch ends before its last samples, so batches are counted, not samples.
         left = (self.num_samples - cursor.position) // self.global_batch_size
         if batches < left:
-            return Cursor(cursor.epoch, cursor.position + batches * self.global_batch_size)
-        epochs, rest = divmod(batches - left, self.num_samples // self.global_batch_size)
-        return Cursor(cursor.epoch + 1 + epochs, rest * self.global_batch_size)
+            position = cursor.position + num_samples
+            return Cursor(cursor.epoch, position)
+        per_epoch = self.num_samples // self.global_batch_size
+        epochs, rest = divmod(batches - left, per_epoch)
+        epoch = cursor.epoch + 1 + epochs
+        position = rest * self.global_batch_size
+        return Cursor(epoch, position)
 
     def epoch(self, epoch: int) -> EpochOrder:
         """Give the order of one epoch; the two in use are kept."""
         if epoch not in self._epochs:
             self._epochs[epoch] = EpochOrder(
-                self._shard_sizes_S, config=self._config, seed=self._seed, epoch=epoch
+                self._shard_sizes_S,
+                config=self._config,
+                seed=self._seed,
+                epoch=epoch,
             )
             while len(self._epochs) > 2:
                 self._epochs.popitem(last=False)
@@ -270,8 +318,13 @@ class Order:
 
     def _settle(self, cursor: Cursor) -> Cursor:
         """Carry a cursor that cannot start a batch over to the next epoch."""
-        needed = self.global_batch_size if self._config.remainder == "drop" else 1
-        if cursor.position + needed > self.num_samples:
-            past = 0 if self._config.remainder == "drop" else cursor.position - self.num_samples
-            return Cursor(cursor.epoch + 1, past)
-        return cursor
+        # With `fill` a batch may reach into the next epoch: one sample is enough to start it.
+        is_whole = self._config.remainder == "drop"
+        needed = self.global_batch_size if is_whole else 1
+        if cursor.position + needed <= self.num_samples:
+            return cursor
+        past = 0
+        if not is_whole:
+            past = cursor.position - self.num_samples
+        next_epoch = cursor.epoch + 1
+        return Cursor(next_epoch, past)

@@ -66,10 +66,13 @@ class ListSource:
         def read(i: int) -> bytes | Refused:
             if codes[i] >= 0:
                 return Refused(_ROW_REASONS[codes[i]])
+            name = wanted.names[i]
             try:
-                return storage.read_bytes(self._whole(wanted.names[i]))
+                whole = self._whole(name)
+                return storage.read_bytes(whole)
             except MaelstromError as error:
-                reason = _why_unread(error, wanted.names[i])
+                # Of one image, or of all: an outage must stop the conversion, not empty it.
+                reason = _why_unread(error, name)
                 if reason is None:
                     raise
                 return Refused(reason)
@@ -77,10 +80,17 @@ class ListSource:
         # One remote image is enough to read several at a time.
         all_local = True
         for name, code in zip(wanted.names, codes, strict=True):
-            if code < 0 and not storage.is_local(self._whole(name)):
+            if code >= 0:
+                continue
+            whole = self._whole(name)
+            if not storage.is_local(whole):
                 all_local = False
                 break
-        return read_each(self.uri if all_local else "https://", read, len(wanted))
+        # Only the scheme counts here: it tells how many reads may be under way.
+        place = self.uri
+        if not all_local:
+            place = "https://"
+        return read_each(place, read, len(wanted))
 
     def about(self, name: str, *, class_name: str | None) -> dict[str, Any] | None:
         """Return the URI without what may be a secret, and the class if there is one."""
@@ -88,12 +98,18 @@ class ListSource:
 
     def _whole(self, name: str) -> str:
         scheme, path = split_scheme(name)
-        if not SCHEME.match(name) and not path.startswith("/"):
-            return storage.join(self._folder_of(name), name)
-        if scheme in ("", "file") and not storage.is_local(self.uri):
+        has_scheme = SCHEME.match(name) is not None
+        is_absolute = path.startswith("/")
+        if not has_scheme and not is_absolute:
+            folder = self._folder_of(name)
+            return storage.join(folder, name)
+        # A list that somebody else can write could name any file that this user can read.
+        names_local_file = scheme in ("", "file")
+        if names_local_file and not storage.is_local(self.uri):
+            shown = storage.redact(self.uri)
             raise ConfigError(
-                f"convert: {storage.redact(self.uri)} names the local file {path!r}; a list from "
-                "elsewhere must not. Copy the list to this machine if you trust it."
+                f"convert: {shown} names the local file {path!r}; a list from elsewhere must not. "
+                "Copy the list to this machine if you trust it."
             )
         return name
 
@@ -103,30 +119,42 @@ class ListSource:
         above = "."
         if "/" in self.uri:
             # Empty if the list lies in the root.
-            above = self.uri.rstrip("/").rsplit("/", 1)[0] or "/"
+            parts = self.uri.rstrip("/").rsplit("/", 1)
+            above = parts[0] or "/"
         is_https = self.uri.startswith("https:")
         if not is_https and storage.names_several(self.uri):
             # Of a pattern or a list of files, the folder of the first one.
-            first = find_files(self.uri)[0]
-            return [first.uri.rsplit("/", 1)[0]]
+            files = find_files(self.uri)
+            parts = files[0].uri.rsplit("/", 1)
+            return [parts[0]]
         if is_https or not storage.is_folder(self.uri):
             return [above]
         # The files may lie one folder below, as those of a data set cloned from a hub.
-        first = find_files(self.uri)[0]
-        own = first.uri.rsplit("/", 1)[0]
-        folders = [own, self.uri.rstrip("/"), above]
-        return list(dict.fromkeys(folders))
+        files = find_files(self.uri)
+        parts = files[0].uri.rsplit("/", 1)
+        own = parts[0]
+        given = self.uri.rstrip("/")
+        folders = [own, given, above]
+        # Each once, the likeliest first: two of them are often the same.
+        distinct = dict.fromkeys(folders)
+        return list(distinct)
 
     def _folder_of(self, name: str) -> str:
         """Return the folder that a path is taken from."""
         folders = self._folders
-        if len(folders) == 1 or not storage.is_local(self.uri):
-            return folders[0]
+        likeliest = folders[0]
+        if len(folders) == 1:
+            return likeliest
+        # On a store each look would be a request per image.
+        if not storage.is_local(self.uri):
+            return likeliest
         for folder in folders:
-            path = storage.local_path(storage.join(folder, name))
+            whole = storage.join(folder, name)
+            path = storage.local_path(whole)
             if path.exists():
                 return folder
-        return folders[0]
+        # Reading it will say that the file is missing.
+        return likeliest
 
     def listing(self) -> Listing:
         """Return the images in the order of the list, and behind them the rows that cannot be used.
@@ -174,20 +202,20 @@ class ListSource:
             _report(bad, len(good), shown, left_out)
 
         # Keys of good rows alone: a bad one must not change the folder that all have in common.
-        keys = sample_keys(_short(pa.array(good, pa.string())))
-        bad_names = [row.name for row in bad]
-        unused = pa.array(["rejected"] * len(bad), pa.string())
-        no_label = np.full(len(bad), NO_LABEL, np.int32)
-        no_bytes = np.zeros(len(bad), np.int64)
-        locations = None
-        if bad:
-            # Told to the workers, which see single rows and not the table.
-            reasons = [_ROW_REASONS.index(row.reason) for row in bad]
-            codes = [-1] * len(good) + reasons
-            locations = np.array(codes, np.int8).view(ROW)
+        good_names = pa.array(good, pa.string())
+        short = _short(good_names)
+        keys = sample_keys(short)
+
+        # Bad rows stand behind the good ones, so that they do not move the good ones' places.
+        num_bad = len(bad)
+        names_of_bad = [row.name for row in bad]
+        bad_names = pa.array(names_of_bad, pa.string())
+        unused = pa.array(["rejected"] * num_bad, pa.string())
+        no_label = np.full(num_bad, NO_LABEL, np.int32)
+        no_bytes = np.zeros(num_bad, np.int64)
         return Listing(
             uri=self.uri,
-            names=pa.array(good + bad_names, pa.string()),
+            names=pa.concat_arrays([good_names, bad_names]),
             sizes=np.append(sizes[kept], no_bytes),
             labels=np.append(labels[kept], no_label),
             classes=classes,
@@ -195,7 +223,7 @@ class ListSource:
             left_out=left_out,
             kind="list",
             keys=pa.concat_arrays([keys, unused]),
-            locations=locations,
+            locations=_codes_of_rows(len(good), bad),
         )
 
     def _look_up(self, names: list[str]) -> tuple[list[str | BadRow], npt.NDArray[np.int64]]:
@@ -205,7 +233,8 @@ class ListSource:
         """
         looked: list[str | BadRow] = []
         sizes = np.full(len(names), UNKNOWN_SIZE_BYTES, np.int64)
-        label = f"Looking up sizes for {storage.name_of(self.uri)}"
+        list_name = storage.name_of(self.uri)
+        label = f"Looking up sizes for {list_name}"
         with Progress(label, total=len(names), after_s=QUIET_S) as progress:
             for row, name in enumerate(names):
                 progress.advance(1)
@@ -220,22 +249,38 @@ class ListSource:
             uri = self._whole(name)
             if not storage.is_local(uri):
                 return name.strip(), UNKNOWN_SIZE_BYTES
-            status = storage.local_path(uri).stat()
+            path = storage.local_path(uri)
+            status = path.stat()
         except (ConfigError, ValueError, RuntimeError) as error:
             # Not a scheme that is opened, a NUL byte, or the home folder of an unknown user.
-            return _bad_path(name, error), 0
+            bad = _bad_path(name, error)
+            return bad, 0
         except OSError as error:
             if error.errno in _PATH_ERRORS:
-                return _bad_path(name, error), 0
+                bad = _bad_path(name, error)
+                return bad, 0
             # Blanks around a name are rarely meant; a file of that very name counts first.
-            if name != name.strip():
-                return self._look(name.strip())
+            stripped = name.strip()
+            if name != stripped:
+                return self._look(stripped)
             # Reading it will say what is wrong; without bytes it fills no shard.
             return name, 0
         if not stat.S_ISREG(status.st_mode):
             problem = DataError(f"convert: {name!r} is a folder or a device, not a file.")
-            return BadRow(name, Reason.NOT_A_FILE, problem), 0
+            bad = BadRow(name, Reason.NOT_A_FILE, problem)
+            return bad, 0
         return name, status.st_size
+
+
+def _codes_of_rows(num_good: int, bad: list[BadRow]) -> npt.NDArray[np.void] | None:
+    """Return a code of `_ROW_REASONS` for each row, the good ones first; None if all are good."""
+    if not bad:
+        return None
+    # Told to the workers, which see single rows and not the table.
+    good_codes = [-1] * num_good
+    bad_codes = [_ROW_REASONS.index(row.reason) for row in bad]
+    codes = np.array(good_codes + bad_codes, np.int8)
+    return codes.view(ROW)
 
 
 def _bad_path(name: str, error: Exception) -> BadRow:
@@ -251,30 +296,45 @@ def _report(bad: list[BadRow], num_good: int, shown: str, left_out: LeftOut) -> 
     Raises:
         MaelstromError: There is no other row: the first one's error.
     """
+    first_error = bad[0].error
     if not num_good:
-        raise bad[0].error
-    problem = str(bad[0].error).removeprefix("convert: ").rstrip(".")
-    num_rows = len(bad) + num_good
-    say_note(
-        left_out,
-        f"{shown}: {len(bad):,} of {num_rows:,} rows cannot be used, for example: {problem}. They "
-        "are left out and listed in rejected.parquet.",
+        raise first_error
+    # A sentence inside another one: without the command's name and the full stop.
+    text = str(first_error)
+    text = text.removeprefix("convert: ")
+    problem = text.rstrip(".")
+    num_bad = len(bad)
+    num_rows = num_bad + num_good
+    note = (
+        f"{shown}: {num_bad:,} of {num_rows:,} rows cannot be used, for example: {problem}. They "
+        "are left out and listed in rejected.parquet."
     )
+    say_note(left_out, note)
 
 
 def _why_unread(error: MaelstromError, name: str) -> Reason | None:
     """Return why one image of a list cannot be read; None if the others could not be either."""
     cause = error.__cause__
     # Object storage answers 403 to expired credentials too, and then to all images.
-    status = getattr(cause, "status", None) if name.startswith("https:") else None
-    is_missing = isinstance(cause, FileNotFoundError | NotADirectoryError)
+    status = None
+    if name.startswith("https:"):
+        status = getattr(cause, "status", None)
+    if status in (404, 410):
+        return Reason.NOT_FOUND
     # Storage has told apart what may pass by itself.
-    if status in (404, 410) or (is_missing and isinstance(error, DataError)):
+    is_missing = isinstance(cause, FileNotFoundError | NotADirectoryError)
+    is_lasting = isinstance(error, DataError)
+    if is_missing and is_lasting:
         return Reason.NOT_FOUND
     if isinstance(cause, IsADirectoryError):
         return Reason.NOT_A_FILE
-    is_forbidden = isinstance(cause, PermissionError) and cause.filename is not None
-    return Reason.NO_PERMISSION if is_forbidden or status in (401, 403) else None
+    if status in (401, 403):
+        return Reason.NO_PERMISSION
+    # Without a file's name it is the store that refused, and it will refuse all others.
+    is_forbidden = isinstance(cause, PermissionError)
+    if is_forbidden and cause.filename is not None:
+        return Reason.NO_PERMISSION
+    return None
 
 
 def _given_sizes(tables: list[ListTable]) -> npt.NDArray[np.int64] | None:
@@ -282,26 +342,37 @@ def _given_sizes(tables: list[ListTable]) -> npt.NDArray[np.int64] | None:
 
     They count for all images: a remote one cannot be asked cheaply.
     """
-    sizes = [table.sizes for table in tables if table.sizes is not None]
-    return np.concatenate(sizes) if sizes and len(sizes) == len(tables) else None
+    sizes = []
+    for table in tables:
+        if table.sizes is None:
+            return None
+        sizes.append(table.sizes)
+    if not sizes:
+        return None
+    return np.concatenate(sizes)
 
 
 def _short(names: pa.StringArray) -> pa.StringArray:
     """Return paths for keys: without scheme, user, query, `..`, and the folders that all have in
     common."""
     short = pc.replace_substring_regex(names, r"^[A-Za-z][A-Za-z0-9+.-]*://([^/@]*@)?", "")
-    short = pc.if_else(
-        pc.match_substring_regex(names, "^https:"),
-        pc.replace_substring_regex(short, r"[?#].*$", ""),
-        short,
-    )
+    # Elsewhere `?` and `#` are characters of a name.
+    is_https = pc.match_substring_regex(names, "^https:")
+    without_query = pc.replace_substring_regex(short, r"[?#].*$", "")
+    short = pc.if_else(is_https, without_query, short)
     paths: list[str] = []
     for text in short.to_pylist():
-        path = posixpath.normpath(str(text)).lstrip("/")
+        path = posixpath.normpath(str(text))
+        path = path.lstrip("/")
         # A key becomes a member's name, which must not lead out of a folder.
-        inside = [part for part in path.split("/") if part != ".."]
+        parts = path.split("/")
+        inside = [part for part in parts if part != ".."]
         paths.append("/".join(inside))
     folders = [posixpath.dirname(path) for path in paths]
     common = posixpath.commonpath(folders)
-    skip = len(common) + 1 if common else 0
-    return pa.array([path[skip:] for path in paths], pa.string())
+    skip = 0
+    if common:
+        # The slash behind it, too.
+        skip = len(common) + 1
+    rests = [path[skip:] for path in paths]
+    return pa.array(rests, pa.string())

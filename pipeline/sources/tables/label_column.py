@@ -86,12 +86,14 @@ def labels_of_parts(parts: Sequence[LabelPart]) -> Labels:
         declared: set[str] = set()
         for column in columns:
             declared |= column.declared
-        return number_classes(pa.concat_arrays(texts), declared)
+        all_texts = pa.concat_arrays(texts)
+        return number_classes(all_texts, declared)
 
     numbers = [column.numbers_or_none() for column in columns]
     if not numbered:
         return np.concatenate(numbers), None
-    return np.concatenate(numbers), _class_names(parts)
+    names = _class_names(parts)
+    return np.concatenate(numbers), names
 
 
 def number_classes(
@@ -107,13 +109,19 @@ def number_classes(
         The class number of each text, -1 for null, and the class names.
     """
     encoded = texts.dictionary_encode()
-    names = [str(name) for name in encoded.dictionary.to_pylist()]
-    classes = sorted({*names, *(declared or ())})
+    distinct = encoded.dictionary.to_pylist()
+    names = [str(name) for name in distinct]
+    all_names = set(names)
+    if declared is not None:
+        all_names |= declared
+    classes = sorted(all_names)
     number_of = {name: number for number, name in enumerate(classes)}
     # Arrow numbers names as it meets them. The extra last code stands for null.
     numbers = [number_of[name] for name in names]
     codes = np.array([*numbers, NO_LABEL], np.int32)
-    met = encoded.indices.fill_null(len(names)).to_numpy(zero_copy_only=False)
+    null_code = len(names)
+    indices = encoded.indices.fill_null(null_code)
+    met = indices.to_numpy(zero_copy_only=False)
     return codes[met], classes
 
 
@@ -124,9 +132,11 @@ def typed_texts(texts: Sequence[str | None]) -> pa.ChunkedArray:
         texts: As they stand in the file; blanks around them do not count, and an empty one or one
             of `MISSING_WORDS` is null.
     """
-    encoded = pa.array(texts, pa.string()).dictionary_encode()
+    column = pa.array(texts, pa.string())
+    encoded = column.dictionary_encode()
     # Decided on the distinct texts: a million rows have a thousand classes.
-    distinct = [_clean(str(text)) for text in encoded.dictionary.to_pylist()]
+    raw_texts = encoded.dictionary.to_pylist()
+    distinct = [_clean(str(text)) for text in raw_texts]
     known = [text for text in distinct if text is not None]
     # In this order: whole numbers are decimals too, and a class may be called `true`.
     read: Callable[[str], Any] = str
@@ -136,8 +146,13 @@ def typed_texts(texts: Sequence[str | None]) -> pa.ChunkedArray:
         read = float
     elif all(text.lower() in _TRUTH for text in known):
         read = _truth
-    values = [None if text is None else read(text) for text in distinct]
-    return pa.chunked_array([numbers_or_names(values).take(encoded.indices)])
+    values: list[Any] = []
+    for text in distinct:
+        value = None if text is None else read(text)
+        values.append(value)
+    typed = numbers_or_names(values)
+    labels = typed.take(encoded.indices)
+    return pa.chunked_array([labels])
 
 
 def _truth(text: str) -> bool:
@@ -170,7 +185,8 @@ def json_labels(values: Sequence[Any], described: str) -> pa.ChunkedArray:
         if isinstance(value, str):
             # Digits may turn out to be a name: beside other names they are one.
             number = _number(value)
-            name = value if value.strip() else None
+            if value.strip():
+                name = value
             if number is None and first_name is None:
                 first_name = name
         elif first_number is None:
@@ -179,21 +195,28 @@ def json_labels(values: Sequence[Any], described: str) -> pa.ChunkedArray:
         names.append(name)
 
     if first_name is None:
-        return pa.chunked_array([numbers_or_names(_one_type(numbers))])
+        typed = _one_type(numbers)
+        labels = numbers_or_names(typed)
+        return pa.chunked_array([labels])
     if first_number is not None:
         raise DataError(
             f"convert: {described} holds the number {first_number} and the name {first_name!r}; "
             "one class would have two labels. Use numbers or names in all rows, or --labels none."
         )
-    return pa.chunked_array([pa.array(names, pa.string())])
+    column = pa.array(names, pa.string())
+    return pa.chunked_array([column])
 
 
 def _one_type(numbers: list[Any]) -> list[Any]:
     """Return numbers of one type: Arrow does not mix whole numbers, floats and truth values."""
-    known = [number for number in numbers if number is not None]
-    if any(isinstance(number, float) for number in known):
-        return [None if number is None else float(number) for number in numbers]
-    return [None if number is None else int(number) for number in numbers]
+    # One float makes all of them floats; None is of neither type.
+    has_float = any(isinstance(number, float) for number in numbers)
+    one_type = float if has_float else int
+    typed: list[Any] = []
+    for number in numbers:
+        value = None if number is None else one_type(number)
+        typed.append(value)
+    return typed
 
 
 def _number(text: str | None) -> int | float | None:
@@ -203,13 +226,18 @@ def _number(text: str | None) -> int | float | None:
     text = text.strip()
     if _WHOLE.fullmatch(text):
         return int(text)
-    return float(text) if _DECIMAL.fullmatch(text) else None
+    if _DECIMAL.fullmatch(text):
+        return float(text)
+    return None
 
 
 def numbers_or_names(values: Sequence[Any]) -> Any:
     """Return values of one kind as Arrow's; a whole number that is too large for it as a float."""
     whole = [value for value in values if isinstance(value, int)]
-    if whole and (max(whole) > _MAX_INT64 or min(whole) < -_MAX_INT64):
+    largest = max(whole, default=0)
+    smallest = min(whole, default=0)
+    fits = smallest >= -_MAX_INT64 and largest <= _MAX_INT64
+    if not fits:
         # Far out of range for a label: kept only so that the error can quote it.
         values = [None if value is None else float(value) for value in values]
     return pa.array(values)
@@ -217,7 +245,10 @@ def numbers_or_names(values: Sequence[Any]) -> Any:
 
 def _clean(text: str) -> str | None:
     clean = text.strip()
-    return None if not clean or clean in MISSING_WORDS else clean
+    is_missing = clean in MISSING_WORDS
+    if is_missing or not clean:
+        return None
+    return clean
 
 
 @dataclass(frozen=True)
@@ -240,13 +271,15 @@ class _Column:
         """Return the numbers; -1 for all images if there are none."""
         if self.numbers is not None:
             return self.numbers
-        return np.full(len(self.part.values), NO_LABEL, np.int32)
+        count = len(self.part.values)
+        return np.full(count, NO_LABEL, np.int32)
 
     def names_or_nulls(self) -> Any:
         """Return the names; null for all images if there are none."""
         if self.names is not None:
             return self.names
-        return pa.nulls(len(self.part.values), pa.string())
+        count = len(self.part.values)
+        return pa.nulls(count, pa.string())
 
 
 def _read(part: LabelPart) -> _Column:
@@ -289,8 +322,10 @@ def _read(part: LabelPart) -> _Column:
     if _is_empty(values):
         return _Column(part)
     _check_range(part, values)
+    # Filled before the cast: numpy has no null in whole numbers.
     is_none = _mask(values.is_null())
-    numbers = values.fill_null(0).to_numpy().astype(np.int32)
+    filled = values.fill_null(0)
+    numbers = filled.to_numpy().astype(np.int32)
     numbers[is_none] = NO_LABEL
     return _Column(part, numbers=numbers)
 
@@ -305,7 +340,8 @@ def _without_extension(values: pa.ChunkedArray) -> pa.ChunkedArray:
         return values
     chunks: Any = values.chunks
     kind: Any = values.type.storage_type
-    return pa.chunked_array([chunk.storage for chunk in chunks], kind)
+    stored = [chunk.storage for chunk in chunks]
+    return pa.chunked_array(stored, kind)
 
 
 def _categories(values: Any) -> frozenset[str]:
@@ -314,7 +350,9 @@ def _categories(values: Any) -> frozenset[str]:
         return frozenset()
     names: set[str] = set()
     for chunk in values.chunks:
-        for name in readable_texts(chunk.dictionary).to_pylist():
+        texts = readable_texts(chunk.dictionary)
+        for name in texts.to_pylist():
+            # A blank name is no label, see `_names`.
             if name is not None and name.strip():
                 names.add(name)
     return frozenset(names)
@@ -323,9 +361,13 @@ def _categories(values: Any) -> frozenset[str]:
 def _names(values: Any) -> pa.StringArray:
     """Return names, null for those that are empty or blank."""
     texts = values.chunks
-    names = pa.concat_arrays(texts) if texts else pa.array([], pa.string())
+    # Arrow does not join an empty list.
+    names = pa.array([], pa.string())
+    if texts:
+        names = pa.concat_arrays(texts)
     has_name = pc.match_substring_regex(names, r"\S")
-    return pc.if_else(has_name, names, pa.scalar(None, pa.string()))
+    null = pa.scalar(None, pa.string())
+    return pc.if_else(has_name, names, null)
 
 
 def _whole(part: LabelPart, values: Any) -> Any:
@@ -334,9 +376,13 @@ def _whole(part: LabelPart, values: Any) -> Any:
         # Arrow computes little with float16.
         values = values.cast(pa.float64())
         is_missing = pc.is_nan(values)
-        values = pc.if_else(is_missing, pa.scalar(None, pa.float64()), values)
-    is_whole = pc.equal(values, pc.trunc(values))
-    _refuse(part, values, _mask(is_whole.fill_null(True)), "is not a whole number")
+        null = pa.scalar(None, pa.float64())
+        values = pc.if_else(is_missing, null, values)
+    truncated = pc.trunc(values)
+    is_whole = pc.equal(values, truncated)
+    # Null is fine: an image may have no label.
+    is_whole = is_whole.fill_null(True)
+    _refuse(part, values, _mask(is_whole), "is not a whole number")
     # Infinite is whole to Arrow; the check of the range then refuses it.
     return values.cast(pa.float64())
 
@@ -344,16 +390,18 @@ def _whole(part: LabelPart, values: Any) -> Any:
 def _check_range(part: LabelPart, values: Any) -> None:
     """Refuse numbers that are not class numbers."""
     # As float64, which is exact far beyond the limits: an unsigned column has no -1.
-    numbers = values.fill_null(0).to_numpy().astype(np.float64)
-    fits = (numbers >= NO_LABEL) & (numbers <= _MAX_LABEL)
+    filled = values.fill_null(0)
+    numbers = filled.to_numpy().astype(np.float64)
+    is_large_enough = numbers >= NO_LABEL
+    is_small_enough = numbers <= _MAX_LABEL
     bounds: Any = pc.min_max(values).as_py()
-    _refuse(
-        part,
-        values,
-        fits,
-        f"is out of range: labels run from {bounds['min']} to {bounds['max']}; expected 0 to "
-        "2^31 - 1, or -1 for an image without a label",
+    lowest = bounds["min"]
+    highest = bounds["max"]
+    problem = (
+        f"is out of range: labels run from {lowest} to {highest}; expected 0 to 2^31 - 1, or -1 "
+        "for an image without a label"
     )
+    _refuse(part, values, is_large_enough & is_small_enough, problem)
 
 
 def _refuse(part: LabelPart, values: Any, is_fine: npt.NDArray[np.bool_], problem: str) -> None:
@@ -363,18 +411,24 @@ def _refuse(part: LabelPart, values: Any, is_fine: npt.NDArray[np.bool_], proble
         return
     row = int(wrong[0])
     value = values[row].as_py()
+    # People count rows from 1.
+    number = row + 1
+    num_others = len(wrong) - 1
     others = ""
-    if len(wrong) > 1:
-        others = f" and {len(wrong) - 1:,} others"
+    if num_others:
+        others = f" and {num_others:,} others"
+    described = part.describe()
     raise DataError(
-        f"convert: {part.describe()}: the label {value} of image {row + 1:,}{others} {problem}. "
+        f"convert: {described}: the label {value} of image {number:,}{others} {problem}. "
         "Mend the column, choose another with --label-column, or give --labels none."
     )
 
 
 def _mask(values: Any) -> npt.NDArray[np.bool_]:
     """Return Arrow's truth values as numpy's."""
-    return np.asarray(values.to_numpy(zero_copy_only=False), np.bool_)
+    # Arrow packs them as bits, so a copy cannot be avoided.
+    unpacked = values.to_numpy(zero_copy_only=False)
+    return np.asarray(unpacked, np.bool_)
 
 
 def _class_names(parts: Sequence[LabelPart]) -> list[str] | None:
@@ -385,11 +439,12 @@ def _class_names(parts: Sequence[LabelPart]) -> list[str] | None:
         own = part.class_names or []
         # Hugging Face repeats the names in every file; a later version may have added classes.
         longer = max(own, names, key=len)
-        for number, pair in enumerate(zip(own, names, strict=False)):
-            if pair[0] == pair[1]:
+        pairs = zip(own, names, strict=False)
+        for number, (own_name, name) in enumerate(pairs):
+            if own_name == name:
                 continue
             raise DataError(
-                f"convert: label {number} is {pair[0]!r} in {part.shown} and {pair[1]!r} in "
+                f"convert: label {number} is {own_name!r} in {part.shown} and {name!r} in "
                 f"{shown}: the files number their classes differently. Convert them one by one, "
                 "or give --labels none."
             )
