@@ -234,12 +234,14 @@ class VisionTransformer(nn.Module):
         Raises:
             ValueError: Channels, height or width differ from the model's.
         """
+        shape = tuple(images_BCHW.shape)
         expected = (CHANNELS, *self.image_size)
-        if tuple(images_BCHW.shape[1:]) != expected:
+        # A table of another grid might still broadcast, and train on wrong positions.
+        if shape[1:] != expected:
             channels, height, width = expected
             raise ValueError(
-                f"images of shape {tuple(images_BCHW.shape)} do not fit a model for (B, "
-                f"{channels}, {height}, {width}): change the view's size or model.image_size"
+                f"images of shape {shape} do not fit a model for (B, {channels}, {height}, "
+                f"{width}): change the view's size or model.image_size"
             )
         return patchify(images_BCHW, self.patch_size)
 
@@ -320,11 +322,17 @@ def run_blocks(blocks: nn.ModuleList, tokens_BSD: Tensor, mode: ActivationCheckp
         tokens_BSD.
     """
     for number, block in enumerate(blocks):
-        recompute = mode == "full" or (mode == "selective" and number % 2 == 0)
+        is_even = number % 2 == 0
+        is_chosen = mode == "selective" and is_even
+        recompute = mode == "full" or is_chosen
+        # Without gradients no block keeps more than its output.
         if recompute and torch.is_grad_enabled():
             # A block makes no random choice, so no generator's state has to be kept.
             tokens_BSD = checkpoint(
-                block, tokens_BSD, use_reentrant=False, preserve_rng_state=False
+                block,
+                tokens_BSD,
+                use_reentrant=False,
+                preserve_rng_state=False,
             )
         else:
             tokens_BSD = block(tokens_BSD)

@@ -80,10 +80,15 @@ class VerifyResult:
 
     def to_json(self) -> dict[str, Any]:
         """Return what `--json` prints."""
-        problems = [
-            {"shard": problem.shard, "key": problem.key, "problem": problem.problem}
-            for problem in self.problems
-        ]
+        problems = []
+        for problem in self.problems:
+            problems.append(
+                {
+                    "shard": problem.shard,
+                    "key": problem.key,
+                    "problem": problem.problem,
+                }
+            )
         return {
             "num_samples": self.num_samples,
             "num_shards": self.num_shards,
@@ -102,33 +107,41 @@ def verify(uri: str, *, full: bool = False) -> VerifyResult:
         DataError: There is no dataset, it is unfinished, or `dataset.json` cannot be read.
         InfrastructureError: The storage failed.
     """
-    chosen = list_shards(uri) if is_selection(uri) else None
-    folder = uri if chosen is None else chosen.folder
-    # An unfinished conversion has shards, too: opening it says that it is unfinished.
-    is_ours = any(storage.exists(storage.join(folder, name)) for name in (DATASET_FILE, PLAN_FILE))
-    if not is_ours:
-        return _verify_foreign(chosen or list_shards(uri), full=full)
+    chosen = None
+    folder = uri
+    if is_selection(uri):
+        chosen = list_shards(uri)
+        folder = chosen.folder
+    if not _is_ours(folder):
+        found = chosen or list_shards(uri)
+        return _verify_foreign(found, full=full)
     dataset = open_dataset(uri)
     # Shards that were chosen by name and that dataset.json does not know are scanned, like others.
-    if dataset.info.made_by.get("tool") == "scan" and chosen is not None:
+    was_scanned = dataset.info.made_by.get("tool") == "scan"
+    if was_scanned and chosen is not None:
         return _verify_foreign(chosen, full=full)
-    return _verify_dataset(dataset, full=full, is_whole=chosen is None)
+    is_whole = chosen is None
+    return _verify_dataset(dataset, full=full, is_whole=is_whole)
+
+
+def _is_ours(folder: str) -> bool:
+    """Tell whether a folder holds a dataset that was made here, finished or not."""
+    # An unfinished conversion has shards, too: opening it says that it is unfinished.
+    for name in (DATASET_FILE, PLAN_FILE):
+        path = storage.join(folder, name)
+        if storage.exists(path):
+            return True
+    return False
 
 
 def _verify_dataset(manifest: Manifest, *, full: bool, is_whole: bool) -> VerifyResult:
     info = manifest.info
     result = VerifyResult(info.num_samples, info.num_shards)
-    present = {file.name: file.size_bytes for file in storage.list_files(manifest.uri)}
-    listed = set(info.shards.columns["name"])
-    for name in sorted(present) if is_whole else []:
-        is_shard = container_of(name) == info.format and not storage.is_hidden(name)
-        if not is_shard or name in listed:
-            continue
-        # --write-manifest left an empty archive out with a warning: it is no problem afterwards.
-        if _is_empty_archive(storage.join(manifest.uri, name), present[name]):
-            result.ignored[EMPTY_ARCHIVE] = result.ignored.get(EMPTY_ARCHIVE, 0) + 1
-        else:
-            result.problems.append(Problem(name, "", f"not in {DATASET_FILE}"))
+    files = storage.list_files(manifest.uri)
+    present = {file.name: file.size_bytes for file in files}
+    # A selection leaves the others out on purpose.
+    if is_whole:
+        _find_unlisted(manifest, present, result)
 
     def check(s: int) -> list[Problem]:
         return _verify_shard(manifest, s, present, full=full)
@@ -136,8 +149,33 @@ def _verify_dataset(manifest: Manifest, *, full: bool, is_whole: bool) -> Verify
     for problems in _each_shard(check, manifest):
         result.problems.extend(problems)
     if full:
-        result.problems.extend(_repeated_keys(manifest))
+        repeated = _repeated_keys(manifest)
+        result.problems.extend(repeated)
     return result
+
+
+def _find_unlisted(manifest: Manifest, present: dict[str, int], result: VerifyResult) -> None:
+    """Report shards in the folder that dataset.json does not list; empty archives are no loss."""
+    listed = set(manifest.info.shards.columns["name"])
+    for name in sorted(present):
+        if name in listed or storage.is_hidden(name):
+            continue
+        # Other files may lie there: a page about the data, DALI's indexes.
+        if container_of(name) != manifest.info.format:
+            continue
+        # --write-manifest left an empty archive out with a warning: it is no problem afterwards.
+        uri = storage.join(manifest.uri, name)
+        if _is_empty_archive(uri, present[name]):
+            _ignore(result, EMPTY_ARCHIVE)
+        else:
+            problem = Problem(name, "", f"not in {DATASET_FILE}")
+            result.problems.append(problem)
+
+
+def _ignore(result: VerifyResult, reason: str, count: int = 1) -> None:
+    """Count what was skipped for a reason."""
+    before = result.ignored.get(reason, 0)
+    result.ignored[reason] = before + count
 
 
 def _each_shard(
@@ -147,15 +185,20 @@ def _each_shard(
     # A local disk feeds a thread per core; a store answers more requests than there are cores.
     workers = _THREADS
     if storage.is_local(manifest.uri):
-        workers = min(_THREADS, os.cpu_count() or 1)
+        cores = os.cpu_count() or 1
+        workers = min(_THREADS, cores)
     sizes = manifest.shard_sizes.tolist()
-    label = f"Verifying {storage.name_of(manifest.uri)}"
+    dataset_name = storage.name_of(manifest.uri)
+    label = f"Verifying {dataset_name}"
     with (
         Progress(label, total=manifest.info.num_samples) as progress,
         ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool,
     ):
-        for s, problems in enumerate(pool.map(check, range(manifest.info.num_shards))):
-            progress.advance(sizes[s], size_bytes=manifest.shard_bytes(s))
+        numbers = range(manifest.info.num_shards)
+        checked = pool.map(check, numbers)
+        for s, problems in enumerate(checked):
+            size_bytes = manifest.shard_bytes(s)
+            progress.advance(sizes[s], size_bytes=size_bytes)
             yield problems
 
 
@@ -165,43 +208,55 @@ def _verify_shard(
     name = manifest.shard_name(s)
     expected = manifest.info.shards[s]
     if name not in present:
-        return [Problem(name, "", "missing")]
+        missing = Problem(name, "", "missing")
+        return [missing]
     problems = []
-    if present[name] != expected.size_bytes:
-        problems.append(
-            Problem(name, "", f"{present[name]} bytes, {DATASET_FILE} says {expected.size_bytes}")
-        )
+    size_bytes = present[name]
+    if size_bytes != expected.size_bytes:
+        text = f"{size_bytes} bytes, {DATASET_FILE} says {expected.size_bytes}"
+        problems.append(Problem(name, "", text))
     try:
         table = manifest.shard_table(s)
-        problems.extend(_inconsistent(name, table, expected.size_bytes))
+        inconsistent = _inconsistent(name, table, expected.size_bytes)
+        problems.extend(inconsistent)
+        # Of the rows, not of the shard's bytes: a manifest can be exchanged for another one's.
         if table.content_hash() != expected.content_hash:
-            problems.append(
-                Problem(
-                    name, "", f"the manifest's rows have not the content hash in {DATASET_FILE}"
-                )
-            )
+            text = f"the manifest's rows have not the content hash in {DATASET_FILE}"
+            problems.append(Problem(name, "", text))
     except DataError as error:
-        return [*problems, Problem(name, "", str(error))]
+        # Without its rows the shard's bytes cannot be compared.
+        damaged = Problem(name, "", str(error))
+        return [*problems, damaged]
     if full:
-        problems.extend(_verify_bytes(manifest, s, table))
+        of_bytes = _verify_bytes(manifest, s, table)
+        problems.extend(of_bytes)
     return problems
 
 
 def _inconsistent(name: str, table: ShardTable, size_bytes: int) -> Iterator[Problem]:
     """Find rows that cannot be true: outside the file, on top of each other."""
     ends = table.offsets + table.sizes
-    outside = (table.offsets < 0) | (table.sizes < 0) | (ends > size_bytes)
-    for row in np.flatnonzero(outside).tolist():
-        yield Problem(
-            name, table.keys[row], f"bytes {table.offsets[row]} to {ends[row]} lie outside the file"
-        )
+    is_negative = (table.offsets < 0) | (table.sizes < 0)
+    is_outside = is_negative | (ends > size_bytes)
+    outside = np.flatnonzero(is_outside)
+    for row in outside.tolist():
+        start = table.offsets[row]
+        end = ends[row]
+        text = f"bytes {start} to {end} lie outside the file"
+        yield Problem(name, table.keys[row], text)
     # By offset, not by row: FFCV's workers write a beton's pages out of order.
     order = np.argsort(table.offsets, kind="stable")
     starts = table.offsets[order]
+    sizes = table.sizes[order]
+    ends = ends[order]
     # Links in a foreign tar share the bytes of one member: the same place, not a part of it.
-    is_same = (starts[1:] == starts[:-1]) & (np.diff(table.sizes[order]) == 0)
-    overlaps = (starts[1:] < ends[order][:-1]) & ~is_same
-    for row in order[1:][overlaps].tolist():
+    starts_same = starts[1:] == starts[:-1]
+    has_same_size = np.diff(sizes) == 0
+    is_same = starts_same & has_same_size
+    overlaps = starts[1:] < ends[:-1]
+    wrong = overlaps & ~is_same
+    rows = order[1:][wrong]
+    for row in rows.tolist():
         yield Problem(name, table.keys[row], "lies on top of the sample before it")
 
 
@@ -211,31 +266,33 @@ def _verify_bytes(manifest: Manifest, s: int, table: ShardTable) -> list[Problem
         component = manifest.info.made_by.get("image_component")
         index = index_shard(manifest.shard_uri(s), image_component=component)
     except DataError as error:
-        return [Problem(name, "", str(error))]
+        damaged = Problem(name, "", str(error))
+        return [damaged]
     problems = []
-    if index.file.sha256 != manifest.shard_sha256(s):
-        problems.append(
-            Problem(
-                name,
-                "",
-                f"sha256 is {index.file.sha256}, {DATASET_FILE} says {manifest.shard_sha256(s)}",
-            )
-        )
-    problems.extend(_different(name, table, index.table))
-    problems.extend(_undecodable(manifest.shard_uri(s), name, index))
+    sha256 = index.file.sha256
+    expected = manifest.shard_sha256(s)
+    # Not the end of it: the rows tell which of the images are concerned.
+    if sha256 != expected:
+        text = f"sha256 is {sha256}, {DATASET_FILE} says {expected}"
+        problems.append(Problem(name, "", text))
+    different = _different(name, table, index.table)
+    problems.extend(different)
+    uri = manifest.shard_uri(s)
+    undecodable_ones = _undecodable(uri, name, index)
+    problems.extend(undecodable_ones)
     return problems
 
 
 def _different(name: str, said: ShardTable, found: ShardTable) -> Iterator[Problem]:
     """Compare the manifest's rows with the file's."""
     if said.keys != found.keys:
+        # Rows cannot be paired any more: one line says what is missing.
         missing = set(said.keys) - set(found.keys)
-        yield Problem(
-            name,
-            "",
-            f"{len(found)} samples in the file, {len(said)} in the manifest; missing "
-            f"{sorted(missing)[:5]}",
+        some_missing = sorted(missing)[:5]
+        text = (
+            f"{len(found)} samples in the file, {len(said)} in the manifest; missing {some_missing}"
         )
+        yield Problem(name, "", text)
         return
     for column, what in (
         ("hashes", "the image's bytes are not those the manifest knows (xxh3)"),
@@ -245,7 +302,10 @@ def _different(name: str, said: ShardTable, found: ShardTable) -> Iterator[Probl
         ("widths", "the width is not that in the manifest"),
         ("heights", "the height is not that in the manifest"),
     ):
-        for row in np.flatnonzero(getattr(said, column) != getattr(found, column)).tolist():
+        said_values = getattr(said, column)
+        found_values = getattr(found, column)
+        rows = np.flatnonzero(said_values != found_values)
+        for row in rows.tolist():
             yield Problem(name, said.keys[row], what)
 
 
@@ -260,8 +320,12 @@ def _undecodable(uri: str, name: str, index: ShardIndex) -> Iterator[Problem]:
             if FORMATS[table.formats[row]] == "raw":
                 # Bare pixels: their count was checked with the index; there is nothing to decode.
                 continue
-            file.seek(int(table.offsets[row]))
-            if refused := undecodable(file.read(int(table.sizes[row]))):
+            offset = int(table.offsets[row])
+            size = int(table.sizes[row])
+            file.seek(offset)
+            data = file.read(size)
+            refused = undecodable(data)
+            if refused:
                 yield Problem(name, key, str(refused))
 
 
@@ -276,9 +340,9 @@ def _repeated_keys(manifest: Manifest) -> Iterator[Problem]:
         for key in keys:
             first = seen.setdefault(key.encode(), s)
             if first != s:
-                yield Problem(
-                    manifest.shard_name(s), key, f"the key is also in {manifest.shard_name(first)}"
-                )
+                other = manifest.shard_name(first)
+                text = f"the key is also in {other}"
+                yield Problem(manifest.shard_name(s), key, text)
 
 
 def _is_empty_archive(uri: str, size_bytes: int) -> bool:
@@ -291,27 +355,30 @@ def _is_empty_archive(uri: str, size_bytes: int) -> bool:
 
 def _verify_foreign(found: ShardFiles, *, full: bool) -> VerifyResult:
     result = VerifyResult()
-    for file, shard in zip(found.files, scan(found.folder, found.files), strict=True):
-        result.num_shards += 1
-        is_empty_one = isinstance(shard, EmptyShardError) and len(found.files) > 1
-        if is_empty_one:
-            result.num_shards -= 1
-            result.ignored[EMPTY_ARCHIVE] = result.ignored.get(EMPTY_ARCHIVE, 0) + 1
+    scanned = scan(found.folder, found.files)
+    has_others = len(found.files) > 1
+    for file, shard in zip(found.files, scanned, strict=True):
+        # An archive without a member is left out among others; alone it is the dataset.
+        if isinstance(shard, EmptyShardError) and has_others:
+            _ignore(result, EMPTY_ARCHIVE)
             continue
+        result.num_shards += 1
         if isinstance(shard, DataError):
-            result.problems.append(Problem(file.name, "", str(shard)))
+            damaged = Problem(file.name, "", str(shard))
+            result.problems.append(damaged)
             continue
         result.num_samples += len(shard.table)
         for reason, count in shard.ignored.items():
-            result.ignored[reason] = result.ignored.get(reason, 0) + count
-        problems = (
-            list(_undecodable(file.uri, file.name, shard))
-            if full
-            else [Problem(file.name, key, str(refused)) for key, refused in shard.bad]
-        )
+            _ignore(result, reason, count)
+        if full:
+            problems = list(_undecodable(file.uri, file.name, shard))
+        else:
+            # What the scan has seen of the headers.
+            problems = [Problem(file.name, key, str(refused)) for key, refused in shard.bad]
         result.problems.extend(problems)
     if found.files and not result.num_shards:
-        result.problems.append(Problem("", "", "all archives are empty"))
+        all_empty = Problem("", "", "all archives are empty")
+        result.problems.append(all_empty)
     return result
 
 
@@ -332,10 +399,12 @@ def write_manifest(uri: str, *, image_component: str | None = None) -> VerifyRes
         InfrastructureError: The folder cannot be written.
     """
     written = index_in_place(uri, image_component=image_component)
+    problems = [Problem(name, key, str(refused)) for name, key, refused in written.bad]
+    info = written.info
     return VerifyResult(
-        num_samples=written.info.num_samples,
-        num_shards=written.info.num_shards,
-        problems=[Problem(name, key, str(refused)) for name, key, refused in written.bad],
+        num_samples=info.num_samples,
+        num_shards=info.num_shards,
+        problems=problems,
         ignored=dict(written.left_out.counts),
     )
 
@@ -388,16 +457,23 @@ def _run(arguments: Arguments) -> int:
 
 def _say(result: VerifyResult) -> None:
     """Write the result for a person."""
-    for problem in result.problems[:_MOST_SHOWN]:
-        location = f"{problem.shard}:{problem.key}" if problem.key else problem.shard
+    shown = result.problems[:_MOST_SHOWN]
+    for problem in shown:
+        location = problem.shard
+        if problem.key:
+            location = f"{problem.shard}:{problem.key}"
         say(f"{location}: {problem.problem}")
     num_hidden = len(result.problems) - _MOST_SHOWN
     if num_hidden > 0:
         say(f"... and {num_hidden:,} more; --json lists all")
     for reason, count in result.ignored.items():
         say(f"note: {count:,} skipped: {reason}")
-    verdict = f"{len(result.problems):,} problems" if result.problems else "no problem found"
-    say(f"verify: {result.num_samples:,} samples in {result.num_shards:,} shards: {verdict}")
+    verdict = "no problem found"
+    if result.problems:
+        num_problems = len(result.problems)
+        verdict = f"{num_problems:,} problems"
+    size = f"{result.num_samples:,} samples in {result.num_shards:,} shards"
+    say(f"verify: {size}: {verdict}")
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -21,14 +21,19 @@ def split_of(name: str) -> str | None:
     """Return `train`, `validation` or `test` if a part of a name says so: of `in1k-val-00.tar`
     it does, of `valley.tar` it does not."""
     found = _find_split(name)
-    return None if found is None else found[0]
+    if found is None:
+        return None
+    split, _ = found
+    return split
 
 
 def _find_split(name: str) -> tuple[str, int] | None:
     """Return the split that a name says, and the place behind that word."""
-    for token in _TOKENS.finditer(name.lower()):
+    lower = name.lower()
+    for token in _TOKENS.finditer(lower):
         # train2017 and val0001 as COCO and others write them.
-        split = _SPLIT_OF.get(token[0].rstrip("0123456789"))
+        word = token[0].rstrip("0123456789")
+        split = _SPLIT_OF.get(word)
         if split is not None:
             return split, token.end()
     return None
@@ -46,31 +51,50 @@ def pattern_per_split(names: Iterable[str]) -> dict[str, str]:
     files: dict[str, list[str]] = {}
     everything = sorted(names)
     for name in everything:
-        split = split_of(PurePosixPath(name).stem)
+        stem = PurePosixPath(name).stem
+        split = split_of(stem)
         if split is not None:
-            files.setdefault(split, []).append(name)
+            of_split = files.setdefault(split, [])
+            of_split.append(name)
     # Files that name no split do not make several: `train-0.tar` beside `extra-0.tar`.
     if len(files) < 2:
         return {}
-    return {split: _pattern(found, everything) for split, found in sorted(files.items())}
+    patterns = {}
+    for split in sorted(files):
+        patterns[split] = _pattern(files[split], everything)
+    return patterns
 
 
 def _pattern(names: list[str], everything: list[str]) -> str:
     """Return a pattern that matches these names and none of the others; a list if none does."""
     first = PurePosixPath(names[0])
-    prefix = _common_start(names).rstrip("0123456789")
+    # Without digits: `train-000*` would miss a hundredth shard that is added later.
+    start = _common_start(names)
+    prefix = start.rstrip("0123456789")
     if len(names) == 1:
-        found = _find_split(first.stem)
-        end = len(first.stem) if found is None else found[1]
+        stem = first.stem
+        found = _find_split(stem)
+        end = len(stem)
+        if found is not None:
+            _, end = found
         # train.tar is the whole split; of train-00000-of-00007 others may come.
-        prefix = first.stem[: end + 1] if end < len(first.stem) else ""
+        prefix = ""
+        if end < len(stem):
+            prefix = stem[: end + 1]
     pattern = f"{prefix}*{first.suffix}"
     matched = [name for name in everything if fnmatch.fnmatchcase(name, pattern)]
-    return pattern if prefix and matched == names else ",".join(names)
+    if prefix and matched == names:
+        return pattern
+    return ",".join(names)
 
 
 def _common_start(names: list[str]) -> str:
     first = min(names)
     last = max(names)
-    length = next((i for i, char in enumerate(first) if last[i : i + 1] != char), len(first))
+    # What the first and the last in sorted order share, all in between share too.
+    length = 0
+    for char, other in zip(first, last, strict=False):
+        if char != other:
+            break
+        length += 1
     return first[:length]

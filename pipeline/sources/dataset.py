@@ -60,23 +60,30 @@ class DatasetSource:
         sizes, labels = [], []
         for s in range(manifest.info.num_shards):
             table = manifest.shard_table(s)
-            keys.append(pa.array(table.keys, pa.string()))
-            names.append(
-                pa.array([f"{s}/{row}/{key}" for row, key in enumerate(table.keys)], pa.string())
-            )
+            keys_of_shard = table.keys
+            names_of_shard = [f"{s}/{row}/{key}" for row, key in enumerate(keys_of_shard)]
+            # As Arrow's: Python objects of all samples would take ten times the memory.
+            keys.append(pa.array(keys_of_shard, pa.string()))
+            names.append(pa.array(names_of_shard, pa.string()))
             sizes.append(table.sizes)
             labels.append(table.labels)
         all_keys = pa.concat_arrays(keys)
         # Keys made elsewhere may be such that a WebDataset cannot hold them, or occur twice.
-        has_unfit = pc.any(pc.match_substring_regex(all_keys, _UNFIT_KEY)).as_py()
-        has_repeated = len(all_keys.unique()) != len(all_keys)
+        is_unfit = pc.match_substring_regex(all_keys, _UNFIT_KEY)
+        has_unfit = pc.any(is_unfit).as_py()
+        num_distinct = len(all_keys.unique())
+        has_repeated = num_distinct != len(all_keys)
         if has_unfit or has_repeated:
             all_keys = sample_keys(all_keys)
 
         # Conversions that an older version began have other keys: they must not be continued.
-        fingerprint = manifest.info.fingerprint + ("/keys-2" if has_repeated else "")
+        fingerprint = manifest.info.fingerprint
+        if has_repeated:
+            fingerprint += "/keys-2"
+        # What the first conversion left out is still missing from the second.
         left_out = LeftOut()
-        left_out.count(manifest.info.made_by.get("left_out") or {})
+        left_out_before = manifest.info.made_by.get("left_out") or {}
+        left_out.count(left_out_before)
         all_labels = np.concatenate(labels)
         classes = manifest.info.classes
         if self._labels == "none":
@@ -98,18 +105,28 @@ class DatasetSource:
 
     def read_all(self, wanted: Wanted) -> Iterator[bytes | Refused]:
         """Yield the images' files."""
-        return read_each(self.uri, lambda i: self._read(wanted.names[i]), len(wanted))
+
+        def read(i: int) -> bytes:
+            name = wanted.names[i]
+            return self._read(name)
+
+        return read_each(self.uri, read, len(wanted))
 
     def _read(self, name: str) -> bytes:
         s, row = _position(name)
         manifest = self._manifest()
         table = manifest.shard_table(s)
-        data = storage.read_bytes(
-            manifest.shard_uri(s), int(table.offsets[row]), int(table.sizes[row])
-        )
-        if FORMATS[table.formats[row]] == "raw":
-            return as_png(data, int(table.widths[row]), int(table.heights[row]))
-        return data
+        uri = manifest.shard_uri(s)
+        offset = int(table.offsets[row])
+        size = int(table.sizes[row])
+        data = storage.read_bytes(uri, offset, size)
+        image_format = FORMATS[table.formats[row]]
+        if image_format != "raw":
+            return data
+        # Bare pixels have no header: the table alone knows their shape.
+        width = int(table.widths[row])
+        height = int(table.heights[row])
+        return as_png(data, width, height)
 
     def about(self, name: str, *, class_name: str | None) -> dict[str, Any] | None:
         """Return the JSON that is stored beside the image, as it is."""
@@ -121,23 +138,34 @@ class DatasetSource:
 
     def _read_texts(self, s: int) -> list[dict[str, Any] | None]:
         manifest = self._manifest()
+        uri = manifest.shard_uri(s)
         if manifest.info.format == "ffcv":
-            return read_metas(manifest.shard_uri(s))
+            return read_metas(uri)
         texts: dict[str, dict[str, Any]] = {}
         read: dict[str, bytes] = {}
-        with storage.open_read(manifest.shard_uri(s)) as file:
+        with storage.open_read(uri) as file:
             scanner = TarScanner(file, shard=manifest.shard_name(s), links="yield")
             for member in scanner:
                 parts = split_key(member.name)
-                if parts is not None and parts[1] == "json" and member.size <= _MAX_TEXT_BYTES:
-                    # A link has the bytes of a member before it.
-                    linked = member.link_to
-                    data = scanner.read() if linked is None else read.get(linked, b"")
-                    read[member.name.removeprefix("./")] = data
-                    value = _parse(data)
-                    if value is not None:
-                        texts[parts[0]] = value
-        return [texts.get(key) for key in manifest.shard_table(s).keys]
+                if parts is None:
+                    continue
+                key, extension = parts
+                # A text of megabytes does not describe one image.
+                if extension != "json" or member.size > _MAX_TEXT_BYTES:
+                    continue
+                # A link has the bytes of a member before it.
+                linked = member.link_to
+                if linked is None:
+                    data = scanner.read()
+                else:
+                    data = read.get(linked, b"")
+                name = member.name.removeprefix("./")
+                read[name] = data
+                value = _parse(data)
+                if value is not None:
+                    texts[key] = value
+        keys = manifest.shard_table(s).keys
+        return [texts.get(key) for key in keys]
 
 
 def _position(name: str) -> tuple[int, int]:
@@ -150,4 +178,7 @@ def _parse(text: bytes) -> dict[str, Any] | None:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+    # A list or a bare number is valid JSON, but has no names to be stored under.
+    if isinstance(value, dict):
+        return value
+    return None

@@ -116,21 +116,7 @@ class ParquetSource:
             ConfigError: It cannot be told which column holds the images.
         """
         files = find_files(self.uri)
-        threads = 1 if storage.is_local(self.uri) else _READERS
-        with (
-            Progress(
-                f"Reading the index of {storage.name_of(self.uri)}",
-                total=len(files),
-                unit="files",
-                after_s=QUIET_S,
-            ) as progress,
-            ThreadPoolExecutor(threads, thread_name_prefix="parquet") as pool,
-        ):
-            indices: list[_Index] = []
-            for index in pool.map(self._read_index, range(len(files)), files):
-                indices.append(index)
-                progress.advance(1)
-
+        indices = self._read_indices(files)
         shown = storage.redact(self.uri)
         names = pa.concat_arrays([index.names for index in indices])
         if not len(names):
@@ -154,6 +140,11 @@ class ParquetSource:
         sizes = np.concatenate([index.sizes for index in indices])
         locations = np.concatenate([index.locations for index in indices])
         names_and_sizes = [(file.name, file.size_bytes) for file in files]
+        safe_names = _safe(names)
+        keys = sample_keys(safe_names)
+        # Each once: an empty group ends where it starts.
+        group_bounds = np.append(0, group_ends)
+        runs = np.unique(group_bounds)
         return Listing(
             uri=self.uri,
             names=names,
@@ -163,13 +154,36 @@ class ParquetSource:
             passed_over={},
             left_out=left_out,
             kind="parquet",
-            keys=sample_keys(_safe(names)),
+            keys=keys,
             # The sizes of the files stand for their content, which is too much to hash here.
             fingerprint=json.dumps(names_and_sizes),
             locations=locations,
             files=tuple(file.uri for file in files),
-            runs=np.unique(np.append(0, group_ends)).astype(np.int64),
+            runs=runs.astype(np.int64),
         )
+
+    def _read_indices(self, files: list[storage.FileInfo]) -> list[_Index]:
+        """Read all of all files but the images, in the order of the files."""
+        # A local disk gains little by several readers; a store answers many requests at once.
+        threads = _READERS
+        if storage.is_local(self.uri):
+            threads = 1
+        source_name = storage.name_of(self.uri)
+        indices: list[_Index] = []
+        with (
+            Progress(
+                f"Reading the index of {source_name}",
+                total=len(files),
+                unit="files",
+                after_s=QUIET_S,
+            ) as progress,
+            ThreadPoolExecutor(threads, thread_name_prefix="parquet") as pool,
+        ):
+            numbers = range(len(files))
+            for index in pool.map(self._read_index, numbers, files):
+                indices.append(index)
+                progress.advance(1)
+        return indices
 
     def _read_index(self, number: int, file: storage.FileInfo) -> _Index:
         """Read all of a file but the images."""
@@ -229,7 +243,8 @@ class ParquetSource:
             positions = np.flatnonzero(in_group).tolist()
             rows = locations["row"][in_group].tolist()
             position_of = dict(zip(rows, positions, strict=True))
-            self._read_group(wanted.files[file], group, position_of, found)
+            uri = wanted.files[file]
+            self._read_group(uri, group, position_of, found)
         yield from found
 
     def _read_group(
@@ -237,17 +252,25 @@ class ParquetSource:
     ) -> None:
         """Read some rows of a row group, each into its position of `found`."""
         with open_parquet(uri) as parquet:
-            image = self._image_field(parquet.schema_arrow, storage.redact(uri))
+            shown = storage.redact(uri)
+            image = self._image_field(parquet.schema_arrow, shown)
             start = 0
-            for batch in parquet.iter_batches(
-                _BATCH_ROWS, row_groups=[group], columns=[image.bytes_path], use_threads=False
-            ):
+            batches = parquet.iter_batches(
+                _BATCH_ROWS,
+                row_groups=[group],
+                columns=[image.bytes_path],
+                use_threads=False,
+            )
+            for batch in batches:
                 values = image.leaf(batch)
                 # Only rows that are wanted become Python objects: each is a copy of an image.
                 for row in range(len(batch)):
                     position = position_of.get(start + row)
-                    if position is not None:
-                        found[position] = values[row].as_py() or b""
+                    if position is None:
+                        continue
+                    data = values[row].as_py()
+                    # Null: refused later as an empty file.
+                    found[position] = data or b""
                 start += len(batch)
 
 
@@ -267,11 +290,14 @@ def _image_names(file: storage.FileInfo, paths: Any, count: int) -> pa.StringArr
     """Return the path that the table gives each image; the file's name and the row if it gives
     none."""
     stem = PurePosixPath(file.name).stem
-    numbered = pa.array([f"{stem}/{row:08d}" for row in range(count)], pa.string())
+    numbers = [f"{stem}/{row:08d}" for row in range(count)]
+    numbered = pa.array(numbers, pa.string())
     if paths is None:
         return numbered
     texts = readable_texts(paths).combine_chunks()
-    has_path = pc.match_substring_regex(pc.fill_null(texts, ""), ".")
+    # Image by image: a table may name some of them only.
+    filled = pc.fill_null(texts, "")
+    has_path = pc.match_substring_regex(filled, ".")
     names: Any = pc.if_else(has_path, texts, numbered)
     if isinstance(names, pa.ChunkedArray):
         names = pa.concat_arrays(names.chunks)
@@ -300,7 +326,10 @@ def _column_bytes(group: Any, path: str, shown: str) -> int:
         raise ConfigError(
             f"convert: {shown} has {len(same)} columns with the path {path!r}. Rename one of them."
         )
-    return int(same[0].total_uncompressed_size) if same else 0
+    if not same:
+        return 0
+    size_bytes = same[0].total_uncompressed_size
+    return int(size_bytes)
 
 
 def _class_names(schema: pa.Schema, label: str | None) -> list[str] | None:
@@ -311,9 +340,11 @@ def _class_names(schema: pa.Schema, label: str | None) -> list[str] | None:
         described = json.loads(metadata[b"huggingface"])
         features = described["info"]["features"]
         names = features[label]["names"]
-        return [str(name) for name in names] if isinstance(names, list) else None
     except (KeyError, ValueError, TypeError):
         return None
+    if not isinstance(names, list):
+        return None
+    return [str(name) for name in names]
 
 
 def _safe(names: pa.StringArray) -> pa.StringArray:

@@ -131,12 +131,20 @@ class PlainState(NamedState):
         """Return the tensors themselves, not copies."""
         master = self.masters[name]
         state = self.optimizer.state[master]
-        return {WEIGHT: master.detach(), **{kind: state[kind] for kind in MOMENTS}}
+        tensors = {WEIGHT: master.detach()}
+        for kind in MOMENTS:
+            tensors[kind] = state[kind]
+        return tensors
 
     def write(self, name: str, kind: str, value: Tensor) -> None:
         """Copy in place."""
         master = self.masters[name]
-        target = master if kind == WEIGHT else self.optimizer.state[master][kind]
+        if kind == WEIGHT:
+            target = master
+        else:
+            state = self.optimizer.state[master]
+            target = state[kind]
+        # Into the same memory: the optimizer and the model hold on to it.
         with torch.no_grad():
             target.copy_(value)
 
@@ -145,8 +153,10 @@ class PlainState(NamedState):
         set_adam_step(self.optimizer, adam_step)
         with torch.no_grad():
             for name, master in self.masters.items():
-                if self.working[name] is not master:
-                    self.working[name].copy_(master)
+                working = self.working[name]
+                # In fp32 there is one tensor for both.
+                if working is not master:
+                    working.copy_(master)
 
     def adam_step(self) -> int:
         """Return the step count."""
@@ -161,26 +171,36 @@ def make_moments(
     if MOMENTS[0] in state:
         return
     # A fused kernel wants the count beside the tensor, the loops want it on the host.
-    device = tensor.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
+    device = torch.device("cpu")
+    if group.get("fused") or group.get("capturable"):
+        device = tensor.device
     state["step"] = torch.zeros((), dtype=torch.float32, device=device)
     for kind in MOMENTS:
         # AdamW's own first step keeps the memory format too; its kernels expect equal strides.
-        moment = torch.zeros_like(tensor, memory_format=torch.preserve_format, requires_grad=False)
+        moment = torch.zeros_like(
+            tensor,
+            memory_format=torch.preserve_format,
+            requires_grad=False,
+        )
         state[kind] = moment
 
 
 def set_adam_step(optimizer: torch.optim.Optimizer, adam_step: int) -> None:
     """Set the step count of every tensor."""
+    count = float(adam_step)
     for state in optimizer.state.values():
         if "step" in state:
-            state["step"].fill_(float(adam_step))
+            # Filled, not replaced: a captured graph reads this very tensor.
+            state["step"].fill_(count)
 
 
 def read_adam_step(optimizer: torch.optim.Optimizer) -> int:
     """Return the step count, which all tensors share; 0 before the first step."""
-    counts = (state["step"] for state in optimizer.state.values() if "step" in state)
-    # Only one is read: a fused kernel keeps each on the GPU, and every look there waits for it.
-    return int(next(counts, 0))
+    for state in optimizer.state.values():
+        # Only one is read: a fused kernel keeps each on the GPU, and every look there waits for it.
+        if "step" in state:
+            return int(state["step"])
+    return 0
 
 
 def list_tensors(module: nn.Module, *, parts: int) -> list[NamedTensor]:
@@ -194,23 +214,38 @@ def list_tensors(module: nn.Module, *, parts: int) -> list[NamedTensor]:
     Returns:
         The table, in the model's order.
     """
-    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    trained = set()
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            trained.add(name)
     saved = module.state_dict(keep_vars=True)
+    sizes = {name: tensor.numel() for name, tensor in saved.items()}
 
     # Largest first, each to the part with the least so far. Ties are broken by name, so that every
     # rank comes to the same table without asking.
     load = [0] * parts
     owners: dict[str, int] = {}
-    for name in sorted(saved, key=lambda name: (-saved[name].numel(), name)):
-        part = load.index(min(load))
+    largest_first = sorted(saved, key=lambda name: (-sizes[name], name))
+    for name in largest_first:
+        smallest_load = min(load)
+        part = load.index(smallest_load)
         owners[name] = part
-        num_kinds = len(KINDS) if name in trained else 1
-        load[part] += saved[name].numel() * num_kinds
+        # A frozen tensor has no moments.
+        num_kinds = 1
+        if name in trained:
+            num_kinds = len(KINDS)
+        load[part] += sizes[name] * num_kinds
 
     table = []
     for name, tensor in saved.items():
         shape = tuple(tensor.shape)
-        table.append(NamedTensor(name, shape, trained=name in trained, part=owners[name]))
+        row = NamedTensor(
+            name,
+            shape,
+            trained=name in trained,
+            part=owners[name],
+        )
+        table.append(row)
     return table
 
 
@@ -229,7 +264,9 @@ def check_same_model(
     """
     theirs = {tensor.name: tensor for tensor in saved}
     ours = {tensor.name: tensor for tensor in built}
-    names = list(dict.fromkeys([*ours, *theirs]))
+    # Each name once, those of this model first: sets would forget the order.
+    all_names = [*ours, *theirs]
+    names = list(dict.fromkeys(all_names))
     rows = []
     for name in names:
         in_checkpoint = describe_tensor(theirs.get(name))
@@ -248,13 +285,20 @@ def check_same_model(
 def _lay_out(rows: Sequence[tuple[str, str, str]]) -> str:
     """Lay out which tensors differ in columns; a long list is cut."""
     shown = [("tensor", "in the checkpoint", "in this model"), *rows[:_ROWS_SHOWN]]
-    widths = [max(len(row[column]) for row in shown) for column in range(3)]
+    widths = []
+    for cells in zip(*shown, strict=True):
+        longest = max(cells, key=len)
+        widths.append(len(longest))
     lines = []
     for row in shown:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append(f"  {'  '.join(cells).rstrip()}")
-    if len(rows) > _ROWS_SHOWN:
-        lines.append(f"  ... and {len(rows) - _ROWS_SHOWN} more")
+        padded = []
+        for cell, width in zip(row, widths, strict=True):
+            padded.append(cell.ljust(width))
+        line = "  ".join(padded)
+        lines.append(f"  {line.rstrip()}")
+    num_more = len(rows) - _ROWS_SHOWN
+    if num_more > 0:
+        lines.append(f"  ... and {num_more} more")
     return "\n".join(lines)
 
 
@@ -262,8 +306,11 @@ def describe_tensor(tensor: NamedTensor | None) -> str:
     """Describe a tensor in a few characters for a table."""
     if tensor is None:
         return "missing"
-    shape = "x".join(map(str, tensor.shape)) or "scalar"
-    return shape if tensor.trained else f"{shape} frozen"
+    sides = [str(side) for side in tensor.shape]
+    shape = "x".join(sides) or "scalar"
+    if tensor.trained:
+        return shape
+    return f"{shape} frozen"
 
 
 HostCopy = Callable[[str, str, Tensor], Tensor]
