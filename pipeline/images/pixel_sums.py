@@ -53,13 +53,18 @@ class PixelSums:
 
 def _added(totals: list[float], values: npt.NDArray[np.float64]) -> list[float]:
     # Python's floats: a part of a conversion keeps the sums as JSON.
-    return [total + float(value) for total, value in zip(totals, values, strict=True)]
+    sums = []
+    for total, value in zip(totals, values, strict=True):
+        sums.append(total + float(value))
+    return sums
 
 
 def _decode(data: bytes, found: Probe) -> npt.NDArray[np.uint8] | None:
     """Return RGB pixels, or None if the image is broken."""
     if found.format == "raw":
-        return np.frombuffer(data, np.uint8).reshape(found.height, found.width, 3)
+        pixels = np.frombuffer(data, np.uint8)
+        return pixels.reshape(found.height, found.width, 3)
+    # Other modes, CMYK for example, are left to Pillow.
     if found.format == "jpeg" and found.mode in ("RGB", "L"):
         # It refuses what libjpeg only warns of, such as stray bytes: then Pillow decides.
         with suppress(ValueError):
@@ -68,7 +73,9 @@ def _decode(data: bytes, found: Probe) -> npt.NDArray[np.uint8] | None:
         with warnings.catch_warnings():
             # Pillow warns of sizes that the screen has already let through.
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
-                return np.asarray(image.convert("RGB"))
+            file = io.BytesIO(data)
+            with Image.open(file) as image:
+                colours = image.convert("RGB")
+                return np.asarray(colours)
     except DECODER_ERRORS:
         return None

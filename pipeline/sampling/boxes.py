@@ -79,28 +79,25 @@ def draw_boxes(
     image_widths_B = np.asarray(widths_B, dtype=np.int64)
     image_heights_B = np.asarray(heights_B, dtype=np.int64)
     if view.crop == "center":
-        return _largest_centred(image_widths_B, image_heights_B, aspect=view.width / view.height)
+        aspect = view.width / view.height
+        return _largest_centred(image_widths_B, image_heights_B, aspect=aspect)
 
     # All tries are drawn at once, one block of four words for each: which one is taken depends on
     # the image's size, but the words of a sample do not.
-    words_BT4 = random_words(
+    words = random_words(
         seed=seed,
         purpose=Purpose.CROP,
         epochs_n=epochs_B,
         streams_n=sample_ids_B,
         num_blocks=_TRIES,
         view=view_number,
-    ).reshape(-1, _TRIES, 4)
+    )
+    words_BT4 = words.reshape(-1, _TRIES, 4)
     units_BT4 = unit_float64(words_BT4)
 
-    # Area and aspect decide the size, in float64: float32 would round some sizes otherwise.
-    areas_BT = view.min_area + (view.max_area - view.min_area) * units_BT4[:, :, 0]
-    areas_BT *= (image_widths_B * image_heights_B)[:, None]
-    log_low = np.log(view.min_aspect)
-    log_high = np.log(view.max_aspect)
-    aspects_BT = np.exp(log_low + (log_high - log_low) * units_BT4[:, :, 1])
-    widths_BT = np.rint(np.sqrt(areas_BT * aspects_BT)).astype(np.int64)
-    heights_BT = np.rint(np.sqrt(areas_BT / aspects_BT)).astype(np.int64)
+    # In 64 bits, as all sizes here: a large image has more pixels than 32 bits count.
+    pixels_B = image_widths_B * image_heights_B
+    widths_BT, heights_BT = _draw_sizes(view, units_BT4, pixels_B)
 
     # The first try that fits; argmax gives 0 if none does, which is put right below.
     fits_BT = (widths_BT > 0) & (heights_BT > 0)
@@ -113,8 +110,10 @@ def draw_boxes(
 
     # The other two words of the same try decide the corner.
     corner_words_B2 = words_BT4[rows_B, first_B, 2:].astype(np.uint64)
-    tops_B = _below(corner_words_B2[:, 0], image_heights_B - box_heights_B + 1)
-    lefts_B = _below(corner_words_B2[:, 1], image_widths_B - box_widths_B + 1)
+    num_tops_B = image_heights_B - box_heights_B + 1
+    num_lefts_B = image_widths_B - box_widths_B + 1
+    tops_B = _below(corner_words_B2[:, 0], num_tops_B)
+    lefts_B = _below(corner_words_B2[:, 1], num_lefts_B)
 
     # Flips have a purpose of their own, so that a change of the crop leaves them as they are.
     flip_words_B = random_words(
@@ -135,6 +134,25 @@ def draw_boxes(
         widths_B=np.where(none_fits_B, fallback.widths_B, box_widths_B).astype(np.int32),
         flips_B=unit_float64(flip_words_B) < view.flip_probability,
     )
+
+
+def _draw_sizes(
+    view: ViewConfig, units_BT4: npt.NDArray[np.float64], pixels_B: I64
+) -> tuple[I64, I64]:
+    """Compute width and height of each try from its first two numbers in [0, 1)."""
+    # Area and aspect decide the size, in float64: float32 would round some sizes otherwise.
+    area_range = view.max_area - view.min_area
+    areas_BT = view.min_area + area_range * units_BT4[:, :, 0]
+    areas_BT *= pixels_B[:, None]
+    log_low = np.log(view.min_aspect)
+    log_high = np.log(view.max_aspect)
+    log_aspects_BT = log_low + (log_high - log_low) * units_BT4[:, :, 1]
+    aspects_BT = np.exp(log_aspects_BT)
+    exact_widths_BT = np.sqrt(areas_BT * aspects_BT)
+    exact_heights_BT = np.sqrt(areas_BT / aspects_BT)
+    widths_BT = np.rint(exact_widths_BT).astype(np.int64)
+    heights_BT = np.rint(exact_heights_BT).astype(np.int64)
+    return widths_BT, heights_BT
 
 
 def _below(words_B: npt.NDArray[np.uint64], limits_B: I64) -> I64:

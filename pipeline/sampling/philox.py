@@ -102,9 +102,11 @@ def random_words(
         uint32 array of shape (n, 4 * num_blocks).
     """
     # Through int64: a negative number becomes a huge unsigned one, and is refused below.
-    streams = np.atleast_1d(np.asarray(streams_n, dtype=np.int64)).astype(np.uint64)
+    signed_streams = np.asarray(streams_n, dtype=np.int64)
+    streams = np.atleast_1d(signed_streams).astype(np.uint64)
     signed_epochs = np.asarray(epochs_n, dtype=np.int64)
-    epochs = np.broadcast_to(signed_epochs, streams.shape).astype(np.uint64)
+    epoch_of_each = np.broadcast_to(signed_epochs, streams.shape)
+    epochs = epoch_of_each.astype(np.uint64)
     # Beyond these limits fields of the counter would run into each other, and draws that mean
     # different things would share words.
     if streams.size and int(streams.max()) >= MAX_STREAM:
@@ -115,11 +117,16 @@ def random_words(
         raise ValueError(f"view {view} is outside [0, 256)")
     # The counter's third word: 16 high bits of the stream, 8 of the purpose, 8 of the view. View 0
     # leaves the word as it was before there were views, so that older runs go on unchanged.
-    kind = np.uint64((view << 24) | (int(purpose) << 16))
-    blocks = np.arange(first_block, first_block + num_blocks, dtype=np.uint64)
+    view_bits = view << 24
+    purpose_bits = int(purpose) << 16
+    kind = np.uint64(view_bits | purpose_bits)
+    end_block = first_block + num_blocks
+    blocks = np.arange(first_block, end_block, dtype=np.uint64)
     blocks_1k = blocks[None, :]
-    low_n1 = (streams & _LOW)[:, None]
-    high_n1 = ((streams >> _SHIFT) | kind)[:, None]
+    low_n = streams & _LOW
+    high_n = (streams >> _SHIFT) | kind
+    low_n1 = low_n[:, None]
+    high_n1 = high_n[:, None]
     epochs_n1 = epochs[:, None]
     words = philox4x32((blocks_1k, low_n1, high_n1, epochs_n1), seed)
     out_nk4 = np.empty((streams.size, num_blocks, 4), dtype=np.uint32)

@@ -66,7 +66,8 @@ class CheckpointState:
             # A part may hold frozen tensors only, and then has no file of moments.
             parts = {tensor.part for tensor in self.table if kind in tensor.kinds}
             for part in sorted(parts):
-                path = folder / part_name(kind, part, document["parts"])
+                name = part_name(kind, part, self.parts)
+                path = folder / name
                 self._files[kind, part] = safe_open(
                     path,
                     framework="pt",
@@ -80,7 +81,8 @@ class CheckpointState:
             name: dotted name in the model.
             kind: weight, exp_avg or exp_avg_sq.
         """
-        file = self._files[kind, self._parts[name]]
+        part = self._parts[name]
+        file = self._files[kind, part]
         value: Tensor = file.get_tensor(name)
         return value
 
@@ -95,15 +97,21 @@ def resolve_step(uri: str) -> list[str]:
         CheckpointError: there is none.
     """
     # A step that was named is taken or refused, and no other one in its place.
-    if storage.exists(storage.join(uri, MANIFEST_FILE)):
+    manifest = storage.join(uri, MANIFEST_FILE)
+    if storage.exists(manifest):
         return [uri]
-    for root in (uri, storage.join(uri, CHECKPOINTS_FOLDER)):
+    in_run = storage.join(uri, CHECKPOINTS_FOLDER)
+    for root in (uri, in_run):
         steps = committed_steps(root)
-        if steps:
-            return [storage.join(root, step_name(step)) for step in reversed(steps)]
+        if not steps:
+            continue
+        # The newest first: it is the one that is wanted unless it is damaged.
+        names = [step_name(step) for step in reversed(steps)]
+        return [storage.join(root, name) for name in names]
+    shown = storage.redact(uri)
     raise CheckpointError(
-        f"{storage.redact(uri)}: no finished checkpoint here. Give the folder of a run, its "
-        "checkpoints, or one step."
+        f"{shown}: no finished checkpoint here. Give the folder of a run, its checkpoints, or one "
+        "step."
     )
 
 
@@ -148,18 +156,23 @@ def _load_weights(folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 tensors |= safetensors.torch.load(data)
 
     # A manifest can be whole and name no file of weights: it was written by another program.
-    missing = [row["name"] for row in state.get("tensors", []) if row["name"] not in tensors]
+    rows = state.get("tensors", [])
+    names = [row["name"] for row in rows]
+    missing = [name for name in names if name not in tensors]
     if missing or not state:
-        raise DamagedCheckpointError(
-            f"{storage.redact(folder)}: no weights of {', '.join(missing[:5])}."
-        )
+        shown = storage.redact(folder)
+        some_missing = ", ".join(missing[:5])
+        raise DamagedCheckpointError(f"{shown}: no weights of {some_missing}.")
     # In the order of the model, not of the files.
-    return {row["name"]: tensors[row["name"]] for row in state["tensors"]}, state
+    ordered = {name: tensors[name] for name in names}
+    return ordered, state
 
 
 def _is_wanted(entry: FileEntry) -> bool:
     """Leave out the optimizer's moments: two thirds of a checkpoint."""
-    return entry.name == STATE_FILE or entry.name.startswith(f"{WEIGHT}-")
+    if entry.name == STATE_FILE:
+        return True
+    return entry.name.startswith(f"{WEIGHT}-")
 
 
 def _read_entry(
@@ -180,7 +193,8 @@ def _read_entry(
             )
         for start in range(0, size_bytes, _PIECE_BYTES):
             length = min(_PIECE_BYTES, size_bytes - start)
-            content.write(storage.read_view(uri, start, length))
+            piece = storage.read_view(uri, start, length)
+            content.write(piece)
             on_read(length)
     except DataError as error:
         raise DamagedCheckpointError(str(error)) from error

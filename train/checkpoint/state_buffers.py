@@ -45,10 +45,13 @@ def safetensors_header(
             "shape": list(shape),
             "data_offsets": [start, end],  # from the end of the header
         }
-    text = json.dumps(header, separators=(",", ":")).encode()
+    document = json.dumps(header, separators=(",", ":"))
+    text = document.encode()
     # Readers map the file: fp32 values must begin at a multiple of their size.
-    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text
+    num_missing = -len(text) % _HEADER_ALIGNMENT
+    text += b" " * num_missing
+    length = len(text).to_bytes(8, "little")
+    return length + text
 
 
 class StateBuffers:
@@ -71,27 +74,33 @@ class StateBuffers:
         mine = [tensor for tensor in table if tensor.part == part]
         self._bytes: dict[str, Tensor] = {}
         self._places: dict[tuple[str, str], Tensor] = {}
+        is_cuda = device.type == "cuda"
         for kind in KINDS:
-            tensors = [(tensor.name, tensor.shape) for tensor in mine if kind in tensor.kinds]
+            of_kind = [tensor for tensor in mine if kind in tensor.kinds]
+            tensors = [(tensor.name, tensor.shape) for tensor in of_kind]
+            # A share of frozen tensors alone has no moments, and then no file of them.
             if tensors:
-                self._lay_out(kind, tensors, pinned=device.type == "cuda")
+                self._lay_out(kind, tensors, pinned=is_cuda)
 
     def _lay_out(
         self, kind: str, tensors: list[tuple[str, tuple[int, ...]]], *, pinned: bool
     ) -> None:
         header = safetensors_header(tensors, {"kind": kind})
+        header_bytes = len(header)
         num_values = sum(math.prod(shape) for _, shape in tensors)
-        size_bytes = len(header) + _VALUE_BYTES * num_values
+        size_bytes = header_bytes + _VALUE_BYTES * num_values
         content = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=pinned)
         # frombuffer wants memory that may be written to, which bytes are not.
-        content[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        writable = bytearray(header)
+        content[:header_bytes] = torch.frombuffer(writable, dtype=torch.uint8)
         self._bytes[kind] = content
 
         # The same order as in the header: a tensor's place is its offset there.
-        start = len(header)
+        start = header_bytes
         for name, shape in tensors:
             end = start + _VALUE_BYTES * math.prod(shape)
-            values = content[start:end].view(torch.float32)
+            of_tensor = content[start:end]
+            values = of_tensor.view(torch.float32)
             self._places[name, kind] = values.view(shape)
             start = end
 
@@ -111,7 +120,9 @@ class StateBuffers:
         Returns:
             The copy.
         """
-        return self._places[name, kind].copy_(tensor.detach(), non_blocking=True)
+        place = self._places[name, kind]
+        source = tensor.detach()
+        return place.copy_(source, non_blocking=True)
 
     def files(self) -> dict[str, memoryview]:
         """Give the bytes of each kind's file; a kind of which this rank has no tensor is left

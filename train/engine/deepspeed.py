@@ -46,8 +46,11 @@ class DeepSpeedEngine(Engine):
         stage = config.engine.zero_stage
         # ZeRO 3 shards the model in place; evaluation then runs on a plain copy that is filled when
         # needed.
-        self._twin = _empty_copy(model) if stage == 3 else None
-        optimizer = build_optimizer(model, config.optim, device=_optimizer_device(config, world))
+        self._twin = None
+        if stage == 3:
+            self._twin = _empty_copy(model)
+        device = _optimizer_device(config, world)
+        optimizer = build_optimizer(model, config.optim, device=device)
         rendered = render_deepspeed_config(config, world_size=world.world_size)
         # It prints lines about memory, which the output of --json must not hold.
         with contextlib.redirect_stdout(io.StringIO()):
@@ -83,7 +86,9 @@ class DeepSpeedEngine(Engine):
     @property
     def loss_scale(self) -> float:
         """The loss scaler's factor."""
-        return float(getattr(self._engine.optimizer, "loss_scale", 1.0))
+        # Without a scaler the loss is taken as it is.
+        scale = getattr(self._engine.optimizer, "loss_scale", 1.0)
+        return float(scale)
 
     @property
     def searches_loss_scale(self) -> bool:
@@ -93,8 +98,10 @@ class DeepSpeedEngine(Engine):
     def forward_backward(self, *inputs: Tensor) -> Tensor:
         """Run one micro-batch."""
         self._engine.train()
-        loss: Tensor = self._engine(*inputs).loss
-        self._engine.backward(poisoned_if_not_finite(loss))
+        output = self._engine(*inputs)
+        loss: Tensor = output.loss
+        checked = poisoned_if_not_finite(loss)
+        self._engine.backward(checked)
         self._micro_batches += 1
         # Before the last micro-batch this only moves DeepSpeed's count of them on; on the last one
         # it would take the step, which is for `step` to do.
@@ -114,24 +121,32 @@ class DeepSpeedEngine(Engine):
         trained = list(self._module.parameters())
         gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
-        self._own_norm = float(norm) if torch.isfinite(norm) else float("inf")
-        if self._own_norm == float("inf"):
-            self._skipped_by_us += 1
-            # AdamW passes over parameters without a gradient: DeepSpeed's step changes no weight.
-            for parameter in trained:
-                parameter.grad = None
+        if torch.isfinite(norm):
+            self._own_norm = float(norm)
+            return
+        # One value for all kinds of not finite.
+        self._own_norm = float("inf")
+        self._skipped_by_us += 1
+        # AdamW passes over parameters without a gradient: DeepSpeed's step changes no weight.
+        for parameter in trained:
+            parameter.grad = None
 
     def grad_norm(self) -> float | None:
         """Return the last step's norm."""
         if self._checks_itself:
             return self._own_norm
         norm = self._engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
+        # Before the first step there is none.
+        if norm is None:
+            return None
+        return float(norm)
 
     @contextlib.contextmanager
     def eval_context(self) -> Iterator[nn.Module]:
         """Give the model, or at stage 3 a gathered copy of it."""
-        module = self._module if self._twin is None else self._gather_twin()
+        module = self._module
+        if self._twin is not None:
+            module = self._gather_twin()
         try:
             with evaluating(module), autocast(self.config, self.device):
                 yield module
@@ -149,8 +164,10 @@ class DeepSpeedEngine(Engine):
             for name, parameter in self._module.named_parameters():
                 with deepspeed.zero.GatheredParameters([parameter]):
                     twins[name].data = parameter.detach().clone()
+            # Buffers are not sharded.
             for name, buffer in self._module.named_buffers():
-                twin.get_buffer(name).data = buffer.detach().clone()
+                own_buffer = twin.get_buffer(name)
+                own_buffer.data = buffer.detach().clone()
         return twin
 
     def _loss_scaler(self) -> dict[str, Any]:
@@ -175,7 +192,8 @@ def _empty_copy(model: nn.Module) -> nn.Module:
 
 def _import_deepspeed() -> Any:
     """Import DeepSpeed without its start-up costs: no log lines, no compiler."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    os.environ.setdefault("DS_ACCELERATOR", accelerator)
     import deepspeed
     from deepspeed.ops import __compatible_ops__
     from deepspeed.utils import logger
@@ -193,4 +211,6 @@ def _import_deepspeed() -> Any:
 
 
 def _optimizer_device(config: RunConfig, world: World) -> torch.device:
-    return torch.device("cpu") if config.engine.offload_optimizer == "cpu" else world.device
+    if config.engine.offload_optimizer == "cpu":
+        return torch.device("cpu")
+    return world.device

@@ -44,8 +44,9 @@ class MaskedAutoencoding:
 
     def sampling(self) -> Sampling:
         """One view, and noise that orders its patches."""
+        view = View(self.config.view)
         noise = MaskNoise(self.config.model.num_patches)
-        return Sampling((View(self.config.view),), {MASK_NOISE: noise})
+        return Sampling((view,), {MASK_NOISE: noise})
 
     def build(self) -> nn.Module:
         """Build encoder and decoder."""
@@ -65,7 +66,9 @@ class MaskedAutoencoding:
 
     def pictures(self, model: nn.Module, batch: Batch) -> Completion:
         """Let the model complete masked images."""
-        return complete(_as_mae(model), *self.inputs(batch))
+        autoencoder = _as_mae(model)
+        images_BCHW, noise_BN = self.inputs(batch)
+        return complete(autoencoder, images_BCHW, noise_BN)
 
     @torch.no_grad()
     def held_out_losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -76,17 +79,24 @@ class MaskedAutoencoding:
             model_loss, mean_colour_loss, nearby_colours_loss.
         """
         autoencoder = _as_mae(model)
-        images_BCHW = batch.images_BCHW
-        output: MAEOutput = autoencoder(*self.inputs(batch))
-        losses = {"model_loss": raw_losses(autoencoder, images_BCHW, output)}
+        patch_size = autoencoder.patch_size
+        images_BCHW, noise_BN = self.inputs(batch)
+        output: MAEOutput = autoencoder(images_BCHW, noise_BN)
+        mask_BN = output.mask_BN
+        model_losses_B = raw_losses(autoencoder, images_BCHW, output)
+        losses = {"model_loss": model_losses_B}
 
-        patches_BNP = patchify(images_BCHW, autoencoder.patch_size)
+        # Raw pixels, because a baseline that paints colours knows no normalised patch.
+        patches_BNP = patchify(images_BCHW, patch_size)
         target_BNP = reconstruction_target(patches_BNP, norm_pix_loss=False)
+        num_masked_B = mask_BN.sum(dim=1)
         baselines = (("mean_colour_loss", paint_mean), ("nearby_colours_loss", paint_nearby))
         for name, paint in baselines:
-            painted_BNP = paint(images_BCHW, output.mask_BN, patch_size=autoencoder.patch_size)
-            error_BN = (painted_BNP - target_BNP).square().mean(dim=-1)
-            losses[name] = (error_BN * output.mask_BN).sum(dim=1) / output.mask_BN.sum(dim=1)
+            painted_BNP = paint(images_BCHW, mask_BN, patch_size=patch_size)
+            difference_BNP = painted_BNP - target_BNP
+            error_BN = difference_BNP.square().mean(dim=-1)
+            masked_error_B = (error_BN * mask_BN).sum(dim=1)
+            losses[name] = masked_error_B / num_masked_B
         return losses
 
 
@@ -99,7 +109,10 @@ def to_display(images_BCHW: Tensor) -> Tensor:
     """Undo the normalisation: colours in [0, 1], float32, on the host."""
     mean = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
     std = torch.tensor(IMAGENET_STD).view(3, 1, 1)
-    return (images_BCHW.float().cpu() * std + mean).clamp(0, 1)
+    on_host_BCHW = images_BCHW.float().cpu()
+    colours_BCHW = on_host_BCHW * std + mean
+    # A prediction may leave the range of colours.
+    return colours_BCHW.clamp(0, 1)
 
 
 @torch.no_grad()
@@ -122,16 +135,18 @@ def complete(model: MaskedAutoencoder, images_BCHW: Tensor, noise_BN: Tensor) ->
 
     # `masked_BCHW` is the dataset's mean colour in hidden patches, which looks like a picture of
     # fog; a middle grey is told from the photograph at once.
-    mask_B1GG = output.mask_BN.view(len(images_BCHW), 1, *model.grid).cpu()
+    num_images = len(images_BCHW)
+    mask_B1GG = output.mask_BN.view(num_images, 1, *model.grid)
+    mask_B1GG = mask_B1GG.cpu()
     rows_B1HG = torch.repeat_interleave(mask_B1GG, model.patch_size, dim=2)
-    hidden_B1HW = torch.repeat_interleave(rows_B1HG, model.patch_size, dim=3).bool()
+    mask_B1HW = torch.repeat_interleave(rows_B1HG, model.patch_size, dim=3)
+    hidden_B1HW = mask_B1HW.bool()
+    grey = torch.tensor(0.5)
     masked_BCHW = to_display(pictures.masked_BCHW)
-    masked_BCHW = torch.where(hidden_B1HW, torch.tensor(0.5), masked_BCHW)
-    note = (
-        "patches scaled back by the true patch's mean and deviation"
-        if model.config.norm_pix_loss
-        else "plain pixels"
-    )
+    masked_BCHW = torch.where(hidden_B1HW, grey, masked_BCHW)
+    note = "plain pixels"
+    if model.config.norm_pix_loss:
+        note = "patches scaled back by the true patch's mean and deviation"
     return Completion(
         original_BCHW=to_display(images_BCHW),
         masked_BCHW=masked_BCHW,
@@ -166,6 +181,12 @@ def raw_losses(model: MaskedAutoencoder, images_BCHW: Tensor, output: MAEOutput)
             norm_pix_loss=True,
         )
         prediction_BNP = patchify(pictures.predicted_BCHW, model.patch_size)
-    target_BNP = reconstruction_target(patchify(images_BCHW, model.patch_size), norm_pix_loss=False)
-    rows = zip(prediction_BNP, target_BNP, output.mask_BN, strict=True)
-    return torch.stack([masked_loss(p[None], t[None], m[None]) for p, t, m in rows])
+    patches_BNP = patchify(images_BCHW, model.patch_size)
+    target_BNP = reconstruction_target(patches_BNP, norm_pix_loss=False)
+    # Image by image, in batches of one: `masked_loss` averages over all that it is given.
+    losses = []
+    for i in range(len(prediction_BNP)):
+        one = slice(i, i + 1)
+        loss = masked_loss(prediction_BNP[one], target_BNP[one], output.mask_BN[one])
+        losses.append(loss)
+    return torch.stack(losses)

@@ -68,9 +68,13 @@ def parse_command(argv: Sequence[str], *, env: Mapping[str, str] | None = None) 
     env = os.environ if env is None else env
     words = _split_words(argv)
     if words.wants_help:
+        # Imported here: the texts of all settings are read only if somebody asks for them.
         from train.settings.text import help_text
 
-        raise HelpRequested(help_text(words.recipe if words.recipe in RECIPES else None))
+        # A recipe that does not exist is no reason to refuse help.
+        recipe = words.recipe if words.recipe in RECIPES else None
+        text = help_text(recipe)
+        raise HelpRequested(text)
 
     # One list for the mistakes of all sources: a user should not have to start once per mistake.
     problems = list(words.problems)
@@ -78,20 +82,26 @@ def parse_command(argv: Sequence[str], *, env: Mapping[str, str] | None = None) 
     merged, origins = merge(layers, problems)
     merged["recipe"] = words.recipe or "custom"
     # A dry run may be of a run for another machine: it notes what this one could not do.
-    device = find_device(env) if words.action == "run" else None
+    is_run = words.action == "run"
+    device = None
+    if is_run:
+        device = find_device(env)
+    world_size = world_size_of(env)
+    world_source = name_world_source(env)
     config = build_config(
         merged,
         origins,
         problems,
-        world_size=world_size_of(env),
-        world_source=name_world_source(env),
+        world_size=world_size,
+        world_source=world_source,
         device=device,
     )
-    if words.action == "run":
+    if is_run:
         problems += machine_problems(config)
     problems += accept_problems(config.resume.accept)
     # As given, not as checked: a section with a mistake holds its defaults.
-    if not merged.get("data.train") and words.action == "run":
+    has_data = bool(merged.get("data.train"))
+    if is_run and not has_data:
         problems.append(
             "data.train is not set: give the URI of the training shards, --data.train FOLDER"
         )
@@ -103,17 +113,22 @@ def parse_command(argv: Sequence[str], *, env: Mapping[str, str] | None = None) 
 def _layers(words: _Words, problems: list[str]) -> list[tuple[str, Settings]]:
     """Give the sources of settings, the weakest first."""
     layers = [("defaults", default_values())]
-    if words.recipe is None:
-        problems.append(f"no recipe given: name one of {', '.join(RECIPES)} first")
-    elif words.recipe not in RECIPES:
-        hint = did_you_mean(words.recipe, list(RECIPES))
-        problems.append(f"unknown recipe {words.recipe!r}{hint}")
+    recipe = words.recipe
+    known = list(RECIPES)
+    if recipe is None:
+        problems.append(f"no recipe given: name one of {', '.join(known)} first")
+    elif recipe not in RECIPES:
+        hint = did_you_mean(recipe, known)
+        problems.append(f"unknown recipe {recipe!r}{hint}")
     else:
-        layers.append((f"recipe {words.recipe}", flatten(RECIPES[words.recipe])))
+        of_recipe = flatten(RECIPES[recipe])
+        layers.append((f"recipe {recipe}", of_recipe))
     # In the order given: a later file wins over an earlier one.
     for path in words.toml_paths:
-        layers.append((path, read_toml(path, problems)))
-    layers.append(("command line", _parse_values(words.settings, problems)))
+        of_file = read_toml(path, problems)
+        layers.append((path, of_file))
+    of_command_line = _parse_values(words.settings, problems)
+    layers.append(("command line", of_command_line))
     return layers
 
 
@@ -156,7 +171,9 @@ def _split_words(argv: Sequence[str]) -> _Words:
 
 def _is_option(word: str) -> bool:
     # A letter after the dashes: `-1` and `--1` are values.
-    return re.match(r"--[A-Za-z]", word) is not None or word == "-h"
+    if word == "-h":
+        return True
+    return re.match(r"--[A-Za-z]", word) is not None
 
 
 def _keep_word(words: _Words, word: str) -> None:
@@ -188,8 +205,11 @@ def _parse_values(settings: Sequence[tuple[str, str | None]], problems: list[str
     types = setting_types()
     values: Settings = {}
     for name, text in settings:
+        # `--section.no-flag` switches a flag off, unless a setting of that very name exists.
         positive = name.replace(".no_", ".", 1)
-        if name not in types and types.get(positive) is bool and text is None:
+        is_flag = types.get(positive) is bool
+        is_alone = text is None
+        if name not in types and is_flag and is_alone:
             values[positive] = False
             continue
         annotation = types.get(name)
@@ -214,13 +234,20 @@ def _parse_value(text: str, annotation: Any) -> Any:
     origin = typing.get_origin(annotation)
     if origin is Literal:
         # By text: the options of a Literal may be numbers.
-        return next((option for option in options if str(option) == text), text)
-    holds_tuple = any(typing.get_origin(option) is tuple for option in options)
-    if origin in (tuple, list) or holds_tuple:
-        # 224x224, 224,224 and (224, 224) are one size.
-        parts = [part for part in re.split(r"[,x]", text.strip("()[] ")) if part]
-        return [_number(part) for part in parts] if len(parts) > 1 else _number(text)
-    return text
+        for option in options:
+            if str(option) == text:
+                return option
+        return text
+    origins_of_options = [typing.get_origin(option) for option in options]
+    holds_tuple = tuple in origins_of_options
+    if origin not in (tuple, list) and not holds_tuple:
+        return text
+    # 224x224, 224,224 and (224, 224) are one size.
+    inner = text.strip("()[] ")
+    parts = [part for part in re.split(r"[,x]", inner) if part]
+    if len(parts) > 1:
+        return [_number(part) for part in parts]
+    return _number(text)
 
 
 def _number(text: str) -> Any:
@@ -234,10 +261,14 @@ def _describe(annotation: Any) -> str:
     """Write a type as a user reads it: `none | cpu`, `int or None`."""
     options = typing.get_args(annotation)
     if typing.get_origin(annotation) is Literal:
-        return " | ".join(str(option) for option in options)
+        values = [str(option) for option in options]
+        return " | ".join(values)
     if options:
-        return " or ".join(_describe(option) for option in options)
-    return getattr(annotation, "__name__", str(annotation))
+        kinds = [_describe(option) for option in options]
+        return " or ".join(kinds)
+    # A type has a name; what has none is written as Python shows it.
+    shown = str(annotation)
+    return getattr(annotation, "__name__", shown)
 
 
 def _report(problems: Sequence[str]) -> str:

@@ -27,10 +27,12 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> Settings:
     """Give the values of nested sections by dotted name."""
     flat: Settings = {}
     for key, value in nested.items():
+        name = f"{prefix}{key}"
         if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
+            inner = flatten(value, f"{name}.")
+            flat.update(inner)
         else:
-            flat[f"{prefix}{key}"] = value
+            flat[name] = value
     return flat
 
 
@@ -39,7 +41,9 @@ def setting_types() -> dict[str, Any]:
     types: dict[str, Any] = {}
     for section, field in RunConfig.model_fields.items():
         kind = field.annotation
-        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+        # A plain field, such as the recipe's name, is not a section.
+        is_class = isinstance(kind, type)
+        if not is_class or not issubclass(kind, BaseModel):
             continue
         # The fields' own annotations are strings: the files postpone their evaluation.
         hints = typing.get_type_hints(kind)
@@ -62,7 +66,8 @@ def read_toml(path: str, problems: list[str]) -> Settings:
     """
     try:
         # Editors on Windows put a byte order mark first, which TOML does not know.
-        text = Path(expand_home(path)).read_text(encoding="utf-8-sig")
+        local_path = Path(expand_home(path))
+        text = local_path.read_text(encoding="utf-8-sig")
         nested = tomllib.loads(text)
     except FileNotFoundError:
         problems.append(f"--config {path}: no such file")
@@ -96,11 +101,14 @@ def _one_spelling_each(path: str, nested: Mapping[str, Any], problems: list[str]
             )
             continue
         spellings[name] = written
-        mistake = describe_wrong_type(value, types[name]) if name in types else None
+        mistake = None
+        if name in types:
+            mistake = describe_wrong_type(value, types[name])
         if mistake is None:
             values[name] = value
         else:
-            problems.append(f"{name} = {_as_toml(value)} (from {path}): {mistake}")
+            given = _as_toml(value)
+            problems.append(f"{name} = {given} (from {path}): {mistake}")
     return values
 
 
@@ -109,10 +117,11 @@ def _flatten_all(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[
     for key, value in nested.items():
         is_section = not prefix and key in RunConfig.model_fields
         # An empty table is no setting of ours unless it is a section's, whose defaults it leaves.
+        name = f"{prefix}{key}"
         if isinstance(value, Mapping) and (value or is_section):
-            yield from _flatten_all(value, f"{prefix}{key}.")
+            yield from _flatten_all(value, f"{name}.")
         else:
-            yield f"{prefix}{key}", value
+            yield name, value
 
 
 def describe_wrong_type(value: Any, annotation: Any) -> str | None:
@@ -129,14 +138,19 @@ def describe_wrong_type(value: Any, annotation: Any) -> str | None:
     kinds = _kinds_of(annotation)
     items = value if isinstance(value, list) else [value]
     for item in items:
-        if isinstance(item, bool) and bool not in kinds:
-            return f"{_expected(kinds)}, not true or false"
+        expected = _expected(kinds)
+        # Before whole numbers: to Python true is one of them.
+        if isinstance(item, bool):
+            if bool not in kinds:
+                return f"{expected}, not true or false"
+            continue
         if isinstance(item, float) and float not in kinds:
-            return f"{_expected(kinds)}, not a number with a point"
-        if isinstance(item, int) and not isinstance(item, bool) and not kinds & {int, float}:
-            return _expected(kinds)
+            return f"{expected}, not a number with a point"
+        takes_numbers = int in kinds or float in kinds
+        if isinstance(item, int) and not takes_numbers:
+            return expected
         if isinstance(item, str) and str not in kinds and _reads_as_plain(item):
-            return f"{_expected(kinds)}: write it without quotes"
+            return f"{expected}: write it without quotes"
     return None
 
 
@@ -165,12 +179,18 @@ def _reads_as_plain(text: str) -> bool:
 
 
 def _expected(kinds: set[type]) -> str:
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text in quotes"}
+    words = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text in quotes",
+    }
     # `float` takes whole numbers too, so the wider word says both.
     named = [word for kind, word in words.items() if kind in kinds]
     if int in kinds and float in kinds:
         named.remove(words[int])
-    return f"expected {' or '.join(named)}"
+    choice = " or ".join(named)
+    return f"expected {choice}"
 
 
 def _as_toml(value: Any) -> str:
@@ -180,7 +200,9 @@ def _as_toml(value: Any) -> str:
 
 def default_values() -> Settings:
     """Give every default but the view's size, which follows the model's."""
-    values = flatten(RunConfig().model_dump(exclude={"recipe"}))
+    defaults = RunConfig()
+    sections = defaults.model_dump(exclude={"recipe"})
+    values = flatten(sections)
     del values["view.height"]
     del values["view.width"]
     return values
@@ -219,7 +241,8 @@ def merge(
 
 def _recipe_problems(value: Any, origin: str, layers: Sequence[tuple[str, Settings]]) -> list[str]:
     """Refuse a recipe that a file names unless it is the one in use: a file cannot choose it."""
-    if any(name == f"recipe {value}" for name, _ in layers):
+    names = [name for name, _ in layers]
+    if f"recipe {value}" in names:
         return []
     return [
         f"recipe = {value!r} in {origin}: the recipe is the first word of the command line, "
@@ -244,8 +267,13 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
     """Give the end of a message about a name that does not exist: the nearest ones that do."""
     close = _close_names(name, known)
     if close:
-        return f": did you mean {' or '.join(close)}?"
-    return f": there are {', '.join(known)}" if len(known) < 10 else ": see --help"
+        choice = " or ".join(close)
+        return f": did you mean {choice}?"
+    # A list of a hundred names would hide the mistake.
+    if len(known) >= 10:
+        return ": see --help"
+    names = ", ".join(known)
+    return f": there are {names}"
 
 
 def _close_names(name: str, known: Sequence[str]) -> list[str]:
@@ -253,24 +281,27 @@ def _close_names(name: str, known: Sequence[str]) -> list[str]:
     if close:
         return close
     # The right field in the wrong section, or without one.
-    field = name.rpartition(".")[2]
-    alike = [option for option in known if option.rpartition(".")[2] == field]
+    field = _field_of(name)
+    alike = [option for option in known if _field_of(option) == field]
     if alike:
         return alike[:2]
-    fields = {option.rpartition(".")[2]: option for option in known}
-    return [
-        fields[match]
-        for match in difflib.get_close_matches(
-            field,
-            list(fields),
-            n=1,
-        )
-    ]
+    # And a misspelt field in the wrong section.
+    fields = {_field_of(option): option for option in known}
+    matches = difflib.get_close_matches(field, list(fields), n=1)
+    return [fields[match] for match in matches]
+
+
+def _field_of(name: str) -> str:
+    """Return a setting's name without its section."""
+    _, _, field = name.rpartition(".")
+    return field
 
 
 def _shown(name: str, origin: str) -> str:
     """Write a setting's name as its source spells it."""
-    return f"--{dashed(name)}" if origin == "command line" else f"{name} in {origin}"
+    if origin == "command line":
+        return f"--{dashed(name)}"
+    return f"{name} in {origin}"
 
 
 def dashed(name: str) -> str:
