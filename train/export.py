@@ -23,7 +23,7 @@ from pipeline.console import run_command, say_json, say_result, starting
 from pipeline.errors import ConfigError, InfrastructureError
 from pipeline.options import LocalText, Location, Pixels
 from pipeline.storage.local import commit_file, tmp_path
-from train.process.folder import cannot_write, prepare_out
+from train.process.folder import cannot_write, prepare_out, writing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,7 +121,8 @@ def export(
     if settings is not None:
         path = out / "config.json"
         text = json.dumps(settings, indent=2) + "\n"
-        storage.write_atomic(str(path), text.encode())
+        with writing(path, option="--out"):
+            storage.write_atomic(str(path), text.encode())
         files.append(path)
     return files
 
@@ -213,7 +214,9 @@ def _write_weights(
         if file_type == "safetensors":
             save_file(tensors, temporary, metadata=dict(facts))
         else:
-            torch.save({"model": tensors}, temporary)
+            # Not by its path: torch would then say "file write failed", and not why.
+            with temporary.open("wb") as file:
+                torch.save({"model": tensors}, file)
         commit_file(temporary, path)
     except (OSError, SafetensorError, RuntimeError) as error:
         # Both libraries put the file system's error into an exception of their own.

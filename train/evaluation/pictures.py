@@ -20,6 +20,7 @@ from pipeline.loader import Batch
 from train.evaluation.held_out import HELD_OUT_SEED, open_given, read_held_out
 from train.evaluation.saved_model import SavedModel
 from train.objectives.base import make_batch
+from train.process.folder import writing
 from train.report.drawing import draw_reconstruction, spread_ids
 
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
@@ -115,6 +116,7 @@ def draw(
     Raises:
         ConfigError: there are no images to draw, or models of this objective make no pictures.
         DataError: a picture cannot be read.
+        InfrastructureError: the PNG cannot be written.
     """
     config = saved.config
     objective = saved.objective
@@ -136,7 +138,8 @@ def draw(
     if completion is None:
         raise ConfigError(f"{saved.uri}: models of its objective make no pictures")
     title = f"{config.recipe} after step {saved.step}"
-    draw_reconstruction(out, completion, title=title)
+    with writing(out, option="--out"):
+        draw_reconstruction(out, completion, title=title)
     return Drawn(len(batch.labels_B), completion.loss)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline import storage
-from pipeline.errors import ConfigError, InfrastructureError
+from pipeline.errors import ConfigError, InfrastructureError, MaelstromError
 from train.recipes import RECIPES
 
 _ELSEWHERE = "Move it, or name another place"
@@ -122,16 +123,33 @@ def prepare_out(folder: Path, *, option: str) -> None:
             probe.unlink()
 
 
+@contextmanager
+def writing(path: Path, *, option: str) -> Iterator[None]:
+    """Put what keeps a result from being written into words, as trying its place beforehand does:
+    a disk may fill up in between.
+
+    Args:
+        path: the file.
+        option: option that names it or its folder, with its dashes.
+
+    Raises:
+        InfrastructureError: the block raised an error of the file system or of the storage.
+    """
+    try:
+        yield
+    except (OSError, MaelstromError) as error:
+        raise InfrastructureError(cannot_write(path, error, setting=option)) from error
+
+
 def cannot_write(path: Path, error: BaseException, *, setting: str) -> str:
     """Say why a path cannot be written to, and what to do.
 
     Args:
         path: the file or folder.
-        error: an OSError, or one of the storage that was raised from one.
+        error: an OSError, or one of the storage or of a library that came of one.
         setting: option that names another place, with its dashes.
     """
-    cause = error if isinstance(error, OSError) else error.__cause__
-    number = cause.errno if isinstance(cause, OSError) else None
+    number = _number_of(error)
     if number in (errno.ENOSPC, errno.EDQUOT):
         why = "the disk is full. Free some space"
     elif number == errno.EROFS:
@@ -145,6 +163,20 @@ def cannot_write(path: Path, error: BaseException, *, setting: str) -> str:
     else:
         why = f"{storage.redact(str(error))}. Check the disk"
     return f"{setting} {path}: cannot be written: {why}, or give another place with {setting}"
+
+
+def _number_of(error: BaseException) -> int | None:
+    """Find the file system's number of an error, in it or in those that it came of."""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError) and link.errno is not None:
+            return link.errno
+        # safetensors is written in Rust, whose errors come as text only.
+        found = re.search(r"\(os error (\d+)\)", str(link))
+        if found:
+            return int(found.group(1))
+        link = link.__cause__ or link.__context__
+    return None
 
 
 def _file_in_the_way(path: Path) -> Path | None:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -37,6 +39,10 @@ _MARKS = (
 _RESUME = f"Let it go on with kill -CONT, or end it with kill -9. {GOES_ON}"
 _LOCK_WAIT_S = 10.0
 _VERDICT = "verdict.json"
+_STALE_S = 600.0
+"""How long a roll without a living rank is kept while its launcher lives, which may start more."""
+_SKEW_S = 30.0
+"""How much earlier another rank of the same start may have begun."""
 _STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
 
 
@@ -48,11 +54,13 @@ class Entry:
         rank: its number.
         pid: its process.
         started_s: when that process started, so that a reused number is told apart.
+        parent: the process that started it; of an older version's entry, itself.
     """
 
     rank: int
     pid: int
     started_s: float
+    parent: int
 
     def state(self) -> str:
         """Tell whether the process `runs`, is `stopped` (SIGSTOP, a debugger) or is `gone`."""
@@ -85,9 +93,11 @@ class Roll:
 
     def __init__(self, launch: str, *, rank: int, world_size: int) -> None:
         name = hashlib.sha256(launch.encode()).hexdigest()[:16]
+        # Containers may share this folder, and each counts its processes by itself.
+        self._prefix = f"maelstrom-{os.getuid()}-{_pid_namespace()}-"
         # Not in the run's folder: process numbers mean something on this node only, and a folder
         # that is full or read-only must not keep the ranks from agreeing on what happened.
-        self._folder = Path(tempfile.gettempdir()) / f"maelstrom-{os.getuid()}-{name}"
+        self._folder = Path(tempfile.gettempdir()) / f"{self._prefix}{name}"
         self._rank = rank
         self.is_kept = world_size > 1
         """Whether there are other ranks to keep a roll of."""
@@ -97,7 +107,10 @@ class Roll:
         if not self.is_kept:
             return
         started_s = psutil.Process().create_time()
-        text = json.dumps({"pid": os.getpid(), "started_s": started_s})
+        text = json.dumps({"pid": os.getpid(), "started_s": started_s, "parent": os.getppid()})
+        self._clear_stale()
+        with self.locked():
+            self._forget_earlier(started_s)
         # A roll makes a message better; a node without room for it trains all the same.
         with suppress(OSError):
             self._folder.mkdir(mode=0o700, exist_ok=True)
@@ -118,16 +131,8 @@ class Roll:
 
     def others(self) -> list[Entry]:
         """List the other ranks that have signed and not left, by rank."""
-        found = []
-        for path in self._folder.glob("rank-*") if self.is_kept else ():
-            # A rank that leaves at this moment, or a full disk that cut its entry.
-            with suppress(OSError, ValueError, TypeError, KeyError):
-                known = json.loads(path.read_text())
-                rank = int(path.name.removeprefix("rank-"))
-                found.append(Entry(rank, int(known["pid"]), float(known["started_s"])))
-        return sorted(
-            (entry for entry in found if entry.rank != self._rank), key=lambda entry: entry.rank
-        )
+        entries = _entries_in(self._folder) if self.is_kept else []
+        return [entry for entry in entries if entry.rank != self._rank]
 
     def gone(self) -> list[Entry]:
         """List the ranks whose process ended without taking itself off."""
@@ -175,9 +180,81 @@ class Roll:
             (self._folder / _VERDICT).write_text(json.dumps({"exit_code": exit_code}))
 
     def _remove(self) -> None:
-        for path in list(self._folder.iterdir()):
-            path.unlink()
-        self._folder.rmdir()
+        _remove(self._folder)
+
+    def _forget_earlier(self, started_s: float) -> None:
+        """Remove what a start of the same name has left: a script that starts again in a loop has
+        the same number, and so have address and port.
+
+        Args:
+            started_s: when this process started.
+        """
+        begun_s = started_s - _SKEW_S
+        for entry in _entries_in(self._folder):
+            # A rank of this start that died before this one came keeps its entry.
+            if entry.started_s < begun_s and entry.state() == "gone":
+                with suppress(OSError):
+                    (self._folder / f"rank-{entry.rank}").unlink()
+        verdict = self._folder / _VERDICT
+        with suppress(OSError):
+            if verdict.stat().st_mtime < begun_s:
+                verdict.unlink()
+
+    def _clear_stale(self) -> None:
+        """Remove the rolls of starts whose ranks were all killed: none was left to do so."""
+        for folder in self._folder.parent.glob(f"{self._prefix}*"):
+            # A folder or file may go at any moment: other starts clear up too.
+            with suppress(OSError):
+                if folder != self._folder and _is_stale(folder):
+                    _remove(folder)
+
+
+def _pid_namespace() -> int:
+    """Give the number of what process numbers are counted in; 0 if this system has only one."""
+    try:
+        return Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        return 0
+
+
+def _entries_in(folder: Path) -> list[Entry]:
+    """List the ranks that have signed and not left, by rank."""
+    found = []
+    for path in folder.glob("rank-*"):
+        # A rank that leaves at this moment, or a full disk that cut its entry.
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            known = json.loads(path.read_text())
+            rank = int(path.name.removeprefix("rank-"))
+            pid = int(known["pid"])
+            found.append(
+                Entry(
+                    rank,
+                    pid,
+                    started_s=float(known["started_s"]),
+                    parent=int(known.get("parent", pid)),
+                )
+            )
+    return sorted(found, key=lambda entry: entry.rank)
+
+
+def _is_stale(folder: Path) -> bool:
+    """Tell whether all ranks on a roll are gone for good."""
+    known = folder.lstat()
+    # In a folder that all users share, a link or a stranger's folder may bear our name.
+    if not stat.S_ISDIR(known.st_mode) or known.st_uid != os.getuid():
+        return False
+    entries = _entries_in(folder)
+    if any(entry.state() != "gone" for entry in entries):
+        return False
+    # Its launcher may be about to start another rank, which would miss the one that died.
+    has_launcher = not entries or any(psutil.pid_exists(entry.parent) for entry in entries)
+    return not has_launcher or time.time() - known.st_mtime > _STALE_S
+
+
+def _remove(folder: Path) -> None:
+    for path in list(folder.iterdir()):
+        path.unlink()
+    folder.rmdir()
 
 
 # ------------------------------------------------------------------------------------------- causes
