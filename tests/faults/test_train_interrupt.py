@@ -7,9 +7,10 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.faults.test_train_ends import TORCHRUN, given, launched, ranks_of
+from tests.faults.test_train_ends import DEEPSPEED, TORCHRUN, given, launched, ranks_of
 from tests.launch import Started, environment, find_free_port
 from tests.limits import HANG_S, wait_until
 from train.process.outcome import read_status
@@ -60,20 +61,32 @@ def loads_torch(pid: int) -> bool:
         return False
 
 
-def test_ctrl_c_on_torchrun_while_torch_is_imported(
-    make_dataset: Callable[..., str], tmp_path: Path
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_ctrl_c_on_a_launcher_while_torch_is_imported(
+    make_dataset: Callable[..., str], tmp_path: Path, launcher: str
 ) -> None:
     run_dir = tmp_path / "run"
-    with launched(TORCHRUN, given(run_dir, make_dataset())) as (process, said):
+    words = given(run_dir, make_dataset())
+    command = TORCHRUN
+    if launcher == "deepspeed":
+        command = [*DEEPSPEED, f"--master_port={find_free_port()}"]
+        words = ["--module", *words[1:]]
+    with launched(command, words) as (process, said):
         wait_until(
             lambda: [loads_torch(pid) for pid in ranks_of(process).values()] == [True, True],
             what="both ranks in the import of torch",
             still_possible=lambda: process.poll() is None,
         )
+        ranks = [psutil.Process(pid) for pid in ranks_of(process).values()]
         # As a terminal does: launcher and ranks at once.
         os.killpg(process.pid, signal.SIGINT)
         process.wait(HANG_S)
+        _, alive = psutil.wait_procs(ranks, timeout=HANG_S)
         text = said.read_text()
+    assert not alive
+    # Launchers have tracebacks of their own; no rank has one, and one of them speaks.
     assert 'File "' not in text.partition("Traceback")[0]
     assert "train/" not in text, text
+    ours = [line for line in text.splitlines() if "stopped before" in line]
+    assert len(ours) == 1, text
     assert read_status(run_dir).get("state") in (None, "interrupted")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -17,9 +18,11 @@ import pytest
 
 from tests.faults.train_runs import losses, words_of
 from tests.faults.train_runs import start as train
-from tests.launch import SERVER, find_free_port
+from tests.launch import SERVER, Started, find_free_port
 from tests.launch import start as start_ranks
 from tests.limits import HANG_S, wait_until
+from train.checkpoint.files import find_steps
+from train.process.outcome import read_status
 
 pytestmark = pytest.mark.slow
 
@@ -194,3 +197,47 @@ def test_a_rank_that_hangs_ends_the_run_with_stacks_and_the_run_goes_on(
     assert again.returncode == 0, again.stderr
     assert "resumed from step 4 " in again.stdout
     assert list(losses(run_dir)) == list(range(1, 9))
+
+
+def test_a_rank_stopped_in_a_save_ends_the_run_and_is_named(
+    make_dataset: Callable[..., str], tmp_path: Path
+) -> None:
+    """Rank 1 is stopped in its second save. A wait for a save may be long, but not for that rank.
+
+    Both modes at once: most of the time is the limit.
+    """
+    data = make_dataset()
+    settings = {"checkpoint.every-steps": "2", "train.steps": "2", "optim.warmup-steps": "1"}
+    SERVER.start()
+    begun_s = time.monotonic()
+    first = train(tmp_path / "first", {}, data=data, settings=settings)
+    assert first.returncode == 0, first.stderr
+    # A whole run took half as long on this machine as it is now; two start next.
+    timeout_s = math.ceil(5 + 2 * (time.monotonic() - begun_s))
+    settings |= {"train.steps": "4000", "engine.timeout-s": str(timeout_s)}
+    plan = {"hang": {"rank": 1, "phase": "captured", "save": 2}}
+    with ExitStack() as started:
+        runs = {}
+        for mode in ("async", "sync"):
+            more = {**settings, "checkpoint.mode": mode}
+            words = words_of(tmp_path / mode, plan, data=data, settings=more)
+            runs[mode] = started.enter_context(start_ranks(words, ranks=2))
+        for mode, hanging in runs.items():
+            check_stopped_in_save(hanging, tmp_path / mode / "run", timeout_s=timeout_s)
+
+
+def check_stopped_in_save(hanging: Started, run_dir: Path, *, timeout_s: int) -> None:
+    wait_until(
+        lambda: hanging.is_running() and hanging.codes[0] is not None,
+        what="the end of the rank that waits",
+        still_possible=hanging.is_running,
+    )
+    assert hanging.codes == [76, None], hanging.stderr
+    lines = [line for line in hanging.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, hanging.stderr
+    status = read_status(run_dir)
+    assert (status["state"], status["exit_code"], status["rank"]) == ("failed", 76, 0)
+    for text in (lines[0], status["reason"]):
+        assert f"more than engine.timeout_s {timeout_s}" in text
+        assert f"rank 1 (process {hanging.pids[1]}) was stopped" in text
+    assert sorted(find_steps(str(run_dir / "checkpoints"))) == [2]

@@ -9,8 +9,8 @@ Usage: train_run_worker.py [--local_rank=N] PLAN.json, with the settings of `tra
         one bit of one weight flips after micro-batch N
     "kill": {"rank": R, "step": S} or {"rank": R, "phase": P, "save": N}
         SIGKILL after step S, or in the N-th save
-    "hang": {"rank": R, "step": S}
-        SIGSTOP after step S
+    "hang": {"rank": R, "step": S} or {"rank": R, "phase": P, "save": N}
+        SIGSTOP after step S, or in the N-th save
 
 Micro-batches and saves are counted from 0 and from 1 within this start of the program.
 """
@@ -43,6 +43,10 @@ RANK = rank_of(os.environ)
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def at_step(step: int, act: Callable[[], None]) -> None:
@@ -88,22 +92,25 @@ def install(plan: dict[str, Any]) -> None:
     train.loop.opening.build_engine = lambda *args, **words: spoil(
         build_engine(*args, **words), plan
     )
-    hang = plan.get("hang")
-    if hang is not None and is_mine(hang):
-        at_step(hang["step"], lambda: os.kill(os.getpid(), signal.SIGSTOP))
-    kill = plan.get("kill")
-    if kill is None or not is_mine(kill):
-        return
-    if "step" in kill:
-        at_step(kill["step"], die)
-        return
+    for fault, act in (("hang", stop), ("kill", die)):
+        where = plan.get(fault)
+        if where is None or not is_mine(where):
+            continue
+        if "step" in where:
+            at_step(where["step"], act)
+        else:
+            in_save(where["save"], where["phase"], act)
+
+
+def in_save(number: int, wanted: str, act: Callable[[], None]) -> None:
+    """Do something in a phase of a save."""
     saves = 0
 
     def on_phase(phase: str) -> None:
         nonlocal saves
         saves += phase == "captured"
-        if phase == kill["phase"] and saves == kill["save"]:
-            die()
+        if phase == wanted and saves == number:
+            act()
 
     train.loop.opening.CheckpointStore = partial(CheckpointStore, on_phase=on_phase)  # type: ignore[assignment, misc]
 
