@@ -22,6 +22,7 @@ from pipeline.console.streams import (
     say,
     stdout_for_the_result,
 )
+from pipeline.console.surplus import refuse_surplus
 from pipeline.errors import ConfigError, InfrastructureError, MaelstromError
 from pipeline.storage.retry import TOO_MANY_FILES, has_too_many_files
 
@@ -168,6 +169,7 @@ def run_command(
         with starting(module):
             import tyro
 
+            refuse_surplus(arguments, args)
             given = tyro.cli(
                 arguments,
                 args=args,

@@ -27,10 +27,11 @@ from pipeline.dataset.scan import (
 )
 from pipeline.dataset.writer import write_dataset
 from pipeline.errors import ConfigError, DataError, InfrastructureError, MaelstromError
+from pipeline.formats.compressed import is_unpacked_copy
 from pipeline.formats.records import ShardIndex
 from pipeline.images.left_out import LeftOut
 
-_SCAN_VERSION = f"{FORMAT_VERSION}.1"
+_SCAN_VERSION = f"{FORMAT_VERSION}.2"
 """Part of a scan's name in the cache: a newer program that learns more of shards scans anew."""
 
 
@@ -224,15 +225,17 @@ def _scan_once(
     component: str | None,
 ) -> DatasetInfo:
     chosen = "" if component is None else f" --image-component {component}"
-    logger.warning(
-        "%s has no %s: its %d shards are scanned once. To keep the result beside them: "
-        "python -m pipeline.verify %s --write-manifest%s",
-        storage.redact(uri),
-        DATASET_FILE,
-        len(found.files),
-        storage.redact(found.folder),
-        chosen,
-    )
+    # An unpacked copy is removed with the command: there is no place to keep an index.
+    if not is_unpacked_copy(uri):
+        logger.warning(
+            "%s has no %s: its %d shards are scanned once. To keep the result beside them: "
+            "python -m pipeline.verify %s --write-manifest%s",
+            storage.redact(uri),
+            DATASET_FILE,
+            len(found.files),
+            storage.redact(found.folder),
+            chosen,
+        )
     # Filled while the shards pass: it is written after the last of them.
     left_out = LeftOut()
     made_by: dict[str, Any] = {"tool": "scan"}

@@ -20,12 +20,14 @@ from pipeline.errors import DataError
 from pipeline.formats.compressed import compression_of_name
 from pipeline.formats.index import index_shard
 from pipeline.formats.records import DEAD_LINK, SUFFIXES, EmptyShardError, ShardIndex
-from pipeline.images.left_out import LeftOut
+from pipeline.images.left_out import LeftOut, printable
 
 logger = logging.getLogger(__name__)
 EMPTY_ARCHIVE = "empty archive"
 _THREADS = 8
 _MOST_LOOKED_AT = 20_000
+_MOST_FOLDERS = 5
+"""Folders that a message names."""
 """Files that are listed for a message's sake."""
 
 
@@ -74,7 +76,13 @@ def list_shards(uri: str) -> ShardFiles:
         )
     seen: Counter[str] = Counter()
     shards: list[storage.FileInfo] = []
-    for file in storage.list_files(uri):
+    folders: list[str] = []
+
+    def on_other(name: str, entry: storage.OtherEntry) -> None:
+        if entry is storage.OtherEntry.FOLDER and not storage.is_hidden(name):
+            folders.append(name)
+
+    for file in storage.list_files(uri, on_other=on_other):
         if storage.is_hidden(file.name):
             seen["hidden"] += 1
             continue
@@ -82,7 +90,7 @@ def list_shards(uri: str) -> ShardFiles:
         if container_of(file.name) is not None:
             shards.append(file)
     if not shards:
-        raise DataError(_why_no_shards(uri, seen))
+        raise DataError(_why_no_shards(uri, seen, folders))
     shards.sort(key=lambda file: file.name)
     _refuse_splits(uri, shards)
     return ShardFiles(
@@ -169,10 +177,14 @@ def _ending_of(name: str) -> str:
     return Path(name).suffix.lower() or "no extension"
 
 
-def _why_no_shards(uri: str, seen: Counter[str]) -> str:
+def _why_no_shards(uri: str, seen: Counter[str], folders: list[str]) -> str:
     """Return what to tell about a folder without shards: what is there, and what to do next."""
     shown = storage.redact(uri)
     what = ", ".join(f"{count} {ending}" for ending, count in seen.most_common(5)) or "no files"
+    if folders:
+        named = ", ".join(printable(name) for name in sorted(folders)[:_MOST_FOLDERS])
+        more = ", ..." if len(folders) > _MOST_FOLDERS else ""
+        what += f" and {len(folders):,} folders ({named}{more})"
     packed = [ending for ending in seen if compression_of_name(f"x{ending}") is not None]
     if packed:
         return (

@@ -6,17 +6,22 @@ images: without this, each would unpack all images before them.
 
 from __future__ import annotations
 
+import fcntl
+import os
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from pipeline import storage
 from pipeline.console import Progress, say
 from pipeline.dataset.info import DATASET_FILE, PLAN_FILE
-from pipeline.errors import ConfigError, InfrastructureError
+from pipeline.errors import ConfigError, InfrastructureError, MaelstromError
 from pipeline.formats.compressed import (
     GZIP,
+    UNPACKED_PREFIX,
     compression_of_bytes,
     compression_of_name,
     unpack_gzip,
@@ -25,6 +30,8 @@ from pipeline.formats.compressed import (
 _MAGIC_BYTES = 8
 _PICTURES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _OTHERS = (".beton", ".csv", ".tsv", ".jsonl", ".ndjson")
+_STALE_AFTER_S = 600.0
+"""Age at which a temporary folder that no process holds is taken for one of a killed process."""
 _MOST_PREVIEWS = 3
 """Pictures beside archives that do not make them a folder of images."""
 
@@ -47,8 +54,8 @@ def unpacked(uri: str) -> Iterator[str]:
         yield uri
         return
     is_folder = not uri.startswith("https:") and storage.is_folder(uri)
-    with tempfile.TemporaryDirectory(prefix="maelstrom-unpacked-") as temporary:
-        folder = Path(temporary) / (storage.name_of(uri) if is_folder else "files")
+    with _temporary_folder() as temporary, _said_of_the_source(uri, temporary):
+        folder = temporary / (storage.name_of(uri) if is_folder else "files")
         folder.mkdir()
         say(f"convert: unpacking {len(packed):,} gzip files into {folder} (TMPDIR)")
         label = f"Unpacking {storage.name_of(uri)}"
@@ -73,6 +80,55 @@ def unpacked(uri: str) -> Iterator[str]:
         )
         is_single = len(archives) == 1 and not is_folder
         yield str(folder / _plain_name(packed[0].name)) if is_single else str(folder)
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """Yield a new folder that is locked while this process lives, and remove it at the end; remove
+    those of processes that were killed."""
+    _remove_stale(Path(tempfile.gettempdir()))
+    with tempfile.TemporaryDirectory(prefix=UNPACKED_PREFIX) as temporary:
+        lock = os.open(temporary, os.O_RDONLY)
+        try:
+            # The system lets go of it when the process ends, however it ends.
+            with suppress(OSError):  # a file system without locks: its folders stay
+                fcntl.flock(lock, fcntl.LOCK_SH)
+            yield Path(temporary)
+        finally:
+            os.close(lock)
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove temporary folders of unpacked archives whose process has died."""
+    for path in folder.glob(f"{UNPACKED_PREFIX}*"):
+        with suppress(OSError):
+            # Not through a link, and nobody else's: the folder for temporary files is shared.
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                status = os.fstat(descriptor)
+                # A process that has just made its folder may not hold the lock yet.
+                is_new = time.time() - status.st_mtime < _STALE_AFTER_S
+                if is_new or status.st_uid != os.geteuid():
+                    continue
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+
+
+@contextmanager
+def _said_of_the_source(uri: str, temporary: Path) -> Iterator[None]:
+    """Let errors name the source and not its temporary copy, which is gone when they are read."""
+    try:
+        yield
+    except MaelstromError as error:
+        text = str(error)
+        if str(temporary) not in text:
+            raise
+        # A copy's whole path first: what is left of it after that are its folders.
+        for folder in (temporary / storage.name_of(uri), temporary / "files", temporary):
+            text = text.replace(str(folder), f"{storage.redact(uri)} (unpacked)")
+        raise type(error)(text) from error
 
 
 def is_packed(uri: str) -> bool:
@@ -208,6 +264,13 @@ def _unpack(
             f"convert: {storage.redact(file.uri)} cannot be unpacked into {target.parent} "
             f"({error}). Free space there, or point TMPDIR to a larger disk."
         ) from error
+    with target.open("rb") as stream:
+        inner = compression_of_bytes(stream.read(_MAGIC_BYTES))
+    if inner is not None:
+        raise ConfigError(
+            f"convert: {storage.redact(file.uri)} holds a file that is itself compressed with "
+            f"{inner.name}. Unpack it once, for example with {GZIP.command}, and give that."
+        )
 
 
 def _add_others(

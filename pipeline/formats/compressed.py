@@ -52,6 +52,15 @@ _ALL = (
 )
 
 
+UNPACKED_PREFIX = "maelstrom-unpacked-"
+"""Start of the names of temporary folders that hold unpacked archives."""
+
+
+def is_unpacked_copy(uri: str) -> bool:
+    """Tell whether an address lies in a temporary folder of unpacked archives."""
+    return f"/{UNPACKED_PREFIX}" in uri
+
+
 def compression_of_name(name: str) -> Compression | None:
     """Return how a file is compressed, as its name says; None if it is not."""
     lower = name.lower()

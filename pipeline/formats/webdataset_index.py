@@ -292,12 +292,17 @@ class _Indexer:
     def _label(self, sample: _Sample) -> int:
         """Return the number in `.cls`, or `label` in `.json`, or -1."""
         value: object = None
-        if "cls" in sample.texts:
-            value = sample.texts["cls"].decode(errors="replace")
-        elif "json" in sample.texts:
+        if "json" in sample.texts:
+            parsed: object = None
             with suppress(ValueError, RecursionError):
                 parsed = json.loads(sample.texts["json"])
-                value = parsed.get("label") if isinstance(parsed, dict) else None
+            if isinstance(parsed, dict):
+                value = parsed.get("label")
+            else:
+                # A conversion keeps objects only: a list or a damaged text has no keys.
+                self.ignored["JSON that is not an object"] += 1
+        if "cls" in sample.texts:
+            value = sample.texts["cls"].decode(errors="replace")
         number = class_number(value)
         if number is None:
             self.ignored["labels that are no class number"] += 1

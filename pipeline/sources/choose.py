@@ -39,6 +39,14 @@ _ENDINGS: dict[SourceKind, tuple[str, ...]] = {
     "list": (".parquet", *TEXT_SUFFIXES),
 }
 """Endings of the files that a source reads in its folder."""
+_WHAT: dict[SourceKind, str] = {
+    "folder": "a folder of images",
+    "tar": "a tar of images",
+    "dataset": "a dataset",
+    "parquet": "a Parquet file",
+    "list": "a list",
+}
+"""What to call a source in messages."""
 _OWN_PARQUET = re.compile(r"(manifest(-\d+)?|rejected)\.parquet")
 
 
@@ -150,9 +158,11 @@ def _kind_of_folder(uri: str, settings: SourceSettings) -> SourceKind:
         kinds["Parquet files"] = "parquet"
     if len(kinds) > 1:
         shown = storage.redact(uri)
+        endings = [name for name, has in ((".tar", tars), (".parquet", tables)) if has]
+        named = " or ".join(f"'{shown}/*{ending}'" for ending in endings)
         raise ConfigError(
             f"convert: {shown} holds {' and '.join(kinds)}. Give a folder with one of them, or "
-            f"name the files, for example '{shown}/*.tar' or '{shown}/*.parquet'."
+            f"name the files, for example {named}."
         )
 
     if tables:
@@ -221,12 +231,37 @@ def open_source(
     }
     settings = settings or SourceSettings()
     kind = kind or find_kind(uri, settings)
+    _refuse_unused(uri, settings, kind)
+    return kinds[kind](uri, settings)
+
+
+def _refuse_unused(uri: str, settings: SourceSettings, kind: SourceKind) -> None:
+    """Refuse what a source of this kind would ignore: the user expects it to change the result."""
+    shown = storage.redact(uri)
+    is_table = kind in ("parquet", "list")
+    columns = {
+        "--image-column": settings.image_column,
+        "--label-column": settings.label_column,
+    }
+    given = [option for option, value in columns.items() if value is not None]
+    if given and not is_table:
+        raise ConfigError(
+            f"convert: {' and '.join(given)}: {_WHAT[kind]} has no columns, and {shown} is one. "
+            "Leave it out, or give the table as the source, for example a .csv, .jsonl or .parquet "
+            "file."
+        )
     if settings.image_component is not None and kind != "dataset":
         raise ConfigError(
-            f"convert: --image-component is for WebDataset shards, and {storage.redact(uri)} holds "
-            "none. Leave it out."
+            f"convert: --image-component is for WebDataset shards, and {shown} holds none. Leave "
+            "it out."
         )
-    return kinds[kind](uri, settings)
+    if settings.ground_truth is not None and kind == "dataset":
+        raise ConfigError(
+            f"convert: --ground-truth is for images without labels, and the dataset {shown} keeps "
+            "its own. Leave it out, or give the folder or tar of the images as the source."
+        )
+    if settings.synsets is not None and settings.ground_truth is None:
+        raise ConfigError("convert: --synsets needs --ground-truth, whose numbers it explains.")
 
 
 def list_source(source: Source, uri: str, settings: SourceSettings) -> Listing:

@@ -62,6 +62,12 @@ class FolderSource:
             ConfigError: It is unclear whether there are classes.
         """
         if storage.exists(self.uri) and not storage.is_folder(self.uri):
+            if storage.name_of(self.uri).lower().endswith(".gz"):
+                raise ConfigError(
+                    f"convert: {storage.redact(self.uri)} is packed with gzip; of packed files "
+                    "only tars are read. Unpack it first, for example with gunzip -k, and give "
+                    "that."
+                )
             raise ConfigError(
                 f"convert: {storage.redact(self.uri)} is a file. Give the folder that holds the "
                 "images, or a .tar, .parquet, .csv, .tsv or .jsonl file."

@@ -69,6 +69,8 @@ def split_scheme(uri: str) -> tuple[str, str]:
         raise ConfigError(
             f"storage: {redact(uri)!r} names no bucket. Write {scheme}://bucket/folder."
         )
+    if scheme == "https" and not rest.partition("/")[0]:
+        raise ConfigError(f"storage: {redact(uri)!r} names no server. Write https://server/file.")
     return scheme, f"{scheme}://{rest}"
 
 

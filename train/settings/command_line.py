@@ -180,7 +180,12 @@ def _keep_word(words: _Words, word: str) -> None:
     if words.recipe is None:
         words.recipe = word
         return
-    words.problems.append(f"unexpected word {word!r}: settings are written --section.field value")
+    hint = ""
+    if word.endswith((".tar", ".beton")):
+        hint = ". If the shell has expanded a pattern, put it in quotes: 'data/train-*.tar'"
+    words.problems.append(
+        f"unexpected word {word!r}: settings are written --section.field value{hint}"
+    )
 
 
 def _keep_option(
