@@ -94,7 +94,7 @@ def test_a_dataset_keeps_its_labels_and_says_so(tmp_path, capsys):
     (tmp_path / "truth.txt").write_text("1\n")
     source = sources(tmp_path)["dataset"]
     options = ["--ground-truth", str(tmp_path / "truth.txt")]
-    assert main([str(source), str(tmp_path / "out"), *options]) == 2
+    assert main([str(source), str(tmp_path / "out"), "--workers", "1", *options]) == 2
     assert "--ground-truth" in capsys.readouterr().err
 
 
@@ -168,7 +168,7 @@ def test_only_what_is_there_is_advised(tmp_path, capsys):
     for number in range(4):
         (tmp_path / f"src/{number}.jpg").write_bytes(picture())
     pq.write_table(pa.table({"file_name": ["0.jpg"]}), tmp_path / "src/metadata.parquet")
-    assert main([str(tmp_path / "src"), str(tmp_path / "out")]) == 2
+    assert main([str(tmp_path / "src"), str(tmp_path / "out"), "--workers", "1"]) == 2
     said = capsys.readouterr().err
     assert "*.parquet'" in said
     assert "*.tar" not in said
@@ -209,7 +209,7 @@ def test_errors_name_the_source_and_not_its_copy(tmp_path, capsys, data, is_fold
 @pytest.mark.parametrize("name", ["a.jpg.gz", "list.csv.gz", "t.parquet.GZ"])
 def test_other_packed_files_say_how_to_unpack(tmp_path, capsys, name):
     (tmp_path / name).write_bytes(gzip.compress(b"x"))
-    assert main([str(tmp_path / name), str(tmp_path / "out")]) == 2
+    assert main([str(tmp_path / name), str(tmp_path / "out"), "--workers", "1"]) == 2
     assert "gunzip" in capsys.readouterr().err
 
 
