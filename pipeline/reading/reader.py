@@ -124,8 +124,14 @@ class ShardReader:
                 future = self._ranges.submit(self._read_range, rows, i)
                 images.append(future)
         by_range = {i for i, image in enumerate(images) if isinstance(image, Future)}
+        # Counted before they are waited for: a read that fails was one, too.
         self.counters.add(read_through=len(by_range))
-        done = [image.result() if isinstance(image, Future) else image for image in images]
+        done: list[U8] = []
+        for image in images:
+            if isinstance(image, Future):
+                done.append(image.result())
+            else:
+                done.append(image)
         if self._cache is not None:
             self._cache.begin()  # not before: the first batch has the store to itself
         # What came by range was not covered by a shard's hash, so it is always checked.

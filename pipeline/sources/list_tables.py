@@ -102,7 +102,8 @@ def read_tables(uri: str, settings: SourceSettings) -> list[ListTable]:
         ConfigError: A file has no column of URIs.
     """
     name = storage.name_of(uri)
-    suffix = PurePosixPath(name).suffix.lower()
+    suffix = PurePosixPath(name).suffix
+    suffix = suffix.lower()
     if suffix not in TEXT_SUFFIXES:
         files = find_files(uri)
         return [_read_parquet(file.uri, settings) for file in files]
@@ -110,14 +111,18 @@ def read_tables(uri: str, settings: SourceSettings) -> list[ListTable]:
     shown = storage.redact(uri)
     data = storage.read_bytes(uri)
     text = decode_text(data, shown=shown)
+    table: TextTable
     if suffix in JSON_LINES_SUFFIXES:
-        return [_read_text(JsonLinesTable(text), name, shown, settings)]
-    table = DelimitedTable(
-        text,
-        delimiter=DELIMITED_SUFFIXES[suffix],
-        is_header=lambda columns: _has_uris(columns, settings),
-    )
-    return [_read_text(table, name, shown, settings)]
+        table = JsonLinesTable(text)
+    else:
+        # The delimiter is looked for in the header: a line that names a column of URIs.
+        table = DelimitedTable(
+            text,
+            delimiter=DELIMITED_SUFFIXES[suffix],
+            is_header=lambda columns: _has_uris(columns, settings),
+        )
+    rows = _read_text(table, name, shown, settings)
+    return [rows]
 
 
 def _has_uris(columns: list[str], settings: SourceSettings) -> bool:
@@ -143,10 +148,12 @@ def _uri_column(columns: list[str], settings: SourceSettings, shown: str, *, mor
         shown=shown,
     )
     if column is None:
+        usual = ", ".join(URI_COLUMNS)
+        given = ", ".join(columns) or "none"
         raise ConfigError(
-            f"convert: {shown} has no column of URIs ({', '.join(URI_COLUMNS)}); it has "
-            f"{', '.join(columns) or 'none'}. Choose one with --image-column; a CSV needs a "
-            f"header, for example a first line `path,label`.{more}"
+            f"convert: {shown} has no column of URIs ({usual}); it has {given}. Choose one with "
+            "--image-column; a CSV needs a header, for example a first line `path,label`."
+            f"{more}"
         )
     return column
 
@@ -156,9 +163,11 @@ def _read_text(table: TextTable, file_name: str, shown: str, settings: SourceSet
     columns = table.columns
     if not columns:
         _refuse_empty(table, file_name)
-    uri_place = columns.index(_uri_column(columns, settings, shown))
+    uri = _uri_column(columns, settings, shown)
     label = choose_label(columns, settings, shown=shown)
     size = choose_column(columns, SIZE_COLUMNS, None, option="", shown=shown)
+    # By place: rows are lists, and of two columns of one name the first counts.
+    uri_place = columns.index(uri)
     label_place = None if label is None else columns.index(label)
     size_place = None if size is None else columns.index(size)
 
@@ -185,11 +194,13 @@ def _read_text(table: TextTable, file_name: str, shown: str, settings: SourceSet
         label_values = json_labels(labels, f"column {label!r} of {shown}")
     else:
         label_values = typed_texts(labels)
+    # As text, in JSON too: one rule reads the sizes of all text tables.
     size_texts = [None if size is None else str(size) for size in sizes]
+    typed_sizes = typed_texts(size_texts)
     return ListTable(
         names=names,
         label=LabelPart(shown, label, label_values),
-        sizes=_whole_sizes(typed_texts(size_texts)),
+        sizes=_whole_sizes(typed_sizes),
         columns=columns,
         bad=bad,
     )
@@ -198,7 +209,9 @@ def _read_text(table: TextTable, file_name: str, shown: str, settings: SourceSet
 def _refuse_empty(table: TextTable, file_name: str) -> None:
     """Say why a table without columns has none, if a row shows it."""
     for row in table.rows():
-        raise _unreadable(f"{file_name} line {row.line}", row.problem).error
+        place = f"{file_name} line {row.line}"
+        unreadable = _unreadable(place, row.problem)
+        raise unreadable.error
 
 
 def _read_parquet(uri: str, settings: SourceSettings) -> ListTable:
@@ -218,7 +231,10 @@ def _read_parquet(uri: str, settings: SourceSettings) -> ListTable:
     bad: list[BadRow] = []
     for row, text in enumerate(texts):
         if text is None or not text.strip():
-            bad.append(_without_path(f"{file_name} row {row + 1}", None))
+            # People count rows from 1.
+            number = row + 1
+            place = f"{file_name} row {number}"
+            bad.append(_without_path(place, None))
             continue
         names.append(text)
         named.append(row)
@@ -245,7 +261,9 @@ def _paths(parquet: pq.ParquetFile, settings: SourceSettings, shown: str) -> lis
     if settings.image_column is not None or not _has_uris(with_text, settings):
         names = [field.name for field in fields]
     chosen = _uri_column(names, settings, shown, more=hint)
-    field: ImageField = fields[[field.name for field in fields].index(chosen)]
+    all_names = [field.name for field in fields]
+    number = all_names.index(chosen)
+    field: ImageField = fields[number]
 
     path = field.text_path
     # A file without rows may have no type.
@@ -257,15 +275,19 @@ def _paths(parquet: pq.ParquetFile, settings: SourceSettings, shown: str) -> lis
             f"every row. Choose another with --image-column.{hint}"
         )
     rows = parquet.read(columns=[path], use_threads=False)
-    texts = readable_texts(field.leaf(rows))
-    return [None if text is None else str(text) for text in texts.to_pylist()]
+    values = field.leaf(rows)
+    texts = readable_texts(values).to_pylist()
+    return [None if text is None else str(text) for text in texts]
 
 
 def _column(parquet: pq.ParquetFile, name: str | None) -> Any:
     """Return a column; nulls if there is none."""
     if name is None:
-        return pa.chunked_array([pa.nulls(parquet.metadata.num_rows)])
-    return parquet.read(columns=[name], use_threads=False).column(0)
+        num_rows = parquet.metadata.num_rows
+        return pa.chunked_array([pa.nulls(num_rows)])
+    # By place: of two columns of one name Arrow would take neither by its name.
+    table = parquet.read(columns=[name], use_threads=False)
+    return table.column(0)
 
 
 def _rows_of(values: Any, rows: list[int]) -> Any:
@@ -273,22 +295,26 @@ def _rows_of(values: Any, rows: list[int]) -> Any:
     # Arrow cannot pick rows of a view.
     if pa.types.is_string_view(values.type):
         values = values.cast(pa.string())
-    return values.take(pa.array(rows, pa.int64()))
+    numbers = pa.array(rows, pa.int64())
+    return values.take(numbers)
 
 
 def _whole_sizes(values: Any) -> npt.NDArray[np.int64] | None:
     """Return sizes that a table gives; None if they are not whole numbers."""
-    if not pa.types.is_integer(values.type) or values.null_count == len(values):
+    is_empty = values.null_count == len(values)
+    if is_empty or not pa.types.is_integer(values.type):
         return None
     known = values.fill_null(UNKNOWN_SIZE_BYTES)
-    sizes = known.cast(pa.int64(), safe=False).to_numpy()
+    signed = known.cast(pa.int64(), safe=False)
+    sizes = signed.to_numpy()
     # A negative size would move the bounds of shards backwards.
     return np.maximum(sizes, 0)
 
 
 def _unreadable(name: str, problem: str) -> BadRow:
     """Return a row that is not one of this table."""
-    return BadRow(name, Reason.BAD_ROW, DataError(f"convert: {name}: {problem}."))
+    error = DataError(f"convert: {name}: {problem}.")
+    return BadRow(name, Reason.BAD_ROW, error)
 
 
 def _without_path(name: str, value: Any) -> BadRow:
@@ -299,5 +325,8 @@ def _without_path(name: str, value: Any) -> BadRow:
         value: What stands in place of a path.
     """
     if value is None or isinstance(value, str):
-        return BadRow(name, Reason.NO_PATH, DataError(f"convert: {name}: no path or URL."))
-    return _unreadable(name, f"{value!r:.80} is not a path or URL")
+        error = DataError(f"convert: {name}: no path or URL.")
+        return BadRow(name, Reason.NO_PATH, error)
+    # A number or a list in JSON, cut: it may be long.
+    problem = f"{value!r:.80} is not a path or URL"
+    return _unreadable(name, problem)

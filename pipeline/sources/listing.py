@@ -124,11 +124,15 @@ class Listing:
 
     def wanted(self, rows: npt.NDArray[np.int64]) -> Wanted:
         """Return what `read_all` needs to know of some of the images."""
+        # Only these rows: a task that is sent to a worker must not carry the whole listing.
+        locations = None
+        if self.locations is not None:
+            locations = self.locations[rows]
+        sizes = self.sizes[rows]
         return Wanted(
             names=pick(self.names, rows),
-            sizes=self.sizes[rows].tolist(),
-            # Only these rows: a task that is sent to a worker must not carry the whole listing.
-            locations=None if self.locations is None else self.locations[rows],
+            sizes=sizes.tolist(),
+            locations=locations,
             files=self.files,
         )
 
@@ -145,19 +149,21 @@ class Listing:
             after_s=QUIET_S,
         ) as progress:
             # A chunk at a time: fourteen million names as Python objects take gigabytes.
-            for start in range(
-                0,
-                len(self),
-                _CHUNK_FILES,
-            ):
-                names = self.names[start : start + _CHUNK_FILES].to_pylist()
+            for start in range(0, len(self), _CHUNK_FILES):
+                end = start + _CHUNK_FILES
+                names = self.names[start:end].to_pylist()
                 text = "\0".join(str(name) for name in names)
-                digest.update(text.encode() + b"\0")
+                digest.update(text.encode())
+                # Behind each chunk too, so that the digest does not depend on the chunks' size.
+                digest.update(b"\0")
                 progress.advance(len(names))
         # Fixed widths and byte order: a conversion may continue on another machine.
-        digest.update(self.sizes.astype("<i8").tobytes())
-        digest.update(self.labels.astype("<i4").tobytes())
-        digest.update("\0".join(self.classes or []).encode())
+        sizes = self.sizes.astype("<i8")
+        labels = self.labels.astype("<i4")
+        class_names = "\0".join(self.classes or [])
+        digest.update(sizes.tobytes())
+        digest.update(labels.tobytes())
+        digest.update(class_names.encode())
         digest.update(self.fingerprint.encode())
         return digest.hexdigest()
 
@@ -186,13 +192,10 @@ def read_each(
     # In batches: `map` over all of them would read a whole shard into memory.
     batch = 4 * _REMOTE_READERS
     with ThreadPoolExecutor(_REMOTE_READERS, thread_name_prefix="read") as pool:
-        for start in range(
-            0,
-            count,
-            batch,
-        ):
+        for start in range(0, count, batch):
             end = min(count, start + batch)
-            yield from pool.map(read, range(start, end))
+            numbers = range(start, end)
+            yield from pool.map(read, numbers)
 
 
 def say_note(left_out: LeftOut, note: str) -> None:
@@ -206,8 +209,14 @@ def say_note(left_out: LeftOut, note: str) -> None:
 
 def name_and_class(name: str, class_name: str | None) -> dict[str, Any]:
     """Return what is stored beside an image of which no more is known."""
-    about = {"filename": storage.redact(name) if "://" in name else name}
-    return about if class_name is None else {**about, "class": class_name}
+    # Only URIs can carry a secret; a file may be called anything.
+    shown = name
+    if "://" in name:
+        shown = storage.redact(name)
+    about = {"filename": shown}
+    if class_name is not None:
+        about["class"] = class_name
+    return about
 
 
 class ListingBuilder:
@@ -229,7 +238,8 @@ class ListingBuilder:
         self._said_s = time.monotonic()
 
     def __len__(self) -> int:
-        return len(self._names) + sum(len(chunk.names) for chunk in self._chunks)
+        num_closed = sum(len(chunk.names) for chunk in self._chunks)
+        return num_closed + len(self._names)
 
     def add(
         self,
@@ -272,16 +282,16 @@ class ListingBuilder:
         now_s = time.monotonic()
         if now_s - self._said_s > _SAY_EVERY_S:
             self._said_s = now_s
-            say(f"Listing {storage.name_of(self._uri)}: {self._num_seen:,} files so far")
+            source_name = storage.name_of(self._uri)
+            say(f"Listing {source_name}: {self._num_seen:,} files so far")
 
     def _close_chunk(self) -> None:
-        self._chunks.append(
-            _Chunk(
-                names=pa.array(self._names, pa.string()),
-                sizes=np.array(self._sizes, np.int64),
-                locations=np.array(self._locations, FILE_OFFSET),
-            )
+        chunk = _Chunk(
+            names=pa.array(self._names, pa.string()),
+            sizes=np.array(self._sizes, np.int64),
+            locations=np.array(self._locations, FILE_OFFSET),
         )
+        self._chunks.append(chunk)
         self._names = []
         self._sizes = []
         self._locations = []
@@ -289,7 +299,10 @@ class ListingBuilder:
     def seen(self) -> str:
         """Return what was passed over, for an error message."""
         most = self.left_out.counts.most_common(5)
-        return ", ".join(f"{count} {reason}" for reason, count in most) or "no files"
+        words = [f"{count} {reason}" for reason, count in most]
+        if not words:
+            return "no files"
+        return ", ".join(words)
 
     def build(
         self, settings: SourceSettings, *, kind: SourceKind, files: tuple[str, ...] = ()
@@ -312,11 +325,7 @@ class ListingBuilder:
         names = names.take(order)
         rows = order.to_numpy()
         if settings.labels == "auto" and settings.ground_truth is None:
-            _refuse_splits(
-                self._uri,
-                names,
-                kind,
-            )
+            _refuse_splits(self._uri, names, kind)
         labels, classes = labels_of_names(
             self._uri,
             names,

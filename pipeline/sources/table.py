@@ -331,8 +331,7 @@ def _why_unread(error: MaelstromError, name: str) -> Reason | None:
     if status in (401, 403):
         return Reason.NO_PERMISSION
     # Without a file's name it is the store that refused, and it will refuse all others.
-    is_forbidden = isinstance(cause, PermissionError)
-    if is_forbidden and cause.filename is not None:
+    if isinstance(cause, PermissionError) and cause.filename is not None:
         return Reason.NO_PERMISSION
     return None
 

@@ -127,7 +127,12 @@ class StateBuffers:
     def files(self) -> dict[str, memoryview]:
         """Give the bytes of each kind's file; a kind of which this rank has no tensor is left
         out."""
-        return {kind: content.numpy().data for kind, content in self._bytes.items()}
+        files = {}
+        for kind, content in self._bytes.items():
+            # A view: the file is written from the memory that the tensors were copied to.
+            array = content.numpy()
+            files[kind] = array.data
+        return files
 
     @property
     def size_bytes(self) -> int:

@@ -76,13 +76,15 @@ def find_differing(sums: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]
         return [], []
 
     # Ranks vote with all of their weights: one that differs in two tensors is one culprit.
-    votes = Counter(tuple(of_rank) for of_rank in sums)
+    ballots = [tuple(of_rank) for of_rank in sums]
+    votes = Counter(ballots)
     majority, count = votes.most_common(1)[0]
+    # Half of the ranks are no more likely to be right than the other half.
     if 2 * count <= len(sums):
         return columns, []
     culprits = []
-    for rank, of_rank in enumerate(sums):
-        if tuple(of_rank) != majority:
+    for rank, ballot in enumerate(ballots):
+        if ballot != majority:
             culprits.append(rank)
     return columns, culprits
 

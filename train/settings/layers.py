@@ -42,8 +42,7 @@ def setting_types() -> dict[str, Any]:
     for section, field in RunConfig.model_fields.items():
         kind = field.annotation
         # A plain field, such as the recipe's name, is not a section.
-        is_class = isinstance(kind, type)
-        if not is_class or not issubclass(kind, BaseModel):
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
             continue
         # The fields' own annotations are strings: the files postpone their evaluation.
         hints = typing.get_type_hints(kind)
