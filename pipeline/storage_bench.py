@@ -239,7 +239,10 @@ class _SecondEpoch:
 
     def _epoch(self, reader: ShardReader) -> int:
         order = Order(
-            self._dataset.shard_sizes, config=OrderConfig(), seed=1, global_batch_size=self._batch
+            self._dataset.shard_sizes,
+            config=OrderConfig(),
+            seed=1,
+            global_batch_size=self._batch,
         )
         total = 0
         cursor = Cursor()
@@ -374,7 +377,11 @@ def _ratios(turns: Turns, clients: Sequence[str]) -> dict[str, Spread]:
 
 
 def _fastest(turns: Turns, names: Sequence[str]) -> str:
-    return min(names, key=lambda name: turns.spread(name, "wall_s").median)
+    def median_s(name: str) -> float:
+        spread = turns.spread(name, "wall_s")
+        return spread.median
+
+    return min(names, key=median_s)
 
 
 def _whole(client: str) -> str:

@@ -45,7 +45,9 @@ class Spread:
         """Summarise values; there must be at least one."""
         # The median, because a mean follows the one turn in which the machine was busy.
         middle = median(values)
-        return cls(middle, min(values), max(values))
+        low = min(values)
+        high = max(values)
+        return cls(middle, low, high)
 
     def text(self, form: str = ".2f", *, scale: float = 1.0) -> str:
         """Write `median (low-high)`.
@@ -101,8 +103,10 @@ class Turns:
         for self._round in range(total):
             yield self._round
             done = self._round + 1
-            round_s = (time.monotonic() - start_s) / done
-            left_s = round_s * (total - done)
+            passed_s = time.monotonic() - start_s
+            round_s = passed_s / done
+            num_left = total - done
+            left_s = round_s * num_left
             note = ""
             if self._round < self._num_warm_up:
                 note = " (to warm up, not counted)"
@@ -141,12 +145,14 @@ class Turns:
         """Keep the figures of one turn, unless this round is to warm up."""
         if self._round < self._num_warm_up:
             return
+        kept = self._figures[subject]
         for figure, value in figures.items():
-            self._figures[subject][figure].append(value)
+            kept[figure].append(value)
 
     def figures(self, subject: str) -> list[str]:
         """Name the figures of a subject."""
-        return list(self._figures.get(subject, {}))
+        figures = self._figures.get(subject, {})
+        return list(figures)
 
     def values(self, subject: str, figure: str) -> list[float]:
         """Return a figure of a subject, one value per round; empty if there is none."""
@@ -156,7 +162,8 @@ class Turns:
 
     def spread(self, subject: str, figure: str) -> Spread:
         """Summarise a figure of a subject over the rounds."""
-        return Spread.of(self.values(subject, figure))
+        values = self.values(subject, figure)
+        return Spread.of(values)
 
     def ratio(self, subject: str, other: str, figure: str) -> Spread:
         """Divide a figure of a subject by another subject's, round by round."""

@@ -264,10 +264,12 @@ class SampleSource:
                 pixels_of_views = [view.pixels_BHW3[0] for view in decoded]
                 label = int(candidate.labels_B[0])
                 return pixels_of_views, label
+        number = int(sample_id[0])
+        shard_name = self._dataset.shard_name(shard)
+        num_tried = num_tries - 1
         raise DataError(
-            f"data: sample {int(sample_id[0])} of {self._dataset.shard_name(shard)} cannot be "
-            f"used, nor can the {min(size - 1, _SUBSTITUTES)} after it: check the shard with "
-            "pipeline.verify --full"
+            f"data: sample {number} of {shard_name} cannot be used, nor can the {num_tried} after "
+            "it: check the shard with pipeline.verify --full"
         )
 
 

@@ -109,10 +109,12 @@ def random_words(
     epochs = epoch_of_each.astype(np.uint64)
     # Beyond these limits fields of the counter would run into each other, and draws that mean
     # different things would share words.
-    if streams.size and int(streams.max()) >= MAX_STREAM:
-        raise ValueError(f"stream {int(streams.max())} is outside [0, 2^48)")
-    if epochs.size and int(epochs.max()) >= MAX_EPOCH:
-        raise ValueError(f"epoch {int(epochs.max())} is outside [0, 2^32)")
+    largest_stream = int(streams.max(initial=0))
+    if largest_stream >= MAX_STREAM:
+        raise ValueError(f"stream {largest_stream} is outside [0, 2^48)")
+    largest_epoch = int(epochs.max(initial=0))
+    if largest_epoch >= MAX_EPOCH:
+        raise ValueError(f"epoch {largest_epoch} is outside [0, 2^32)")
     if not 0 <= view < MAX_VIEW:
         raise ValueError(f"view {view} is outside [0, 256)")
     # The counter's third word: 16 high bits of the stream, 8 of the purpose, 8 of the view. View 0
@@ -142,7 +144,10 @@ def unit_float64(words: U32) -> npt.NDArray[np.float64]:
 
 def unit_float32(words: U32) -> npt.NDArray[np.float32]:
     """Map 32-bit words to float32 in [0, 1), 2^-24 apart, so that rounding never gives 1."""
-    return (words >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)
+    # As many bits as a float32 holds exactly.
+    high_bits = words >> np.uint32(8)
+    spacing = np.float32(2.0**-24)
+    return high_bits.astype(np.float32) * spacing
 
 
 def permutation(count: int, *, seed: int, purpose: Purpose, epoch: int, stream: int = 0) -> I64:
@@ -159,14 +164,21 @@ def permutation(count: int, *, seed: int, purpose: Purpose, epoch: int, stream: 
     # Two words make a key, so a block of four holds two.
     num_blocks = (count + 1) // 2
     words_1k = random_words(
-        seed=seed, purpose=purpose, epochs_n=epoch, streams_n=stream, num_blocks=num_blocks
+        seed=seed,
+        purpose=purpose,
+        epochs_n=epoch,
+        streams_n=stream,
+        num_blocks=num_blocks,
     )
-    keys = words_1k.ravel().view(np.uint64)[:count]
+    words = words_1k.ravel()
+    keys = words.view(np.uint64)[:count]
 
     # In place from here: for the runs of a large dataset these are the largest arrays of the order.
     index_bits = (count - 1).bit_length()
-    index_mask = np.uint64((1 << index_bits) - 1)
+    num_indices = 1 << index_bits
+    index_mask = np.uint64(num_indices - 1)
     keys &= ~index_mask
+    # Not kept under a name: it would take as much memory as the keys while they are sorted.
     keys |= np.arange(count, dtype=np.uint64)
     keys.sort()
     keys &= index_mask

@@ -137,4 +137,6 @@ class StateBuffers:
     @property
     def size_bytes(self) -> int:
         """Host memory held."""
-        return sum(content.numel() for content in self._bytes.values())
+        # One byte an element.
+        contents = self._bytes.values()
+        return sum(content.numel() for content in contents)
