@@ -45,8 +45,11 @@ class Boto3Client:
     """boto3 with a connection a thread."""
 
     def __init__(self, bucket: str) -> None:
-        config = import_module("botocore.config").Config(max_pool_connections=64)
-        self._client = import_module("boto3").client("s3", config=config)
+        botocore_config = import_module("botocore.config")
+        # The default of ten connections would make the other streams wait.
+        config = botocore_config.Config(max_pool_connections=64)
+        boto3 = import_module("boto3")
+        self._client = boto3.client("s3", config=config)
         self._bucket = bucket
 
     def read(self, key: str, start: int, length: int) -> int:
@@ -70,7 +73,8 @@ class S3fsClient:
     """s3fs through its synchronous interface."""
 
     def __init__(self, bucket: str) -> None:
-        self._fs = import_module("s3fs").S3FileSystem()
+        s3fs = import_module("s3fs")
+        self._fs = s3fs.S3FileSystem()
         self._bucket = bucket
 
     def read(self, key: str, start: int, length: int) -> int:
@@ -147,7 +151,8 @@ def read_ranges(client: Client, jobs: list[Job], *, streams: int) -> int:
 def read_objects(client: Client, keys: list[str], *, streams: int) -> int:
     """Read whole objects with as many threads as streams; return the bytes that came."""
     with ThreadPoolExecutor(streams) as pool:
-        return sum(pool.map(client.read_whole, keys))
+        sizes = pool.map(client.read_whole, keys)
+        return sum(sizes)
 
 
 @contextmanager
@@ -203,12 +208,14 @@ def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
     deadline_s = time.monotonic() + _START_LIMIT_S
     while time.monotonic() < deadline_s and server.poll() is None:
         try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            connection = socket.create_connection(("127.0.0.1", port), timeout=1)
+            connection.close()
             return
         except OSError:
             time.sleep(0.02)
+    exit_code = server.poll()
     raise InfrastructureError(
-        f"storage_bench: localbucket did not answer on port {port} (exit code {server.poll()})"
+        f"storage_bench: localbucket did not answer on port {port} (exit code {exit_code})"
     )
 
 
@@ -257,7 +264,9 @@ def _jpegs() -> list[bytes]:
         noise = random.normal(0, 11, pixels.shape)
         clipped = np.clip(pixels + noise, 0, 255)
         noisy = clipped.astype(np.uint8)
+        image = Image.fromarray(noisy)
         buffer = io.BytesIO()
-        Image.fromarray(noisy).save(buffer, "JPEG", quality=92)
-        jpegs.append(buffer.getvalue())
+        image.save(buffer, "JPEG", quality=92)
+        data = buffer.getvalue()
+        jpegs.append(data)
     return jpegs

@@ -137,11 +137,12 @@ class BetonWriter:
             raise DataError(
                 f"{key!r} is already in {storage.name_of(self._uri)}: keys must be unique."
             )
-        if metadata is None:
-            known = {}
-        else:
-            known = {"about": dict(sorted(metadata.items()))}
-        meta = beton.json_bytes({"key": key, **known})
+        stored_meta: dict[str, Any] = {"key": key}
+        if metadata is not None:
+            # Sorted, so that the bytes do not depend on the order in which they came.
+            in_order = sorted(metadata.items())
+            stored_meta["about"] = dict(in_order)
+        meta = beton.json_bytes(stored_meta)
         # A sample cannot cross pages, and the header has 32 bits for the size of one.
         sample_bytes = len(image) + len(meta)
         if sample_bytes > beton.MAX_PAGE_BYTES:

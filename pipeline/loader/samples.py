@@ -210,7 +210,8 @@ class SampleSource:
         }
         bad: Bad = {}
         for reason, is_bad_B in checks.items():
-            for i in np.flatnonzero(is_bad_B).tolist():
+            numbers = np.flatnonzero(is_bad_B)
+            for i in numbers.tolist():
                 bad[i] = Refused(reason)
         return bad
 
