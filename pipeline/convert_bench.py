@@ -229,14 +229,19 @@ def _ratios(turns: Turns, *, num_images: int) -> dict[str, Spread]:
     whole_rate = turns.ratio(_WEBDATASET, _OURS, "wall_s")
     rate_after_start = divide_pairs(webdataset_s, ours_s)
     copy_s = turns.values(_COPY, "wall_s")
+    whole_cpu = turns.ratio(_OURS, _WEBDATASET, "cpu_s")
+    copy_time = turns.ratio(_OURS, _COPY, "wall_s")
+    copy_time_after_start = divide_pairs(ours_s, copy_s)
+    to_pillow = divide_pairs(resize_ms, pillow_ms)
+    to_turbo = divide_pairs(resize_ms, turbo_ms)
     return {
         "pass-through / ShardWriter, images a second, whole commands": whole_rate,
         "the same, each without the time that one image takes": rate_after_start,
-        "pass-through / ShardWriter, CPU, whole commands": turns.ratio(_OURS, _WEBDATASET, "cpu_s"),
-        "pass-through / cp -r and sha256sum, time": turns.ratio(_OURS, _COPY, "wall_s"),
-        "the same without the time that one image takes, time": divide_pairs(ours_s, copy_s),
-        "resize / Pillow loop, CPU per image": divide_pairs(resize_ms, pillow_ms),
-        "resize / simplejpeg and cv2 loop, CPU per image": divide_pairs(resize_ms, turbo_ms),
+        "pass-through / ShardWriter, CPU, whole commands": whole_cpu,
+        "pass-through / cp -r and sha256sum, time": copy_time,
+        "the same without the time that one image takes, time": copy_time_after_start,
+        "resize / Pillow loop, CPU per image": to_pillow,
+        "resize / simplejpeg and cv2 loop, CPU per image": to_turbo,
         "resize, CPU-ms per image": Spread.of(resize_ms),
     }
 

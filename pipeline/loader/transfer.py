@@ -38,7 +38,11 @@ class PixelBuffers:
         try:
             buffer_BHW3, copied = self._free.popleft()
         except IndexError:
-            return torch.empty(self._shape, dtype=torch.uint8, pin_memory=self._pinned)
+            return torch.empty(
+                self._shape,
+                dtype=torch.uint8,
+                pin_memory=self._pinned,
+            )
         # The device may still be reading it; by now, several batches later, it rarely is.
         if copied is not None:
             copied.synchronize()
