@@ -92,7 +92,12 @@ def interpolate_table(table: Tensor, old_grid: Grid, new_grid: Grid) -> Tensor:
     picture = patches.reshape(1, rows, columns, -1)
     picture = picture.permute(0, 3, 1, 2)
     picture = picture.to(torch.float32)
-    picture = F.interpolate(picture, size=new_grid, mode="bicubic", align_corners=False)
+    picture = F.interpolate(
+        picture,
+        size=new_grid,
+        mode="bicubic",
+        align_corners=False,
+    )
     picture = picture.permute(0, 2, 3, 1)
     patches = picture.flatten(1, 2)
     patches = patches.to(table.dtype)
