@@ -13,7 +13,7 @@ from pipeline import storage
 from pipeline.errors import DataError
 from pipeline.formats.records import ShardFile, ShardIndex
 from pipeline.formats.table import NO_LABEL, TableBuilder
-from pipeline.formats.tar import end_mark, make_header
+from pipeline.formats.tar_writer import end_mark, make_header
 from pipeline.formats.webdataset import RESERVED_NAME, make_dali_index, split_key
 from pipeline.images.header import Probe
 from pipeline.storage.unfinished import UnfinishedFile

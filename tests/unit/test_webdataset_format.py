@@ -19,7 +19,8 @@ from pipeline import storage
 from pipeline.errors import DataError
 from pipeline.formats.records import ShardIndex
 from pipeline.formats.table import FORMATS
-from pipeline.formats.tar import TarScanner, make_header
+from pipeline.formats.tar import TarScanner
+from pipeline.formats.tar_writer import make_header
 from pipeline.formats.webdataset import split_key
 from pipeline.formats.webdataset_index import index_shard
 from pipeline.formats.webdataset_writer import WebDatasetWriter
