@@ -36,3 +36,23 @@ def test_progress_keeps_it_quiet(tmp_path: Path) -> None:
     with Watchdog(timeout_s=60.0, folder=tmp_path, rank=0) as watchdog:
         watchdog.beat()
     assert list(tmp_path.iterdir()) == []
+
+
+HANGING_REPORT = """
+import sys, threading
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from train.process import watchdog
+watchdog.REPORT_LIMIT_S = 0.2
+def report(error):
+    threading.Event().wait()
+with watchdog.Watchdog(timeout_s=0.2, folder=Path({folder!r}), rank=3, conclude=report):
+    threading.Event().wait()
+"""
+
+
+def test_a_report_that_hangs_does_not_keep_the_rank_from_ending(tmp_path: Path) -> None:
+    root = str(Path(__file__).resolve().parents[2])
+    code = HANGING_REPORT.format(root=root, folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], timeout=HANG_S, check=False)
+    assert done.returncode == 76
