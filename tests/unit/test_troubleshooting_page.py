@@ -18,7 +18,7 @@ PAGE = (REPOSITORY / "docs/troubleshooting.md").read_text()
 def texts_of_source() -> str:
     """Give every string of the program, a blank in place of what is filled in."""
     texts = []
-    for folder in ("pipeline", "train"):
+    for folder in ("pipeline", "model", "train"):
         for path in (REPOSITORY / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.JoinedStr):
