@@ -1,4 +1,4 @@
-"""Ranks that wait for each other: who died or was stopped meanwhile is named, and not waited for."""
+"""Ranks that wait for each other: who died or was stopped meanwhile is named, not waited for."""
 
 from __future__ import annotations
 
