@@ -89,7 +89,7 @@ class ListSource:
         # Only the scheme counts here: it tells how many reads may be under way.
         place = self.uri
         if not all_local:
-            place = "https://"
+            place = "https://rows"
         return read_each(place, read, len(wanted))
 
     def about(self, name: str, *, class_name: str | None) -> dict[str, Any] | None:

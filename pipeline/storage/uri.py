@@ -6,6 +6,7 @@ import os
 import pwd
 import re
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from pipeline.errors import ConfigError
 
@@ -69,9 +70,22 @@ def split_scheme(uri: str) -> tuple[str, str]:
         raise ConfigError(
             f"storage: {redact(uri)!r} names no bucket. Write {scheme}://bucket/folder."
         )
-    if scheme == "https" and not rest.partition("/")[0]:
-        raise ConfigError(f"storage: {redact(uri)!r} names no server. Write https://server/file.")
+    if scheme == "https" and not _has_server(rest):
+        raise ConfigError(
+            f"storage: {redact(uri)!r} names no server that can be asked. Write https://server/file."
+        )
     return scheme, f"{scheme}://{rest}"
+
+
+def _has_server(rest: str) -> bool:
+    """Tell whether what follows `https://` starts with a server and, if there is one, a port."""
+    server = rest.partition("/")[0]
+    try:
+        parts = urlsplit(f"https://{server}")
+        _ = parts.port  # raises if it is above 65535
+        return bool(parts.hostname)
+    except ValueError:  # a bracket that is not closed
+        return False
 
 
 def _split_without_slashes(uri: str) -> tuple[str, str]:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from pipeline import storage
 from pipeline.convert.__main__ import main
 from pipeline.dataset import unpacked as unpacked_module
 from pipeline.dataset.unpacked import unpacked
@@ -154,13 +155,18 @@ def test_verify_names_the_folders_that_it_saw(tmp_path, capsys):
 
 def test_addresses_of_rows_that_cannot_be_one_cost_only_their_row(tmp_path, capsys):
     sources(tmp_path)
-    rows = ["https:///x.jpg", "https://", "http://x/y.jpg", "s3:///x.jpg", "S3://", "flat/a.jpg"]
+    # A good remote row among them: bad ones must not stop it either.
+    storage.write_atomic("memory://rows/a.jpg", picture())
+    rows = ["https:///x.jpg", "https://", "https://[bad/x.jpg", "https://h:99999/x.jpg"]
+    rows += ["http://x/y.jpg", "s3:///x.jpg", "S3://"]
+    num_bad = len(rows)
+    rows += ["flat/a.jpg", "memory://rows/a.jpg"]
     (tmp_path / "l.csv").write_text("\n".join(["path", *rows]))
     words = [str(tmp_path / "l.csv"), str(tmp_path / "out"), "--workers", "1", "--json"]
     assert main(words) == 0
     said = json.loads(capsys.readouterr().out)
-    assert said["num_samples"] == 1
-    assert said["rejected"] == {"not a valid path or URL": len(rows) - 1}
+    assert said["num_samples"] == 2
+    assert said["rejected"] == {"not a valid path or URL": num_bad}
 
 
 def test_only_what_is_there_is_advised(tmp_path, capsys):
