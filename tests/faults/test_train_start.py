@@ -53,6 +53,19 @@ def test_a_bucket_for_checkpoints_that_is_not_there(
     assert not losses(tmp_path / "run"), "it trained what it could not have saved"
 
 
+def test_a_folder_for_checkpoints_that_cannot_be_made(
+    make_dataset: Callable[..., str], tmp_path: Path
+):
+    (tmp_path / "file").write_text("in the way")
+    where = str(tmp_path / "file" / "checkpoints")
+    settings = {**SETTINGS, "checkpoint.dir": where}
+    done = start(tmp_path, {}, data=make_dataset(), ranks=1, settings=settings)
+    check_refused(done, code=4, says=[where, "cannot be used"])
+    status = read_status(tmp_path / "run")
+    assert (status["state"], status["exit_code"]) == ("failed", 4)
+    assert not losses(tmp_path / "run"), "it trained what it could not have saved"
+
+
 def test_a_folder_in_use_and_a_checkpoint_of_another_model(
     make_dataset: Callable[..., str], tmp_path: Path
 ):
