@@ -169,6 +169,12 @@ def test_addresses_of_rows_that_cannot_be_one_cost_only_their_row(tmp_path, caps
     assert said["rejected"] == {"not a valid path or URL": num_bad}
 
 
+def test_a_value_that_is_too_long_is_not_a_quotation_mark(tmp_path, capsys):
+    (tmp_path / "l.csv").write_text(f"path,label\na.jpg,{'x' * 140_000}\n")
+    assert main([str(tmp_path / "l.csv"), str(tmp_path / "out"), "--workers", "1"]) == 3
+    assert "more than 131,072 characters" in capsys.readouterr().err
+
+
 def test_only_what_is_there_is_advised(tmp_path, capsys):
     (tmp_path / "src").mkdir()
     for number in range(4):

@@ -129,7 +129,10 @@ class DelimitedTable:
         """Yield a row unless it is blank."""
         line = start + 1
         if values is None:
-            yield TextRow(line, None, "a quotation mark is missing or stands inside a value")
+            problem = "a quotation mark is missing or stands inside a value"
+            if '"' not in self._lines[start]:
+                problem = f"a value has more than {csv.field_size_limit():,} characters"
+            yield TextRow(line, None, problem)
         elif any(value.strip() for value in values):
             fitted = _fit(values, self.columns)
             if fitted is None:
