@@ -229,12 +229,19 @@ def activation_bytes(
 
 
 def _stacks(
-    config: ModelConfig, encoder: ActivationCheckpointing, decoder: ActivationCheckpointing
+    config: ModelConfig,
+    encoder: ActivationCheckpointing,
+    decoder: ActivationCheckpointing,
 ) -> list[tuple[ActivationCheckpointing, int, int, int]]:
     """Mode, depth, tokens and width of the two stacks of blocks."""
     return [
         (encoder, config.depth, 1 + config.num_visible, config.embed_dim),
-        (decoder, config.decoder_depth, 1 + config.num_patches, config.decoder_embed_dim),
+        (
+            decoder,
+            config.decoder_depth,
+            1 + config.num_patches,
+            config.decoder_embed_dim,
+        ),
     ]
 
 

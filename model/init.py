@@ -16,7 +16,10 @@ TOKEN_STD = 0.02
 
 @torch.no_grad()
 def init_patch_projection(
-    weight: torch.Tensor, bias: torch.Tensor, *, generator: torch.Generator | None = None
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    generator: torch.Generator | None = None,
 ) -> None:
     """Fill a patch projection: the kernel as the matrix it is, the bias as a convolution's.
 
@@ -60,7 +63,9 @@ def init_layers(module: nn.Module, *, generator: torch.Generator | None = None) 
 
 
 @torch.no_grad()
-def init_token(token: torch.Tensor, *, generator: torch.Generator | None = None) -> None:
+def init_token(
+    token: torch.Tensor, *, generator: torch.Generator | None = None
+) -> None:
     """Fill a class or mask token with small normal numbers.
 
     Args:

@@ -104,5 +104,7 @@ def unshuffle(rows_BNE: Tensor, mask: PatchMask) -> Tensor:
     Returns:
         rows_BNE in the image's order.
     """
-    restored_BNE: Tensor = _Unshuffle.apply(rows_BNE, mask.ids_shuffle_BN, mask.ids_restore_BN)  # type: ignore[no-untyped-call]
+    restored_BNE: Tensor = _Unshuffle.apply(
+        rows_BNE, mask.ids_shuffle_BN, mask.ids_restore_BN
+    )  # type: ignore[no-untyped-call]
     return restored_BNE

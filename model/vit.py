@@ -309,7 +309,9 @@ class VisionTransformer(nn.Module):
         return patch_tokens_BND.mean(dim=1)
 
 
-def run_blocks(blocks: nn.ModuleList, tokens_BSD: Tensor, mode: ActivationCheckpointing) -> Tensor:
+def run_blocks(
+    blocks: nn.ModuleList, tokens_BSD: Tensor, mode: ActivationCheckpointing
+) -> Tensor:
     """Apply blocks in turn; some of them keep only their input and compute the rest again in the
     backward pass.
 

@@ -70,9 +70,13 @@ class ViewConfig(Settings):
     def _ordered(self) -> ViewConfig:
         # Equal is fine: boxes of one size.
         if self.min_area > self.max_area:
-            raise ValueError(f"min_area {self.min_area} is above max_area {self.max_area}")
+            raise ValueError(
+                f"min_area {self.min_area} is above max_area {self.max_area}"
+            )
         if self.min_aspect > self.max_aspect:
-            raise ValueError(f"min_aspect {self.min_aspect} is above max_aspect {self.max_aspect}")
+            raise ValueError(
+                f"min_aspect {self.min_aspect} is above max_aspect {self.max_aspect}"
+            )
         return self
 
 

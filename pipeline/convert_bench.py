@@ -29,7 +29,14 @@ from PIL import Image
 from pipeline.bench.command import BenchArguments, Outcome, report, run_bench
 from pipeline.bench.photos import write_crops
 from pipeline.bench.probes import run_counted
-from pipeline.bench.turns import Figures, Measure, Spread, Turns, divide_pairs, time_call
+from pipeline.bench.turns import (
+    Figures,
+    Measure,
+    Spread,
+    Turns,
+    divide_pairs,
+    time_call,
+)
 from pipeline.convert.workers import cores
 from pipeline.errors import ConfigError
 from pipeline.images.encode import shrunk_size
@@ -249,7 +256,9 @@ def _ratios(turns: Turns, *, num_images: int) -> dict[str, Spread]:
 def _run(arguments: Arguments) -> Outcome:
     fewest = min(arguments.images, arguments.copies, arguments.runs)
     if fewest < 1 or arguments.images < 2:
-        raise ConfigError("convert_bench: --copies and --runs are at least 1, --images at least 2")
+        raise ConfigError(
+            "convert_bench: --copies and --runs are at least 1, --images at least 2"
+        )
     return measure(arguments)
 
 

@@ -171,7 +171,12 @@ def contact_sheet(dataset: Manifest, *, count: int) -> list[tuple[str, U8]]:
                 small = to_rgb(opened)
             small.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
             sheet.append((caption, np.asarray(small)))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except (
+            OSError,
+            ValueError,
+            SyntaxError,
+            Image.DecompressionBombError,
+        ) as error:
             # Black, with the reason: a page of good pictures would hide what is wrong.
             black = np.zeros((_THUMBNAIL_PX, _THUMBNAIL_PX, 3), dtype=np.uint8)
             sheet.append((f"{key}\nbad: {error}"[:60], black))

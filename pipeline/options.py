@@ -59,7 +59,9 @@ def _expand_local(text: str) -> str:
 def _local_path(path: Path) -> Path:
     # Path makes `s3:/x` of `s3://x`, so the scheme is told by its colon alone.
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
-        raise ValueError("a local path was expected, not a URI: give a folder of this machine")
+        raise ValueError(
+            "a local path was expected, not a URI: give a folder of this machine"
+        )
     return Path(_expand_text(str(path)))
 
 
@@ -227,7 +229,9 @@ def check_arguments(given: A) -> A:
 
 def _adapter(hint: Any) -> TypeAdapter[Any]:
     # Neither inf nor nan is a length, a share or a size of anything.
-    return TypeAdapter(hint, config=ConfigDict(allow_inf_nan=False, arbitrary_types_allowed=True))
+    return TypeAdapter(
+        hint, config=ConfigDict(allow_inf_nan=False, arbitrary_types_allowed=True)
+    )
 
 
 def _problem(name: str, error: ValidationError) -> str:

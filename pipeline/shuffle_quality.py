@@ -51,7 +51,9 @@ class ShuffleQuality:
     repeated_company: float
 
 
-def measure(ids: I64, next_ids: I64, *, global_batch_size: int, shard_size: int) -> ShuffleQuality:
+def measure(
+    ids: I64, next_ids: I64, *, global_batch_size: int, shard_size: int
+) -> ShuffleQuality:
     """Measure an epoch's order and its likeness to the next one's.
 
     Args:
@@ -89,7 +91,9 @@ def measure(ids: I64, next_ids: I64, *, global_batch_size: int, shard_size: int)
     )
 
 
-def _repeated_company(ids: I64, next_ids: I64, *, global_batch_size: int, shard_size: int) -> float:
+def _repeated_company(
+    ids: I64, next_ids: I64, *, global_batch_size: int, shard_size: int
+) -> float:
     """Chance that two samples of one shard and one batch share a batch again, over that chance in a
     full shuffle."""
     shards = ids // shard_size
@@ -164,7 +168,9 @@ def _rows(arguments: Arguments) -> list[dict[str, Any]]:
 
     # Drawn like a window over everything, so that it is as random as the orders beside it.
     def full_shuffle(epoch: int) -> I64:
-        return permutation(count, seed=arguments.seed, purpose=Purpose.WINDOW, epoch=epoch)
+        return permutation(
+            count, seed=arguments.seed, purpose=Purpose.WINDOW, epoch=epoch
+        )
 
     def ordered(config: OrderConfig, epoch: int) -> I64:
         order = EpochOrder(sizes_S, config=config, seed=arguments.seed, epoch=epoch)

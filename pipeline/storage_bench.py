@@ -156,7 +156,9 @@ class _FirstBatch:
     """The samples of a first batch, by their ranges: our reader with a cold cache next to the
     plain clients."""
 
-    def __init__(self, dataset: Manifest, arguments: Arguments, throughput: _Throughput) -> None:
+    def __init__(
+        self, dataset: Manifest, arguments: Arguments, throughput: _Throughput
+    ) -> None:
         self._uri = dataset.uri
         self._arguments = arguments
         self._throughput = throughput
@@ -279,7 +281,9 @@ def _resume(folder: Path, epoch: int, share_of_epoch: float) -> None:
 
 
 def _first_share(dataset: Manifest, count: int) -> Any:
-    order = Order(dataset.shard_sizes, config=OrderConfig(), seed=0, global_batch_size=count)
+    order = Order(
+        dataset.shard_sizes, config=OrderConfig(), seed=0, global_batch_size=count
+    )
     return order.rank_batch(Cursor()).sample_ids_B
 
 
@@ -295,7 +299,9 @@ def _bucket_and_prefix(uri: str) -> tuple[str, str]:
 def _data(arguments: Arguments) -> Iterator[tuple[str, Path]]:
     """Give the dataset's URI and the same shards on local disk."""
     with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="maelstrom-bench-"))
+        folder = stack.enter_context(
+            tempfile.TemporaryDirectory(prefix="maelstrom-bench-")
+        )
         root = Path(folder)
         local = root / "buckets" / "bench" / "data"
         if arguments.uri:
@@ -306,9 +312,13 @@ def _data(arguments: Arguments) -> Iterator[tuple[str, Path]]:
                 (local / file.name).write_bytes(content)
             yield arguments.uri, local
             return
-        say(f"storage_bench: making {arguments.num_shards} shards of {arguments.shard_mb:g} MB")
+        say(
+            f"storage_bench: making {arguments.num_shards} shards of {arguments.shard_mb:g} MB"
+        )
         shard_bytes = int(arguments.shard_mb * 1e6)
-        write_bench_dataset(local, num_shards=arguments.num_shards, shard_bytes=shard_bytes)
+        write_bench_dataset(
+            local, num_shards=arguments.num_shards, shard_bytes=shard_bytes
+        )
         stack.enter_context(loopback_store(root / "buckets"))
         yield "s3://bench/data", local
 
@@ -328,7 +338,9 @@ def measure(arguments: Arguments) -> Outcome:
         second_epoch = _SecondEpoch(dataset, local_dataset, cache, arguments)
         imagenet = Path(folder) / "imagenet"
         num_shards, samples_per_shard = _IMAGENET
-        generate_manifest(imagenet, num_shards=num_shards, samples_per_shard=samples_per_shard)
+        generate_manifest(
+            imagenet, num_shards=num_shards, samples_per_shard=samples_per_shard
+        )
         for _ in turns.rounds():
             first_batch.take(turns)
             throughput.take(turns)

@@ -136,7 +136,9 @@ def _verify_dataset(manifest: Manifest, *, full: bool, is_whole: bool) -> Verify
     return result
 
 
-def _find_unlisted(manifest: Manifest, present: dict[str, int], result: VerifyResult) -> None:
+def _find_unlisted(
+    manifest: Manifest, present: dict[str, int], result: VerifyResult
+) -> None:
     """Report shards in the folder that dataset.json does not list; empty archives are no loss."""
     listed = set(manifest.info.shards.columns["name"])
     for name in sorted(present):
@@ -229,7 +231,9 @@ def _verify_foreign(found: ShardFiles, *, full: bool) -> VerifyResult:
             problems = list(find_undecodable(file.uri, file.name, shard))
         else:
             # What the scan has seen of the headers.
-            problems = [Problem(file.name, key, str(refused)) for key, refused in shard.bad]
+            problems = [
+                Problem(file.name, key, str(refused)) for key, refused in shard.bad
+            ]
         result.problems.extend(problems)
     if found.files and not result.num_shards:
         all_empty = Problem("", "", "all archives are empty")

@@ -34,7 +34,12 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PHOTO_FILES = (
     *(
         f"skimage/data/{name}"
-        for name in ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png")
+        for name in (
+            "astronaut.png",
+            "chelsea.png",
+            "coffee.png",
+            "motorcycle_left.png",
+        )
     ),
     *(
         f"skimage/data/{name}"
@@ -67,10 +72,14 @@ if sys.dont_write_bytecode:
 # round it writes past the end. Every session generates its own; xdist's workers share one folder.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")
-    atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
+    atexit.register(
+        shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True
+    )
 
 os.environ.setdefault("MPLBACKEND", "Agg")
-settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "local", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.register_profile(
     "ci", parent=settings.get_profile("local"), derandomize=True, print_blob=True
 )
@@ -155,7 +164,11 @@ def make_class_folder(
     from PIL import Image
 
     def make(
-        *, num_classes: int = 4, per_class: int = 8, size_px: int = 64, root: Path | None = None
+        *,
+        num_classes: int = 4,
+        per_class: int = 8,
+        size_px: int = 64,
+        root: Path | None = None,
     ) -> Path:
         root = root or tmp_path_factory.mktemp("classes")
         for stem, path in list(photo_paths.items())[:num_classes]:
@@ -169,7 +182,9 @@ def make_class_folder(
                 left = (index % per_row) * (size_px + size_px // 2)
                 top = (index // per_row) * size_px
                 if top + size_px > image.height:
-                    raise ValueError(f"{stem} holds no {per_class} disjoint crops of {size_px} px")
+                    raise ValueError(
+                        f"{stem} holds no {per_class} disjoint crops of {size_px} px"
+                    )
                 crop = image.crop((left, top, left + width, top + size_px))
                 (folder / f"{index:03d}.jpg").write_bytes(encode_jpeg(crop))
         return root
@@ -233,7 +248,9 @@ def s3_server() -> Iterator[S3Server]:
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         for name in ("NO_PROXY", "no_proxy"):
             patch.setenv(name, "127.0.0.1,localhost")
-        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        server = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )
         _session_pids.add(server.pid)
         try:
             _wait_until_answers(url, server=server, log=log)
@@ -278,7 +295,9 @@ def _wait_until_answers(
 
     try:
         wait_until(
-            answers, what=f"an answer on {url}", still_possible=lambda: server.poll() is None
+            answers,
+            what=f"an answer on {url}",
+            still_possible=lambda: server.poll() is None,
         )
     except AssertionError as error:
         log.seek(0)
@@ -318,14 +337,17 @@ def no_process_left_behind() -> Iterator[None]:
     if not left:
         return
     _, alive = psutil.wait_procs(left, timeout=CHILD_EXIT_LIMIT_S)
-    descriptions = [f"{child.pid}: {_command_line(child)}" for child in alive if _is_running(child)]
+    descriptions = [
+        f"{child.pid}: {_command_line(child)}" for child in alive if _is_running(child)
+    ]
     for child in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
     psutil.wait_procs(alive, timeout=CHILD_EXIT_LIMIT_S)
     if descriptions:
         pytest.fail(
-            "processes left behind (now killed):\n" + "\n".join(descriptions), pytrace=False
+            "processes left behind (now killed):\n" + "\n".join(descriptions),
+            pytrace=False,
         )
 
 
@@ -391,8 +413,13 @@ def crops(photo_paths: dict[str, Path]) -> list[bytes]:
         for part in range(4):
             index = number * 4 + part
             width, height = 60 + index * 37 % 72, 60 + index * 53 % 72
-            left, top = part * 137 % (image.width - width), part * 89 % (image.height - height)
-            found.append(encode_jpeg(image.crop((left, top, left + width, top + height))))
+            left, top = (
+                part * 137 % (image.width - width),
+                part * 89 % (image.height - height),
+            )
+            found.append(
+                encode_jpeg(image.crop((left, top, left + width, top + height)))
+            )
     return found
 
 
@@ -418,11 +445,15 @@ def make_dataset(crops: list[bytes], tmp_path: Path) -> Callable[..., str]:
         folder = uri or str(tmp_path / "dataset")
         shards, sample_id = [], 0
         for number, size in enumerate(shard_sizes):
-            with WebDatasetWriter(storage.join(folder, f"train-{number:06d}.tar")) as writer:
+            with WebDatasetWriter(
+                storage.join(folder, f"train-{number:06d}.tar")
+            ) as writer:
                 for _ in range(size):
                     image = crops[sample_id % len(crops)]
                     stored = (replace or {}).get(sample_id, image)
-                    writer.add(f"{sample_id:06d}", stored, probe(image), label=sample_id % 15)
+                    writer.add(
+                        f"{sample_id:06d}", stored, probe(image), label=sample_id % 15
+                    )
                     sample_id += 1
                 shards.append(writer.close())
         write_dataset(folder, shards=shards, name="crops", container="webdataset")

@@ -89,7 +89,9 @@ def serve(path: str) -> Request:
     sys.exit(0)
 
 
-def _fork(connection: socket.socket, selector: selectors.BaseSelector) -> Request | None:
+def _fork(
+    connection: socket.socket, selector: selectors.BaseSelector
+) -> Request | None:
     """Fork for the request on a connection; None in the server."""
     text, ancillary, _, _ = connection.recvmsg(REQUEST_BYTES, socket.CMSG_LEN(2 * 4))
     descriptors = array.array("i")
@@ -102,7 +104,9 @@ def _fork(connection: socket.socket, selector: selectors.BaseSelector) -> Reques
             os.close(descriptor)
         connection.send(f"{child}\n".encode())
         # Readable once the child has ended.
-        selector.register(os.pidfd_open(child), selectors.EVENT_READ, (child, connection))
+        selector.register(
+            os.pidfd_open(child), selectors.EVENT_READ, (child, connection)
+        )
         return None
     for key in list(selector.get_map().values()):
         if isinstance(key.fileobj, int):

@@ -52,7 +52,9 @@ def find_free_port() -> int:
 def environment() -> dict[str, str]:
     """Give this process's environment for programs on the CPU, without what a launcher left in
     it."""
-    env = {name: value for name, value in os.environ.items() if name not in LAUNCHER_NAMES}
+    env = {
+        name: value for name, value in os.environ.items() if name not in LAUNCHER_NAMES
+    }
     return env | {
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
@@ -79,10 +81,14 @@ def run(
     """
     with start(words, ranks=ranks, env=env) as started:
         code = started.wait()
-        return subprocess.CompletedProcess(list(words), code, started.stdout, started.stderr)
+        return subprocess.CompletedProcess(
+            list(words), code, started.stdout, started.stderr
+        )
 
 
-def start(words: Sequence[str], *, ranks: int = 1, env: Mapping[str, str] | None = None) -> Started:
+def start(
+    words: Sequence[str], *, ranks: int = 1, env: Mapping[str, str] | None = None
+) -> Started:
     """Start a program as `run` does, and give its processes."""
     env = environment() if env is None else env
     if ranks == 1:

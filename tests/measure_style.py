@@ -119,7 +119,11 @@ def long_functions(text: str, *, limit: int) -> Iterator[tuple[str, int]]:
 
 def _text_of(node: ast.AST) -> str:
     """Return a string constant; empty for any other node."""
-    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+    return (
+        node.value
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        else ""
+    )
 
 
 def _lines_of(node: ast.stmt) -> range:
@@ -128,8 +132,18 @@ def _lines_of(node: ast.stmt) -> range:
 
 def tracked(*patterns: str) -> list[Path]:
     """List files of the repository that git knows, or would add."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *patterns]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    command = [
+        "git",
+        "ls-files",
+        "--cached",
+        "--others",
+        "--exclude-standard",
+        "--",
+        *patterns,
+    ]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
     paths = [REPOSITORY / name for name in done.stdout.splitlines()]
     return sorted({path for path in paths if path.is_file()})
 
@@ -142,7 +156,9 @@ def sources() -> list[Path]:
 def pages() -> list[Path]:
     """List the pages: README, CHANGELOG, CONTRIBUTING and docs, without the benchmarks."""
     found = tracked("*.md")
-    return [path for path in found if "benchmarks" not in path.relative_to(REPOSITORY).parts]
+    return [
+        path for path in found if "benchmarks" not in path.relative_to(REPOSITORY).parts
+    ]
 
 
 def total(paths: Iterable[Path]) -> Style:
@@ -169,15 +185,21 @@ def main(arguments: list[str]) -> int:
     if arguments:
         chosen = [path for path in tracked(*arguments) if path.suffix in (".py", ".md")]
         for path in chosen:
-            sys.stdout.write(_line(str(path.relative_to(REPOSITORY)), total([path])) + "\n")
+            sys.stdout.write(
+                _line(str(path.relative_to(REPOSITORY)), total([path])) + "\n"
+            )
         return 0
     sys.stdout.write(_line("source", total(sources())) + "\n")
     for folder in sorted({path.parent for path in sources()}):
         inside = [path for path in sources() if path.parent == folder]
-        sys.stdout.write(_line(f"  {folder.relative_to(REPOSITORY)}", total(inside)) + "\n")
+        sys.stdout.write(
+            _line(f"  {folder.relative_to(REPOSITORY)}", total(inside)) + "\n"
+        )
     sys.stdout.write(_line("pages", total(pages())) + "\n")
     for path in pages():
-        sys.stdout.write(_line(f"  {path.relative_to(REPOSITORY)}", total([path])) + "\n")
+        sys.stdout.write(
+            _line(f"  {path.relative_to(REPOSITORY)}", total([path])) + "\n"
+        )
     return 0
 
 

@@ -72,20 +72,27 @@ def lossless_jpeg(pixels: np.ndarray, *, bits: int = 8) -> bytes:
     scan = b"\x01\x01\0\x01\0\0"
     segments = ((0xC3, frame), (0xC4, tables), (START_OF_SCAN, scan))
     head = b"".join(
-        bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body for marker, body in segments
+        bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body
+        for marker, body in segments
     )
     return b"\xff\xd8" + head + coded + b"\xff\xd9"
 
 
-def big_tiff(image: Image.Image, *, order: str = "<", num_strips: int = 1, pages: int = 1) -> bytes:
+def big_tiff(
+    image: Image.Image, *, order: str = "<", num_strips: int = 1, pages: int = 1
+) -> bytes:
     """Encode an image without compression as BigTIFF."""
     channels = len(image.getbands())
     photometric = {"RGB": 2, "RGBA": 2, "CMYK": 5}.get(image.mode, 1)
     pixels = image.tobytes()
     rows = -(-image.height // num_strips)
     strip_bytes = rows * image.width * channels
-    strips = [pixels[at : at + strip_bytes] for at in range(0, len(pixels), strip_bytes)]
-    out = bytearray((b"II" if order == "<" else b"MM") + struct.pack(order + "HHHQ", 43, 8, 0, 16))
+    strips = [
+        pixels[at : at + strip_bytes] for at in range(0, len(pixels), strip_bytes)
+    ]
+    out = bytearray(
+        (b"II" if order == "<" else b"MM") + struct.pack(order + "HHHQ", 43, 8, 0, 16)
+    )
     for page in range(pages):
         start = len(out)
         count = 10 if channels != 4 or image.mode == "CMYK" else 11
@@ -100,7 +107,9 @@ def big_tiff(image: Image.Image, *, order: str = "<", num_strips: int = 1, pages
                 place = behind + len(extra)
                 extra += body
                 body = struct.pack(order + "Q", place)
-            return struct.pack(order + "HHQ", tag, code, len(values)) + body.ljust(8, b"\0")
+            return struct.pack(order + "HHQ", tag, code, len(values)) + body.ljust(
+                8, b"\0"
+            )
 
         # Filled in twice: where the strips lie follows from how long what precedes them is.
         offsets = [0] * len(strips)
@@ -154,7 +163,22 @@ def bitmap(
     else:
         height = -image.height if top_down else image.height
         header = struct.pack(
-            "<IiiHHIIiiII", header_bytes, image.width, height, 1, bits, 0, len(pixels), 0, 0, 0, 0
+            "<IiiHHIIiiII",
+            header_bytes,
+            image.width,
+            height,
+            1,
+            bits,
+            0,
+            len(pixels),
+            0,
+            0,
+            0,
+            0,
         ).ljust(header_bytes, b"\0")
     start = 14 + len(header)
-    return struct.pack("<2sIHHI", b"BM", start + len(pixels), 0, 0, start) + header + pixels
+    return (
+        struct.pack("<2sIHHI", b"BM", start + len(pixels), 0, 0, start)
+        + header
+        + pixels
+    )

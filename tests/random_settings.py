@@ -12,7 +12,21 @@ from pydantic import BaseModel
 from train.config import RunConfig
 
 INTEGERS = ["-1", "0", "1", "2", "3", "4", "7", "8", "16", "64", "1.5", "9" * 30]
-FLOATS = ["-1", "0", "1e-9", "1e-3", "0.1", "0.5", "0.75", "1", "1.5", "3", "nan", "inf", "1e400"]
+FLOATS = [
+    "-1",
+    "0",
+    "1e-9",
+    "1e-3",
+    "0.1",
+    "0.5",
+    "0.75",
+    "1",
+    "1.5",
+    "3",
+    "nan",
+    "inf",
+    "1e400",
+]
 TEXTS = ["", "x", "🙂", "a b"]
 SIZES = ["16", "32", "48", "16x48", "48,32", "31", "0", "64x64x64", "x"]
 FIXED = {"run.dir", "data.train", "data.val", "checkpoint.dir"}
@@ -50,7 +64,9 @@ def words_for(kind: Any) -> list[str]:
 
 
 @st.composite
-def some_settings(draw: st.DrawFn, *, without: frozenset[str] = frozenset()) -> dict[str, str]:
+def some_settings(
+    draw: st.DrawFn, *, without: frozenset[str] = frozenset()
+) -> dict[str, str]:
     """Draw one to four settings with a word for each."""
     known = list_settings()
     names = sorted(known.keys() - without)

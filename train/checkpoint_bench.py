@@ -175,19 +175,27 @@ def _run(arguments: Arguments) -> Outcome:
     unknown = sorted(set(arguments.model) - set(SIZES))
     if unknown:
         known = ", ".join(SIZES)
-        raise ConfigError(f"checkpoint_bench: --model {unknown[0]}: choose from {known}")
+        raise ConfigError(
+            f"checkpoint_bench: --model {unknown[0]}: choose from {known}"
+        )
     if min(arguments.saves, arguments.images) < 1:
         raise ConfigError("checkpoint_bench: --saves and --images are at least 1")
     rows = []
     # In the working folder, because /tmp is often memory, which is faster than any disk.
-    with tempfile.TemporaryDirectory(prefix="maelstrom-bench-", dir=os.curdir) as folder:
+    with tempfile.TemporaryDirectory(
+        prefix="maelstrom-bench-", dir=os.curdir
+    ) as folder:
         for name in arguments.model:
             for uri in arguments.uri or (folder,):
                 target = storage.join(uri, f"checkpoint-bench-{name}")
                 for mode in get_args(Mode):
                     say(f"checkpoint_bench: {name}, {mode}, to {target}")
                     row = measure(
-                        name, target, mode, saves=arguments.saves, images=arguments.images
+                        name,
+                        target,
+                        mode,
+                        saves=arguments.saves,
+                        images=arguments.images,
                     )
                     rows.append(row)
     return report(rows)

@@ -138,7 +138,9 @@ class OptimSection(Settings):
     def _one_warmup(self) -> OptimSection:
         # As for the run's length.
         if (self.warmup_steps is None) == (self.warmup_epochs is None):
-            raise ValueError("give exactly one of optim.warmup_epochs and optim.warmup_steps")
+            raise ValueError(
+                "give exactly one of optim.warmup_epochs and optim.warmup_steps"
+            )
         return self
 
 
@@ -250,7 +252,9 @@ class ResumeSection(Settings):
     @classmethod
     def _join(cls, value: Any) -> Any:
         # A list is the natural form in a TOML file.
-        if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
+        if isinstance(value, list | tuple) and all(
+            isinstance(name, str) for name in value
+        ):
             return ",".join(value)
         return value
 

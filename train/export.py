@@ -132,7 +132,13 @@ def _convert(
 ) -> tuple[Mapping[str, Tensor], dict[str, Any] | None]:
     """Give the weights under the other library's names, and its settings if it has a file for
     them."""
-    from model.exchange.weights import WeightsError, to_detectron2, to_hf, to_mae, to_timm
+    from model.exchange.weights import (
+        WeightsError,
+        to_detectron2,
+        to_hf,
+        to_mae,
+        to_timm,
+    )
 
     state = saved.model.state_dict()
     config = saved.config.model
@@ -156,7 +162,9 @@ def _check_patch_size(patch_size: int | None, config: ModelConfig) -> None:
         return
     smaller = min(sides)
     fitting = [
-        str(size) for size in range(4, smaller + 1) if not any(side % size for side in sides)
+        str(size)
+        for size in range(4, smaller + 1)
+        if not any(side % size for side in sides)
     ]
     raise ConfigError(
         f"--patch-size {patch_size} does not divide the model's images of {sides[0]} x {sides[1]} "
@@ -200,10 +208,13 @@ def _write_weights(
 
     from model.objectives.mae import is_decoder_name
 
-    assert not (facts["part"] == "encoder" and any(is_decoder_name(name) for name in weights))
+    assert not (
+        facts["part"] == "encoder" and any(is_decoder_name(name) for name in weights)
+    )
     # Contiguous copies: views of one tensor (query, key, value) may not share a file's memory.
     tensors = {
-        name: value.detach().float().cpu().clone().contiguous() for name, value in weights.items()
+        name: value.detach().float().cpu().clone().contiguous()
+        for name, value in weights.items()
     }
     path = out / f"{stem}.{file_type}"
     # Not storage.write_atomic: these libraries write to a path, and a large model's bytes would be

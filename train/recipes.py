@@ -26,7 +26,11 @@ def _imagenet(size: str, *, micro_batch_size: int) -> Recipe:
     """
     return {
         "model": {**SIZES[size].model_dump(), "norm_pix_loss": True},
-        "train": {"epochs": 800, "global_batch_size": 4096, "micro_batch_size": micro_batch_size},
+        "train": {
+            "epochs": 800,
+            "global_batch_size": 4096,
+            "micro_batch_size": micro_batch_size,
+        },
         "optim": {
             "base_lr": 1.5e-4,
             "min_lr": 0.0,
@@ -56,7 +60,12 @@ def _demo() -> Recipe:
         "order": {"lanes": 8, "window": 0},
         "loader": {"decoder": "dali", "num_threads": 1, "prefetch_batches": 4},
         "train": {"steps": 800, "global_batch_size": 64, "micro_batch_size": 32},
-        "optim": {"base_lr": 8e-3, "warmup_steps": 80, "warmup_epochs": None, "grad_clip": 1.0},
+        "optim": {
+            "base_lr": 8e-3,
+            "warmup_steps": 80,
+            "warmup_epochs": None,
+            "grad_clip": 1.0,
+        },
         "engine": {
             "zero_stage": 1,
             "precision": "autocast",

@@ -74,7 +74,9 @@ def _run(arguments: Arguments) -> int:
             }
         )
     else:
-        say_result(f"{arguments.out}: step {saved.step}, mean masked loss {drawn.loss:.4f}\n")
+        say_result(
+            f"{arguments.out}: step {saved.step}, mean masked loss {drawn.loss:.4f}\n"
+        )
     return 0
 
 

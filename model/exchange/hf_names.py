@@ -34,7 +34,10 @@ _HF_FIXED = {
 }
 _HF_STACKS = {
     "blocks": {"v5": "vit.layers", "legacy": "vit.encoder.layer"},
-    "decoder_blocks": {"v5": "decoder.decoder_layers", "legacy": "decoder.decoder_layers"},
+    "decoder_blocks": {
+        "v5": "decoder.decoder_layers",
+        "legacy": "decoder.decoder_layers",
+    },
 }
 _HF_BLOCK = {
     "v5": {
@@ -54,7 +57,11 @@ _HF_BLOCK = {
 }
 _HF_QKV = {
     "v5": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
-    "legacy": ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
+    "legacy": (
+        "attention.attention.query",
+        "attention.attention.key",
+        "attention.attention.value",
+    ),
 }
 
 

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.exchange.hf_names import HFNames, State, Tensors, hf_config, rename_from_hf, rename_to_hf
+from model.exchange.hf_names import (
+    HFNames,
+    State,
+    Tensors,
+    hf_config,
+    rename_from_hf,
+    rename_to_hf,
+)
 from model.exchange.resample import resample_kernel
 from model.objectives.mae import MaskedAutoencoder, is_decoder_name
 from model.pos_embed import Grid, interpolate_table, sincos_table
@@ -64,7 +71,9 @@ def expected_shapes(config: ModelConfig, part: Part = "full") -> dict[str, Shape
     return shapes
 
 
-def check_weights(state: Tensors, expected: Mapping[str, Shape], *, source: str) -> None:
+def check_weights(
+    state: Tensors, expected: Mapping[str, Shape], *, source: str
+) -> None:
     """Refuse weights whose names or shapes are not exactly those expected.
 
     Args:
@@ -106,7 +115,9 @@ def check_weights(state: Tensors, expected: Mapping[str, Shape], *, source: str)
     )
 
 
-def to_mae(state: Tensors, config: ModelConfig, *, part: Part = "full") -> dict[str, State]:
+def to_mae(
+    state: Tensors, config: ModelConfig, *, part: Part = "full"
+) -> dict[str, State]:
     """Give weights the form of the published MAE checkpoints.
 
     Args:
@@ -221,7 +232,9 @@ def to_hf(
         )
         return weights, settings
     settings["architectures"] = ["ViTMAEModel"]
-    return {name: value for name, value in weights.items() if name.startswith("vit.")}, settings
+    return {
+        name: value for name, value in weights.items() if name.startswith("vit.")
+    }, settings
 
 
 def from_published(state: Mapping[str, Any]) -> State:
@@ -256,7 +269,9 @@ def from_published(state: Mapping[str, Any]) -> State:
         if others:
             first_others = ", ".join(others[:8])
             problem = f"no tensor under: {first_others}"
-        raise WeightsError(f"expected a dictionary of tensors, or one under {wrappers}; {problem}")
+        raise WeightsError(
+            f"expected a dictionary of tensors, or one under {wrappers}; {problem}"
+        )
     plain = {}
     for name, value in state.items():
         plain[_PREFIX.sub("", name)] = value

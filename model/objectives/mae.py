@@ -148,7 +148,9 @@ class MaskedAutoencoder(VisionTransformer):
         mask = mask_patches(noise_BN, self.num_visible)
         tokens_BSD = self.encode(patches_BNP, mask.ids_keep_BV)
         prediction_BNP = self.decode(tokens_BSD, mask)
-        target_BNP = reconstruction_target(patches_BNP, norm_pix_loss=self.config.norm_pix_loss)
+        target_BNP = reconstruction_target(
+            patches_BNP, norm_pix_loss=self.config.norm_pix_loss
+        )
         loss = masked_loss(prediction_BNP, target_BNP, mask.mask_BN)
         return MAEOutput(loss, prediction_BNP, mask.mask_BN)
 
@@ -180,7 +182,9 @@ class MaskedAutoencoder(VisionTransformer):
         cls_B1E = tokens_BSE[:, :1]
         tokens_BSE = torch.cat([cls_B1E, patches_BNE], dim=1)
         tokens_BSE = tokens_BSE + self.decoder_pos_embed
-        tokens_BSE = run_blocks(self.decoder_blocks, tokens_BSE, self.decoder_checkpointing)
+        tokens_BSE = run_blocks(
+            self.decoder_blocks, tokens_BSE, self.decoder_checkpointing
+        )
         # The class token is dropped before the head: nothing is predicted from it.
         tokens_BNE = tokens_BSE[:, 1:]
         normed_BNE = self.decoder_norm(tokens_BNE)
@@ -194,7 +198,9 @@ class MaskedAutoencoder(VisionTransformer):
             Tensors by name; they share memory with the model.
         """
         state = self.state_dict()
-        return {name: value for name, value in state.items() if not is_decoder_name(name)}
+        return {
+            name: value for name, value in state.items() if not is_decoder_name(name)
+        }
 
     def reconstruct(self, images_BCHW: Tensor, output: MAEOutput) -> Reconstruction:
         """Turn a prediction into pictures; see `reconstruct`.
@@ -236,7 +242,9 @@ def patch_statistics(patches_BNP: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         mean_BN1 and std_BN1; the variance is the unbiased one, with `VARIANCE_EPS` added.
     """
-    variance_BN1, mean_BN1 = torch.var_mean(patches_BNP, dim=-1, keepdim=True, correction=1)
+    variance_BN1, mean_BN1 = torch.var_mean(
+        patches_BNP, dim=-1, keepdim=True, correction=1
+    )
     return mean_BN1, (variance_BN1 + VARIANCE_EPS).sqrt()
 
 

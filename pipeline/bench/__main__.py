@@ -260,7 +260,9 @@ def _tune(arguments: Arguments) -> Outcome:
     best = ways[ranked[0]]
     comment = how + "\n".join(lines)
     write_tuning(arguments.tuning_file, best, device=device, comment=comment)
-    lines.append(f"bench: wrote {arguments.tuning_file}; use it with --loader.tuning-file")
+    lines.append(
+        f"bench: wrote {arguments.tuning_file}; use it with --loader.tuning-file"
+    )
     tried = []
     for name in ranked:
         rates_of_rounds = turns.values(name, "images_per_s")
@@ -284,7 +286,11 @@ def _compare_with_peers(arguments: Arguments) -> Outcome:
     make_sources(folder)
     num_threads = arguments.num_threads or len(os.sched_getaffinity(0))
     device = _device(arguments).type
-    about = {**machine(), "num_threads": num_threads, "batch_size": arguments.batch_size}
+    about = {
+        **machine(),
+        "num_threads": num_threads,
+        "batch_size": arguments.batch_size,
+    }
     subjects: Sequence[Subject] = SUBJECTS
     if device == "cuda":
         subjects = GPU_SUBJECTS
@@ -308,7 +314,9 @@ def _run(arguments: Arguments) -> Outcome:
     has_dataset = bool(arguments.uri)
     does_both = arguments.peers and arguments.tune
     if has_dataset == arguments.peers or does_both:
-        raise ConfigError("bench: give either a dataset's URI, with or without --tune, or --peers.")
+        raise ConfigError(
+            "bench: give either a dataset's URI, with or without --tune, or --peers."
+        )
     counts = (arguments.batch_size, arguments.repeats)
     seconds_fit = arguments.seconds is None or arguments.seconds > 0
     if not seconds_fit or min(counts) < 1 or arguments.num_threads < 0:

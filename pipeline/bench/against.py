@@ -99,7 +99,9 @@ class Checkouts:
             }
             rows.append(row)
         if not rows:
-            raise ConfigError("--against: no figure is in the results of both checkouts")
+            raise ConfigError(
+                "--against: no figure is in the results of both checkouts"
+            )
         return rows
 
     def facts(self, rows: Sequence[Row]) -> dict[str, Any]:
@@ -194,5 +196,7 @@ def _figures(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
             for index, inner in enumerate(value):
                 inner_path = f"{path}.{index}"
                 yield from _figures(inner, inner_path.strip("."))
-    elif isinstance(value, (int, float)) and name.endswith(_HIGHER_IS_BETTER + _LOWER_IS_BETTER):
+    elif isinstance(value, (int, float)) and name.endswith(
+        _HIGHER_IS_BETTER + _LOWER_IS_BETTER
+    ):
         yield path, float(value)

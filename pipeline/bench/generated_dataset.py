@@ -14,7 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.dataset.info import DATASET_FILE, DatasetInfo, ManifestFile, Shards, fingerprint_of
+from pipeline.dataset.info import (
+    DATASET_FILE,
+    DatasetInfo,
+    ManifestFile,
+    Shards,
+    fingerprint_of,
+)
 from pipeline.dataset.writer import SHARDS_PER_FILE, write_dataset
 from pipeline.formats.records import ShardFile, ShardIndex
 from pipeline.formats.table import ShardTable, TableBuilder
@@ -23,7 +29,9 @@ _IMAGE_BYTES = 110_000
 """Mean size of an ImageNet-1k training image."""
 
 
-def generate_manifest(folder: Path, *, num_shards: int, samples_per_shard: int) -> DatasetInfo:
+def generate_manifest(
+    folder: Path, *, num_shards: int, samples_per_shard: int
+) -> DatasetInfo:
     """Write `dataset.json` and manifest files of a dataset whose shards do not exist.
 
     Args:
@@ -45,7 +53,9 @@ def generate_manifest(folder: Path, *, num_shards: int, samples_per_shard: int) 
         for s in range(count):
             file = ShardFile(f"{s}", len(table), 1, "", content_hash)
             shards.append(ShardIndex(file, table))
-        info = write_dataset(str(part), shards=shards, name="generated", container="webdataset")
+        info = write_dataset(
+            str(part), shards=shards, name="generated", container="webdataset"
+        )
         source = part / info.manifest[0].name
         size_bytes = source.stat().st_size
         for _ in range(times):

@@ -60,7 +60,11 @@ class PeerRow:
 
 
 def measure_peers(
-    setup: Setup, *, repeats: int = 5, seconds: float = 2.0, subjects: Sequence[Subject] = SUBJECTS
+    setup: Setup,
+    *,
+    repeats: int = 5,
+    seconds: float = 2.0,
+    subjects: Sequence[Subject] = SUBJECTS,
 ) -> list[PeerRow]:
     """Measure subjects in turns.
 

@@ -36,8 +36,12 @@ VARIANTS: dict[str, ConvertSettings] = {
     "originals": ConvertSettings(samples_per_shard=_SAMPLES_PER_SHARD),
     "tar-320": ConvertSettings(samples_per_shard=_SAMPLES_PER_SHARD, resize=320),
     "tar-256": ConvertSettings(samples_per_shard=_SAMPLES_PER_SHARD, resize=256),
-    "beton-512": ConvertSettings(format="ffcv", shard_size_bytes=2**40, max_resolution=512),
-    "beton-256": ConvertSettings(format="ffcv", shard_size_bytes=2**40, max_resolution=256),
+    "beton-512": ConvertSettings(
+        format="ffcv", shard_size_bytes=2**40, max_resolution=512
+    ),
+    "beton-256": ConvertSettings(
+        format="ffcv", shard_size_bytes=2**40, max_resolution=256
+    ),
     "beton-256-raw": ConvertSettings(
         format="ffcv", shard_size_bytes=2**40, max_resolution=256, write_mode="raw"
     ),

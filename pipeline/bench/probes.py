@@ -68,7 +68,9 @@ def peak_rss_bytes() -> int:
             # In kB, which the kernel counts as 1,024 bytes.
             kib, *_ = value.split()
             return int(kib) * 1024
-    raise InfrastructureError("/proc/self/status has no line VmHWM: the peak of memory is unknown")
+    raise InfrastructureError(
+        "/proc/self/status has no line VmHWM: the peak of memory is unknown"
+    )
 
 
 # ------------------------------------------------------------------------- another command
@@ -139,7 +141,9 @@ def _wait_for_orphans(before: Collection[int]) -> Iterator[Any]:
         before: children of this process that are none of the command's.
     """
     # One that ends may leave children of its own, so that they are looked for again.
-    while orphans := [c.pid for c in psutil.Process().children() if c.pid not in before]:
+    while orphans := [
+        c.pid for c in psutil.Process().children() if c.pid not in before
+    ]:
         for pid in orphans:
             _, _, used = os.wait4(pid, 0)
             yield used
@@ -193,6 +197,8 @@ def commit_of(folder: Path) -> str:
     """Return the commit of a checkout, with `-dirty` if it was changed; empty without git."""
     command = ["git", "describe", "--always", "--dirty"]
     with suppress(OSError):
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, check=False
+        )
         return done.stdout.strip()
     return ""

@@ -59,7 +59,10 @@ BARS = (
         1.10,
     ),
     Bar(
-        "turbo / bare loop", (_TURBO, "originals", "area"), ("bare loop", "originals", "area"), 1.10
+        "turbo / bare loop",
+        (_TURBO, "originals", "area"),
+        ("bare loop", "originals", "area"),
+        1.10,
     ),
     Bar(
         "our order in DALI / DALI's",
@@ -124,7 +127,12 @@ def bars_table(rows: Sequence[PeerRow]) -> str:
         ours = by_key.get(bar.subject)
         other = by_key.get(bar.other)
         # Either is missing when its package is not installed: no ratio, no verdict.
-        if ours is not None and other is not None and ours.images_per_s and other.images_per_s:
+        if (
+            ours is not None
+            and other is not None
+            and ours.images_per_s
+            and other.images_per_s
+        ):
             table.append(_bar_cells(bar, ours, other))
     for dataset, limit in GPU_BARS_PER_S.items():
         mixed = [row for row in rows if row.dataset == dataset and "engine" in row.name]

@@ -189,7 +189,9 @@ def loopback_store(root: Path) -> Iterator[str]:
         before[variable] = os.environ.get(variable)
     command = [sys.executable, "-m", "localbucket", str(root)]
     command += ["--port", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         os.environ.update(ours)
         _wait_for(port, server)

@@ -141,13 +141,18 @@ def bare_loop(setup: Setup, subject: Subject) -> Batches:
             whole_HW3 = simplejpeg.decode_jpeg(image)
             cut_HW3 = whole_HW3[top : top + height, left : left + width]
             if subject.resize_filter == "area":
-                cv2.resize(cut_HW3, (SIZE, SIZE), dst=out_HW3, interpolation=cv2.INTER_AREA)
+                cv2.resize(
+                    cut_HW3, (SIZE, SIZE), dst=out_HW3, interpolation=cv2.INTER_AREA
+                )
             else:
                 # Packed: of rows that lie apart torch's kernel takes three times as long.
                 packed_HW3 = torch.from_numpy(cut_HW3.copy())
                 cut_1CHW = packed_HW3.unsqueeze(0).permute(0, 3, 1, 2)
                 resized_1CHW = torch.nn.functional.interpolate(
-                    cut_1CHW, size=(SIZE, SIZE), mode=subject.resize_filter, antialias=True
+                    cut_1CHW,
+                    size=(SIZE, SIZE),
+                    mode=subject.resize_filter,
+                    antialias=True,
                 )
                 resized_HWC = resized_1CHW[0].permute(1, 2, 0)
                 out_HW3[:] = resized_HWC.numpy()
@@ -211,7 +216,9 @@ def torch_with_pillow(setup: Setup, subject: Subject) -> Batches:
     """Read through torch's DataLoader with worker processes."""
     dataset = PillowFolder(setup.folder / subject.dataset)
     # Without end: a new epoch would start the workers' queues anew in the middle of a turn.
-    sampler = torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=10**9)
+    sampler = torch.utils.data.RandomSampler(
+        dataset, replacement=True, num_samples=10**9
+    )
     loader = torch.utils.data.DataLoader(
         dataset,
         setup.batch_size,
@@ -237,7 +244,9 @@ def webdataset_with_pillow(setup: Setup, subject: Subject) -> Batches:
         .map_tuple(transform_with_pillow)
         .batched(setup.batch_size)
     )
-    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=setup.num_threads)
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=None, num_workers=setup.num_threads
+    )
     return (len(batch[0]) for batch in loader)
 
 

@@ -88,7 +88,9 @@ class Turns:
         self._num_warm_up = warm_up_rounds
         self._round = 0
         # By subject, then by figure: a value for each round that counted.
-        self._figures: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        self._figures: dict[str, dict[str, list[float]]] = defaultdict(
+            lambda: defaultdict(list)
+        )
 
     @property
     def subjects(self) -> list[str]:

@@ -44,7 +44,9 @@ class _EndAtOnce:
     """
 
     def __init__(self, command: str, *, speaks: bool) -> None:
-        self._line = f"{command}: stopped before it began. Nothing was changed; run it again.\n"
+        self._line = (
+            f"{command}: stopped before it began. Nothing was changed; run it again.\n"
+        )
         self._speaks = speaks
 
     def __call__(self, number: int, frame: FrameType | None) -> None:

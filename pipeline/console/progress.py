@@ -59,7 +59,11 @@ class Progress:
         """Count units that are done, and the bytes they took."""
         self._done += count
         self._bytes += size_bytes
-        if self._bar is None and sys.stderr.isatty() and self._elapsed_s() >= self._after_s:
+        if (
+            self._bar is None
+            and sys.stderr.isatty()
+            and self._elapsed_s() >= self._after_s
+        ):
             self._show_bar()
         if self._bar is not None:
             self._bar.update(

@@ -85,7 +85,9 @@ def outlive_readers() -> None:
         # A test that has put something else in its place reads that: leave it alone.
         if stream is not getattr(sys, f"__{name}__"):
             continue
-        trouble = OSError(errno.EBADF, f"{name} is closed") if descriptor in closed else None
+        trouble = (
+            OSError(errno.EBADF, f"{name} is closed") if descriptor in closed else None
+        )
         tolerant = _wrap(descriptor, like=stream, trouble=trouble)
         setattr(sys, name, tolerant)
         # Some write to the one the interpreter started with.

@@ -33,7 +33,9 @@ def refuse_surplus(arguments: type[Any], args: Sequence[str] | None) -> None:
         hint = hints[field.name]
         metadata = getattr(hint, "__metadata__", ())
         plain = hint.__origin__ if metadata else hint
-        if typing.get_origin(plain) in (list, tuple, dict) or dataclasses.is_dataclass(plain):
+        if typing.get_origin(plain) in (list, tuple, dict) or dataclasses.is_dataclass(
+            plain
+        ):
             return  # its option takes any number of words: they cannot be told apart here
         if tyro.conf.Positional in metadata:
             places.append(field.name.upper())
@@ -60,7 +62,9 @@ def _plain_words(words: Sequence[str], flags: set[str]) -> list[str]:
             is_value = False
         elif word.startswith("-"):
             name = word.lstrip("-").replace("-", "_")
-            is_value = "=" not in word and name not in flags and name not in ("h", "help")
+            is_value = (
+                "=" not in word and name not in flags and name not in ("h", "help")
+            )
         else:
             plain.append(word)
     return plain

@@ -199,7 +199,9 @@ def _try_some(
 def _say_planned(planned: dict[str, Any]) -> None:
     """Write the answer of a dry run for a person."""
     _say_notes(planned["notes"])
-    skipped = ", ".join(f"{count:,} {reason}" for reason, count in planned["passed_over"].items())
+    skipped = ", ".join(
+        f"{count:,} {reason}" for reason, count in planned["passed_over"].items()
+    )
     size_mb = planned["source_bytes"] / 1e6
     estimated_mb = planned["estimated_bytes"] / 1e6
     say(
@@ -228,7 +230,9 @@ def _say_made(
     left_out = report_of(arguments.dst)
     num_seen = info.num_samples + num_rejected + len(left_out)
     if arguments.json:
-        first = {reason: names[:_MOST_NAMED] for reason, names in left_out.names.items()}
+        first = {
+            reason: names[:_MOST_NAMED] for reason, names in left_out.names.items()
+        }
         say_json(
             {
                 "dataset": storage.redact(arguments.dst),
@@ -249,10 +253,14 @@ def _say_made(
     _say_notes(left_out.notes)
     counted = [f"{info.num_samples:,} stored"]
     if num_rejected:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in rejected.most_common())
+        reasons = ", ".join(
+            f"{count:,} {reason}" for reason, count in rejected.most_common()
+        )
         counted.append(f"{num_rejected:,} rejected ({reasons}; see {REJECTED_FILE})")
     if left_out.counts:
-        counted.append(f"{len(left_out):,} left out ({left_out.say()}; see {LEFT_OUT_FILE})")
+        counted.append(
+            f"{len(left_out):,} left out ({left_out.say()}; see {LEFT_OUT_FILE})"
+        )
     stats = f"; see {STATS_FILE}" if settings.stats else ""
     say(
         f"convert: {info.num_samples:,} images in {info.num_shards:,} shards at "

@@ -51,7 +51,9 @@ def commit(
     kept = [part for part in parts if part.file is not None]
     reasons = Counter(reason for part in parts for _, reason in part.rejected)
     if not kept:
-        counts = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
+        counts = ", ".join(
+            f"{reason} ({count})" for reason, count in reasons.most_common()
+        )
         raise DataError(
             f"convert: none of the {len(plan.order)} images in {storage.redact(listing.uri)} can "
             f"be used: {counts}. Check the source; {storage.redact(dst)} holds no dataset."
@@ -59,7 +61,9 @@ def commit(
 
     # All that lies beside the manifest comes before it: `dataset.json` is the commit.
     if reasons:
-        rejected = [(name, str(reason)) for part in parts for name, reason in part.rejected]
+        rejected = [
+            (name, str(reason)) for part in parts for name, reason in part.rejected
+        ]
         _write_names(storage.join(dst, REJECTED_FILE), rejected)
     unturned = [row for part in parts for row in part.unturned]
     if unturned:
@@ -100,7 +104,11 @@ def commit(
         name=plan.settings.split,
         container=plan.settings.format,
         classes=listing.classes,
-        made_by={"tool": "pipeline.convert", "version": tool_version(), "plan": plan.describe()},
+        made_by={
+            "tool": "pipeline.convert",
+            "version": tool_version(),
+            "plan": plan.describe(),
+        },
         versions={"pyarrow": pa.__version__, **plan.describe()["versions"]},
     )
 
@@ -178,7 +186,12 @@ def _neighbour_files(plan: Plan, kept: Sequence[Part]) -> dict[str, Any]:
         {"url": file.name, "nsamples": file.num_samples, "filesize": file.size_bytes}
         for file in files
     ]
-    info = {"name": split, "num_samples": sum(counts), "filenames": names, "shard_lengths": counts}
+    info = {
+        "name": split,
+        "num_samples": sum(counts),
+        "filenames": names,
+        "shard_lengths": counts,
+    }
     return {
         f"{split}-wids.json": {
             "__kind__": "wids-shard-index-v1",

@@ -275,7 +275,11 @@ def _task_maker(
 
 
 def make_shards(
-    shards: Sequence[int], task: Callable[[int], ShardTask], workers: Workers, *, target: str
+    shards: Sequence[int],
+    task: Callable[[int], ShardTask],
+    workers: Workers,
+    *,
+    target: str,
 ) -> Iterator[tuple[int, Part]]:
     """Make shards and yield their parts as they are finished.
 

@@ -82,7 +82,9 @@ def shaping_versions(settings: ConvertSettings) -> dict[str, str]:
         return {}
     return {
         "pillow": PIL.__version__,
-        "libjpeg-turbo": features.version("libjpeg_turbo") or features.version("jpg") or "?",
+        "libjpeg-turbo": features.version("libjpeg_turbo")
+        or features.version("jpg")
+        or "?",
     }
 
 
@@ -157,7 +159,9 @@ def _shuffle_shards(
     return order[np.lexsort((words, shard_of_row))]
 
 
-def _bounds(sizes: npt.NDArray[np.int64], settings: ConvertSettings) -> npt.NDArray[np.int64]:
+def _bounds(
+    sizes: npt.NDArray[np.int64], settings: ConvertSettings
+) -> npt.NDArray[np.int64]:
     """Return where shards begin and end: equal counts, or about equal bytes near the size asked
     for."""
     count = len(sizes)
@@ -189,7 +193,9 @@ def _bounds(sizes: npt.NDArray[np.int64], settings: ConvertSettings) -> npt.NDAr
     return np.unique(bounds).astype(np.int64)
 
 
-def _stored_sizes(sizes: npt.NDArray[np.int64], settings: ConvertSettings) -> npt.NDArray[np.int64]:
+def _stored_sizes(
+    sizes: npt.NDArray[np.int64], settings: ConvertSettings
+) -> npt.NDArray[np.int64]:
     """Estimate how many bytes each image will take, from the bytes that it has."""
     is_raw = settings.write_mode == "raw"
     stored = (sizes * (3 / _BYTES_PER_PIXEL)).astype(np.int64) if is_raw else sizes

@@ -28,7 +28,9 @@ def _context() -> Any:
     # Not by fork: the caller may run threads, and a lock that one of them holds would stay locked
     # in the child forever.
     methods = multiprocessing.get_all_start_methods()
-    return multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    return multiprocessing.get_context(
+        "forkserver" if "forkserver" in methods else "spawn"
+    )
 
 
 def warm_up(workers: Workers) -> None:

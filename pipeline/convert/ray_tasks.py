@@ -99,7 +99,9 @@ def _start_ray(workers: Workers) -> Any:
             **_ray_options(workers),
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        cluster = f"at {workers.ray_address}" if workers.ray_address else "on this machine"
+        cluster = (
+            f"at {workers.ray_address}" if workers.ray_address else "on this machine"
+        )
         raise InfrastructureError(
             f"convert: Ray cannot be used {cluster} ({error}). Check --ray-address and the "
             "cluster's token (RAY_AUTH_MODE=token with RAY_AUTH_TOKEN or ~/.ray/auth_token)."
@@ -138,7 +140,12 @@ def _slots(ray: Any, workers: Workers) -> int:
 
 
 def _gather(
-    ray: Any, remote: Any, shards: Sequence[int], task: Callable[[int], ShardTask], *, limit: int
+    ray: Any,
+    remote: Any,
+    shards: Sequence[int],
+    task: Callable[[int], ShardTask],
+    *,
+    limit: int,
 ) -> Iterator[tuple[int, Part]]:
     """Hand out tasks and yield the shards' parts as they are finished.
 
@@ -166,7 +173,9 @@ def _gather(
                 if ref not in running:
                     continue  # a copy of a shard that came in the same moment
                 shard, start_s = running.pop(ref)
-                copies = [other for other, (number, _) in running.items() if number == shard]
+                copies = [
+                    other for other, (number, _) in running.items() if number == shard
+                ]
                 try:
                     part = ray.get(ref)
                 except ray.exceptions.RayError:
@@ -194,7 +203,11 @@ def _gather(
 
 
 def overdue(
-    running: Sequence[tuple[int, float]], took_s: Sequence[float], *, now_s: float, slots: int
+    running: Sequence[tuple[int, float]],
+    took_s: Sequence[float],
+    *,
+    now_s: float,
+    slots: int,
 ) -> list[int]:
     """Return the shards that have run so much longer than others that a second copy should race
     them.

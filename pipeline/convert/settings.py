@@ -17,7 +17,10 @@ Container = Literal["webdataset", "ffcv"]
 WriteMode = Literal["jpg", "raw", "smart"]
 LEAST_SIDE_PX = 8
 """Smallest side that an image may be shrunk to: below it there is no picture left to learn from."""
-OPTION_NAMES = {"shard_size_bytes": "shard_size", "smart_threshold_bytes": "smart_threshold"}
+OPTION_NAMES = {
+    "shard_size_bytes": "shard_size",
+    "smart_threshold_bytes": "smart_threshold",
+}
 """Settings with another name on the command line, where the text brings its own unit."""
 
 # Written as text so that help shows the sizes as a user types them; pydantic turns them into bytes.
@@ -38,7 +41,9 @@ class ConvertSettings(SourceSettings):
     write_mode: WriteMode = "jpg"
     """For `ffcv`. `jpg`: store JPEG files, unchanged unless they are resized. `raw`: store pixels.
     `smart`: store pixels if they take at most `smart_threshold_bytes`, JPEG otherwise."""
-    smart_threshold_bytes: ByteSize = Field(default=_SMART_THRESHOLD, ge=0, le=MAX_COUNT)
+    smart_threshold_bytes: ByteSize = Field(
+        default=_SMART_THRESHOLD, ge=0, le=MAX_COUNT
+    )
     """For `ffcv` with `smart`: largest image that is stored raw, as its size in pixels
     (height x width x 3 bytes), for example 256KiB."""
     shard_size_bytes: ByteSize = Field(default=_SHARD_SIZE, ge=1, le=MAX_COUNT)
@@ -94,7 +99,9 @@ class ConvertSettings(SourceSettings):
     @classmethod
     def _not_reserved(cls, value: str) -> str:
         if value == "manifest":
-            raise ValueError("'manifest' is the name of the index files; choose another")
+            raise ValueError(
+                "'manifest' is the name of the index files; choose another"
+            )
         return value
 
     @model_validator(mode="after")

@@ -122,7 +122,11 @@ def read_part(
             content_hash = head.get("content_hash") or table.content_hash()
             name = stem + suffix_of(container)
             file = ShardFile(
-                name, head["num_samples"], head["size_bytes"], head["sha256"], content_hash
+                name,
+                head["num_samples"],
+                head["size_bytes"],
+                head["sha256"],
+                content_hash,
             )
         part = Part(
             stem=head["stem"],
@@ -180,7 +184,11 @@ def make_shard(task: ShardTask, stop: Event | None = None) -> Part:
         kind=task.source_kind,
     )
     uri = storage.join(task.target, task.stem + suffix_of(task.settings.format))
-    with BetonWriter(uri) if task.settings.format == "ffcv" else WebDatasetWriter(uri) as writer:
+    with (
+        BetonWriter(uri)
+        if task.settings.format == "ffcv"
+        else WebDatasetWriter(uri) as writer
+    ):
         filling = _Filling(
             task,
             source,
@@ -260,7 +268,9 @@ class _Filling:
         if self.pixels is not None:
             self.pixels.add(encoded, header)
         label = task.labels[row]
-        about = self._source.about(task.wanted.names[row], class_name=self._class_name(label))
+        about = self._source.about(
+            task.wanted.names[row], class_name=self._class_name(label)
+        )
         self._writer.add(
             task.keys[row],
             encoded,
@@ -280,14 +290,18 @@ class _Filling:
         # The manifest must describe what is stored.
         turned = screen(upright, self._task.settings.limits)
         if isinstance(turned, Refused):
-            self.unturned.append((_shown(name), f"what was turned is refused: {turned}"))
+            self.unturned.append(
+                (_shown(name), f"what was turned is refused: {turned}")
+            )
             return header, encoded
         return turned, upright
 
     def _reject(self, name: str, refused: Refused) -> None:
         shown = _shown(name)
         if self._task.settings.strict:
-            raise DataError(f"convert: {shown}: {refused}. Without --strict it would be left out.")
+            raise DataError(
+                f"convert: {shown}: {refused}. Without --strict it would be left out."
+            )
         self.rejected.append((shown, refused.reason))
 
     def _class_name(self, label: int) -> str | None:
@@ -344,7 +358,10 @@ def _as_pixels(header: Probe, settings: ConvertSettings) -> bool:
     if settings.write_mode != "smart":
         return settings.write_mode == "raw"
     width, height = shrunk_size(
-        header.width, header.height, short_side=settings.resize, long_side=settings.max_resolution
+        header.width,
+        header.height,
+        short_side=settings.resize,
+        long_side=settings.max_resolution,
     )
     return width * height * 3 <= settings.smart_threshold_bytes
 
@@ -370,7 +387,9 @@ def _write_part(
         **({"unturned": part.unturned} if part.unturned else {}),
         "pixels": None if part.pixels is None else asdict(part.pixels),
     }
-    rows = table.to_arrow().replace_schema_metadata({_PART_KEY: json.dumps(head).encode()})
+    rows = table.to_arrow().replace_schema_metadata(
+        {_PART_KEY: json.dumps(head).encode()}
+    )
     buffer = io.BytesIO()
     pq.write_table(
         rows,

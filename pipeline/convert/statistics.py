@@ -41,7 +41,9 @@ class DatasetStatistics:
         ):
             values.append(column)
 
-    def describe(self, sums: Iterable[PixelSums], *, classes: list[str] | None) -> dict[str, Any]:
+    def describe(
+        self, sums: Iterable[PixelSums], *, classes: list[str] | None
+    ) -> dict[str, Any]:
         """Return the content of `stats.json`.
 
         Args:
@@ -61,7 +63,9 @@ class DatasetStatistics:
             mean.append(channel_mean)
             std.append(math.sqrt(max(0.0, variance)))
 
-        columns = {name: np.concatenate(values) for name, values in self._columns.items()}
+        columns = {
+            name: np.concatenate(values) for name, values in self._columns.items()
+        }
         labels = columns.pop("label")
         quantiles = {
             name: np.quantile(values, _QUANTILES).round().astype(int).tolist()
@@ -80,7 +84,9 @@ class DatasetStatistics:
         }
 
 
-def _class_counts(labels: npt.NDArray[Any], classes: list[str] | None) -> dict[str, int]:
+def _class_counts(
+    labels: npt.NDArray[Any], classes: list[str] | None
+) -> dict[str, int]:
     """Return images per class, by name if all classes have one and by number otherwise."""
     counts = np.bincount(labels[labels != NO_LABEL], minlength=len(classes or []))
     has_names = classes is not None and len(classes) == len(counts)

@@ -15,7 +15,12 @@ from pipeline import storage
 from pipeline.console import say
 from pipeline.convert.plan import Plan
 from pipeline.convert.shard import PARTS_FOLDER
-from pipeline.dataset.info import DATASET_FILE, PLAN_FILE, DatasetInfo, parse_dataset_info
+from pipeline.dataset.info import (
+    DATASET_FILE,
+    PLAN_FILE,
+    DatasetInfo,
+    parse_dataset_info,
+)
 from pipeline.errors import ConfigError
 from pipeline.storage.local import TMP_MARK
 from pipeline.storage.retry import explain
@@ -43,7 +48,11 @@ class Job:
     @property
     def lock_file(self) -> str:
         """Return the name of the lock that this job holds."""
-        return _LOCK_FILE if self.is_alone else f"{_LOCK_FILE}-{self.index}-of-{self.count}"
+        return (
+            _LOCK_FILE
+            if self.is_alone
+            else f"{_LOCK_FILE}-{self.index}-of-{self.count}"
+        )
 
 
 def parse_job(text: str) -> Job:
@@ -72,11 +81,15 @@ def check_target(src: str, dst: str) -> None:
         source = storage.local_path(src).resolve()
         target = storage.local_path(dst).resolve()
         if target.exists() and not target.is_dir():
-            raise ConfigError(f"convert: {dst} is a file. Give a folder for the shards.")
+            raise ConfigError(
+                f"convert: {dst} is a file. Give a folder for the shards."
+            )
         is_inside = target == source or source in target.parents
     else:
         is_same = src.rstrip("/") == dst.rstrip("/")
-        is_inside = is_same or storage.join(dst, "").startswith(storage.join(src, "") + "/")
+        is_inside = is_same or storage.join(dst, "").startswith(
+            storage.join(src, "") + "/"
+        )
     if is_inside:
         raise ConfigError(
             f"convert: {storage.redact(dst)} lies in the source {storage.redact(src)}. Choose "
@@ -93,7 +106,9 @@ def find_finished(dst: str, plan: Plan) -> DatasetInfo | None:
     uri = storage.join(dst, DATASET_FILE)
     if not storage.exists(uri):
         return None
-    info = parse_dataset_info(storage.read_bytes(uri), where=f"dataset: {storage.redact(uri)}")
+    info = parse_dataset_info(
+        storage.read_bytes(uri), where=f"dataset: {storage.redact(uri)}"
+    )
     if info.made_by.get("plan") != plan.describe():
         raise ConfigError(
             f"convert: {storage.redact(dst)} already holds a finished dataset with other settings "
@@ -110,9 +125,12 @@ def _differences(other: Any, plan: Plan) -> str:
         return "made by another tool"
     flat_mine = {**mine.pop("settings"), **mine}
     flat_other = {**(other.get("settings") or {}), **other}
-    changed = [name for name, value in flat_mine.items() if flat_other.get(name) != value]
+    changed = [
+        name for name, value in flat_mine.items() if flat_other.get(name) != value
+    ]
     differences = [
-        f"{name} was {flat_other.get(name)!r}, is {flat_mine[name]!r}" for name in changed
+        f"{name} was {flat_other.get(name)!r}, is {flat_mine[name]!r}"
+        for name in changed
     ]
     return "; ".join(differences[:5]) or "another layout"
 
@@ -138,7 +156,9 @@ def lock_target(dst: str, job: Job) -> Iterator[None]:
         try:
             held.enter_context(FileLock(folder / job.lock_file, blocking=False))
             if job.is_alone:
-                others = [path for path in folder.iterdir() if _JOB_LOCK.fullmatch(path.name)]
+                others = [
+                    path for path in folder.iterdir() if _JOB_LOCK.fullmatch(path.name)
+                ]
                 timeout_s = 0.0
             else:
                 # Other jobs look at the same lock at the same moment, and hold it only that long.

@@ -102,7 +102,9 @@ def _refuse_others(uri: str, found: ShardFiles) -> None:
     chosen = {file.name for file in found.files}
     others = []
     for file in storage.list_files(found.folder):
-        is_shard = container_of(file.name) is not None and not storage.is_hidden(file.name)
+        is_shard = container_of(file.name) is not None and not storage.is_hidden(
+            file.name
+        )
         if is_shard and file.name not in chosen:
             others.append(file.name)
     if others:

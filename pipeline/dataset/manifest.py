@@ -106,7 +106,9 @@ class _OpenFile:
     def read(self, group: int, columns: list[str]) -> pa.Table:
         # One thread: the loader's own threads are busy beside it, and a row group is small.
         with self.lock, _damage_as_data_error(self.uri):
-            return self.parquet.read_row_group(group, columns=columns, use_threads=False)
+            return self.parquet.read_row_group(
+                group, columns=columns, use_threads=False
+            )
 
 
 @contextmanager
@@ -134,7 +136,9 @@ class Manifest:
         index_uri: Folder of the manifest files; the shards' own if not given.
     """
 
-    def __init__(self, uri: str, info: DatasetInfo, *, index_uri: str | None = None) -> None:
+    def __init__(
+        self, uri: str, info: DatasetInfo, *, index_uri: str | None = None
+    ) -> None:
         self.uri = uri
         self.info = info
         self.index_uri = uri
@@ -179,7 +183,9 @@ class Manifest:
         hashes = self.info.shards.columns["sha256"]
         return str(hashes[s])
 
-    def _file(self, s: int, *, use: Literal["open", "anew"] = "open") -> tuple[_OpenFile, int]:
+    def _file(
+        self, s: int, *, use: Literal["open", "anew"] = "open"
+    ) -> tuple[_OpenFile, int]:
         """Return the open file that has shard s, and the row group in it.
 
         Args:
@@ -267,7 +273,9 @@ class Manifest:
         """
         ids_B = np.asarray(sample_ids_B, dtype=np.int64)
         # numpy would take a negative id for one that counts from the end.
-        if ids_B.size and not (ids_B.min() >= 0 and ids_B.max() < self.info.num_samples):
+        if ids_B.size and not (
+            ids_B.min() >= 0 and ids_B.max() < self.info.num_samples
+        ):
             raise DataError(
                 f"manifest: sample ids {ids_B.min()} to {ids_B.max()} were asked for; "
                 f"the dataset has samples 0 to {self.info.num_samples - 1}."
@@ -284,8 +292,26 @@ class Manifest:
             DataError: A sample id is outside the dataset, or the manifest is damaged.
         """
         shards_B, indices_B = self.locate(sample_ids_B)
-        names = ("offsets", "sizes", "labels", "widths", "heights", "hashes", "formats", "modes")
-        dtypes = ("int64", "int64", "int32", "int32", "int32", "uint64", "uint8", "uint8")
+        names = (
+            "offsets",
+            "sizes",
+            "labels",
+            "widths",
+            "heights",
+            "hashes",
+            "formats",
+            "modes",
+        )
+        dtypes = (
+            "int64",
+            "int64",
+            "int32",
+            "int32",
+            "int32",
+            "uint64",
+            "uint8",
+            "uint8",
+        )
         columns = {}
         for name, dtype in zip(names, dtypes, strict=True):
             column_dtype = np.dtype(dtype)
@@ -339,7 +365,9 @@ def diff(a: DatasetInfo, b: DatasetInfo) -> list[str]:
     return changed
 
 
-def describe_change(dataset: Manifest, fingerprint: str, trained_on: DatasetInfo | None) -> str:
+def describe_change(
+    dataset: Manifest, fingerprint: str, trained_on: DatasetInfo | None
+) -> str:
     """Say that a dataset is not the one a run was started on, and in which shards.
 
     Args:

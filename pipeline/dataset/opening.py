@@ -55,7 +55,11 @@ def open_dataset(
         ConfigError: The pattern cannot be read, or `dataset.json` has chosen the images already.
         DataError: Not found, unfinished, empty or damaged.
     """
-    folder = uri.rstrip("/").removesuffix(f"/{DATASET_FILE}") if uri.endswith(DATASET_FILE) else uri
+    folder = (
+        uri.rstrip("/").removesuffix(f"/{DATASET_FILE}")
+        if uri.endswith(DATASET_FILE)
+        else uri
+    )
     chosen = list_shards(folder) if is_selection(folder) else None
     if chosen is not None:
         folder = chosen.folder
@@ -64,7 +68,9 @@ def open_dataset(
     if storage.exists(description):
         info = parse_dataset_info(storage.read_twice(description), where=where)
         if info.num_samples == 0:
-            raise DataError(f"{where}: the dataset is empty. Convert a folder that has images.")
+            raise DataError(
+                f"{where}: the dataset is empty. Convert a folder that has images."
+            )
         dataset = Manifest(folder, info)
         # Chosen shards keep the dataset's rows and class names; shards that it does not list are
         # scanned like those of any other folder.
@@ -121,7 +127,9 @@ def _part_of(
             number = number_of[name]
             yield ShardIndex(dataset.info.shards[number], dataset.shard_table(number))
 
-    digest = hashlib.sha256(f"part\0{FORMAT_VERSION}\0{_place_of(dataset.uri)}".encode())
+    digest = hashlib.sha256(
+        f"part\0{FORMAT_VERSION}\0{_place_of(dataset.uri)}".encode()
+    )
     digest.update("\0".join([dataset.info.fingerprint, *names]).encode())
     index_uri = _index_uri(cache_dir, digest.hexdigest())
     with _cache_lock(dataset.uri, index_uri):
@@ -131,7 +139,10 @@ def _part_of(
             name=dataset.info.name,
             container=dataset.info.format,
             classes=dataset.info.classes,
-            made_by={"tool": "part of a dataset", "fingerprint": dataset.info.fingerprint},
+            made_by={
+                "tool": "part of a dataset",
+                "fingerprint": dataset.info.fingerprint,
+            },
             versions=dataset.info.versions,
         )
     return Manifest(
@@ -184,7 +195,11 @@ def scan_cached(
 
 def _place_of(folder: str) -> str:
     """Return a folder's address, the same for every way to write a local one."""
-    return str(storage.local_path(folder).resolve()) if storage.is_local(folder) else folder
+    return (
+        str(storage.local_path(folder).resolve())
+        if storage.is_local(folder)
+        else folder
+    )
 
 
 def _index_uri(cache_dir: Path | None, digest: str) -> str:
@@ -215,7 +230,9 @@ def _known(index_uri: str) -> DatasetInfo | None:
     description = storage.join(index_uri, DATASET_FILE)
     if not storage.exists(description):
         return None
-    return parse_dataset_info(storage.read_bytes(description), where=f"dataset: {description}")
+    return parse_dataset_info(
+        storage.read_bytes(description), where=f"dataset: {description}"
+    )
 
 
 def _scan_once(

@@ -56,7 +56,9 @@ def is_selection(uri: str) -> bool:
 def container_of(name: str) -> str | None:
     """Return the container that a file's name says; None if it is not a shard's name."""
     lower = name.lower()
-    return next((kind for kind, suffix in SUFFIXES.items() if lower.endswith(suffix)), None)
+    return next(
+        (kind for kind, suffix in SUFFIXES.items() if lower.endswith(suffix)), None
+    )
 
 
 def list_shards(uri: str) -> ShardFiles:
@@ -68,7 +70,9 @@ def list_shards(uri: str) -> ShardFiles:
     """
     if is_selection(uri):
         return _selected(uri)
-    is_file = storage.is_local(uri) and storage.exists(uri) and not storage.is_folder(uri)
+    is_file = (
+        storage.is_local(uri) and storage.exists(uri) and not storage.is_folder(uri)
+    )
     if is_file:
         raise DataError(
             f"dataset: {storage.redact(uri)} is a file, and not a tar or beton. Give a folder of "
@@ -101,7 +105,11 @@ def list_shards(uri: str) -> ShardFiles:
 
 
 def _selected(uri: str) -> ShardFiles:
-    files = storage.find_named(uri) if storage.names_several(uri) else [storage.find_one(uri)]
+    files = (
+        storage.find_named(uri)
+        if storage.names_several(uri)
+        else [storage.find_one(uri)]
+    )
     strangers = [file.name for file in files if container_of(file.name) is None]
     if strangers:
         raise DataError(
@@ -180,12 +188,17 @@ def _ending_of(name: str) -> str:
 def _why_no_shards(uri: str, seen: Counter[str], folders: list[str]) -> str:
     """Return what to tell about a folder without shards: what is there, and what to do next."""
     shown = storage.redact(uri)
-    what = ", ".join(f"{count} {ending}" for ending, count in seen.most_common(5)) or "no files"
+    what = (
+        ", ".join(f"{count} {ending}" for ending, count in seen.most_common(5))
+        or "no files"
+    )
     if folders:
         named = ", ".join(printable(name) for name in sorted(folders)[:_MOST_FOLDERS])
         more = ", ..." if len(folders) > _MOST_FOLDERS else ""
         what += f" and {len(folders):,} folders ({named}{more})"
-    packed = [ending for ending in seen if compression_of_name(f"x{ending}") is not None]
+    packed = [
+        ending for ending in seen if compression_of_name(f"x{ending}") is not None
+    ]
     if packed:
         return (
             f"dataset: {shown} holds compressed archives ({what}), in which no image can be found "
@@ -194,7 +207,9 @@ def _why_no_shards(uri: str, seen: Counter[str], folders: list[str]) -> str:
     # Only now: going through all folders of a bucket takes long, and is for this message alone.
     deeper = folders_below(uri)
     if deeper:
-        named = ", ".join(storage.redact(storage.join(uri, name)) for name in deeper[:5])
+        named = ", ".join(
+            storage.redact(storage.join(uri, name)) for name in deeper[:5]
+        )
         return f"dataset: {shown} holds no shards itself. Give the folder that does: {named}"
     return (
         f"dataset: {shown} holds neither {DATASET_FILE} nor tars or betons; seen: {what}. "
@@ -235,7 +250,9 @@ def scan(
         except DataError as error:
             return error
 
-    workers = min(_THREADS, (os.cpu_count() or 1) if storage.is_local(uri) else _THREADS)
+    workers = min(
+        _THREADS, (os.cpu_count() or 1) if storage.is_local(uri) else _THREADS
+    )
     label = f"Scanning {storage.name_of(uri)}"
     pool = ThreadPoolExecutor(workers, thread_name_prefix="scan")
     try:

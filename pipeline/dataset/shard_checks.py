@@ -127,9 +127,8 @@ def _different(name: str, said: ShardTable, found: ShardTable) -> Iterator[Probl
         # Rows cannot be paired any more: one line says what is missing.
         missing = set(said.keys) - set(found.keys)
         some_missing = sorted(missing)[:5]
-        text = (
-            f"{len(found)} samples in the file, {len(said)} in the manifest; missing {some_missing}"
-        )
+        counts = f"{len(found)} samples in the file, {len(said)} in the manifest"
+        text = f"{counts}; missing {some_missing}"
         yield Problem(name, "", text)
         return
     for column, what in (

@@ -28,7 +28,18 @@ from pipeline.formats.compressed import (
 )
 
 _MAGIC_BYTES = 8
-_PICTURES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+_PICTURES = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".webp",
+    ".gif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+)
 _OTHERS = (".beton", ".csv", ".tsv", ".jsonl", ".ndjson")
 _STALE_AFTER_S = 600.0
 """Age at which a temporary folder that no process holds is taken for one of a killed process."""
@@ -126,7 +137,11 @@ def _said_of_the_source(uri: str, temporary: Path) -> Iterator[None]:
         if str(temporary) not in text:
             raise
         # A copy's whole path first: what is left of it after that are its folders.
-        for folder in (temporary / storage.name_of(uri), temporary / "files", temporary):
+        for folder in (
+            temporary / storage.name_of(uri),
+            temporary / "files",
+            temporary,
+        ):
             text = text.replace(str(folder), f"{storage.redact(uri)} (unpacked)")
         raise type(error)(text) from error
 
@@ -155,7 +170,9 @@ def _archives(uri: str) -> list[storage.FileInfo]:
     if storage.names_several(uri):
         return [file for file in storage.find_named(uri) if _refuse_unknown(file.name)]
     if not _may_be_archive(storage.name_of(uri)) or storage.is_folder(uri):
-        return _archives_in(uri) if storage.exists(uri) and storage.is_folder(uri) else []
+        return (
+            _archives_in(uri) if storage.exists(uri) and storage.is_folder(uri) else []
+        )
     is_there = storage.exists(uri) and _refuse_unknown(storage.name_of(uri))
     return [storage.find_one(uri)] if is_there else []
 
@@ -196,7 +213,9 @@ def _archives_in(uri: str) -> list[storage.FileInfo]:
     plain = [file for file in archives if compression_of_name(file.name) is None]
     if plain:
         return plain
-    can_read = [file for file in archives if compression_of_name(file.name) in (None, GZIP)]
+    can_read = [
+        file for file in archives if compression_of_name(file.name) in (None, GZIP)
+    ]
     return can_read or [file for file in archives if _refuse_unknown(file.name)]
 
 

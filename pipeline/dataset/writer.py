@@ -65,7 +65,9 @@ def write_dataset(
             manifest_files.add(shard.table)
             shard_files.append(shard.file)
         if not shard_files:
-            raise DataError(f"dataset: {storage.redact(uri)}: there is no shard to describe.")
+            raise DataError(
+                f"dataset: {storage.redact(uri)}: there is no shard to describe."
+            )
         files = manifest_files.put_in_place()
 
     # Everything that it names is in place before it appears: a folder with it is complete.
@@ -92,7 +94,9 @@ class _ManifestFiles:
 
     def __init__(self, uri: str, shards_per_file: int) -> None:
         if shards_per_file < 1:
-            raise ConfigError(f"manifest: shards_per_file is {shards_per_file}; at least 1.")
+            raise ConfigError(
+                f"manifest: shards_per_file is {shards_per_file}; at least 1."
+            )
         self._uri = uri
         self._per_file = shards_per_file
         # Shards of each file so far; the last file may be open.

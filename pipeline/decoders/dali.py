@@ -188,7 +188,9 @@ class DaliDecoder:
         zeros_BHW3 = torch.zeros(shape, dtype=torch.uint8, device=self.device)
         return Decoded(zeros_BHW3)
 
-    def _decode_alike(self, images_B: Sequence[U8], boxes: Boxes, stored: Stored) -> Decoded:
+    def _decode_alike(
+        self, images_B: Sequence[U8], boxes: Boxes, stored: Stored
+    ) -> Decoded:
         # DALI's error says that some image is bad, not which: then every image runs alone.
         with suppress(RuntimeError):
             return Decoded(self._run_alone(images_B, boxes, stored))
@@ -213,7 +215,9 @@ class DaliDecoder:
         except ValueError as error:
             decoded.bad[i] = refused_by(error)
 
-    def _run_alone(self, images_B: Sequence[U8], boxes: Boxes, stored: Stored) -> torch.Tensor:
+    def _run_alone(
+        self, images_B: Sequence[U8], boxes: Boxes, stored: Stored
+    ) -> torch.Tensor:
         """Run a batch on a pipeline that has nothing else in hand."""
         if stored not in self._alone:
             self._alone[stored] = self._build(stored, 1)

@@ -51,7 +51,9 @@ class _FfcvKernels:
         self._library = _library()
         self._scratch = np.empty(0, dtype=np.uint8)
 
-    def cut(self, image: U8, *, top: int, left: int, height: int, width: int) -> U8 | None:
+    def cut(
+        self, image: U8, *, top: int, left: int, height: int, width: int
+    ) -> U8 | None:
         """Decode an image whole into scratch memory and return its box (see `Kernels.cut`)."""
         header = read_header(image, bottom=top + height, right=left + width)
         if header is None:
@@ -65,7 +67,13 @@ class _FfcvKernels:
         if self._scratch.size < num_bytes:
             self._scratch = np.empty(num_bytes, dtype=np.uint8)
         failed = self._library.imdecode(
-            *(image.ctypes.data, image.size, image_height, image_width, self._scratch.ctypes.data),
+            *(
+                image.ctypes.data,
+                image.size,
+                image_height,
+                image_width,
+                self._scratch.ctypes.data,
+            ),
             *(image_height, image_width, 0, 0, 1, 1, False, False),
         )
         # Damaged: Pillow has the last word, so that every decoder gives up on the same images.

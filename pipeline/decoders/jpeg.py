@@ -100,7 +100,9 @@ class JpegCutter:
             # Boxes are in stored pixels, as the manifest counts them.
             self._as_stored = codec.DecodeParams(apply_exif_orientation=False)
 
-    def cut(self, image: U8, *, top: int, left: int, height: int, width: int) -> U8 | None:
+    def cut(
+        self, image: U8, *, top: int, left: int, height: int, width: int
+    ) -> U8 | None:
         """Return the pixels of a box, uint8 RGB (height, width, 3), valid until the next call.
 
         Returns:

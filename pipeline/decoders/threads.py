@@ -24,7 +24,9 @@ _PIECES_PER_THREAD = 4
 class Kernels(Protocol):
     """What one thread decodes and resizes with."""
 
-    def cut(self, image: U8, *, top: int, left: int, height: int, width: int) -> U8 | None:
+    def cut(
+        self, image: U8, *, top: int, left: int, height: int, width: int
+    ) -> U8 | None:
         """Return a box of an encoded image as RGB, None if Pillow must have a look; see
         `JpegCutter.cut`."""
         ...
@@ -78,7 +80,9 @@ class ThreadedDecoder:
         for first in range(0, count, size):
             behind = min(first + size, count)
             piece = range(first, behind)
-            future = self._pool.submit(self._decode_piece, piece, images_B, boxes, array_BHW3)
+            future = self._pool.submit(
+                self._decode_piece, piece, images_B, boxes, array_BHW3
+            )
             pieces.append(future)
 
         def wait() -> Decoded:
@@ -125,7 +129,9 @@ class ThreadedDecoder:
                 if image.ndim == 3:
                     cut_HW3: U8 | None = _cut_raw(image, top, left, height, width)
                 else:
-                    cut_HW3 = kernels.cut(image, top=top, left=left, height=height, width=width)
+                    cut_HW3 = kernels.cut(
+                        image, top=top, left=left, height=height, width=width
+                    )
                 if cut_HW3 is None:
                     box = boxes.take(slice(i, i + 1))
                     out_BHW3[i] = decode_single(image, box, self._view)

@@ -67,7 +67,10 @@ def candidates(*, device: torch.device, interpolation: str) -> list[Tuning]:
         for depth in (2, 3):
             for load in (0.5, 0.65, 0.8, 1.0):
                 way = Tuning(
-                    decoder="dali", num_threads=count, dali_depth=depth, hw_decoder_load=load
+                    decoder="dali",
+                    num_threads=count,
+                    dali_depth=depth,
+                    hw_decoder_load=load,
                 )
                 ways.append(way)
     return ways
@@ -91,7 +94,9 @@ def describe_machine(device: torch.device) -> str:
     return f"{name}, {cores} cores"
 
 
-def write_tuning(path: Path, tuning: Tuning, *, device: torch.device, comment: str) -> None:
+def write_tuning(
+    path: Path, tuning: Tuning, *, device: torch.device, comment: str
+) -> None:
     """Write a tuning file.
 
     Args:

@@ -33,7 +33,9 @@ class TurboDecoder(ThreadedDecoder):
             are the same.
     """
 
-    def __init__(self, *, view: ViewConfig, num_threads: int, regions: bool = True) -> None:
+    def __init__(
+        self, *, view: ViewConfig, num_threads: int, regions: bool = True
+    ) -> None:
         def make_kernels() -> _TurboKernels:
             return _TurboKernels(view, regions=regions)
 

@@ -26,12 +26,16 @@ HEADER = np.dtype(
     align=True,
 )
 # All parts are single bytes, so that `align` adds none: 1,041 bytes a field.
-FIELD = np.dtype([("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 1024)], align=True)
+FIELD = np.dtype(
+    [("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 1024)], align=True
+)
 # A sample may have several runs, or none: rows and allocations meet by `ptr` only.
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 """One run of bytes that belongs to a sample, anywhere in the pages."""
 # Packed, not aligned: FFCV aligns the row of all fields, and never the parts of one field.
-IMAGE_ROW = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
+IMAGE_ROW = np.dtype(
+    [("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")]
+)
 BYTES_ROW = np.dtype([("ptr", "<u8"), ("size", "<u8")])
 _PTR_ROW = np.dtype("<u8")
 # FFCV's type ids. 255 stands for a user's own class, whose row only that class knows.

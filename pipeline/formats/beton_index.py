@@ -192,7 +192,9 @@ def _numbers_of(fields: list[beton.Field], kinds: tuple[int, ...]) -> list[int]:
     return numbers
 
 
-def _choose(fields: list[beton.Field], kinds: tuple[int, ...], *names: str) -> int | None:
+def _choose(
+    fields: list[beton.Field], kinds: tuple[int, ...], *names: str
+) -> int | None:
     """Return the field of one of these kinds that has one of these names, or the only one of these
     kinds."""
     of_kind = _numbers_of(fields, kinds)
@@ -208,7 +210,9 @@ def _choose(fields: list[beton.Field], kinds: tuple[int, ...], *names: str) -> i
     return None
 
 
-def _read_exactly(file: BinaryIO, start: int, size: int, name: str) -> npt.NDArray[np.uint8]:
+def _read_exactly(
+    file: BinaryIO, start: int, size: int, name: str
+) -> npt.NDArray[np.uint8]:
     file.seek(start)
     data = file.read(size)
     if len(data) != size:

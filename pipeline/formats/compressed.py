@@ -42,7 +42,9 @@ _ALL = (
     GZIP,
     Compression("bzip2", b"BZh", (".tar.bz2", ".tbz2", ".tbz", ".tb2"), "bunzip2 -k"),
     Compression("xz", b"\xfd7zXZ\0", (".tar.xz", ".txz"), "unxz -k"),
-    Compression("zstd", b"\x28\xb5\x2f\xfd", (".tar.zst", ".tzst", ".tar.zstd"), "unzstd"),
+    Compression(
+        "zstd", b"\x28\xb5\x2f\xfd", (".tar.zst", ".tzst", ".tar.zstd"), "unzstd"
+    ),
     Compression("lz4", b"\x04\x22\x4d\x18", (".tar.lz4",), "unlz4"),
     Compression("compress", b"\x1f\x9d", (".tar.z",), "uncompress"),
     # Not for tars, but people have them in the place of one.

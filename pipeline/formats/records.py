@@ -40,7 +40,9 @@ class ShardFile:
     content_hash: str
 
     @classmethod
-    def of(cls, table: ShardTable, *, name: str, size_bytes: int, sha256: str) -> ShardFile:
+    def of(
+        cls, table: ShardTable, *, name: str, size_bytes: int, sha256: str
+    ) -> ShardFile:
         """Describe the file that holds the samples of a table."""
         # Reads every key; it is done once, when the shard is written or indexed.
         content_hash = table.content_hash()

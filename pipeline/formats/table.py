@@ -41,7 +41,9 @@ MODES = (
 """Colour layout of the stored pixels, in Pillow's names; `;16` is 16 bits a channel."""
 NO_LABEL = -1
 """Label of a sample that has none."""
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?nan", re.ASCII | re.IGNORECASE)
+_NUMBER = re.compile(
+    r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?nan", re.ASCII | re.IGNORECASE
+)
 _NUMBER_CHARACTERS = 40
 SCHEMA = pa.schema(
     (
@@ -249,7 +251,16 @@ class TableBuilder:
         else:
             columns = [()] * 8
         # In the order of `ShardTable`'s fields, which they are handed to by position.
-        dtypes = ("int64", "int64", "int32", "int32", "int32", "uint8", "uint8", "uint64")
+        dtypes = (
+            "int64",
+            "int64",
+            "int32",
+            "int32",
+            "int32",
+            "uint8",
+            "uint8",
+            "uint64",
+        )
         arrays: list[Any] = []
         for values, dtype in zip(columns, dtypes, strict=True):
             arrays.append(np.array(values, dtype=dtype))

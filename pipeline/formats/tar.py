@@ -108,12 +108,16 @@ class TarScanner:
         self._shard = shard
         self._allowed = b"127" if links == "yield" else b"7"
         self._at = 0
-        self._pending = 0  # data and padding of the current member that is still to be read
+        self._pending = (
+            0  # data and padding of the current member that is still to be read
+        )
         self._data_left = 0
         self._name = ""
         self.num_members = 0
 
-    def error(self, what: str, *, offset: int | None = None, remedy: str = _DAMAGED) -> DataError:
+    def error(
+        self, what: str, *, offset: int | None = None, remedy: str = _DAMAGED
+    ) -> DataError:
         """Return an error that names the shard, the place and the count of whole members before
         it.
 
@@ -139,7 +143,8 @@ class TarScanner:
         self._at += len(data)
         if left:
             raise self.error(
-                f"the file ends inside {what}: expected {size} bytes, got {len(data)}", offset=start
+                f"the file ends inside {what}: expected {size} bytes, got {len(data)}",
+                offset=start,
             )
         return data
 
@@ -171,7 +176,9 @@ class TarScanner:
             if kind in (b"1", b"2"):
                 # A link has no data, whatever size its header gives.
                 self._begin(name, 0)
-                yield TarMember(name, start, self._at, 0, _inside(name, kind, target), target)
+                yield TarMember(
+                    name, start, self._at, 0, _inside(name, kind, target), target
+                )
                 self.num_members += 1
                 continue
             if kind == b"5":
@@ -182,7 +189,9 @@ class TarScanner:
             self._finish_member()
             self.num_members += 1
         if long_name is not None or pax:
-            raise self.error("the archive ends after an extended header that describes no member")
+            raise self.error(
+                "the archive ends after an extended header that describes no member"
+            )
         self._check_end()
 
     def _begin(self, name: str, size: int) -> None:
@@ -268,7 +277,8 @@ class TarScanner:
         )
         if stored not in (sum(rest), signed):  # some old writers summed signed bytes
             raise self.error(
-                f"the header's checksum is {stored}, its bytes sum to {sum(rest)},", offset=start
+                f"the header's checksum is {stored}, its bytes sum to {sum(rest)},",
+                offset=start,
             )
         return block
 
@@ -277,7 +287,9 @@ class TarScanner:
         by every reader."""
         while block := self._stream.read(_CHUNK_BYTES):
             if block.count(0) != len(block):
-                raise self.error("there is junk, or another archive, after the end mark")
+                raise self.error(
+                    "there is junk, or another archive, after the end mark"
+                )
             self._at += len(block)
 
     def _octal(self, field: bytes, what: str, start: int) -> int:
@@ -287,7 +299,9 @@ class TarScanner:
         if not text or text.strip(b"01234567"):
             if what == "size" and not text:
                 return 0
-            raise self.error(f"the header's {what} {field!r} is not an octal number", offset=start)
+            raise self.error(
+                f"the header's {what} {field!r} is not an octal number", offset=start
+            )
         return int(text, 8)
 
     def _size(self, header: bytes, start: int) -> int:
@@ -313,10 +327,17 @@ class TarScanner:
             length = int(head) if head.isdigit() else 0
             entry = record[at + len(head) + 1 : at + length]
             name, equals, value = entry[:-1].partition(b"=")
-            if not blank or length <= len(head) + 1 or not equals or not entry.endswith(b"\n"):
+            if (
+                not blank
+                or length <= len(head) + 1
+                or not equals
+                or not entry.endswith(b"\n")
+            ):
                 raise self.error("a PAX header cannot be read", offset=start)
             if name.startswith(b"GNU.sparse"):
-                raise self.error("a sparse file, which is refused, stands", offset=start)
+                raise self.error(
+                    "a sparse file, which is refused, stands", offset=start
+                )
             if name in (b"path", b"size"):
                 fields[name.decode()] = self._text(value, start)
             elif name == b"linkpath":
@@ -334,7 +355,9 @@ class TarScanner:
 
     def _header_name(self, header: bytes, start: int) -> str:
         name = header[:100].split(b"\0", 1)[0]
-        if header[257:263] == b"ustar\0" and (prefix := header[345:500].split(b"\0", 1)[0]):
+        if header[257:263] == b"ustar\0" and (
+            prefix := header[345:500].split(b"\0", 1)[0]
+        ):
             name = prefix + b"/" + name
         return self._text(name, start)
 
@@ -346,7 +369,9 @@ class TarScanner:
         try:
             return raw.decode()
         except UnicodeDecodeError:
-            raise self.error(f"the name {raw[:80]!r} is not UTF-8", offset=start) from None
+            raise self.error(
+                f"the name {raw[:80]!r} is not UTF-8", offset=start
+            ) from None
 
     def _refuse(self, name: str, kind: bytes, start: int) -> None:
         is_allowed = kind in (b"0", b"\0", b"5") or kind in self._allowed

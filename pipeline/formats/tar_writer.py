@@ -21,7 +21,9 @@ def make_header(name: str, size: int) -> bytes:
         return _ustar(raw, size, b"0")
     record = b"path=" + raw + b"\n"
     length = len(record) + 3
-    while len(f"{length} ".encode() + record) != length:  # the length counts its own digits
+    while (
+        len(f"{length} ".encode() + record) != length
+    ):  # the length counts its own digits
         length += 1
     body = f"{length} ".encode() + record
     plain = name.encode("ascii", "replace").replace(b"?", b"_")[-100:]
@@ -43,13 +45,23 @@ type."""
 
 def _ustar(name: bytes, size: int, kind: bytes) -> bytes:
     if size >= 8**11:
-        raise DataError(f"{name!r}: {size} bytes do not fit a tar header (limit {8**11 - 1}).")
+        raise DataError(
+            f"{name!r}: {size} bytes do not fit a tar header (limit {8**11 - 1})."
+        )
     digits = b"%011o" % size
     checksum = (
         sum(name) + sum(digits) + sum(kind) + _FIXED_SUM
     )  # of all bytes, its own field taken as blanks
     return b"".join(
-        (name.ljust(100, b"\0"), _OWNER, digits, _TIME, b"%06o\0 " % checksum, kind, _REST)
+        (
+            name.ljust(100, b"\0"),
+            _OWNER,
+            digits,
+            _TIME,
+            b"%06o\0 " % checksum,
+            kind,
+            _REST,
+        )
     )
 
 

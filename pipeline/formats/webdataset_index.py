@@ -39,7 +39,9 @@ class _Sample:
     key: str
     header_offset: int
     components: list[tuple[str, int, int, str]] = field(default_factory=list)
-    images: dict[str, tuple[TarMember, int, Probe | Refused]] = field(default_factory=dict)
+    images: dict[str, tuple[TarMember, int, Probe | Refused]] = field(
+        default_factory=dict
+    )
     texts: dict[str, bytes] = field(default_factory=dict)
     num_dead_links: int = 0
 
@@ -94,7 +96,10 @@ def index_shard(uri: str, *, image_component: str | None = None) -> ShardIndex:
         )
     return ShardIndex(
         ShardFile.of(
-            table, name=name, size_bytes=stream.size_bytes, sha256=stream.digest.hexdigest()
+            table,
+            name=name,
+            size_bytes=stream.size_bytes,
+            sha256=stream.digest.hexdigest(),
         ),
         table,
         dali_index=make_dali_index(indexer.components),
@@ -213,7 +218,11 @@ class _Indexer:
             data = self._read(member)
             return member, xxhash.xxh3_64_intdigest(data), probe(data)
         digest = xxhash.xxh3_64()
-        chunks = self.scanner.read_chunks() if member.link_to is None else self._chunks_of(member)
+        chunks = (
+            self.scanner.read_chunks()
+            if member.link_to is None
+            else self._chunks_of(member)
+        )
         for part in chunks:
             digest.update(part)
         return member, digest.intdigest(), Refused(Reason.TOO_MANY_BYTES)

@@ -48,5 +48,7 @@ def undecodable(data: bytes) -> Refused | None:
 def _compare_size(found: Probe, width: int, height: int) -> Refused | None:
     if (width, height) == (found.width, found.height):
         return None
-    detail = f"{width} x {height} pixels, the header says {found.width} x {found.height}"
+    detail = (
+        f"{width} x {height} pixels, the header says {found.width} x {found.height}"
+    )
     return Refused(Reason.SIZE_DIFFERS, detail)

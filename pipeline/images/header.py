@@ -87,7 +87,9 @@ def screen(data: bytes, limits: ScreenLimits = DEFAULT_LIMITS) -> Probe | Refuse
     return refuse_size(found.width, found.height, limits) or found
 
 
-def refuse_size(width: int, height: int, limits: ScreenLimits = DEFAULT_LIMITS) -> Refused | None:
+def refuse_size(
+    width: int, height: int, limits: ScreenLimits = DEFAULT_LIMITS
+) -> Refused | None:
     """Return the reason not to decode an image of this size, or None."""
     if width * height > limits.max_pixels:
         return Refused(Reason.TOO_MANY_PIXELS)

@@ -138,7 +138,9 @@ def read_jpeg_header(data: bytes) -> JpegHeader | Refused:
         elif marker == _SOS:
             scan_at = start
         elif marker == _DHP:
-            return Refused(Reason.UNDECODABLE, "a hierarchical JPEG, which no decoder here reads")
+            return Refused(
+                Reason.UNDECODABLE, "a hierarchical JPEG, which no decoder here reads"
+            )
         else:
             return _NOT_AN_IMAGE
 
@@ -156,12 +158,15 @@ def _of_frame(
     """Judge a frame's header: precision, height, width, number of components."""
     if marker in _REFUSED_FRAMES:
         kind = _REFUSED_FRAMES[marker]
-        return Refused(Reason.UNDECODABLE, f"a JPEG of a kind that no decoder here reads: {kind}")
+        return Refused(
+            Reason.UNDECODABLE, f"a JPEG of a kind that no decoder here reads: {kind}"
+        )
     # Behind the segment's length. A height of 0 (it follows in DNL) is refused by `probe`.
     precision, height, width, channels = struct.unpack_from(">BHHB", data, start + 2)
     if precision != 8:
         return Refused(
-            Reason.UNDECODABLE, f"a JPEG of {precision} bits per sample; decoders here read 8"
+            Reason.UNDECODABLE,
+            f"a JPEG of {precision} bits per sample; decoders here read 8",
         )
     mode = _MODES.get(channels)
     if mode is None:

@@ -56,7 +56,9 @@ class LeftOut:
 
     def say(self) -> str:
         """Return the counts in words, the most frequent first: `3 .txt, 1 hidden`."""
-        return ", ".join(f"{count:,} {reason}" for reason, count in self.counts.most_common())
+        return ", ".join(
+            f"{count:,} {reason}" for reason, count in self.counts.most_common()
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return the report's part on what was left out."""
@@ -64,7 +66,9 @@ class LeftOut:
             "left_out": dict(self.counts.most_common()),
             # Sorted: storage lists in any order, and the report should be the same for the same
             # source.
-            "names": {reason: sorted(names) for reason, names in sorted(self.names.items())},
+            "names": {
+                reason: sorted(names) for reason, names in sorted(self.names.items())
+            },
             "notes": self.notes,
         }
 
@@ -73,7 +77,9 @@ def parse_left_out(text: bytes) -> LeftOut:
     """Read a report back; one that cannot be read counts as empty."""
     try:
         data = json.loads(text)
-        counts = Counter({str(reason): int(count) for reason, count in data["left_out"].items()})
+        counts = Counter(
+            {str(reason): int(count) for reason, count in data["left_out"].items()}
+        )
         return LeftOut(
             counts,
             dict(data["names"]),
@@ -87,5 +93,6 @@ def printable(name: str) -> str:
     """Return a name that any terminal and any file can take: on one line, in valid UTF-8."""
     # A byte that is not UTF-8 stands in the name as a surrogate, which cannot be written.
     return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in name
+        char if char.isprintable() else char.encode("unicode_escape").decode()
+        for char in name
     )

@@ -16,7 +16,21 @@ TIFF_STARTS = (b"II*\0", b"MM\0*", _BIG_START, _BIG_START_BIG_ENDIAN)
 """Byte order and version: 42, or 43 for BigTIFF."""
 _VALUE_FORMATS = {1: "B", 3: "H", 4: "I", 16: "Q"}
 _VALUE_BYTES = {
-    **{1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4},
+    **{
+        1: 1,
+        2: 1,
+        3: 2,
+        4: 4,
+        5: 8,
+        6: 1,
+        7: 1,
+        8: 2,
+        9: 4,
+        10: 8,
+        11: 4,
+        12: 8,
+        13: 4,
+    },
     **{16: 8, 17: 8, 18: 8},
 }
 """Bytes of one value by type; those of 16 and above are BigTIFF's."""
@@ -82,7 +96,8 @@ def read_tiff_header(data: bytes) -> TiffHeader | Refused:
     # Pillow 13 takes one for a plain TIFF, and finds no size in it.
     if data[:4] == _BIG_START_BIG_ENDIAN:
         return Refused(
-            Reason.UNDECODABLE, "a BigTIFF in big-endian order, which no decoder here reads"
+            Reason.UNDECODABLE,
+            "a BigTIFF in big-endian order, which no decoder here reads",
         )
     if data[:4] == _BIG_START:
         layout = _Layout(order, "Q", "Q", 8)

@@ -131,7 +131,12 @@ def _turn_jpeg(data: bytes, found: Probe) -> bytes | Unturned:
     try:
         failed = library.tjTransform(
             *(handle, data, len(data), 1),
-            *(ctypes.byref(turned), ctypes.byref(num_bytes), ctypes.byref(transform), 0),
+            *(
+                ctypes.byref(turned),
+                ctypes.byref(num_bytes),
+                ctypes.byref(transform),
+                0,
+            ),
         )
         if failed:
             said = library.tjGetErrorStr2(handle).decode(errors="replace")

@@ -42,7 +42,9 @@ class Channel(Generic[T]):
             ChannelClosedError: the channel was closed.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or len(self._items) < self._capacity)
+            self._changed.wait_for(
+                lambda: self._closed or len(self._items) < self._capacity
+            )
             if self._closed:
                 raise ChannelClosedError
             self._items.append(item)
@@ -57,7 +59,9 @@ class Channel(Generic[T]):
             BaseException: the error that the writing side failed with, after the items before it.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._items or self._error is not None)
+            self._changed.wait_for(
+                lambda: self._closed or self._items or self._error is not None
+            )
             # Items before errors: what was read before a failure is as good as ever.
             if self._items and not self._closed:
                 item = self._items.popleft()

@@ -42,7 +42,9 @@ class DataReport:
         self._lock = threading.Lock()
         self._num_seen = 0
         self._in_a_row = 0
-        self._recent: deque[int] = deque()  # positions of the bad samples among the last 10,000
+        self._recent: deque[int] = (
+            deque()
+        )  # positions of the bad samples among the last 10,000
         self._reasons: Counter[str] = Counter()
         self._shards: Counter[str] = Counter()
         self._first: list[dict[str, str]] = []
@@ -73,7 +75,10 @@ class DataReport:
         self.record([refused], [shard], [key])
 
     def record(
-        self, refused: Sequence[Refused | None], shards: Sequence[str], keys: Sequence[str]
+        self,
+        refused: Sequence[Refused | None],
+        shards: Sequence[str],
+        keys: Sequence[str],
     ) -> None:
         """Record samples in order; None means that a sample is good.
 
@@ -108,7 +113,9 @@ class DataReport:
 
     def _passed_limit(self) -> str:
         if self._in_a_row >= self._max_in_a_row:
-            found = f"{self._in_a_row} bad samples in a row (limit {self._max_in_a_row})"
+            found = (
+                f"{self._in_a_row} bad samples in a row (limit {self._max_in_a_row})"
+            )
         elif len(self._recent) > self._max_bad:
             count = f"{len(self._recent)} bad samples"
             found = f"{count} among the last {_WINDOW:,} (limit {self._max_bad:g})"

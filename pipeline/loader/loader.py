@@ -128,7 +128,8 @@ class Loader:
             world_size=world_size,
         )
         self.report = DataReport(
-            max_bad_share=settings.max_bad_share, max_bad_in_a_row=settings.max_bad_in_a_row
+            max_bad_share=settings.max_bad_share,
+            max_bad_in_a_row=settings.max_bad_in_a_row,
         )
         self.stats = PipelineStats()
         self._reader = open_reader(dataset, settings)
@@ -146,7 +147,12 @@ class Loader:
         self._copier = DeviceCopier(device=device, dtype=dtype)
         self._buffers: list[PixelBuffers] = []
         for view in sampling.views:
-            shape_BHW3 = (micro_batch_size, view.settings.height, view.settings.width, 3)
+            shape_BHW3 = (
+                micro_batch_size,
+                view.settings.height,
+                view.settings.width,
+                3,
+            )
             buffers = PixelBuffers(shape_BHW3, pinned=device.type == "cuda")
             self._buffers.append(buffers)
         # Buffers of batches that the caller may still look at, oldest first.
@@ -204,7 +210,9 @@ class Loader:
         """
         # The threads have begun at the old cursor, and cannot be called back.
         if self._threads:
-            raise ConfigError("loader: the state must be loaded before the first batch is taken")
+            raise ConfigError(
+                "loader: the state must be loaded before the first batch is taken"
+            )
         if state["seed"] != self._seed:
             raise ConfigError(
                 f"train.seed is {self._seed}, the run was started with {state['seed']}: keep the "
@@ -234,7 +242,9 @@ class Loader:
                 work = self._decoded.get()
             encoded = work.encoded
             with self.stats.busy("copy", items=len(encoded.sample_ids_B)):
-                views = [self._copier.normalise(pixels_BHW3) for pixels_BHW3 in work.pixels]
+                views = [
+                    self._copier.normalise(pixels_BHW3) for pixels_BHW3 in work.pixels
+                ]
                 device = views[0].device
                 labels_B, draws = labels_and_draws(encoded, device)
             # Before the batch is handed over: a caller that saves after this batch's step must
@@ -378,7 +388,9 @@ class Loader:
         with self.stats.busy("decode", items=len(ids_B)), self._naming("decode", ids_B):
             decoded = [wait() for wait in pending]
             # Before the copy: a substitute is written into the host's memory.
-            views = self._source.replace_bad(work.encoded, decoded, self._decoders, self.report)
+            views = self._source.replace_bad(
+                work.encoded, decoded, self._decoders, self.report
+            )
             for number, pixels_BHW3 in enumerate(views):
                 on_device_BHW3, copied = self._copier.begin(pixels_BHW3)
                 work.pixels.append(on_device_BHW3)

@@ -61,7 +61,9 @@ def read_samples(
         for decoder in decoders:
             opened.callback(decoder.close)
 
-        source = SampleSource(dataset, reader, sampling=sampling, settings=settings, seed=seed)
+        source = SampleSource(
+            dataset, reader, sampling=sampling, settings=settings, seed=seed
+        )
         encoded = source.fetch(ids_B, epochs_B)
         # No share of bad samples is too large here: a replay is asked for to look at them.
         report = DataReport(max_bad_share=1.0)

@@ -61,7 +61,9 @@ class PipelineStats:
             counter.bytes += num_bytes
 
     @contextmanager
-    def busy(self, stage: Stage, *, items: int = 0, num_bytes: int = 0) -> Iterator[None]:
+    def busy(
+        self, stage: Stage, *, items: int = 0, num_bytes: int = 0
+    ) -> Iterator[None]:
         """Count the time of a block as work of one stage."""
         start_s = time.perf_counter()
         # Without `finally`: a block that failed has passed no images, and must not look like one.

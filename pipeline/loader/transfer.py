@@ -48,7 +48,9 @@ class PixelBuffers:
             copied.synchronize()
         return buffer_BHW3
 
-    def give_back(self, buffer_BHW3: Tensor, *, after: torch.cuda.Event | None = None) -> None:
+    def give_back(
+        self, buffer_BHW3: Tensor, *, after: torch.cuda.Event | None = None
+    ) -> None:
         """Let a buffer be used again, once an event has passed if one is given."""
         self._free.append((buffer_BHW3, after))
 
@@ -118,7 +120,9 @@ class DeviceCopier:
         if self._dtype == torch.uint8:
             return pixels_BCHW
         if self._stream is not None:
-            return scale_fused(pixels_BCHW, self._scale_C11, self._shift_C11, self._dtype)
+            return scale_fused(
+                pixels_BCHW, self._scale_C11, self._shift_C11, self._dtype
+            )
         # On a CPU the fused form converts through temporaries and takes half as long again.
         images_BCHW = pixels_BCHW.to(torch.float32)
         images_BCHW.mul_(self._scale_C11)

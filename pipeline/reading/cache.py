@@ -71,7 +71,9 @@ class CacheCounters:
     failed_shards: int = 0
     evicted_shards: int = 0
     no_room: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+    _lock: threading.Lock = field(
+        default_factory=threading.Lock, repr=False, compare=False
+    )
 
     def add(self, **counts: int) -> None:
         """Add to counters by name."""
@@ -129,7 +131,9 @@ class ShardCache:
         self.counters = CacheCounters()
         self._manifest = manifest
         self._root = folder / "shards"
-        self._folder = _open_folder(self._root, max_bytes=max_bytes, counters=self.counters)
+        self._folder = _open_folder(
+            self._root, max_bytes=max_bytes, counters=self.counters
+        )
         self._changed = threading.Condition()
         self._needed: list[int] = []
         # What is needed and not here, in the order in which it is needed.
@@ -340,7 +344,10 @@ class ShardCache:
                 return
             self.counters.add(refused_shards=1)
             logger.warning(
-                "cache: %s arrived damaged (try %d of %d)", storage.redact(uri), attempt + 1, _TRIES
+                "cache: %s arrived damaged (try %d of %d)",
+                storage.redact(uri),
+                attempt + 1,
+                _TRIES,
             )
         raise DataError(
             f"cache: {storage.redact(uri)} was read {_TRIES} times and never had the sha256 that "
@@ -353,7 +360,9 @@ class ShardCache:
 
         def read(start: int) -> memoryview:
             length = min(PART_BYTES, size_bytes - start)
-            return storage.read_view(uri, start, length, on_retry=self.counters.count_retry)
+            return storage.read_view(
+                uri, start, length, on_retry=self.counters.count_retry
+            )
 
         digest = hashlib.sha256()
         # A try before this one may have left its bytes.
@@ -385,7 +394,9 @@ class ShardCache:
             )
 
 
-def _open_folder(root: Path, *, max_bytes: int, counters: CacheCounters) -> CacheFolder | None:
+def _open_folder(
+    root: Path, *, max_bytes: int, counters: CacheCounters
+) -> CacheFolder | None:
     def count_eviction(path: Path) -> None:
         counters.add(evicted_shards=1)
 

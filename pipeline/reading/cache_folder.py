@@ -71,7 +71,11 @@ class CacheFolder:
     """
 
     def __init__(
-        self, root: Path, *, max_bytes: int, on_evict: Callable[[Path], None] = lambda path: None
+        self,
+        root: Path,
+        *,
+        max_bytes: int,
+        on_evict: Callable[[Path], None] = lambda path: None,
     ) -> None:
         self.root = root
         self._max_bytes = max_bytes

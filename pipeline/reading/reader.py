@@ -161,7 +161,9 @@ class ShardReader:
         size = int(rows.sizes_B[i])
         # Tries of the content; a call that fails is tried again below, in `storage`.
         for _ in range(_TRIES):
-            data = storage.read_view(uri, offset, size, on_retry=self.counters.count_retry)
+            data = storage.read_view(
+                uri, offset, size, on_retry=self.counters.count_retry
+            )
             image = np.frombuffer(data, dtype=np.uint8)
             if _matches(image, rows, i):
                 break

@@ -125,13 +125,19 @@ def draw_boxes(
         view=view_number,
     )[:, 0]
 
-    fallback = _largest_within(image_widths_B, image_heights_B, view.min_aspect, view.max_aspect)
+    fallback = _largest_within(
+        image_widths_B, image_heights_B, view.min_aspect, view.max_aspect
+    )
     none_fits_B = ~fits_BT.any(axis=1)
     return Boxes(
         tops_B=np.where(none_fits_B, fallback.tops_B, tops_B).astype(np.int32),
         lefts_B=np.where(none_fits_B, fallback.lefts_B, lefts_B).astype(np.int32),
-        heights_B=np.where(none_fits_B, fallback.heights_B, box_heights_B).astype(np.int32),
-        widths_B=np.where(none_fits_B, fallback.widths_B, box_widths_B).astype(np.int32),
+        heights_B=np.where(none_fits_B, fallback.heights_B, box_heights_B).astype(
+            np.int32
+        ),
+        widths_B=np.where(none_fits_B, fallback.widths_B, box_widths_B).astype(
+            np.int32
+        ),
         flips_B=unit_float64(flip_words_B) < view.flip_probability,
     )
 
@@ -164,7 +170,9 @@ def _below(words_B: npt.NDArray[np.uint64], limits_B: I64) -> I64:
     return (products_B >> np.uint64(32)).astype(np.int64)
 
 
-def _largest_within(widths_B: I64, heights_B: I64, min_aspect: float, max_aspect: float) -> Boxes:
+def _largest_within(
+    widths_B: I64, heights_B: I64, min_aspect: float, max_aspect: float
+) -> Boxes:
     """Centre the largest box whose aspect lies within the limits."""
     aspects_B = np.clip(widths_B / heights_B, min_aspect, max_aspect)
     return _largest_centred(widths_B, heights_B, aspect=aspects_B)

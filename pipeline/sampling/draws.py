@@ -53,7 +53,9 @@ class MaskNoise:
     num_patches: int
     view: int = 0
 
-    def draw(self, *, seed: int, epochs_B: I64, sample_ids_B: I64) -> npt.NDArray[np.float32]:
+    def draw(
+        self, *, seed: int, epochs_B: I64, sample_ids_B: I64
+    ) -> npt.NDArray[np.float32]:
         """Draw noise_BN, float32, uniform in [0, 1)."""
         words_BN = random_words(
             seed=seed,

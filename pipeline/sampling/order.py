@@ -60,7 +60,9 @@ class EpochOrder:
         epoch: which epoch.
     """
 
-    def __init__(self, shard_sizes_S: I64, *, config: OrderConfig, seed: int, epoch: int) -> None:
+    def __init__(
+        self, shard_sizes_S: I64, *, config: OrderConfig, seed: int, epoch: int
+    ) -> None:
         self._seed = seed
         self._epoch = epoch
         self._lanes = config.lanes
@@ -270,7 +272,9 @@ class Order:
         sample_ids_B = np.empty_like(positions_B)
         for epoch in np.unique(epochs_B):
             of_epoch = epochs_B == epoch
-            sample_ids_B[of_epoch] = self.epoch(int(epoch)).sample_ids(positions_B[of_epoch])
+            sample_ids_B[of_epoch] = self.epoch(int(epoch)).sample_ids(
+                positions_B[of_epoch]
+            )
         # Settled, so that `end` of one batch is exactly `start` of the next, also in a checkpoint.
         end = self._settle(self.advance(start, batches=1))
         return RankBatch(epochs_B, positions_B, sample_ids_B, start, end)

@@ -48,7 +48,9 @@ class Purpose(IntEnum):
     MASK = 5
 
 
-def philox4x32(counters_4n: tuple[U64, U64, U64, U64], key: int) -> tuple[U64, U64, U64, U64]:
+def philox4x32(
+    counters_4n: tuple[U64, U64, U64, U64], key: int
+) -> tuple[U64, U64, U64, U64]:
     """Apply the ten rounds of Philox-4x32 to many counters at once.
 
     Args:
@@ -150,7 +152,9 @@ def unit_float32(words: U32) -> npt.NDArray[np.float32]:
     return high_bits.astype(np.float32) * spacing
 
 
-def permutation(count: int, *, seed: int, purpose: Purpose, epoch: int, stream: int = 0) -> I64:
+def permutation(
+    count: int, *, seed: int, purpose: Purpose, epoch: int, stream: int = 0
+) -> I64:
     """Permute [0, count) as a pure function of the arguments.
 
     Sorts random 64-bit keys whose low bits carry the index: equal keys cannot occur, so that the

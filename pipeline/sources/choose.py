@@ -146,7 +146,11 @@ def _kind_of_folder(uri: str, settings: SourceSettings) -> SourceKind:
     tars = names.get(".tar", [])
     stems = {PurePosixPath(name).stem for name in tars}
     # img2dataset writes 00000.parquet beside 00000.tar: what it knows of that shard's images.
-    tables = [name for name in names.get(".parquet", []) if PurePosixPath(name).stem not in stems]
+    tables = [
+        name
+        for name in names.get(".parquet", [])
+        if PurePosixPath(name).stem not in stems
+    ]
     # A preview or two beside shards is no collection of images.
     has_previews = bool(tars) and num_images <= max(_MOST_PREVIEWS, len(tars))
     kinds: dict[str, SourceKind] = {}
@@ -261,7 +265,9 @@ def _refuse_unused(uri: str, settings: SourceSettings, kind: SourceKind) -> None
             "its own. Leave it out, or give the folder or tar of the images as the source."
         )
     if settings.synsets is not None and settings.ground_truth is None:
-        raise ConfigError("convert: --synsets needs --ground-truth, whose numbers it explains.")
+        raise ConfigError(
+            "convert: --synsets needs --ground-truth, whose numbers it explains."
+        )
 
 
 def list_source(source: Source, uri: str, settings: SourceSettings) -> Listing:
@@ -301,16 +307,23 @@ def _left_beside(uri: str, kind: SourceKind) -> LeftOut:
     endings = _ENDINGS[kind]
     files = list(storage.list_files(uri, recursive=True))
     # Tables may lie in `data`, as hubs keep them.
-    has_own = any("/" not in file.name and file.name.lower().endswith(endings) for file in files)
+    has_own = any(
+        "/" not in file.name and file.name.lower().endswith(endings) for file in files
+    )
     folder = "" if has_own or kind not in ("parquet", "list") else "data/"
     for file in files:
         name = file.name.removeprefix(folder)
         is_read = file.name.startswith(folder) and "/" not in name
         if storage.is_hidden(file.name):
             left_out.add("hidden", file.name)
-        elif not (is_read and name.lower().endswith(endings) and not _OWN_PARQUET.fullmatch(name)):
+        elif not (
+            is_read
+            and name.lower().endswith(endings)
+            and not _OWN_PARQUET.fullmatch(name)
+        ):
             suffix = PurePosixPath(name).suffix.lower()
             left_out.add(
-                "in a folder below" if "/" in name else suffix or "no extension", file.name
+                "in a folder below" if "/" in name else suffix or "no extension",
+                file.name,
             )
     return left_out

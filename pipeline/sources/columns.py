@@ -40,7 +40,11 @@ def find_files(uri: str) -> list[storage.FileInfo]:
         return [storage.FileInfo(storage.name_of(uri), uri, storage.size_of(uri))]
 
     # Cameras and Windows programs write endings in upper case.
-    listed = [file for file in storage.list_files(uri) if file.name.lower().endswith(".parquet")]
+    listed = [
+        file
+        for file in storage.list_files(uri)
+        if file.name.lower().endswith(".parquet")
+    ]
     # macOS puts a ._file beside every file.
     files = [file for file in listed if not storage.is_hidden(file.name)]
     if not files:
@@ -48,7 +52,9 @@ def find_files(uri: str) -> list[storage.FileInfo]:
         data_folder = storage.join(uri, "data")
         if storage.is_folder(data_folder):
             return find_files(data_folder)
-        raise DataError(f"convert: no file *.parquet in {storage.redact(uri)}. Check the folder.")
+        raise DataError(
+            f"convert: no file *.parquet in {storage.redact(uri)}. Check the folder."
+        )
     patterns = pattern_per_split(file.name for file in files)
     if patterns:
         raise ConfigError(say_splits("convert", uri, patterns))
@@ -120,7 +126,9 @@ def choose_label(
     asked = settings.label_column
     if settings.labels == "none" or not (is_needed or asked is None or asked in names):
         return None
-    return choose_column(names, LABEL_COLUMNS, asked, option="--label-column", shown=shown)
+    return choose_column(
+        names, LABEL_COLUMNS, asked, option="--label-column", shown=shown
+    )
 
 
 def labels_of_files(
@@ -204,7 +212,12 @@ def _note_unused(settings: SourceSettings, shown: str, left_out: LeftOut) -> Non
 
 
 def choose_column(
-    names: list[str], usual: tuple[str, ...], asked: str | None, *, option: str, shown: str
+    names: list[str],
+    usual: tuple[str, ...],
+    asked: str | None,
+    *,
+    option: str,
+    shown: str,
 ) -> str | None:
     """Return the column asked for, else the first that has a usual name, else None.
 
@@ -228,7 +241,12 @@ def choose_column(
 
 
 def _choose(
-    names: list[str], usual: tuple[str, ...], asked: str | None, *, option: str, shown: str
+    names: list[str],
+    usual: tuple[str, ...],
+    asked: str | None,
+    *,
+    option: str,
+    shown: str,
 ) -> str | None:
     if asked is not None:
         if asked not in names:

@@ -61,7 +61,9 @@ class DatasetSource:
         for s in range(manifest.info.num_shards):
             table = manifest.shard_table(s)
             keys_of_shard = table.keys
-            names_of_shard = [f"{s}/{row}/{key}" for row, key in enumerate(keys_of_shard)]
+            names_of_shard = [
+                f"{s}/{row}/{key}" for row, key in enumerate(keys_of_shard)
+            ]
             # As Arrow's: Python objects of all samples would take ten times the memory.
             keys.append(pa.array(keys_of_shard, pa.string()))
             names.append(pa.array(names_of_shard, pa.string()))

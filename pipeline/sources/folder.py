@@ -83,7 +83,9 @@ class FolderSource:
                 classes.on_image(file.name)
         if not len(builder):
             deeper = _sources_below(self.uri, builder.left_out)
-            expected = f"Expected {', '.join(IMAGE_SUFFIXES)}, tars, betons or Parquet files."
+            expected = (
+                f"Expected {', '.join(IMAGE_SUFFIXES)}, tars, betons or Parquet files."
+            )
             raise DataError(
                 f"convert: no image in {storage.redact(self.uri)}; seen: {builder.seen()}. "
                 f"{deeper or expected}"
@@ -98,14 +100,25 @@ class FolderSource:
 def _sources_below(uri: str, left_out: LeftOut) -> str:
     """Return which files or folders below are sources themselves; empty if there is none."""
     found: dict[str, None] = {}
-    for ending in (".tar", ".beton", ".parquet", ".gz", ".tgz", ".csv", ".tsv", ".json"):
+    for ending in (
+        ".tar",
+        ".beton",
+        ".parquet",
+        ".gz",
+        ".tgz",
+        ".csv",
+        ".tsv",
+        ".json",
+    ):
         for name in left_out.names.get(ending, ()):
             folder, _, file = name.rpartition("/")
             # A table or a list is given by its name, shards by their folder.
             if ending in (".csv", ".tsv"):
                 found[storage.join(uri, name)] = None
             elif ending != ".json" or file == DATASET_FILE:
-                found[storage.join(uri, folder) if folder else storage.join(uri, name)] = None
+                found[
+                    storage.join(uri, folder) if folder else storage.join(uri, name)
+                ] = None
     if not found:
         return ""
     named = ", ".join(storage.redact(each) for each in list(found)[:5])
@@ -172,11 +185,17 @@ class _ClassFolders:
         told = {
             "class folder holds all images, in folders of its own; if those are the classes, give "
             "it as SRC": list(self._holding) if is_wrapped else [],
-            "class folders hold no image and get no class number": empty if has_classes else [],
+            "class folders hold no image and get no class number": empty
+            if has_classes
+            else [],
             "class folders are dead links and get no class number": self._dead,
             "folders are reached twice and are listed once": self._linked,
         }
-        return [f"{len(names):,} {what}: {_first(names)}" for what, names in told.items() if names]
+        return [
+            f"{len(names):,} {what}: {_first(names)}"
+            for what, names in told.items()
+            if names
+        ]
 
 
 def _first(names: list[str]) -> str:

@@ -27,7 +27,17 @@ _LABELS_FILE = "ILSVRC2012_validation_ground_truth.txt"
 _META_FILE = "meta.mat"
 _MAX_FILE_BYTES = 64 * 2**20
 _HEADERS = frozenset(
-    {"imageid", "image_id", "image", "image_name", "filename", "file_name", "file", "path", "img"}
+    {
+        "imageid",
+        "image_id",
+        "image",
+        "image_name",
+        "filename",
+        "file_name",
+        "file",
+        "path",
+        "img",
+    }
 )
 """First words of a line that names columns, in lower case."""
 _HOW = (
@@ -110,7 +120,9 @@ def read_ground_truth(uri: str, synsets: str | None = None) -> GroundTruth:
             wanted.append(_META_FILE)
         missing = [name for name in wanted if name not in files]
         if missing:
-            raise DataError(f"convert: {shown} does not hold {' and '.join(missing)}. {_HOW}")
+            raise DataError(
+                f"convert: {shown} does not hold {' and '.join(missing)}. {_HOW}"
+            )
         meta = storage.read_bytes(synsets) if synsets else files[_META_FILE]
         classes = _read_synsets(meta, shown=storage.redact(synsets or uri))
         numbers = _text(files[_LABELS_FILE], shown).split()
@@ -140,13 +152,17 @@ def _read_text(data: bytes, synsets: str | None, *, shown: str) -> GroundTruth:
                 "sorted class names, so labels would not agree with those of the train set. Give "
                 "--synsets meta.mat, or the whole devkit as --ground-truth."
             )
-        classes = _read_synsets(storage.read_bytes(synsets), shown=storage.redact(synsets))
+        classes = _read_synsets(
+            storage.read_bytes(synsets), shown=storage.redact(synsets)
+        )
         return _numbered(words, classes, shown=shown)
 
     # Names with numbers: lists of other projects, numbered in an order that nobody states.
     is_short = any(len(row) < 2 for row in rows)
     if is_short or all(row[1].isdecimal() for row in rows):
-        raise DataError(f"convert: {shown} cannot be understood: {' '.join(rows[0])!r}. {_HOW}")
+        raise DataError(
+            f"convert: {shown} cannot be understood: {' '.join(rows[0])!r}. {_HOW}"
+        )
     by_name: dict[str, str] = {}
     for name, class_name in (row[:2] for row in rows):
         stem = PurePosixPath(name).stem
@@ -160,7 +176,9 @@ def _read_text(data: bytes, synsets: str | None, *, shown: str) -> GroundTruth:
     return GroundTruth(shown, sorted(set(by_name.values())), [], by_name)
 
 
-def _numbered(numbers: list[str], classes: dict[int, str], *, shown: str) -> GroundTruth:
+def _numbered(
+    numbers: list[str], classes: dict[int, str], *, shown: str
+) -> GroundTruth:
     in_order: list[str] = []
     for text in numbers:
         name = classes.get(int(text)) if text.isdecimal() else None
@@ -185,7 +203,9 @@ def _devkit(uri: str) -> dict[str, bytes]:
             if not name.endswith(".tar"):
                 plain = cast(BinaryIO, gzip.GzipFile(fileobj=packed))
             try:
-                return dict(_unpack(TarScanner(plain, shard=storage.redact(uri)), wanted))
+                return dict(
+                    _unpack(TarScanner(plain, shard=storage.redact(uri)), wanted)
+                )
             except (gzip.BadGzipFile, EOFError) as error:
                 raise DataError(
                     f"convert: {storage.redact(uri)} is damaged ({error}). Download it again."
@@ -202,7 +222,9 @@ def _devkit(uri: str) -> dict[str, bytes]:
     return {}
 
 
-def _unpack(scanner: TarScanner, wanted: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
+def _unpack(
+    scanner: TarScanner, wanted: tuple[str, ...]
+) -> Iterator[tuple[str, bytes]]:
     # An archive is a devkit even if it lacks both files: the error then says what is missing.
     yield "", b""
     for member in scanner:
@@ -241,7 +263,9 @@ def _read_meta(data: bytes, *, shown: str) -> dict[int, str]:
             "give --synsets a text file with `ILSVRC2012_ID class` a line."
         ) from None
     try:
-        variables: Any = loadmat(io.BytesIO(data), squeeze_me=True, variable_names=["synsets"])
+        variables: Any = loadmat(
+            io.BytesIO(data), squeeze_me=True, variable_names=["synsets"]
+        )
         table = variables["synsets"]
         rows = zip(
             table["ILSVRC2012_ID"],

@@ -14,7 +14,12 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.errors import ConfigError, DataError, MaelstromError
 from pipeline.images.refused import Reason
-from pipeline.sources.columns import choose_column, choose_label, find_files, open_parquet
+from pipeline.sources.columns import (
+    choose_column,
+    choose_label,
+    find_files,
+    open_parquet,
+)
 from pipeline.sources.listing import SourceSettings
 from pipeline.sources.tables.image_field import (
     ImageField,
@@ -134,7 +139,9 @@ def _has_uris(columns: list[str], settings: SourceSettings) -> bool:
     return not lower.isdisjoint(URI_COLUMNS)
 
 
-def _uri_column(columns: list[str], settings: SourceSettings, shown: str, *, more: str = "") -> str:
+def _uri_column(
+    columns: list[str], settings: SourceSettings, shown: str, *, more: str = ""
+) -> str:
     """Return the column of URIs.
 
     Raises:
@@ -158,7 +165,9 @@ def _uri_column(columns: list[str], settings: SourceSettings, shown: str, *, mor
     return column
 
 
-def _read_text(table: TextTable, file_name: str, shown: str, settings: SourceSettings) -> ListTable:
+def _read_text(
+    table: TextTable, file_name: str, shown: str, settings: SourceSettings
+) -> ListTable:
     """Read a text table."""
     columns = table.columns
     if not columns:
@@ -250,7 +259,9 @@ def _read_parquet(uri: str, settings: SourceSettings) -> ListTable:
     )
 
 
-def _paths(parquet: pq.ParquetFile, settings: SourceSettings, shown: str) -> list[str | None]:
+def _paths(
+    parquet: pq.ParquetFile, settings: SourceSettings, shown: str
+) -> list[str | None]:
     """Return the path or URI in each row."""
     schema = parquet.schema_arrow
     fields = fields_of(schema)

@@ -33,7 +33,13 @@ from pipeline.sources.columns import (
     labels_of_files,
     open_parquet,
 )
-from pipeline.sources.listing import QUIET_S, Listing, SourceSettings, Wanted, name_and_class
+from pipeline.sources.listing import (
+    QUIET_S,
+    Listing,
+    SourceSettings,
+    Wanted,
+    name_and_class,
+)
 from pipeline.sources.names import sample_keys
 from pipeline.sources.tables.image_field import (
     IMAGE_COLUMNS,
@@ -76,7 +82,9 @@ class ParquetSource:
     def _columns(self, schema: pa.Schema, shown: str) -> _Columns:
         image = self._image_field(schema, shown)
         # Another file may have the column: whether none has it is seen when all have been read.
-        label = choose_label(list(schema.names), self._settings, shown=shown, is_needed=False)
+        label = choose_label(
+            list(schema.names), self._settings, shown=shown, is_needed=False
+        )
         return _Columns(image, label)
 
     def _image_field(self, schema: pa.Schema, shown: str) -> ImageField:
@@ -193,12 +201,16 @@ class ParquetSource:
             columns = self._columns(schema, shown)
             image = columns.image
             metadata = parquet.metadata
-            groups = [metadata.row_group(number) for number in range(parquet.num_row_groups)]
+            groups = [
+                metadata.row_group(number) for number in range(parquet.num_row_groups)
+            ]
             num_rows = [group.num_rows for group in groups]
             rows_per_group = np.array(num_rows, np.int64)
 
             # The footer has no size per image, only per column of a row group: all get the mean.
-            image_bytes = [_column_bytes(group, image.bytes_path, shown) for group in groups]
+            image_bytes = [
+                _column_bytes(group, image.bytes_path, shown) for group in groups
+            ]
             # A group may be empty.
             divisors = np.maximum(1, rows_per_group)
             mean_bytes = np.array(image_bytes, np.int64) // divisors
@@ -248,7 +260,11 @@ class ParquetSource:
         yield from found
 
     def _read_group(
-        self, uri: str, group: int, position_of: dict[int, int], found: list[bytes | Refused]
+        self,
+        uri: str,
+        group: int,
+        position_of: dict[int, int],
+        found: list[bytes | Refused],
     ) -> None:
         """Read some rows of a row group, each into its position of `found`."""
         with open_parquet(uri) as parquet:
@@ -304,7 +320,9 @@ def _image_names(file: storage.FileInfo, paths: Any, count: int) -> pa.StringArr
     return names
 
 
-def file_locations(file: int, rows_per_group: npt.NDArray[np.int64]) -> npt.NDArray[np.void]:
+def file_locations(
+    file: int, rows_per_group: npt.NDArray[np.int64]
+) -> npt.NDArray[np.void]:
     """Return the location of every row of a file, in order."""
     locations = np.empty(int(rows_per_group.sum()), LOCATION)
     starts = np.cumsum(rows_per_group) - rows_per_group

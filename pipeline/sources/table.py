@@ -22,7 +22,12 @@ from pipeline.images.left_out import LeftOut
 from pipeline.images.refused import Reason, Refused
 from pipeline.sources.columns import find_files, labels_of_files
 from pipeline.sources.list_tables import TEXT_SUFFIXES as TEXT_SUFFIXES
-from pipeline.sources.list_tables import UNKNOWN_SIZE_BYTES, BadRow, ListTable, read_tables
+from pipeline.sources.list_tables import (
+    UNKNOWN_SIZE_BYTES,
+    BadRow,
+    ListTable,
+    read_tables,
+)
 from pipeline.sources.listing import (
     QUIET_S,
     Listing,
@@ -226,7 +231,9 @@ class ListSource:
             locations=_codes_of_rows(len(good), bad),
         )
 
-    def _look_up(self, names: list[str]) -> tuple[list[str | BadRow], npt.NDArray[np.int64]]:
+    def _look_up(
+        self, names: list[str]
+    ) -> tuple[list[str | BadRow], npt.NDArray[np.int64]]:
         """Return the names as they are read, or why one cannot be, and the sizes of local files.
 
         The size of a remote image is a guess: only the shards' bounds need it.
@@ -266,7 +273,9 @@ class ListSource:
             # Reading it will say what is wrong; without bytes it fills no shard.
             return name, 0
         if not stat.S_ISREG(status.st_mode):
-            problem = DataError(f"convert: {name!r} is a folder or a device, not a file.")
+            problem = DataError(
+                f"convert: {name!r} is a folder or a device, not a file."
+            )
             bad = BadRow(name, Reason.NOT_A_FILE, problem)
             return bad, 0
         return name, status.st_size
@@ -354,7 +363,9 @@ def _given_sizes(tables: list[ListTable]) -> npt.NDArray[np.int64] | None:
 def _short(names: pa.StringArray) -> pa.StringArray:
     """Return paths for keys: without scheme, user, query, `..`, and the folders that all have in
     common."""
-    short = pc.replace_substring_regex(names, r"^[A-Za-z][A-Za-z0-9+.-]*://([^/@]*@)?", "")
+    short = pc.replace_substring_regex(
+        names, r"^[A-Za-z][A-Za-z0-9+.-]*://([^/@]*@)?", ""
+    )
     # Elsewhere `?` and `#` are characters of a name.
     is_https = pc.match_substring_regex(names, "^https:")
     without_query = pc.replace_substring_regex(short, r"[?#].*$", "")

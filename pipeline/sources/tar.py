@@ -317,7 +317,9 @@ def _resolve_links(
         if target.link_to is not None:
             dead.append(member)
             continue
-        resolved.append(TarMember(member.name, member.header_offset, target.offset, target.size))
+        resolved.append(
+            TarMember(member.name, member.header_offset, target.offset, target.size)
+        )
     return resolved, dead
 
 
@@ -359,12 +361,16 @@ def _clean(member: TarMember) -> TarMember:
 def _common_folder(names: list[str]) -> str:
     """Return the folder that all class folders lie in: `train/` of train/n01440764/x.JPEG."""
     # Other files, such as a README beside the folder, do not count.
-    images = [name for name in names if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
+    images = [
+        name for name in names if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+    ]
     common = ""
     while images:
         first = images[0][len(common) :].partition("/")[0]
         longer = f"{common}{first}/"
-        if not all(name.startswith(longer) and "/" in name[len(longer) :] for name in images):
+        if not all(
+            name.startswith(longer) and "/" in name[len(longer) :] for name in images
+        ):
             break
         common = longer
     return common

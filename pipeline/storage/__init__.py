@@ -1,7 +1,14 @@
 """The only door to local disks and object storage: URIs, ranged reads, retries, atomic writes,
 redaction."""
 
-from pipeline.storage.door import exists, is_folder, is_local, list_files, local_path, size_of
+from pipeline.storage.door import (
+    exists,
+    is_folder,
+    is_local,
+    list_files,
+    local_path,
+    size_of,
+)
 from pipeline.storage.hidden import is_hidden
 from pipeline.storage.local import FileInfo, OtherEntry
 from pipeline.storage.patterns import (
@@ -11,9 +18,21 @@ from pipeline.storage.patterns import (
     folder_of,
     names_several,
 )
-from pipeline.storage.reads import open_read, read_bytes, read_twice, read_view, reader_below
+from pipeline.storage.reads import (
+    open_read,
+    read_bytes,
+    read_twice,
+    read_view,
+    reader_below,
+)
 from pipeline.storage.uri import cache_home, expand_home, join, name_of, redact
-from pipeline.storage.writes import delete, make_folder, put_file, put_if_absent, write_atomic
+from pipeline.storage.writes import (
+    delete,
+    make_folder,
+    put_file,
+    put_if_absent,
+    write_atomic,
+)
 
 __all__ = [
     "FileInfo",

@@ -40,7 +40,9 @@ def local_path(uri: str) -> Path:
     """
     scheme, path = split_scheme(uri)
     if scheme not in ("", "file"):
-        raise ConfigError(f"storage: {redact(uri)!r} is not a local path, and one is needed here.")
+        raise ConfigError(
+            f"storage: {redact(uri)!r} is not a local path, and one is needed here."
+        )
     return Path(expand_home(path))
 
 
@@ -60,8 +62,14 @@ def file_system(scheme: str, use: Literal["read", "any"] = "any") -> Any:
     if scheme == "s3":
         # fsspec keeps instances by their arguments: named here, another endpoint is another
         # instance.
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        if endpoint and os.environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower() != "true":
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get(
+            "AWS_ENDPOINT_URL"
+        )
+        if (
+            endpoint
+            and os.environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower()
+            != "true"
+        ):
             options["endpoint_url"] = endpoint
         # A hung socket must end inside the retry budget.
         options["config_kwargs"] = {"connect_timeout": 10, "read_timeout": 60}
@@ -165,7 +173,9 @@ def list_files(
         DataError: There is no such folder.
     """
     if is_local(uri):
-        yield from list_local(uri, local_path(uri), recursive=recursive, on_other=on_other)
+        yield from list_local(
+            uri, local_path(uri), recursive=recursive, on_other=on_other
+        )
         return
     scheme, uri = split_scheme(uri)
     found = in_store(
@@ -183,7 +193,11 @@ def list_files(
     base = SCHEME.sub("", uri).strip("/") + "/"
     for name, entry in found.items():
         path = str(name).lstrip("/")
-        if entry.get("type") == "file" and path.startswith(base) and not path.endswith("/"):
+        if (
+            entry.get("type") == "file"
+            and path.startswith(base)
+            and not path.endswith("/")
+        ):
             # Stores name it each in their own way.
             version = str(
                 entry.get("ETag")
@@ -192,4 +206,6 @@ def list_files(
                 or entry.get("created")
                 or ""
             )
-            yield FileInfo(path[len(base) :], f"{scheme}://{path}", int(entry["size"]), version)
+            yield FileInfo(
+                path[len(base) :], f"{scheme}://{path}", int(entry["size"]), version
+            )

@@ -187,7 +187,9 @@ def list_local(
                     stat = entry.stat()
                 except FileNotFoundError:
                     continue  # likewise
-                yield FileInfo(name, join(uri, name), stat.st_size, str(stat.st_mtime_ns))
+                yield FileInfo(
+                    name, join(uri, name), stat.st_size, str(stat.st_mtime_ns)
+                )
 
 
 def _kind_of(entry: os.DirEntry[str]) -> OtherEntry | None:

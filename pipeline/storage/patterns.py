@@ -11,7 +11,14 @@ import re
 from collections.abc import Iterator
 
 from pipeline.errors import ConfigError, DataError
-from pipeline.storage.door import exists, is_folder, is_local, list_files, on_disk, size_of
+from pipeline.storage.door import (
+    exists,
+    is_folder,
+    is_local,
+    list_files,
+    on_disk,
+    size_of,
+)
 from pipeline.storage.hidden import is_hidden
 from pipeline.storage.local import FileInfo
 from pipeline.storage.uri import absolute, join, redact, split_scheme
@@ -110,7 +117,9 @@ def _find_part(part: str) -> list[FileInfo]:
         if pattern in files:
             matching = [files[pattern]]
         else:
-            matching = [files[each] for each in sorted(files) if _matches(each, pattern)]
+            matching = [
+                files[each] for each in sorted(files) if _matches(each, pattern)
+            ]
         if not matching:
             raise DataError(
                 _no_match(
@@ -235,7 +244,9 @@ class _Numbers:
     """
 
     def __init__(self, first: str, last: str) -> None:
-        is_padded = any(len(text) > 1 and text.startswith("0") for text in (first, last))
+        is_padded = any(
+            len(text) > 1 and text.startswith("0") for text in (first, last)
+        )
         self._width = max(len(first), len(last)) if is_padded else 0
         step = 1 if int(first) <= int(last) else -1
         self._numbers = range(

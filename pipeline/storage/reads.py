@@ -48,7 +48,9 @@ def read_view(
     if length == 0:
         return memoryview(b"")
     if is_local(uri):
-        data = memoryview(on_disk("read", uri, lambda path: _read_local(path, start, length)))
+        data = memoryview(
+            on_disk("read", uri, lambda path: _read_local(path, start, length))
+        )
     else:
         data = with_retries(
             "read", uri, lambda: _read_remote(uri, start, length), on_retry=on_retry
@@ -108,7 +110,12 @@ def _read_remote(uri: str, start: int, length: int | None) -> memoryview:
             return data
     fs = file_system(scheme, "read")
     return memoryview(
-        _cat(fs, uri, None if is_whole else start, None if length is None else start + length)
+        _cat(
+            fs,
+            uri,
+            None if is_whole else start,
+            None if length is None else start + length,
+        )
     )
 
 
@@ -183,6 +190,8 @@ def open_read(uri: str, *, buffer_bytes: int = _READ_BLOCK_BYTES) -> BinaryIO:
     """
     if is_local(uri):
         return on_disk(
-            "read", uri, lambda path: path.open("rb", buffering=min(buffer_bytes, 2**20))
+            "read",
+            uri,
+            lambda path: path.open("rb", buffering=min(buffer_bytes, 2**20)),
         )
     return io.BufferedReader(_RangeReader(uri), buffer_size=buffer_bytes)

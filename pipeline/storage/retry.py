@@ -118,7 +118,9 @@ def _budget_s() -> float:
         ) from None
 
 
-def _say_retry(uri: str, on_retry: Callable[[], None]) -> Callable[[RetryCallState], None]:
+def _say_retry(
+    uri: str, on_retry: Callable[[], None]
+) -> Callable[[RetryCallState], None]:
     def say(state: RetryCallState) -> None:
         on_retry()
         error = state.outcome.exception() if state.outcome else None
@@ -133,7 +135,11 @@ def _say_retry(uri: str, on_retry: Callable[[], None]) -> Callable[[RetryCallSta
 
 
 def _brief(error: BaseException | None) -> str:
-    return redact(f"{type(error).__name__}: {error}")[:300] if error is not None else "no error"
+    return (
+        redact(f"{type(error).__name__}: {error}")[:300]
+        if error is not None
+        else "no error"
+    )
 
 
 def explain(action: str, uri: str, error: BaseException) -> MaelstromError:
@@ -162,14 +168,19 @@ def explain(action: str, uri: str, error: BaseException) -> MaelstromError:
         hint = ""
         if uri.lower().startswith("file:") and "%" in uri:
             hint = " Escapes such as %20 are not decoded: give the plain path."
-        return DataError(f"{where}: not found. Check the path, the bucket and the spelling.{hint}")
+        return DataError(
+            f"{where}: not found. Check the path, the bucket and the spelling.{hint}"
+        )
     if isinstance(error, IsADirectoryError | NotADirectoryError):
         return DataError(
             f"{where}: {_brief(error)}. A file was expected there."
             if action == "read"
             else f"{where}: {_brief(error)}."
         )
-    if "credential" in type(error).__name__.lower() or "credential" in str(error).lower():
+    if (
+        "credential" in type(error).__name__.lower()
+        or "credential" in str(error).lower()
+    ):
         return InfrastructureError(
             f"{where}: {_brief(error)}. Set the storage's usual variables (for S3 "
             "AWS_ACCESS_KEY_ID and "
@@ -185,7 +196,11 @@ def explain(action: str, uri: str, error: BaseException) -> MaelstromError:
 
 
 def with_retries(
-    action: str, uri: str, call: Callable[[], T], *, on_retry: Callable[[], None] = lambda: None
+    action: str,
+    uri: str,
+    call: Callable[[], T],
+    *,
+    on_retry: Callable[[], None] = lambda: None,
 ) -> T:
     """Run one storage call, retrying what may pass by itself, and explain what does not.
 

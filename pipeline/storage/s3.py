@@ -97,7 +97,10 @@ def _store(bucket: str, environment: tuple[str | None, ...]) -> Any:
     is."""
     try:
         import_module("obstore")
-        stores, session_module = import_module("obstore.store"), import_module("botocore.session")
+        stores, session_module = (
+            import_module("obstore.store"),
+            import_module("botocore.session"),
+        )
     except ImportError:
         return None
     # botocore knows all the ways in which credentials and endpoints can be given; obstore does not.
@@ -123,7 +126,11 @@ def _store(bucket: str, environment: tuple[str | None, ...]) -> Any:
             "timeout": timedelta(minutes=10),
             "allow_http": endpoint.startswith("http://"),
         },
-        **({} if is_aws else {"endpoint": endpoint, "virtual_hosted_style_request": False}),
+        **(
+            {}
+            if is_aws
+            else {"endpoint": endpoint, "virtual_hosted_style_request": False}
+        ),
     )
 
 

@@ -52,7 +52,9 @@ def split_scheme(uri: str) -> tuple[str, str]:
             "storage: the path is empty. Give a folder or a URI such as s3://bucket/folder."
         )
     if "\0" in uri:
-        raise ConfigError(f"storage: {redact(uri)!r} has a NUL byte, which no path can have.")
+        raise ConfigError(
+            f"storage: {redact(uri)!r} has a NUL byte, which no path can have."
+        )
     # fsspec would run the first and follow the second: neither reaches it.
     chained = _CHAIN.match(uri)
     found = SCHEME.match(uri)
@@ -65,7 +67,9 @@ def split_scheme(uri: str) -> tuple[str, str]:
     rest = uri[found.end() :]
     if scheme == "file":
         # RFC 8089 allows the name of this machine in front of the path.
-        return scheme, rest.removeprefix("localhost") if rest.startswith("localhost/") else rest
+        return scheme, rest.removeprefix("localhost") if rest.startswith(
+            "localhost/"
+        ) else rest
     if scheme in _HAS_BUCKETS and not rest.partition("/")[0]:
         raise ConfigError(
             f"storage: {redact(uri)!r} names no bucket. Write {scheme}://bucket/folder."
@@ -140,7 +144,9 @@ def join(uri: str, *parts: str) -> str:
 def absolute(uri: str) -> str:
     """Return a URI that names the same place from every working folder; links are kept."""
     scheme, path = split_scheme(uri)
-    return uri if scheme not in ("", "file") else str(Path(expand_home(path)).absolute())
+    return (
+        uri if scheme not in ("", "file") else str(Path(expand_home(path)).absolute())
+    )
 
 
 def expand_home(path: str) -> str:

@@ -25,7 +25,9 @@ def write_atomic(uri: str, data: bytes) -> None:
     """
     if is_local(uri):
         on_disk(
-            "write", uri, lambda path: write_local(path, lambda file: file.write(data), commit_file)
+            "write",
+            uri,
+            lambda path: write_local(path, lambda file: file.write(data), commit_file),
         )
         return
     uri = split_scheme(uri)[1]
@@ -38,7 +40,11 @@ def put_file(local: Path, uri: str) -> None:
         # By way of a temporary file: a copy that is stopped must leave no part of one.
         def copy(path: Path) -> None:
             with local.open("rb") as source:
-                write_local(path, lambda file: shutil.copyfileobj(source, file, 2**20), commit_file)
+                write_local(
+                    path,
+                    lambda file: shutil.copyfileobj(source, file, 2**20),
+                    commit_file,
+                )
 
         on_disk("write", uri, copy)
         return

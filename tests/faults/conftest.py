@@ -84,7 +84,9 @@ class FaultProxy:
                 self._back_at, self._outage = time.monotonic() + self._outage[1], None
             # At least a second request, however long a slow client takes to send it.
             begun = self._back_at > 0
-            out = time.monotonic() < self._back_at or (begun and self.done["outage"] < 2)
+            out = time.monotonic() < self._back_at or (
+                begun and self.done["outage"] < 2
+            )
             self.done["outage"] += out
             return out
 
@@ -134,7 +136,11 @@ class _Handler(BaseHTTPRequestHandler):
             and not path.path.endswith("/")
             and "list-type" not in path.query
         )
-        fault = self.proxy.take(path.path, is_ranged="Range" in self.headers) if is_object else None
+        fault = (
+            self.proxy.take(path.path, is_ranged="Range" in self.headers)
+            if is_object
+            else None
+        )
         kind = fault.kind if fault else ""
         if kind == "reset":
             self._reset()
@@ -191,7 +197,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.proxy.upstream.hostname or "", self.proxy.upstream.port, timeout=HANG_S
         )
         try:
-            upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            upstream.putrequest(
+                self.command, self.path, skip_host=True, skip_accept_encoding=True
+            )
             for name, value in self.headers.items():
                 if name.lower() != "connection":
                     upstream.putheader(name, value)
@@ -200,12 +208,20 @@ class _Handler(BaseHTTPRequestHandler):
             data = reply.read()
         finally:
             upstream.close()
-        headers = {name: value for name, value in reply.getheaders() if name.lower() in _PASSED_ON}
+        headers = {
+            name: value
+            for name, value in reply.getheaders()
+            if name.lower() in _PASSED_ON
+        }
         headers |= {
-            name: value for name, value in reply.getheaders() if name.lower().startswith("x-amz-")
+            name: value
+            for name, value in reply.getheaders()
+            if name.lower().startswith("x-amz-")
         }
         size = (
-            int(reply.headers.get("Content-Length") or 0) if self.command == "HEAD" else len(data)
+            int(reply.headers.get("Content-Length") or 0)
+            if self.command == "HEAD"
+            else len(data)
         )
         self._head(reply.status, headers, size)
         if self.command != "HEAD" and reply.status != 204:
@@ -243,7 +259,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _reset(self) -> None:
         self.wfile.flush()
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.setsockopt(
+            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+        )
         self.connection.close()
         self.close_connection = True
         raise ConnectionResetError

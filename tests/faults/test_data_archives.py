@@ -36,7 +36,9 @@ def test_a_foreign_tar_cut_at_any_block_is_named_and_never_half_read(crops, tmp_
     )
     whole = path.read_bytes()
     with tarfile.open(path) as archive:
-        end = max(member.offset_data + -(-member.size // BLOCK) * BLOCK for member in archive)
+        end = max(
+            member.offset_data + -(-member.size // BLOCK) * BLOCK for member in archive
+        )
     for cut in range(BLOCK, end, BLOCK):
         path.write_bytes(whole[:cut])
         with pytest.raises(DataError, match=r"x-000000\.tar"):
@@ -79,7 +81,9 @@ def test_a_flipped_bit_anywhere_is_found_by_the_full_check(make_dataset, place):
     ],
     ids=["twice", "not adjacent", "no image"],
 )
-def test_badly_grouped_members_are_a_problem_that_names_the_key(crops, tmp_path, names, says):
+def test_badly_grouped_members_are_a_problem_that_names_the_key(
+    crops, tmp_path, names, says
+):
     members = [(name, b"1" if name.endswith("cls") else crops[0]) for name in names]
     path = write_members(tmp_path / "data" / "x-000000.tar", members)
     [problem] = verify(str(path.parent)).problems
@@ -99,14 +103,19 @@ def test_a_pickled_member_is_never_loaded(crops, tmp_path, suffix):
     canary = tmp_path / "canary"
     members = [("a.jpg", crops[0]), (f"a.{suffix}", pickle.dumps(_Canary(canary)))]
     path = write_members(tmp_path / "data" / "x-000000.tar", members)
-    assert open_dataset(str(path.parent), cache_dir=tmp_path / "cache").info.num_samples == 1
+    assert (
+        open_dataset(str(path.parent), cache_dir=tmp_path / "cache").info.num_samples
+        == 1
+    )
     verify(str(path.parent), full=True)
     assert not canary.exists()
     pickle.loads(members[1][1])  # the canary does sing where it is let
     assert canary.exists()
 
 
-@pytest.mark.parametrize("name", ["../escape.jpg", "/absolute.jpg", "a/../../escape.jpg"])
+@pytest.mark.parametrize(
+    "name", ["../escape.jpg", "/absolute.jpg", "a/../../escape.jpg"]
+)
 def test_names_that_lead_out_of_the_archive_are_refused(crops, tmp_path, name):
     path = write_members(tmp_path / "data" / "x-000000.tar", [(name, crops[0])])
     with pytest.raises(DataError, match=r"x-000000\.tar"):
@@ -126,7 +135,9 @@ def test_nothing_here_unpickles():
         for file in (REPOSITORY / room).rglob("*.py"):
             text = file.read_text()
             assert not re.search(
-                r"^\s*(import|from) (pickle|dill|cloudpickle|joblib)\b", text, re.MULTILINE
+                r"^\s*(import|from) (pickle|dill|cloudpickle|joblib)\b",
+                text,
+                re.MULTILINE,
             ), file
             for call in re.findall(r"torch\.load\(([^)]*)\)", text):
                 if "safetensors.torch.load(" not in text:

@@ -31,7 +31,9 @@ def behind(words: list[str]) -> list[str]:
     return ["nice", "-n", "19", *words]
 
 
-def run(*args: object, prefix: list[str] | None = None) -> subprocess.CompletedProcess[str]:
+def run(
+    *args: object, prefix: list[str] | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*(prefix or []), *command(*args)],
         cwd=REPOSITORY,
@@ -55,7 +57,10 @@ def source(
     make_class_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     return make_class_folder(
-        num_classes=4, per_class=20, size_px=48, root=tmp_path_factory.mktemp("convert") / "src"
+        num_classes=4,
+        per_class=20,
+        size_px=48,
+        root=tmp_path_factory.mktemp("convert") / "src",
     )
 
 
@@ -63,14 +68,18 @@ OPTIONS = ("--samples-per-shard", 4, "--resize", 32)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def undisturbed(
+    source: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
     target = tmp_path_factory.mktemp("undisturbed") / "dst"
     done = run(source, target, *OPTIONS, "--workers", 1)
     assert done.returncode == 0, done.stderr
     return hashes(target)
 
 
-def assert_message(done: subprocess.CompletedProcess[str], code: int, *parts: str) -> None:
+def assert_message(
+    done: subprocess.CompletedProcess[str], code: int, *parts: str
+) -> None:
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     for part in parts:
@@ -85,7 +94,11 @@ def test_two_workers_make_the_same_bytes(
     assert done.returncode == 0, done.stderr
     assert hashes(tmp_path / "dst") == undisturbed
     found = json.loads(done.stdout)
-    assert (found["num_samples"], found["num_shards"], found["num_rejected"]) == (80, 20, 0)
+    assert (found["num_samples"], found["num_shards"], found["num_rejected"]) == (
+        80,
+        20,
+        0,
+    )
 
 
 @pytest.mark.slow
@@ -96,7 +109,10 @@ def test_a_killed_converter_goes_on(
     target = tmp_path / "dst"
     args = (source, target, *OPTIONS, "--workers", workers)
     process = subprocess.Popen(
-        behind(command(*args)), cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        behind(command(*args)),
+        cwd=REPOSITORY,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     children: list[psutil.Process] = []
     try:
@@ -116,17 +132,21 @@ def test_a_killed_converter_goes_on(
     assert not alive, "workers outlived the converter"
     assert not (target / "dataset.json").exists()
     kept = {
-        path.name: path.stat().st_mtime_ns for path in (target / "_parts").glob("train-*.parquet")
+        path.name: path.stat().st_mtime_ns
+        for path in (target / "_parts").glob("train-*.parquet")
     }
-    tars = {name: (target / name.replace(".parquet", ".tar")).stat().st_mtime_ns for name in kept}
+    tars = {
+        name: (target / name.replace(".parquet", ".tar")).stat().st_mtime_ns
+        for name in kept
+    }
     done = run(*args)
     assert done.returncode == 0, done.stderr
     assert "continuing the conversion" in done.stderr
     assert hashes(target) == undisturbed
     for name, time_ns in tars.items():
-        assert (target / name.replace(".parquet", ".tar")).stat().st_mtime_ns == time_ns, (
-            f"{name} was made again"
-        )
+        assert (
+            target / name.replace(".parquet", ".tar")
+        ).stat().st_mtime_ns == time_ns, f"{name} was made again"
 
 
 @pytest.mark.slow
@@ -169,9 +189,8 @@ def peak_bytes(source: Path, target: Path, *options: str) -> int:
     # Not ru_maxrss: a child starts with its parent's, which is larger than all that is measured
     # here.
     peak = "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
-    script = (
-        f"from pipeline.convert.__main__ import main; code = main(); {peak}; raise SystemExit(code)"
-    )
+    run = "from pipeline.convert.__main__ import main; code = main()"
+    script = f"{run}; {peak}; raise SystemExit(code)"
     done = subprocess.run(
         [sys.executable, "-c", script, str(source), str(target), *options],
         cwd=REPOSITORY,
@@ -198,36 +217,51 @@ def test_a_file_more_costs_little_memory(source: Path, tmp_path: Path) -> None:
                 (folder / "first.jpg").write_bytes(
                     image.read_bytes()
                 )  # a file has 65,000 names at most
-            os.link(folder / "first.jpg", folder / f"n{number // 1000:08d}_{number}.JPEG")
+            os.link(
+                folder / "first.jpg", folder / f"n{number // 1000:08d}_{number}.JPEG"
+            )
         peaks[count] = peak_bytes(root, tmp_path / "dst", "--dry-run")
     # A million files then take less than 700 MB, all told.
     assert (peaks[61_000] - peaks[1_000]) / 60_000 < 500
 
 
 @pytest.mark.slow
-def test_what_the_user_gets_wrong_is_said_in_one_line(source: Path, tmp_path: Path) -> None:
+def test_what_the_user_gets_wrong_is_said_in_one_line(
+    source: Path, tmp_path: Path
+) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("x")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "a.txt").write_text("x")
     target = tmp_path / "dst"
-    assert_message(run(tmp_path / "none", target), 3, "not found", str(tmp_path / "none"))
+    assert_message(
+        run(tmp_path / "none", target), 3, "not found", str(tmp_path / "none")
+    )
     assert_message(run(tmp_path / "empty", target), 3, "no image", "seen: no files")
     assert_message(run(tmp_path / "text", target), 3, "1 .txt")
     assert_message(run(source, tmp_path / "taken"), 2, "not empty", "a.txt")
     assert_message(run("pipe:ls", target), 2, "pipe:")
     assert_message(run(source, target, "--shard-size", "big"), 2, "--shard-size 'big'")
-    assert_message(run(source, target, "--quality", 0, "--limit", 0), 2, "--quality", "--limit")
+    assert_message(
+        run(source, target, "--quality", 0, "--limit", 0), 2, "--quality", "--limit"
+    )
     assert_message(run(source, target, "--format", "zip"), 2)
     assert not target.exists()
 
 
 def test_a_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
-    done = run(source, tmp_path / "dst", "--samples-per-shard", 30, "--dry-run", "--json")
+    done = run(
+        source, tmp_path / "dst", "--samples-per-shard", 30, "--dry-run", "--json"
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert (found["num_images"], found["num_shards"], found["num_classes"], found["finished"]) == (
+    assert (
+        found["num_images"],
+        found["num_shards"],
+        found["num_classes"],
+        found["finished"],
+    ) == (
         80,
         3,
         4,
@@ -248,7 +282,9 @@ def in_small_file_system(folder: Path, options: str) -> list[str]:
     prefix = ["unshare", "--mount", "sh", "-c", script, "sh"]
     if (
         shutil.which("unshare") is None
-        or subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode
+        or subprocess.run(
+            [*prefix, "true"], capture_output=True, check=False
+        ).returncode
     ):
         pytest.skip("needs the right to mount a tmpfs in a namespace of its own")
     return prefix
@@ -260,7 +296,13 @@ def test_a_full_disk_is_said_and_nothing_half_done_stays(
 ) -> None:
     prefix = in_small_file_system(tmp_path, "size=96k")
     done = run(
-        source, tmp_path / "dst", "--samples-per-shard", 4, "--workers", workers, prefix=prefix
+        source,
+        tmp_path / "dst",
+        "--samples-per-shard",
+        4,
+        "--workers",
+        workers,
+        prefix=prefix,
     )
     assert_message(done, 76, "No space left", str(tmp_path / "dst"), "Free some space")
     assert "_plan.json" in done.stderr  # the prefix lists what is left
@@ -270,7 +312,10 @@ def test_a_full_disk_is_said_and_nothing_half_done_stays(
 def test_a_read_only_target_is_said(source: Path, tmp_path: Path) -> None:
     prefix = in_small_file_system(tmp_path, "ro")
     assert_message(
-        run(source, tmp_path / "dst", prefix=prefix), 76, "read-only", str(tmp_path / "dst")
+        run(source, tmp_path / "dst", prefix=prefix),
+        76,
+        "read-only",
+        str(tmp_path / "dst"),
     )
 
 
@@ -289,9 +334,8 @@ def test_bombs_cost_no_memory(source: Path, tmp_path: Path) -> None:
     # Not ru_maxrss: a child starts with its parent's, which is larger than all that is measured
     # here.
     peak = "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
-    script = (
-        f"from pipeline.convert.__main__ import main; code = main(); {peak}; raise SystemExit(code)"
-    )
+    run = "from pipeline.convert.__main__ import main; code = main()"
+    script = f"{run}; {peak}; raise SystemExit(code)"
     done = subprocess.run(
         [
             sys.executable,
@@ -313,4 +357,6 @@ def test_bombs_cost_no_memory(source: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "4 rejected" in done.stderr
-    assert int(done.stdout.split()[-1]) < 500 * 1024  # in KiB; a decoded bomb alone takes 1,200 MiB
+    assert (
+        int(done.stdout.split()[-1]) < 500 * 1024
+    )  # in KiB; a decoded bomb alone takes 1,200 MiB

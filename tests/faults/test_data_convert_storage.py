@@ -39,10 +39,15 @@ def test_bursts_of_503_from_the_target_change_nothing(
     proxy = through_proxy()
     for match in (r"000000\.tar", r"_parts/", r"dataset\.json"):
         proxy.plan("503", times=2, match=match, method="PUT")
-    assert convert(str(source), storage.join(s3_bucket, "dst"), SETTINGS, workers=1) == here
+    assert (
+        convert(str(source), storage.join(s3_bucket, "dst"), SETTINGS, workers=1)
+        == here
+    )
     assert proxy.done["503"] == 6
     for file in storage.list_files(storage.join(s3_bucket, "dst"), recursive=True):
-        assert storage.read_bytes(file.uri) == (tmp_path / "dst" / file.name).read_bytes()
+        assert (
+            storage.read_bytes(file.uri) == (tmp_path / "dst" / file.name).read_bytes()
+        )
 
 
 # -------------------------------------------------------------------------------------------- https
@@ -78,10 +83,14 @@ def web(tmp_path: Path) -> Iterator[tuple[Path, str, Path]]:
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
     day = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
     certificate = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        x509.CertificateBuilder(
+            name, name, key.public_key(), x509.random_serial_number()
+        )
         .not_valid_before(day)
         .not_valid_after(datetime.datetime(2100, 1, 1, tzinfo=datetime.UTC))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .add_extension(
+            x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False
+        )
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .sign(key, hashes.SHA256())
     )
@@ -111,7 +120,9 @@ def web(tmp_path: Path) -> Iterator[tuple[Path, str, Path]]:
 
 @pytest.mark.remote
 @pytest.mark.slow
-def test_tars_parquet_and_lists_are_read_over_https(source: Path, tmp_path: Path, web) -> None:
+def test_tars_parquet_and_lists_are_read_over_https(
+    source: Path, tmp_path: Path, web
+) -> None:
     import os
     import tarfile
 
@@ -124,7 +135,8 @@ def test_tars_parquet_and_lists_are_read_over_https(source: Path, tmp_path: Path
         for path in paths:
             archive.add(path, str(path.relative_to(source)))
     images = [
-        {"bytes": path.read_bytes(), "path": f"{path.parent.name}-{path.name}"} for path in paths
+        {"bytes": path.read_bytes(), "path": f"{path.parent.name}-{path.name}"}
+        for path in paths
     ]
     pq.write_table(
         pa.table({"image": images, "label": [p.parent.name for p in paths]}),

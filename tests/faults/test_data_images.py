@@ -51,11 +51,18 @@ def declaring(image: bytes, width: int, height: int) -> bytes:
 def png_declaring(width: int, height: int) -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+            struct.pack(">I", len(data))
+            + kind
+            + data
+            + struct.pack(">I", zlib.crc32(kind + data))
         )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(9))) + chunk(b"IEND", b"")
+    body = (
+        chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(9)))
+        + chunk(b"IEND", b"")
+    )
     return b"\x89PNG\r\n\x1a\n" + body
 
 
@@ -91,13 +98,23 @@ def strange(crops):
     upside_down = photos[6].transpose(Image.Transpose.FLIP_TOP_BOTTOM)
 
     def jpeg(number: int, **options: object) -> tuple[bytes, Image.Image, float]:
-        return encode(photos[number], "JPEG", quality=95, **options), photos[number], 4.0
+        return (
+            encode(photos[number], "JPEG", quality=95, **options),
+            photos[number],
+            4.0,
+        )
 
-    def lossless(image: Image.Image, shown: Image.Image, kind: str = "PNG", **options: object):
+    def lossless(
+        image: Image.Image, shown: Image.Image, kind: str = "PNG", **options: object
+    ):
         return encode(image, kind, **options), shown, 1.5
 
     return {
-        "cmyk.jpg": (encode(photos[0].convert("CMYK"), "JPEG", quality=95), photos[0], 8.0),
+        "cmyk.jpg": (
+            encode(photos[0].convert("CMYK"), "JPEG", quality=95),
+            photos[0],
+            8.0,
+        ),
         "grey.jpg": (encode(grey, "JPEG", quality=95), grey, 4.0),
         "sixteen.png": lossless(
             Image.fromarray(np.asarray(sixteen).astype(np.uint16) * 257), sixteen
@@ -106,7 +123,12 @@ def strange(crops):
         "alpha.png": lossless(clear, photos[4]),
         "rotated.jpg": jpeg(5, exif=turned.tobytes()),
         "animated.webp": lossless(
-            photos[6], photos[6], "WEBP", save_all=True, append_images=[upside_down], lossless=True
+            photos[6],
+            photos[6],
+            "WEBP",
+            save_all=True,
+            append_images=[upside_down],
+            lossless=True,
         ),
         "really_a_png.JPEG": lossless(photos[7], photos[7]),
         "UPPER.JPG": jpeg(8),
@@ -117,14 +139,20 @@ def strange(crops):
 
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_strange_images_show_what_is_documented(strange, tmp_path, decoder):
-    folder = write_tar(tmp_path / "data", {name: data for name, (data, _, _) in strange.items()})
+    folder = write_tar(
+        tmp_path / "data", {name: data for name, (data, _, _) in strange.items()}
+    )
     dataset = open_dataset(folder, cache_dir=tmp_path / "cache")
     assert dataset.info.num_samples == len(strange)
     keys = dataset.keys(np.arange(len(strange)))
     assert keys == [name.rsplit(".", 1)[0] for name in strange]
     view = VIEW.model_copy(update={"interpolation": FILTER[decoder]})
     batch = read_samples(
-        dataset, np.arange(len(strange)), view, LoaderConfig(decoder=decoder), device=CPU
+        dataset,
+        np.arange(len(strange)),
+        view,
+        LoaderConfig(decoder=decoder),
+        device=CPU,
     )
     for name, seen in zip(strange, seen_pixels(batch.images_BCHW), strict=True):
         _, shown, tolerance = strange[name]

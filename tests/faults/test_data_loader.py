@@ -54,7 +54,8 @@ def test_a_thread_that_dies_names_the_samples_in_flight(make_dataset, crops):
         loader._decoders = [Poisoned(loader._decoders[0], crops[21])]
         stream = iter(loader)
         with pytest.raises(
-            DataError, match=r"decode thread failed \(RuntimeError: codec state corrupted\)"
+            DataError,
+            match=r"decode thread failed \(RuntimeError: codec state corrupted\)",
         ) as caught:
             list(islice(stream, 15))
     message = str(caught.value)
@@ -73,7 +74,8 @@ def test_a_reading_thread_that_dies_names_them_too(make_dataset, monkeypatch):
     with make_loader(dataset) as loader:
         monkeypatch.setattr(loader._reader, "read", broken)
         with pytest.raises(
-            DataError, match=r"read thread failed \(TypeError: not a row\) on samples \[\d+, "
+            DataError,
+            match=r"read thread failed \(TypeError: not a row\) on samples \[\d+, ",
         ):
             next(iter(loader))
 
@@ -82,7 +84,9 @@ def test_a_reading_thread_that_dies_names_them_too(make_dataset, monkeypatch):
 def changed(make_dataset, tmp_path):
     """Give a dataset, and one whose second and fourth shards hold other samples."""
     before = open_dataset(make_dataset(uri=str(tmp_path / "before")))
-    after = open_dataset(make_dataset(uri=str(tmp_path / "after"), shard_sizes=(13, 16, 12, 19)))
+    after = open_dataset(
+        make_dataset(uri=str(tmp_path / "after"), shard_sizes=(13, 16, 12, 19))
+    )
     return before, after
 
 
@@ -92,7 +96,8 @@ def test_a_changed_dataset_is_refused_naming_the_shards(changed):
         state = loader.state_dict()
     with make_loader(after) as loader:
         with pytest.raises(
-            DataError, match=r"in 2 of 4 shards: train-000001\.tar, train-000002\.tar\. Restore"
+            DataError,
+            match=r"in 2 of 4 shards: train-000001\.tar, train-000002\.tar\. Restore",
         ):
             loader.load_state_dict(state, trained_on=before.info)
         with pytest.raises(DataError, match=r"its samples changed\. Restore"):
@@ -118,7 +123,9 @@ def test_a_changed_dataset_may_be_accepted_at_the_next_epoch(changed):
         assert loader.state_dict()["fingerprint"] == after.info.fingerprint
 
 
-def test_one_flipped_bit_in_one_image_makes_another_dataset(make_dataset, crops, tmp_path):
+def test_one_flipped_bit_in_one_image_makes_another_dataset(
+    make_dataset, crops, tmp_path
+):
     """A shard that was made again with other pixels has another fingerprint, though every count is
     the same."""
     before = open_dataset(make_dataset())
@@ -155,18 +162,22 @@ def test_bad_samples_in_a_row_end_the_run_with_reasons_and_shards(make_dataset):
     with make_loader(dataset, max_bad_in_a_row=5, max_bad_share=1.0) as loader:
         stream = iter(loader)
         with pytest.raises(
-            DataError, match=r"5 bad samples in a row \(limit 5\).*Reasons: .*Shards: train-"
+            DataError,
+            match=r"5 bad samples in a row \(limit 5\).*Reasons: .*Shards: train-",
         ) as caught:
             list(islice(stream, 200))
     assert "pipeline.verify --full" in str(caught.value)
 
 
 def test_a_shard_with_nothing_good_is_named(make_dataset):
-    dataset = open_dataset(make_dataset(replace=dict.fromkeys(range(13, 30), b"\xff\xd8junk" * 20)))
+    dataset = open_dataset(
+        make_dataset(replace=dict.fromkeys(range(13, 30), b"\xff\xd8junk" * 20))
+    )
     with make_loader(dataset, max_bad_share=1.0, max_bad_in_a_row=1000) as loader:
         stream = iter(loader)
         with pytest.raises(
-            DataError, match=r"of train-000001\.tar cannot be used, nor can the 16 after it"
+            DataError,
+            match=r"of train-000001\.tar cannot be used, nor can the 16 after it",
         ):
             list(islice(stream, 200))
 
@@ -191,7 +202,9 @@ def test_a_tar_cut_inside_a_member_is_told_with_the_counts(make_dataset, part):
 
 def test_a_batch_keeps_its_size_and_its_place_whatever_is_bad(make_dataset):
     dataset = open_dataset(
-        make_dataset(replace={n: b"" if n % 2 else b"no image" for n in range(0, 60, 7)})
+        make_dataset(
+            replace={n: b"" if n % 2 else b"no image" for n in range(0, 60, 7)}
+        )
     )
     whole = open_dataset(dataset.uri)
     seen = []
@@ -201,7 +214,7 @@ def test_a_batch_keeps_its_size_and_its_place_whatever_is_bad(make_dataset):
             batches = [next(stream) for _ in range(15)]
         seen.append(torch.cat([batch.images_BCHW for batch in batches]))
         assert [len(batch.sample_ids_B) for batch in batches] == [4] * 15
-        assert sorted(np.concatenate([batch.sample_ids_B for batch in batches]).tolist()) == list(
-            range(60)
-        )
+        assert sorted(
+            np.concatenate([batch.sample_ids_B for batch in batches]).tolist()
+        ) == list(range(60))
     assert torch.equal(*seen)  # the substitutes are the same in every run

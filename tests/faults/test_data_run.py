@@ -39,9 +39,13 @@ TINY = {
 def words(data: str, run_dir: Path, **changes: str) -> list[str]:
     settings = {**TINY, "data.train": data, "data.val": "", "run.dir": str(run_dir)}
     settings |= {
-        name.replace("__", ".").replace("_", "-"): value for name, value in changes.items()
+        name.replace("__", ".").replace("_", "-"): value
+        for name, value in changes.items()
     }
-    return ["demo", *(word for name, value in settings.items() for word in (f"--{name}", value))]
+    return [
+        "demo",
+        *(word for name, value in settings.items() for word in (f"--{name}", value)),
+    ]
 
 
 def alone(*args: str) -> subprocess.CompletedProcess[str]:
@@ -68,7 +72,9 @@ def test_reports_are_added_up_and_no_rank_hides_another():
 
 
 @pytest.mark.slow
-def test_all_ranks_and_all_starts_of_a_run_are_in_one_report(make_dataset, tmp_path: Path):
+def test_all_ranks_and_all_starts_of_a_run_are_in_one_report(
+    make_dataset, tmp_path: Path
+):
     bad = {5: b"junk" * 30, 21: b"", 40: b"x"}
     data, run_dir = make_dataset(replace=bad), tmp_path / "run"
     for steps in (4, 8):  # 60 samples are an epoch of 3.75 steps
@@ -86,9 +92,13 @@ def test_all_ranks_and_all_starts_of_a_run_are_in_one_report(make_dataset, tmp_p
 
 
 @pytest.mark.slow
-def test_too_much_that_is_bad_ends_the_run_and_leaves_the_report(make_dataset, tmp_path: Path):
+def test_too_much_that_is_bad_ends_the_run_and_leaves_the_report(
+    make_dataset, tmp_path: Path
+):
     data = make_dataset(replace=dict.fromkeys(range(0, 60, 2), b"junk"))
-    done = alone(*words(data, tmp_path / "run", train__steps="8", loader__max_bad_share="0.0005"))
+    done = alone(
+        *words(data, tmp_path / "run", train__steps="8", loader__max_bad_share="0.0005")
+    )
     assert done.returncode == 3, done.stderr
     assert "bad samples among the last 10,000" in done.stderr
     assert "not an image" in done.stderr
@@ -117,7 +127,9 @@ def test_a_dataset_that_changed_between_starts_is_named_and_may_be_accepted(
 
 
 @pytest.mark.slow
-def test_no_secret_is_in_anything_that_a_run_writes(make_dataset, s3_bucket, tmp_path: Path):
+def test_no_secret_is_in_anything_that_a_run_writes(
+    make_dataset, s3_bucket, tmp_path: Path
+):
     """Data and checkpoints in object storage, with a secret in the environment and one in a URL
     that fails."""
     secret = "hush-8f41c7"
@@ -130,11 +142,19 @@ def test_no_secret_is_in_anything_that_a_run_writes(make_dataset, s3_bucket, tmp
         log__every_steps="1",
     )
     env = launch.environment() | {"AWS_SECRET_ACCESS_KEY": secret}
-    env |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "MAELSTROM_STORAGE_BUDGET_S": "1"}
+    env |= {
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "MAELSTROM_STORAGE_BUDGET_S": "1",
+    }
     said = ""
-    for extra in ([], ["--data.train", f"https://me:{secret}@127.0.0.1:9/x?sig={secret}"]):
+    for extra in (
+        [],
+        ["--data.train", f"https://me:{secret}@127.0.0.1:9/x?sig={secret}"],
+    ):
         run_dir = str(tmp_path / f"run{len(extra)}")
-        done = launch.run(["-m", "train.pretrain", *args, "--run.dir", run_dir, *extra], env=env)
+        done = launch.run(
+            ["-m", "train.pretrain", *args, "--run.dir", run_dir, *extra], env=env
+        )
         assert done.returncode == (76 if extra else 0), done.stderr
         said += done.stdout + done.stderr
     assert secret not in said

@@ -65,7 +65,9 @@ def test_samples_read_by_range_are_the_same_bytes_and_retries_are_counted(
 
 
 @pytest.mark.parametrize("kind", BAD_DAYS)
-def test_shards_are_staged_whole_and_retries_are_counted(remote, through_proxy, tmp_path, kind):
+def test_shards_are_staged_whole_and_retries_are_counted(
+    remote, through_proxy, tmp_path, kind
+):
     expected = [storage.read_bytes(remote.shard_uri(shard)) for shard in range(4)]
     proxy = through_proxy()
     proxy.plan(kind, times=3, match=r"\.tar")
@@ -120,7 +122,9 @@ def test_a_bit_that_is_always_flipped_ends_as_a_bad_sample(
 
 
 @pytest.mark.parametrize("file", ["dataset.json", "manifest.parquet"])
-def test_a_bit_flipped_in_what_describes_a_dataset_never_changes_it(remote, through_proxy, file):
+def test_a_bit_flipped_in_what_describes_a_dataset_never_changes_it(
+    remote, through_proxy, file
+):
     """Wherever the bit is: it is found and read again, or it is in what nobody reads."""
     expected = remote.lookup(np.arange(60))
     proxy = through_proxy()
@@ -130,8 +134,17 @@ def test_a_bit_flipped_in_what_describes_a_dataset_never_changes_it(remote, thro
         rows = dataset.lookup(np.arange(60))
         assert proxy.done == Counter(flip=number + 1)
         assert dataset.info == remote.info
-        for column in ("offsets_B", "sizes_B", "labels_B", "widths_B", "heights_B", "hashes_B"):
-            assert getattr(rows, column).tolist() == getattr(expected, column).tolist(), number
+        for column in (
+            "offsets_B",
+            "sizes_B",
+            "labels_B",
+            "widths_B",
+            "heights_B",
+            "hashes_B",
+        ):
+            assert (
+                getattr(rows, column).tolist() == getattr(expected, column).tolist()
+            ), number
 
 
 @pytest.mark.parametrize("kind", ["503", "reset", "cut"])
@@ -143,7 +156,8 @@ def test_a_store_that_stays_away_is_an_error_within_the_budget(
     proxy.plan(kind, times=10_000, match=r"\.tar")
     reader = ShardReader(remote, cache_dir=tmp_path)
     with pytest.raises(
-        InfrastructureError, match=r"train-000000\.tar.*after retrying for 1 s.*AWS_ENDPOINT_URL"
+        InfrastructureError,
+        match=r"train-000000\.tar.*after retrying for 1 s.*AWS_ENDPOINT_URL",
     ):
         reader.read(remote.lookup(np.arange(3)))
     reader.close()
@@ -156,7 +170,9 @@ def test_what_is_not_there_names_the_uri(s3_bucket, remote, monkeypatch):
         open_dataset("s3://no-such-bucket-here/crops")
     monkeypatch.setenv(BUDGET_VARIABLE, "0.5")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    with pytest.raises(InfrastructureError, match=rf"{s3_bucket}/crops.*AWS_ENDPOINT_URL"):
+    with pytest.raises(
+        InfrastructureError, match=rf"{s3_bucket}/crops.*AWS_ENDPOINT_URL"
+    ):
         open_dataset(remote.uri)
 
 
@@ -164,7 +180,8 @@ def test_what_is_not_allowed_is_said_at_once(remote, through_proxy, tmp_path):
     proxy = through_proxy()
     proxy.plan("403", times=10_000)
     with pytest.raises(
-        InfrastructureError, match=r"crops/dataset\.json.*permission denied.*credentials"
+        InfrastructureError,
+        match=r"crops/dataset\.json.*permission denied.*credentials",
     ):
         open_dataset(remote.uri)
     assert proxy.done["403"] <= 4, "what is not allowed was asked for again and again"
@@ -188,7 +205,9 @@ def test_a_process_killed_while_it_fills_the_cache_leaves_nothing_that_is_served
 ):
     fault_proxy.plan("hang", match="000002.tar")
     env = {**os.environ, "AWS_ENDPOINT_URL": fault_proxy.url}
-    process = subprocess.Popen([sys.executable, "-c", STAGE, remote.uri, str(tmp_path)], env=env)
+    process = subprocess.Popen(
+        [sys.executable, "-c", STAGE, remote.uri, str(tmp_path)], env=env
+    )
     assert fault_proxy.hanging.wait(HANG_S)
     # The other stager is done with the other shards when only the one that hangs is left.
     cache = ShardCache(remote, folder=tmp_path, max_bytes=2**30)
@@ -203,7 +222,9 @@ def test_a_process_killed_while_it_fills_the_cache_leaves_nothing_that_is_served
     assert list(tmp_path.rglob(".partial-*"))
     fault_proxy.released.set()
     with cache._changed:
-        assert cache._changed.wait_for(lambda: cache.staged(2) is not None, timeout=HANG_S)
+        assert cache._changed.wait_for(
+            lambda: cache.staged(2) is not None, timeout=HANG_S
+        )
     assert cache.path(2).read_bytes() == storage.read_bytes(remote.shard_uri(2))
     assert not list(tmp_path.rglob(".partial-*"))
     cache.close()
@@ -216,7 +237,8 @@ def test_closing_in_the_middle_of_a_download_is_no_failure(
     left."""
     # Three parts a shard, all asked for at once, two under way.
     monkeypatch.setattr(
-        "pipeline.reading.cache.PART_BYTES", max(remote.info.shards.columns["size_bytes"]) // 3 + 1
+        "pipeline.reading.cache.PART_BYTES",
+        max(remote.info.shards.columns["size_bytes"]) // 3 + 1,
     )
     monkeypatch.setattr("pipeline.reading.cache._PARTS_AT_ONCE", 2)
     failures: list[threading.ExceptHookArgs] = []
@@ -244,11 +266,15 @@ def test_closing_in_the_middle_of_a_download_is_no_failure(
     assert len(whole) < 4
     monkeypatch.undo()  # the proxy has nothing more to say
     for shard in whole:
-        assert cache.path(shard).read_bytes() == storage.read_bytes(remote.shard_uri(shard))
+        assert cache.path(shard).read_bytes() == storage.read_bytes(
+            remote.shard_uri(shard)
+        )
 
 
 @pytest.mark.parametrize("point", ["begin", "download", "commit"])
-def test_sigkill_at_any_point_of_staging_is_made_good_by_the_next_process(remote, tmp_path, point):
+def test_sigkill_at_any_point_of_staging_is_made_good_by_the_next_process(
+    remote, tmp_path, point
+):
     """Killed before a byte is there, with all bytes there but unchecked, and just before the name
     is given."""
     kill = {
@@ -260,7 +286,9 @@ def test_sigkill_at_any_point_of_staging_is_made_good_by_the_next_process(remote
     }[point]
     script = STAGE.replace("\ncache = ", f"\nimport os\n{kill}\ncache = ", 1)
     process = subprocess.run(
-        [sys.executable, "-c", script, remote.uri, str(tmp_path)], timeout=HANG_S, check=False
+        [sys.executable, "-c", script, remote.uri, str(tmp_path)],
+        timeout=HANG_S,
+        check=False,
     )
     assert process.returncode == -9
     assert list(tmp_path.rglob(".partial-*"))
@@ -269,7 +297,9 @@ def test_sigkill_at_any_point_of_staging_is_made_good_by_the_next_process(remote
     cache.begin()
     cache.wait()
     for shard in range(4):
-        assert cache.path(shard).read_bytes() == storage.read_bytes(remote.shard_uri(shard))
+        assert cache.path(shard).read_bytes() == storage.read_bytes(
+            remote.shard_uri(shard)
+        )
     cache.close()
     assert not list(tmp_path.rglob(".partial-*"))
     assert not list((tmp_path / "shards" / "leases").iterdir())
@@ -297,14 +327,20 @@ reader.close()
 """
 
 
-def read_on_small_disk(uri: str, folder: Path, options: str, before: str = "true") -> list[int]:
+def read_on_small_disk(
+    uri: str, folder: Path, options: str, before: str = "true"
+) -> list[int]:
     script = f'mount -t tmpfs -o {options} tmpfs "{folder}" && {before} && "$@"'
     prefix = ["unshare", "--mount", "sh", "-c", script, "sh"]
-    probe = subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False)
+    probe = subprocess.run(
+        ["unshare", "--mount", "true"], capture_output=True, check=False
+    )
     if probe.returncode:
         pytest.skip("needs the right to mount a tmpfs in a namespace of its own")
     command = [*prefix, sys.executable, "-c", READ, uri, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=HANG_S, check=False
+    )
     assert done.returncode == 0, done.stderr
     return [int(word) for word in done.stdout.split()]
 
@@ -318,7 +354,9 @@ def test_a_full_cache_disk_is_emptied_and_then_read_around(remote, tmp_path):
         5 <= through <= 20
     )  # the first shard's for certain; a later one may be staged before it is read
     assert evicted >= 2
-    through, staged, evicted, no_room = read_on_small_disk(remote.uri, tmp_path, "size=24k")
+    through, staged, evicted, no_room = read_on_small_disk(
+        remote.uri, tmp_path, "size=24k"
+    )
     assert (through, staged, evicted) == (20, 0, 0)
     assert no_room >= 4
 

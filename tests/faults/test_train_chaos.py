@@ -49,7 +49,9 @@ def draw_kill(dice: random.Random, *, done: int, number: int) -> dict[str, Any]:
 
 def newest(run_dir: Path) -> int:
     steps = find_steps(str(run_dir / "checkpoints"))
-    return max((step for step, names in steps.items() if "MANIFEST.json" in names), default=0)
+    return max(
+        (step for step, names in steps.items() if "MANIFEST.json" in names), default=0
+    )
 
 
 def test_a_run_that_is_killed_again_and_again_ends_as_the_run_left_alone(
@@ -64,7 +66,9 @@ def test_a_run_that_is_killed_again_and_again_ends_as_the_run_left_alone(
         done = newest(folder / "run")
         kill = draw_kill(dice, done=done, number=kills)
         ended = start(folder, {"kill": kill}, data=data, settings=SETTINGS)
-        assert ended.returncode != 0, f"{kill} after step {done} did not happen: {story}"
+        assert ended.returncode != 0, (
+            f"{kill} after step {done} did not happen: {story}"
+        )
         story.append((done, kill, newest(folder / "run")))
         kills += 1
     left = start(folder, {}, data=data, settings=SETTINGS)
@@ -78,6 +82,8 @@ def test_a_run_that_is_killed_again_and_again_ends_as_the_run_left_alone(
     assert set(found) == set(expected)
     assert len(found) > 100
     assert len(KINDS) == 3
-    differing = [name for name, value in expected.items() if not torch.equal(found[name], value)]
+    differing = [
+        name for name, value in expected.items() if not torch.equal(found[name], value)
+    ]
     assert not differing, f"{differing[:5]} differ after {story}"
     assert losses(folder / "run") == losses(tmp_path / "alone" / "run")

@@ -30,8 +30,14 @@ def train(
 ) -> None:
     """Go on in a folder to the end, or until a rank is killed after a step."""
     plan = {"kill": {"rank": ranks - 1, "step": kill}} if kill else {}
-    settings = {**SETTINGS, "engine.zero-stage": str(stage), "engine.precision": precision}
-    done = start(folder, plan, data=data, ranks=ranks, settings=settings, launcher=launcher)
+    settings = {
+        **SETTINGS,
+        "engine.zero-stage": str(stage),
+        "engine.precision": precision,
+    }
+    done = start(
+        folder, plan, data=data, ranks=ranks, settings=settings, launcher=launcher
+    )
     assert (done.returncode == 0) == (not kill), done.stdout + done.stderr
 
 
@@ -42,7 +48,12 @@ def test_a_rank_killed_under_the_deepspeed_launcher(
     data = make_dataset()
     train(tmp_path / "whole", data, stage=stage, precision=precision)
     train(
-        tmp_path / "broken", data, stage=stage, precision=precision, kill=11, launcher="deepspeed"
+        tmp_path / "broken",
+        data,
+        stage=stage,
+        precision=precision,
+        kill=11,
+        launcher="deepspeed",
     )
     assert list(losses(tmp_path / "broken" / "run"))[-1] < STEPS
     train(tmp_path / "broken", data, stage=stage, precision=precision)
@@ -50,7 +61,9 @@ def test_a_rank_killed_under_the_deepspeed_launcher(
     assert losses(broken) == losses(whole)
     expected, found = final_state(whole, step=STEPS), final_state(broken, step=STEPS)
     assert len(found) > 100
-    assert not [name for name, value in expected.items() if not torch.equal(found[name], value)]
+    assert not [
+        name for name, value in expected.items() if not torch.equal(found[name], value)
+    ]
     if stage == 2:
         elsewhere(tmp_path / "elsewhere", data, expected=losses(whole))
 
@@ -67,4 +80,6 @@ def elsewhere(folder: Path, data: str, *, expected: dict[int, float]) -> None:
     train(folder, data, stage=2)
     found = losses(folder / "run")
     assert list(found) == list(expected)
-    assert max(abs(found[step] - loss) / loss for step, loss in expected.items()) <= 1e-6
+    assert (
+        max(abs(found[step] - loss) / loss for step, loss in expected.items()) <= 1e-6
+    )

@@ -24,7 +24,11 @@ from train.process.outcome import read_status
 
 pytestmark = pytest.mark.slow
 
-SETTINGS = {"train.steps": "100000", "optim.warmup-steps": "1", "checkpoint.every-steps": "50000"}
+SETTINGS = {
+    "train.steps": "100000",
+    "optim.warmup-steps": "1",
+    "checkpoint.every-steps": "50000",
+}
 
 
 def given(run_dir: Path, data: str, **more: str) -> list[str]:
@@ -35,9 +39,15 @@ def given(run_dir: Path, data: str, **more: str) -> list[str]:
     return ["-m", "train.pretrain", "demo", *words]
 
 
-def envs_of(ranks: int, *, world_size: int, host: str, port: int) -> list[dict[str, str]]:
+def envs_of(
+    ranks: int, *, world_size: int, host: str, port: int
+) -> list[dict[str, str]]:
     """Give what a launcher tells each rank."""
-    meeting = {"MASTER_ADDR": host, "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
+    meeting = {
+        "MASTER_ADDR": host,
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(world_size),
+    }
     return [
         environment() | meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         for rank in range(ranks)
@@ -82,7 +92,9 @@ def test_the_rank_that_was_killed_is_named(
     assert status["rank"] == 1 - dead
 
 
-def test_ranks_that_do_not_meet_say_why(make_dataset: Callable[..., str], tmp_path: Path) -> None:
+def test_ranks_that_do_not_meet_say_why(
+    make_dataset: Callable[..., str], tmp_path: Path
+) -> None:
     data = make_dataset()
 
     # Another program listens on the port, and speaks another language.
@@ -133,12 +145,20 @@ def test_mistakes_in_the_settings_are_in_the_status_of_ranks(tmp_path: Path) -> 
 # ------------------------------------------------------------------------------------- launchers
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node=2",
+]
 DEEPSPEED = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators=2"]
 
 
 @contextmanager
-def launched(command: list[str], words: list[str]) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+def launched(
+    command: list[str], words: list[str]
+) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     """Start a launcher for real in a session of its own, with its output in a file."""
     said = Path(words[words.index("--run.dir") + 1]).with_suffix(".out")
     with said.open("w") as file:
@@ -196,8 +216,14 @@ def test_launchers_leave_the_name_of_the_rank_that_died(
         pid = ranks_of(process)[dead]
         os.kill(pid, signal.SIGKILL)
         process.wait(HANG_S)
-        ours = [line for line in said.read_text().splitlines() if line.startswith("error: ")]
+        ours = [
+            line for line in said.read_text().splitlines() if line.startswith("error: ")
+        ]
     assert len(ours) == 1
     status = read_status(run_dir)
-    assert (status["state"], status["exit_code"], status["rank"]) == ("failed", 76, 1 - dead)
+    assert (status["state"], status["exit_code"], status["rank"]) == (
+        "failed",
+        76,
+        1 - dead,
+    )
     assert f"rank {dead} (process {pid}) was killed or crashed" in status["reason"]

@@ -73,7 +73,9 @@ def test_ctrl_c_on_a_launcher_while_torch_is_imported(
         words = ["--module", *words[1:]]
     with launched(command, words) as (process, said):
         wait_until(
-            lambda: [loads_torch(pid) for pid in ranks_of(process).values()] == [True, True],
+            lambda: (
+                [loads_torch(pid) for pid in ranks_of(process).values()] == [True, True]
+            ),
             what="both ranks in the import of torch",
             still_possible=lambda: process.poll() is None,
         )

@@ -67,7 +67,9 @@ def test_steps_that_are_not_finite_on_one_rank_are_skipped_gone_back_from_and_pa
     # 60 images in batches of 12: step 10 is the last batch of its epoch, the next ones are of
     # another.
     places = [f"{step:06d}-at-{(step - 1) // 5}-" for step in range(10, 15)]
-    assert [name.removeprefix("nonfinite-step-")[: len(places[0])] for name in names] == places
+    assert [
+        name.removeprefix("nonfinite-step-")[: len(places[0])] for name in names
+    ] == places
     assert all(name.endswith("-rank-1.json") for name in names)
     record = json.loads((run_dir / names[0]).read_text())
     assert (record["step"], record["rank"], record["losses"]) == (10, 1, [None])
@@ -77,7 +79,10 @@ def test_steps_that_are_not_finite_on_one_rank_are_skipped_gone_back_from_and_pa
     assert done.stdout.count("saved step 12 ") == 1
     assert list(find_steps(str(run_dir / "checkpoints"))) == [4, 8, 12, 16, 20]
     loader = load_weights(str(run_dir))[1]["client"]["loader"]
-    assert (loader["epoch"], loader["position"]) in (((20 + 6) // 5, (20 + 6) % 5 * 12), (5, 12))
+    assert (loader["epoch"], loader["position"]) in (
+        ((20 + 6) // 5, (20 + 6) % 5 * 12),
+        (5, 12),
+    )
 
 
 def test_a_run_that_keeps_going_wrong_stops_with_code_5(
@@ -95,14 +100,18 @@ def test_a_run_that_keeps_going_wrong_stops_with_code_5(
     assert done.returncode != 0
     status = read_status(tmp_path / "run")
     assert (status["state"], status["exit_code"]) == ("failed", 5), done.stderr
-    assert "weights are not compared between ranks: at engine.zero_stage 3" in done.stdout
+    assert (
+        "weights are not compared between ranks: at engine.zero_stage 3" in done.stdout
+    )
     assert "went back 2 times already" in status["reason"]
     assert "back to the weights of step 8 (1 of 2 times)" in done.stdout
     assert "back to the weights of step 4 (2 of 2 times)" in done.stdout
     assert done.stderr.count("error: ") == 1, done.stderr
 
 
-def test_a_loss_that_jumps_is_told_and_saved(make_dataset: Callable[..., str], tmp_path: Path):
+def test_a_loss_that_jumps_is_told_and_saved(
+    make_dataset: Callable[..., str], tmp_path: Path
+):
     plan = {"scale": [{"rank": None, "first": 10, "last": 11, "factor": 30.0}]}
     settings = {**SETTINGS, "train.steps": "14", "checkpoint.every-steps": "100"}
     done = start(tmp_path, plan, data=make_dataset(), ranks=1, settings=settings)
@@ -113,7 +122,9 @@ def test_a_loss_that_jumps_is_told_and_saved(make_dataset: Callable[..., str], t
     assert list(find_steps(str(tmp_path / "run" / "checkpoints"))) == [6, 14]
 
 
-def test_a_replica_with_one_wrong_bit_is_named(make_dataset: Callable[..., str], tmp_path: Path):
+def test_a_replica_with_one_wrong_bit_is_named(
+    make_dataset: Callable[..., str], tmp_path: Path
+):
     settings = {
         **SETTINGS,
         "engine.zero-stage": "0",
@@ -124,7 +135,11 @@ def test_a_replica_with_one_wrong_bit_is_named(make_dataset: Callable[..., str],
     done = start(tmp_path, plan, data=make_dataset(), ranks=3, settings=settings)
     assert done.returncode != 0
     status = read_status(tmp_path / "run")
-    assert (status["state"], status["exit_code"], status["step"]) == ("failed", 5, 6), done.stderr
+    assert (status["state"], status["exit_code"], status["step"]) == ("failed", 5, 6), (
+        done.stderr
+    )
     assert "step 3" not in status["reason"], "the weights were equal still"
-    assert "step 6: the weights are not equal on all ranks: rank 1 (" in status["reason"]
+    assert (
+        "step 6: the weights are not equal on all ranks: rank 1 (" in status["reason"]
+    )
     assert "blocks.0.mlp.fc1.weight" in status["reason"]

@@ -73,7 +73,15 @@ def run_cases(cases: list[Case], tmp_path: Path, *, before: str = "") -> None:
     worker = Path(__file__).with_name("train_places_worker.py")
     command = [sys.executable, str(worker), str(listed)]
     if before:
-        command = ["unshare", "--mount", "sh", "-c", f'{before}; exec "$@"', "sh", *command]
+        command = [
+            "unshare",
+            "--mount",
+            "sh",
+            "-c",
+            f'{before}; exec "$@"',
+            "sh",
+            *command,
+        ]
     done = subprocess.run(
         command,
         env=environment() | {"PYTHONPATH": str(REPOSITORY), "MPLBACKEND": "Agg"},
@@ -135,7 +143,9 @@ def export(checkpoint: str) -> Callable[..., Case]:
     """Make a case of `train.export`."""
 
     def make(out: Path, *words: str, **expected: Any) -> Case:
-        return Case("train.export", [checkpoint, *(words or ("--to", "timm"))], out, **expected)
+        return Case(
+            "train.export", [checkpoint, *(words or ("--to", "timm"))], out, **expected
+        )
 
     return make
 
@@ -155,7 +165,11 @@ def test_files_and_folders_in_the_way(
         [
             export(file, code=2, says=["--out", str(file), wanted]),
             export(file / "a" / "b", code=2, says=["--out", str(file), wanted]),
-            export(tmp_path / "link", code=2, says=["--out", str(tmp_path / "link"), wanted]),
+            export(
+                tmp_path / "link",
+                code=2,
+                says=["--out", str(tmp_path / "link"), wanted],
+            ),
             export(tmp_path / "new" / "a", code=0, left=["timm.safetensors"]),
             export(
                 tmp_path / "weights",
@@ -196,7 +210,10 @@ def test_disks_that_are_full_fill_up_or_are_read_only(
     run_cases(
         [
             export(
-                tmp_path / "room" / "hf", *hf, code=0, left=["config.json", "model.safetensors"]
+                tmp_path / "room" / "hf",
+                *hf,
+                code=0,
+                left=["config.json", "model.safetensors"],
             ),
             drawing(tmp_path / "room" / "png" / "x.png", code=0, left=["x.png"]),
         ],
@@ -211,10 +228,16 @@ def test_disks_that_are_full_fill_up_or_are_read_only(
     locked = {"disk": str(disk), "read_only": True}
     read_only = ["--out", str(disk), "the file system is read-only"]
     cases = [
-        *(export(disk / "full", *to, code=76, says=full, more=none) for to in (hf, mae)),
+        *(
+            export(disk / "full", *to, code=76, says=full, more=none)
+            for to in (hf, mae)
+        ),
         drawing(disk / "full" / "x.png", code=76, says=full, more=none),
         # The place is tried with one page: what follows does not fit.
-        *(export(disk / "most", *to, code=76, says=full, more=some) for to in (hf, mae)),
+        *(
+            export(disk / "most", *to, code=76, says=full, more=some)
+            for to in (hf, mae)
+        ),
         drawing(disk / "most" / "x.png", code=76, says=full, more=some),
         export(
             disk / "last",
@@ -227,4 +250,6 @@ def test_disks_that_are_full_fill_up_or_are_read_only(
         export(disk / "locked", code=76, says=read_only, more=locked),
         drawing(disk / "locked" / "x.png", code=76, says=read_only, more=locked),
     ]
-    run_cases(cases, tmp_path, before=f"mount -t tmpfs -o size={DISK_BYTES} tmpfs {disk}")
+    run_cases(
+        cases, tmp_path, before=f"mount -t tmpfs -o size={DISK_BYTES} tmpfs {disk}"
+    )

@@ -71,7 +71,10 @@ def test_saved_pruned_damaged_and_read_back(
         list(tmp_path.iterdir()) == []
     )  # what was fetched is already unlinked, and can still be read:
     exported = engine.export_state().tensors["layer.weight"]
-    assert all(torch.equal(state.tensor("layer.weight", kind), exported[kind]) for kind in KINDS)
+    assert all(
+        torch.equal(state.tensor("layer.weight", kind), exported[kind])
+        for kind in KINDS
+    )
     weights, document = load_weights(f"{s3_bucket}/run")
     assert torch.equal(weights["layer.weight"], exported["weight"])
     assert document["step"] == 3  # its weights are sound, only a moment is damaged
@@ -88,5 +91,7 @@ def test_a_step_that_another_run_commits_meanwhile_is_not_overwritten(
             storage.write_atomic(f"{uri}/step-000001/{MANIFEST_FILE}", theirs)
 
     with pytest.raises(CheckpointWriteError, match="another program has committed"):
-        CheckpointStore(uri, keep_last=2, on_phase=intrude).save(1, engine, {}, world=World())
+        CheckpointStore(uri, keep_last=2, on_phase=intrude).save(
+            1, engine, {}, world=World()
+        )
     assert storage.read_bytes(f"{uri}/step-000001/{MANIFEST_FILE}") == theirs

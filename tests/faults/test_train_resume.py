@@ -41,7 +41,10 @@ def data(make_dataset: Callable[..., str]) -> str:
 
 def run(folder: Path, data: str, **changes: str) -> subprocess.CompletedProcess[str]:
     """Run to the end; `kill__step` kills it there."""
-    named = {name.replace("__", ".").replace("_", "-"): value for name, value in changes.items()}
+    named = {
+        name.replace("__", ".").replace("_", "-"): value
+        for name, value in changes.items()
+    }
     kill = named.pop("kill.step", None)
     plan = {} if kill is None else {"kill": {"rank": 0, "step": int(kill)}}
     return start(folder, plan, data=data, ranks=1, settings={**STEADY, **named})
@@ -64,7 +67,9 @@ def checkpoints(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]
         yield f"{request.getfixturevalue('s3_bucket')}/shared"
 
 
-def test_two_jobs_at_one_folder_of_checkpoints(data: str, checkpoints: str, tmp_path: Path):
+def test_two_jobs_at_one_folder_of_checkpoints(
+    data: str, checkpoints: str, tmp_path: Path
+):
     """The second is refused while the first lives, goes on at once when the first was killed, and
     must be the same run when the first has finished."""
     settings = {**STEADY, "train.steps": "2000", "checkpoint.dir": checkpoints}
@@ -73,12 +78,20 @@ def test_two_jobs_at_one_folder_of_checkpoints(data: str, checkpoints: str, tmp_
     shared = {"checkpoint__dir": checkpoints}
     with launch.start(words) as first:
         wait_until(
-            lambda: storage.exists(checkpoints) and len(committed_steps(checkpoints)) >= 2,
+            lambda: (
+                storage.exists(checkpoints) and len(committed_steps(checkpoints)) >= 2
+            ),
             what="two checkpoints",
             still_possible=first.is_running,
         )
         before = set(committed_steps(checkpoints))
-        second = run(tmp_path / "second", data, **shared, train__steps="4", model__mask_ratio="0.5")
+        second = run(
+            tmp_path / "second",
+            data,
+            **shared,
+            train__steps="4",
+            model__mask_ratio="0.5",
+        )
         assert second.returncode == 2, second.stdout + second.stderr
         assert f"process {first.pids[0]} on " in second.stderr
         assert f"run.dir {first_dir}" in second.stderr
@@ -102,7 +115,9 @@ def test_two_jobs_at_one_folder_of_checkpoints(data: str, checkpoints: str, tmp_
     assert f"resumed from step {reached} " in third.stdout
     assert before <= set(committed_steps(checkpoints))
 
-    other = run(tmp_path / "fourth", data, **shared, train__steps=more, model__mask_ratio="0.5")
+    other = run(
+        tmp_path / "fourth", data, **shared, train__steps=more, model__mask_ratio="0.5"
+    )
     assert other.returncode == 2, other.stdout
     assert "model.mask_ratio is 0.5, the run was started with 0.75" in other.stderr
     same = run(tmp_path / "fifth", data, **shared, train__steps=more)
@@ -113,11 +128,17 @@ def test_two_jobs_at_one_folder_of_checkpoints(data: str, checkpoints: str, tmp_
 # ----------------------------------------------------------------------------------- other settings
 
 
-def test_settings_that_define_the_run_are_refused_or_accepted_by_name(data: str, tmp_path: Path):
+def test_settings_that_define_the_run_are_refused_or_accepted_by_name(
+    data: str, tmp_path: Path
+):
     assert run(tmp_path, data, train__steps="4").returncode == 0
     run_dir = tmp_path / "run"
     settings = (run_dir / "config.toml").read_text()
-    changed = {"view__min_area": "0.5", "optim__weight_decay": "0.2", "order__lanes": "2"}
+    changed = {
+        "view__min_area": "0.5",
+        "optim__weight_decay": "0.2",
+        "order__lanes": "2",
+    }
     refused = run(tmp_path, data, train__steps="8", **changed)
     assert refused.returncode == 2
     for text in (
@@ -141,11 +162,18 @@ def test_settings_that_define_the_run_are_refused_or_accepted_by_name(data: str,
     client = client_of(str(run_dir / "checkpoints"), 8)
     # Four steps of 12 were of the first epoch; its other 12 images are left out, not mixed.
     assert (client["loader"]["epoch"], client["loader"]["position"]) == (1, 48)
-    assert {row["setting"] for row in client["changes"]} >= {"order.lanes", "train.steps"}
+    assert {row["setting"] for row in client["changes"]} >= {
+        "order.lanes",
+        "train.steps",
+    }
     history = read_history(run_dir)
     assert [start["from_step"] for start in history] == [0, 4]
     assert history[0]["settings"]["order"]["lanes"] == 4
-    assert set(history[1]["accepted"]) == {"view.min_area", "order.lanes", "optim.weight_decay"}
+    assert set(history[1]["accepted"]) == {
+        "view.min_area",
+        "order.lanes",
+        "optim.weight_decay",
+    }
     assert history[0]["run"] == history[1]["run"] == client["run"]
 
     # What was accepted is the run's now; the old values would be the change.
@@ -154,7 +182,9 @@ def test_settings_that_define_the_run_are_refused_or_accepted_by_name(data: str,
     assert run(tmp_path, data, train__steps="8").returncode == 2
 
 
-def test_a_grid_of_as_many_patches_in_another_shape_is_another_model(data: str, tmp_path: Path):
+def test_a_grid_of_as_many_patches_in_another_shape_is_another_model(
+    data: str, tmp_path: Path
+):
     assert run(tmp_path, data, train__steps="2").returncode == 0
     for size in ("16x64", "64x16"):
         done = run(tmp_path, data, train__steps="4", model__image_size=size)
@@ -177,14 +207,18 @@ def test_another_batch_size_in_mid_run(data: str, tmp_path: Path, batch: str):
         "checkpoint.every-steps": "5",
         "engine.kind": "torch",
     }
-    first = start(tmp_path, {"kill": {"rank": 0, "step": 10}}, data=data, ranks=1, settings=length)
+    first = start(
+        tmp_path, {"kill": {"rank": 0, "step": 10}}, data=data, ranks=1, settings=length
+    )
     assert first.returncode == -signal.SIGKILL
     changed = {"train.global-batch-size": batch, "train.micro-batch-size": "2"}
     done = start(tmp_path, {}, data=data, ranks=1, settings={**length, **changed})
     assert done.returncode == 0, done.stderr
     assert f"train.global_batch_size 12 -> {batch}" in done.stdout
     lines = read_metrics(tmp_path / "run")
-    resumed = max(step for step in (5, 10) if f"resumed from step {step} " in done.stdout)
+    resumed = max(
+        step for step in (5, 10) if f"resumed from step {step} " in done.stdout
+    )
     images = 12 * resumed
     for line in lines[resumed:]:
         images += int(batch)
@@ -198,14 +232,18 @@ def test_another_batch_size_in_mid_run(data: str, tmp_path: Path, batch: str):
     assert rates[-1] < 0.1 * max(rates)
     client = client_of(str(tmp_path / "run" / "checkpoints"), lines[-1]["step"])
     assert client["images_seen"] == 240
-    assert client["loader"]["epoch"] + client["loader"]["position"] / 60 == pytest.approx(4)
+    assert client["loader"]["epoch"] + client["loader"][
+        "position"
+    ] / 60 == pytest.approx(4)
 
 
 def test_a_longer_run_says_what_becomes_of_its_rate(data: str, tmp_path: Path):
     assert run(tmp_path / "cosine", data, train__steps="8").returncode == 0
     longer = run(tmp_path / "cosine", data, train__steps="16")
     assert longer.returncode == 0, longer.stderr
-    rates = {line["step"]: line["lr"] for line in read_metrics(tmp_path / "cosine" / "run")}
+    rates = {
+        line["step"]: line["lr"] for line in read_metrics(tmp_path / "cosine" / "run")
+    }
     text = f"note: the learning rate goes from {rates[8]:.3g} to {rates[9]:.3g}"
     assert text in longer.stdout
     assert "over 16 steps and was over 8" in longer.stdout
@@ -213,7 +251,9 @@ def test_a_longer_run_says_what_becomes_of_its_rate(data: str, tmp_path: Path):
 
     constant = {"optim__schedule": "constant_cooldown", "optim__cooldown_share": "0.25"}
     flat = tmp_path / "flat"
-    assert run(flat, data, **constant, kill__step="9", train__steps="16").returncode != 0
+    assert (
+        run(flat, data, **constant, kill__step="9", train__steps="16").returncode != 0
+    )
     longer = run(flat, data, **constant, train__steps="20")
     assert longer.returncode == 0, longer.stderr
     assert "train.steps 16 -> 20" in longer.stdout
@@ -240,7 +280,10 @@ def test_a_new_run_in_an_old_folder_keeps_the_old_files(data: str, tmp_path: Pat
     for name in ("metrics-1.jsonl", "config-1.toml", "summary-1.json", "tensorboard-1"):
         assert (run_dir / name).exists(), name
         assert name in again.stdout
-    kept = [json.loads(line) for line in (run_dir / "metrics-1.jsonl").read_text().splitlines()]
+    kept = [
+        json.loads(line)
+        for line in (run_dir / "metrics-1.jsonl").read_text().splitlines()
+    ]
     assert {line["step"]: line["loss"] for line in kept} == first
     assert list(losses(run_dir)) == [1, 2]
 

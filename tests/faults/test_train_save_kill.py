@@ -25,7 +25,9 @@ pytestmark = pytest.mark.slow
 WORKER = Path(__file__).with_name("train_save_worker.py")
 
 
-def run(folder: Path, *, phase: str, last: int, mode: str) -> subprocess.CompletedProcess[str]:
+def run(
+    folder: Path, *, phase: str, last: int, mode: str
+) -> subprocess.CompletedProcess[str]:
     return launch.run([str(WORKER), str(folder), phase, str(last), mode])
 
 
@@ -33,7 +35,9 @@ def read_state(folder: Path) -> tuple[int, dict[str, torch.Tensor]]:
     state = CheckpointStore(str(folder), keep_last=9).latest(World())
     assert state is not None
     tensors = {
-        f"{row.name}/{kind}": state.tensor(row.name, kind) for row in state.table for kind in KINDS
+        f"{row.name}/{kind}": state.tensor(row.name, kind)
+        for row in state.table
+        for kind in KINDS
     }
     assert state.client == {"position": state.step}
     return state.step, tensors
@@ -55,7 +59,11 @@ FOUND = {"captured": 2, "written": 2, "checked": 2, "committed": 3, "pruned": 3}
 
 @pytest.mark.parametrize(
     ("mode", "phase"),
-    [*(("async", phase) for phase in FOUND), ("sync", "written"), ("sync", "committed")],
+    [
+        *(("async", phase) for phase in FOUND),
+        ("sync", "written"),
+        ("sync", "committed"),
+    ],
 )
 def test_killed_in_each_phase(
     tmp_path: Path, unbroken: dict[str, torch.Tensor], mode: str, phase: str
@@ -86,7 +94,9 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
                 what=f"{saves} saves",
                 still_possible=child.is_running,
             )
-            time.sleep(moments.random() * 0.1)  # no wait: it chooses where in a save the kill falls
+            time.sleep(
+                moments.random() * 0.1
+            )  # no wait: it chooses where in a save the kill falls
             assert child.is_running()
         step, _ = read_state(tmp_path)
         assert step >= seen

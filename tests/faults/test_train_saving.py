@@ -39,9 +39,11 @@ def test_saves_that_fail_are_told_and_end_the_run_at_the_third_in_a_row(
     files = block(run_dir, 8, 12, 16)
     failed = start(tmp_path, {}, data=data, ranks=1, settings=SETTINGS)
     status = read_status(run_dir)
-    assert (failed.returncode, status["state"], status["exit_code"]) == (76, "failed", 76), (
-        failed.stderr
-    )
+    assert (failed.returncode, status["state"], status["exit_code"]) == (
+        76,
+        "failed",
+        76,
+    ), failed.stderr
     assert failed.stdout.count("training goes on") == 2
     assert failed.stderr.count("error: ") == 1
     assert "step-000016: the checkpoint was not saved" in failed.stderr
@@ -64,10 +66,16 @@ def test_a_store_that_is_away_for_a_while_loses_nothing(
     proxy = through_proxy()
     proxy.plan_outage(OUTAGE_S, match="step-000008")
     done = start(
-        tmp_path, {}, data=data, ranks=1, settings={**SETTINGS, "checkpoint.dir": checkpoints}
+        tmp_path,
+        {},
+        data=data,
+        ranks=1,
+        settings={**SETTINGS, "checkpoint.dir": checkpoints},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert proxy.done["outage"] >= 2
     assert "training goes on" not in done.stdout, "a save was given up"
     assert list(find_steps(checkpoints)) == [4, 8, 12, 16, 20]
-    assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(range(1, 21))
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(
+        range(1, 21)
+    )

@@ -21,7 +21,9 @@ pytestmark = pytest.mark.slow
 SETTINGS = {"train.steps": "4", "optim.warmup-steps": "1"}
 
 
-def check_refused(done: subprocess.CompletedProcess[str], *, code: int, says: list[str]) -> None:
+def check_refused(
+    done: subprocess.CompletedProcess[str], *, code: int, says: list[str]
+) -> None:
     assert done.returncode == code, done.stdout + done.stderr
     assert done.stderr.count("error: ") == 1, done.stderr
     assert "Traceback" not in done.stderr
@@ -47,7 +49,11 @@ def test_a_bucket_for_checkpoints_that_is_not_there(
 ):
     where = f"{s3_bucket}-nowhere/checkpoints"
     done = start(
-        tmp_path, {}, data=make_dataset(), ranks=1, settings={**SETTINGS, "checkpoint.dir": where}
+        tmp_path,
+        {},
+        data=make_dataset(),
+        ranks=1,
+        settings={**SETTINGS, "checkpoint.dir": where},
     )
     check_refused(done, code=4, says=[where, "not found"])
     assert not losses(tmp_path / "run"), "it trained what it could not have saved"
@@ -73,7 +79,9 @@ def test_a_folder_in_use_and_a_checkpoint_of_another_model(
     with RunLease(run_dir):
         refused = start(tmp_path, {}, data=data, ranks=1, settings=SETTINGS)
         check_refused(refused, code=2, says=["works here"])
-        assert not read_status(run_dir), "the refused start wrote the status of the one that runs"
+        assert not read_status(run_dir), (
+            "the refused start wrote the status of the one that runs"
+        )
     done = start(tmp_path, {}, data=data, ranks=1, settings=SETTINGS)
     assert done.returncode == 0, done.stderr
     assert judge_status(read_status(run_dir)) == "ended"
@@ -84,7 +92,9 @@ def test_a_folder_in_use_and_a_checkpoint_of_another_model(
         ranks=1,
         settings={**SETTINGS, "train.steps": "8", "model.depth": "3"},
     )
-    check_refused(other, code=4, says=["blocks.2.norm1.weight", "missing", "another model"])
+    check_refused(
+        other, code=4, says=["blocks.2.norm1.weight", "missing", "another model"]
+    )
     assert list(losses(run_dir)) == [1, 2, 3, 4]
 
 
@@ -107,7 +117,9 @@ def test_a_second_start_on_the_port_and_in_the_folder_of_a_running_run(
             "LOCAL_WORLD_SIZE": "2",
         }
         places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-        with Started(words, [{**environment(), **meeting, **place} for place in places]) as second:
+        with Started(
+            words, [{**environment(), **meeting, **place} for place in places]
+        ) as second:
             second.wait()
             assert second.codes[0] == 2, second.stderr
             assert "works here" in second.stderr

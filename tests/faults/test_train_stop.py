@@ -46,7 +46,9 @@ DEEPSPEED = [
 Start = Callable[..., subprocess.Popen[bytes]]
 
 
-def wait_for(paths: Sequence[Path], *, process: subprocess.Popen[bytes] | None = None) -> None:
+def wait_for(
+    paths: Sequence[Path], *, process: subprocess.Popen[bytes] | None = None
+) -> None:
     wait_until(
         lambda: all(path.exists() for path in paths),
         what=f"files {[path.name for path in paths]}",
@@ -61,7 +63,9 @@ def start(tmp_path: Path) -> Iterator[Start]:
     def launch(command: list[str], *, ranks: int) -> subprocess.Popen[bytes]:
         command = [part.format(port=find_free_port()) for part in command]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        process = subprocess.Popen([*command, str(tmp_path)], env=env, start_new_session=True)
+        process = subprocess.Popen(
+            [*command, str(tmp_path)], env=env, start_new_session=True
+        )
         started.append(process)
         wait_for([tmp_path / f"ready-{rank}" for rank in range(ranks)], process=process)
         return process
@@ -77,7 +81,9 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 def read_stopped(folder: Path, *, ranks: int) -> list[dict[str, object]]:
     wait_for([folder / f"stopped-{rank}" for rank in range(ranks)])
-    return [json.loads((folder / f"stopped-{rank}").read_text()) for rank in range(ranks)]
+    return [
+        json.loads((folder / f"stopped-{rank}").read_text()) for rank in range(ranks)
+    ]
 
 
 def check_ranks_ended(folder: Path, *, ranks: int) -> None:
@@ -93,7 +99,9 @@ def has_ended(pid: int) -> bool:
         return True
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
+)
 def test_plain_python_stops_and_says_preempted(
     tmp_path: Path, start: Start, number: signal.Signals
 ) -> None:
@@ -133,12 +141,15 @@ def test_a_signal_to_one_rank_stops_both(tmp_path: Path, start: Start) -> None:
     process.wait(HANG_S)
 
 
-def test_torchrun_killed_does_not_leave_ranks_behind(tmp_path: Path, start: Start) -> None:
+def test_torchrun_killed_does_not_leave_ranks_behind(
+    tmp_path: Path, start: Start
+) -> None:
     process = start(TORCHRUN, ranks=2)
     process.kill()
     process.wait(HANG_S)
     assert any(
-        "launcher is gone" in str(rank["reason"]) for rank in read_stopped(tmp_path, ranks=2)
+        "launcher is gone" in str(rank["reason"])
+        for rank in read_stopped(tmp_path, ranks=2)
     )
     check_ranks_ended(tmp_path, ranks=2)
 
@@ -151,7 +162,9 @@ def test_deepspeed_command_told_to_end_does_not_leave_ranks_behind(
     process.wait(HANG_S)
     stopped = read_stopped(tmp_path, ranks=2)
     assert stopped[0]["step"] == stopped[1]["step"]
-    assert any("launcher is gone (deepspeed)" in str(rank["reason"]) for rank in stopped)
+    assert any(
+        "launcher is gone (deepspeed)" in str(rank["reason"]) for rank in stopped
+    )
     check_ranks_ended(tmp_path, ranks=2)
 
 
@@ -173,7 +186,11 @@ def test_a_rank_that_hangs_ends_the_run_with_stacks_and_the_run_goes_on(
 ) -> None:
     """Rank 0 hangs after step 6, two steps after a save; rank 1 waits for it in a collective."""
     data, run_dir = make_dataset(), tmp_path / "run"
-    settings = {"checkpoint.every-steps": "4", "train.steps": "4", "optim.warmup-steps": "1"}
+    settings = {
+        "checkpoint.every-steps": "4",
+        "train.steps": "4",
+        "optim.warmup-steps": "1",
+    }
     SERVER.start()
     begun_s = time.monotonic()
     first = train(tmp_path, {}, data=data, settings=settings)
@@ -182,7 +199,9 @@ def test_a_rank_that_hangs_ends_the_run_with_stacks_and_the_run_goes_on(
     timeout_s = math.ceil(5 + 2 * (time.monotonic() - begun_s))
     settings |= {"train.steps": "4000", "engine.timeout-s": str(timeout_s)}
     plan = {"hang": {"rank": 0, "step": 6}}
-    with start_ranks(words_of(tmp_path, plan, data=data, settings=settings), ranks=2) as hanging:
+    with start_ranks(
+        words_of(tmp_path, plan, data=data, settings=settings), ranks=2
+    ) as hanging:
         stacks = run_dir / "stacks-rank-00001.txt"
         wait_until(
             lambda: hanging.is_running() and hanging.codes[1] is not None,
@@ -207,7 +226,11 @@ def test_a_rank_stopped_in_a_save_ends_the_run_and_is_named(
     Both modes at once: most of the time is the limit.
     """
     data = make_dataset()
-    settings = {"checkpoint.every-steps": "2", "train.steps": "2", "optim.warmup-steps": "1"}
+    settings = {
+        "checkpoint.every-steps": "2",
+        "train.steps": "2",
+        "optim.warmup-steps": "1",
+    }
     SERVER.start()
     begun_s = time.monotonic()
     first = train(tmp_path / "first", {}, data=data, settings=settings)

@@ -67,7 +67,11 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         said.seek(0)
         text = said.read()
     left = [str(path) for path in Path(case["look"]).rglob("*") if path.name != FILLER]
-    return {"code": os.waitstatus_to_exitcode(status), "said": text, "left": sorted(left)}
+    return {
+        "code": os.waitstatus_to_exitcode(status),
+        "said": text,
+        "left": sorted(left),
+    }
 
 
 def main() -> None:

@@ -46,7 +46,10 @@ def words_of(
     """Write the plan; give the worker and its words. The run's folder is `folder / "run"`."""
     folder.mkdir(parents=True, exist_ok=True)
     given = {**TINY, "data.train": data, "run.dir": str(folder / "run"), **settings}
-    words = ["demo", *(word for name, value in given.items() for word in (f"--{name}", value))]
+    words = [
+        "demo",
+        *(word for name, value in given.items() for word in (f"--{name}", value)),
+    ]
     listed = folder / "plan.json"
     listed.write_text(json.dumps({**plan, "words": words}))
     return [str(WORKER), str(listed)]
@@ -93,5 +96,7 @@ def final_state(run_dir: Path, *, step: int) -> dict[str, torch.Tensor]:
 def losses(run_dir: Path) -> dict[int, float]:
     """Read the losses by step; none may be there twice."""
     lines = read_metrics(run_dir)
-    assert len({line["step"] for line in lines}) == len(lines), "a step was written twice"
+    assert len({line["step"] for line in lines}) == len(lines), (
+        "a step was written twice"
+    )
     return {line["step"]: line["loss"] for line in lines}

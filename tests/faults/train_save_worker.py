@@ -77,7 +77,8 @@ def main() -> None:
     for step in range(state.step if state else 0, last):
         generator = torch.Generator().manual_seed(step)
         engine.forward_backward(
-            torch.randn(2, 512, generator=generator), torch.randn(2, 512, generator=generator)
+            torch.randn(2, 512, generator=generator),
+            torch.randn(2, 512, generator=generator),
         )
         engine.step(0.01)
         report(saver)

@@ -20,7 +20,9 @@ from train.process.world import init_world
 
 
 def main() -> None:
-    folder = Path(next(argument for argument in sys.argv[1:] if not argument.startswith("--")))
+    folder = Path(
+        next(argument for argument in sys.argv[1:] if not argument.startswith("--"))
+    )
     world = init_world(RunConfig())
     with Preemption(world) as preemption:
         step = 0

@@ -22,7 +22,9 @@ VIEW = ViewConfig(height=64, width=64)
 def first_batches(dataset, *, decoder, device, count=3, dtype=torch.float32):
     loader = Loader(
         dataset,
-        VIEW.model_copy(update={"interpolation": "area"}) if decoder == "ffcv" else VIEW,
+        VIEW.model_copy(update={"interpolation": "area"})
+        if decoder == "ffcv"
+        else VIEW,
         OrderConfig(lanes=4, window=2),
         LoaderConfig(decoder=decoder),
         seed=0,
@@ -54,7 +56,9 @@ def test_every_batch_on_the_device_is_the_callers(make_dataset, decoder, dtype):
     """Host buffers are used again while copies run on a stream of their own: held batches must not
     change."""
     dataset = open_dataset(make_dataset())
-    held = first_batches(dataset, decoder=decoder, device="cuda:0", count=12, dtype=dtype)
+    held = first_batches(
+        dataset, decoder=decoder, device="cuda:0", count=12, dtype=dtype
+    )
     torch.cuda.synchronize()
     for number, batch in enumerate(
         first_batches(dataset, decoder=decoder, device="cuda:0", count=12, dtype=dtype)
@@ -72,7 +76,9 @@ def test_a_bad_image_in_a_mixed_batch_is_replaced(make_dataset):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "autocast"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_training_on_the_device_learns_and_resumes(make_dataset, tmp_path, precision, stage):
+def test_training_on_the_device_learns_and_resumes(
+    make_dataset, tmp_path, precision, stage
+):
     dataset = make_dataset()
     command = [
         sys.executable,
@@ -102,10 +108,16 @@ def test_training_on_the_device_learns_and_resumes(make_dataset, tmp_path, preci
     ]
     for steps in (10, 20):
         done = subprocess.run(
-            [*command, "--train.steps", str(steps)], capture_output=True, text=True, check=False
+            [*command, "--train.steps", str(steps)],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
     assert "resumed from step 10" in done.stdout
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in lines] == [5, 10, 15, 20]
     assert lines[-1]["loss"] < lines[0]["loss"]

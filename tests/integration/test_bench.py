@@ -20,11 +20,24 @@ from pipeline.decoders.tuning import read_tuning
 
 @pytest.mark.parametrize(
     ("decoder", "interpolation", "output"),
-    [("auto", "bicubic", "uint8"), ("turbo", "area", "uint8"), ("dali", "bilinear", "normalised")],
+    [
+        ("auto", "bicubic", "uint8"),
+        ("turbo", "area", "uint8"),
+        ("dali", "bilinear", "normalised"),
+    ],
 )
 def test_a_dataset_is_measured(make_dataset, capsys, decoder, interpolation, output):
     words = ["--decoder", decoder, "--interpolation", interpolation, "--output", output]
-    shape = ["--seconds", "0.2", "--batch-size", "8", "--size", "32", "--num-threads", "1"]
+    shape = [
+        "--seconds",
+        "0.2",
+        "--batch-size",
+        "8",
+        "--size",
+        "32",
+        "--num-threads",
+        "1",
+    ]
     assert main([make_dataset(), *words, *shape, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["num_images"] % 8 == 0
@@ -43,7 +56,10 @@ def test_mistakes_are_refused(make_dataset, capsys):
     assert main([]) == 2
     assert main([make_dataset(), "--peers"]) == 2
     assert main([make_dataset(), "--seconds", "0"]) == 2
-    assert "either a dataset's URI, with or without --tune, or --peers" in capsys.readouterr().err
+    assert (
+        "either a dataset's URI, with or without --tune, or --peers"
+        in capsys.readouterr().err
+    )
     assert main(["nowhere"]) == 3
 
 
@@ -62,7 +78,18 @@ def test_tuning_writes_what_the_loader_reads(make_dataset, tmp_path, capsys):
         "area",
     ]
     assert (
-        main([folder, "--tune", "--device", "cpu", "--tuning-file", str(path), *shape, "--json"])
+        main(
+            [
+                folder,
+                "--tune",
+                "--device",
+                "cpu",
+                "--tuning-file",
+                str(path),
+                *shape,
+                "--json",
+            ]
+        )
         == 0
     )
     found = json.loads(capsys.readouterr().out)
@@ -74,7 +101,9 @@ def test_tuning_writes_what_the_loader_reads(make_dataset, tmp_path, capsys):
 
 
 def test_every_bar_compares_what_is_measured():
-    names = [(subject.name, subject.dataset, subject.resize_filter) for subject in SUBJECTS]
+    names = [
+        (subject.name, subject.dataset, subject.resize_filter) for subject in SUBJECTS
+    ]
     assert len(set(names)) == len(names)
     for bar in BARS:
         assert bar.subject in names
@@ -111,7 +140,8 @@ def test_the_report_is_written_anew_between_its_marks(tmp_path: Path):
     assert as_table(found) in text
     assert bars_table(found) in text
     assert (
-        "| webdataset + PIL | originals | bicubic | not installed (webdataset) |  |  |  |" in text
+        "| webdataset + PIL | originals | bicubic | not installed (webdataset) |  |  |  |"
+        in text
     )
     assert (
         "| turbo / bare loop | CPU time | originals, bicubic | 0.83 (0.83-0.83) | <= 1.10 | met |"
@@ -135,8 +165,12 @@ def test_peers_are_measured_in_processes_that_end(tmp_path: Path):
         ("maelstrom ffcv", "beton-256"),
         ("bare loop", "originals"),
     }
-    subjects = [subject for subject in SUBJECTS if (subject.name, subject.dataset) in wanted]
-    found = measure_peers(Setup(tmp_path, 1, 8), repeats=2, seconds=0.2, subjects=subjects)
+    subjects = [
+        subject for subject in SUBJECTS if (subject.name, subject.dataset) in wanted
+    ]
+    found = measure_peers(
+        Setup(tmp_path, 1, 8), repeats=2, seconds=0.2, subjects=subjects
+    )
     for subject in found:
         assert not subject.problem
         assert len(subject.cpu_ms_per_image) == 2

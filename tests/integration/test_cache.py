@@ -75,8 +75,14 @@ def test_staged_shards_are_the_stores_bytes_and_nothing_else_is_left(remote, tmp
     cache.close()
     assert cache.counters.staged_shards == remote.info.num_shards
     for shard in range(remote.info.num_shards):
-        assert cache.path(shard).read_bytes() == storage.read_bytes(remote.shard_uri(shard))
-    left = [path.name for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".tar"]
+        assert cache.path(shard).read_bytes() == storage.read_bytes(
+            remote.shard_uri(shard)
+        )
+    left = [
+        path.name
+        for path in tmp_path.rglob("*")
+        if path.is_file() and path.suffix != ".tar"
+    ]
     assert left == ["cache.lock"]
     reader = ShardReader(remote, cache_dir=tmp_path)
     images, bad = reader.read(remote.lookup(np.arange(60)))
@@ -86,7 +92,9 @@ def test_staged_shards_are_the_stores_bytes_and_nothing_else_is_left(remote, tmp
     assert not bad
 
 
-def test_shards_are_staged_in_the_order_in_which_they_are_needed(remote, tmp_path, monkeypatch):
+def test_shards_are_staged_in_the_order_in_which_they_are_needed(
+    remote, tmp_path, monkeypatch
+):
     monkeypatch.setattr("pipeline.reading.cache._SHARDS_AT_ONCE", 1)
     cache = ShardCache(remote, folder=tmp_path, max_bytes=2**30)
     stage(cache, [2, 0, 3, 1])
@@ -135,7 +143,9 @@ def test_the_budget_holds_and_the_shard_unused_for_longest_goes(remote, tmp_path
     assert cache.staged(1) is None
     assert all(cache.staged(shard) for shard in (0, 2, 3))
     assert cache.counters.evicted_shards == 1
-    assert sum(path.stat().st_size for path in tmp_path.rglob("*.tar")) <= sum(sizes) - 1
+    assert (
+        sum(path.stat().st_size for path in tmp_path.rglob("*.tar")) <= sum(sizes) - 1
+    )
     cache.close()
 
 
@@ -194,7 +204,9 @@ def test_a_copy_of_the_wrong_size_is_fetched_again(remote, tmp_path):
     reader.close()
 
 
-def test_a_cache_folder_that_cannot_be_used_is_an_error_with_the_remedy(remote, tmp_path):
+def test_a_cache_folder_that_cannot_be_used_is_an_error_with_the_remedy(
+    remote, tmp_path
+):
     (tmp_path / "file").write_text("")
     with pytest.raises(InfrastructureError, match=r"loader\.cache_dir"):
         ShardCache(remote, folder=tmp_path / "file", max_bytes=2**30)

@@ -43,12 +43,17 @@ def source(
     make_class_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     return make_class_folder(
-        num_classes=4, per_class=20, size_px=48, root=tmp_path_factory.mktemp("convert") / "src"
+        num_classes=4,
+        per_class=20,
+        size_px=48,
+        root=tmp_path_factory.mktemp("convert") / "src",
     )
 
 
 @pytest.fixture(scope="module")
-def undisturbed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def undisturbed(
+    source: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
     target = tmp_path_factory.mktemp("undisturbed") / "dst"
     convert(str(source), str(target), SETTINGS, workers=1)
     return hashes(target)
@@ -57,7 +62,9 @@ def undisturbed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 # --------------------------------------------------------------------------------------------- jobs
 
 
-def test_the_last_job_commits(source: Path, tmp_path: Path, undisturbed: dict[str, str]) -> None:
+def test_the_last_job_commits(
+    source: Path, tmp_path: Path, undisturbed: dict[str, str]
+) -> None:
     dst = str(tmp_path / "dst")
     jobs = [Job(2, 3), Job(0, 3), Job(1, 3)]
     found = [convert_job(str(source), dst, SETTINGS, job=job) for job in jobs]
@@ -83,9 +90,13 @@ def test_jobs_that_run_together_commit_one_dataset(
         found: list[DatasetInfo | None] = []
         failed: list[BaseException] = []
 
-        def run(number: int, dst: Path = dst, found: list = found, failed: list = failed) -> None:
+        def run(
+            number: int, dst: Path = dst, found: list = found, failed: list = failed
+        ) -> None:
             try:
-                found.append(convert_job(str(source), str(dst), SETTINGS, job=Job(number, 4)))
+                found.append(
+                    convert_job(str(source), str(dst), SETTINGS, job=Job(number, 4))
+                )
             except BaseException as error:  # noqa: BLE001 - reported below
                 failed.append(error)
 
@@ -100,7 +111,10 @@ def test_jobs_that_run_together_commit_one_dataset(
 
 
 def test_any_job_commits_what_nobody_did(
-    source: Path, tmp_path: Path, undisturbed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    source: Path,
+    tmp_path: Path,
+    undisturbed: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -116,7 +130,9 @@ def test_any_job_commits_what_nobody_did(
     assert hashes(tmp_path / "dst") == undisturbed
 
 
-def test_one_that_makes_everything_and_jobs_keep_apart(source: Path, tmp_path: Path) -> None:
+def test_one_that_makes_everything_and_jobs_keep_apart(
+    source: Path, tmp_path: Path
+) -> None:
     from filelock import FileLock
 
     dst = tmp_path / "dst"
@@ -148,7 +164,14 @@ def test_only_stragglers_get_a_second_copy() -> None:
 
 
 def start(source: Path, target: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "pipeline.convert", str(source), str(target), *OPTIONS]
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline.convert",
+        str(source),
+        str(target),
+        *OPTIONS,
+    ]
     return subprocess.Popen(
         [*command, "--engine", "ray", "--workers", "2"],
         cwd=REPOSITORY,
@@ -245,7 +268,11 @@ def ray_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str
         "--block",
         f"--port={port}",
     ]
-    command += ["--node-ip-address=127.0.0.1", "--num-cpus=2", "--include-dashboard=false"]
+    command += [
+        "--node-ip-address=127.0.0.1",
+        "--num-cpus=2",
+        "--include-dashboard=false",
+    ]
     head = subprocess.Popen(
         command,
         cwd=tmp_path,
@@ -287,7 +314,12 @@ def test_a_cluster_that_runs_already_makes_the_same_bytes(
     ]
     command += [*OPTIONS, "--engine", "ray", "--ray-address", ray_cluster]
     done = subprocess.run(
-        command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=HANG_S
+        command,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=HANG_S,
     )
     assert done.returncode == 0, done.stderr
     assert hashes(tmp_path / "dst") == undisturbed
@@ -310,7 +342,12 @@ def test_a_failure_in_ray_is_said_as_it_is(source: Path, tmp_path: Path) -> None
     ]
     command += ["--samples-per-shard", "4", "--engine", "ray", "--workers", "1"]
     done = subprocess.run(
-        command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=HANG_S
+        command,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=HANG_S,
     )
     assert done.returncode == 3, done.stderr
     assert "not an image" in done.stderr

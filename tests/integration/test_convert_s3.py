@@ -76,16 +76,22 @@ def test_what_is_not_there_is_named(s3_bucket: str) -> None:
             open_dataset(uri)
 
 
-def test_a_wrong_endpoint_is_named(s3_server: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_endpoint_is_named(
+    s3_server: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv(BUDGET_VARIABLE, "0")
     import s3fs
 
     s3fs.S3FileSystem.clear_instance_cache()
     try:
-        with pytest.raises(InfrastructureError, match=r"s3://bucket/x.*AWS_ENDPOINT_URL"):
+        with pytest.raises(
+            InfrastructureError, match=r"s3://bucket/x.*AWS_ENDPOINT_URL"
+        ):
             storage.read_bytes("s3://bucket/x")
-        with pytest.raises(InfrastructureError, match=r"s3://bucket/x.*AWS_ENDPOINT_URL"):
+        with pytest.raises(
+            InfrastructureError, match=r"s3://bucket/x.*AWS_ENDPOINT_URL"
+        ):
             storage.exists("s3://bucket/x")
     finally:
         s3fs.S3FileSystem.clear_instance_cache()
@@ -128,7 +134,9 @@ def test_a_dataset_made_in_s3_is_that_made_locally(
     rows = manifest.lookup(np.array([11, 0, 5]))
     assert (
         rows.labels_B.tolist()
-        == open_dataset(str(tmp_path / "dst")).lookup(np.array([11, 0, 5])).labels_B.tolist()
+        == open_dataset(str(tmp_path / "dst"))
+        .lookup(np.array([11, 0, 5]))
+        .labels_B.tolist()
     )
     assert manifest.keys(np.array([0]))
     assert verify(storage.join(s3_bucket, "dst"), full=True).problems == []
@@ -142,7 +150,9 @@ def test_a_source_in_s3_gives_the_same_dataset(
 ) -> None:
     source = make_class_folder(num_classes=2, per_class=3, root=tmp_path / "src")
     for path in source.rglob("*.jpg"):
-        storage.put_file(path, storage.join(s3_bucket, "src", str(path.relative_to(source))))
+        storage.put_file(
+            path, storage.join(s3_bucket, "src", str(path.relative_to(source)))
+        )
     here = convert(str(source), str(tmp_path / "a"), workers=1)
     there = convert(storage.join(s3_bucket, "src"), str(tmp_path / "b"), workers=1)
     assert there == here
@@ -156,7 +166,10 @@ def test_tars_in_s3_are_scanned_once(
 ) -> None:
     source = make_class_folder(num_classes=2, per_class=3, root=tmp_path / "src")
     made = convert(
-        str(source), str(tmp_path / "dst"), ConvertSettings(samples_per_shard=3), workers=1
+        str(source),
+        str(tmp_path / "dst"),
+        ConvertSettings(samples_per_shard=3),
+        workers=1,
     )
     for path in (tmp_path / "dst").glob("*.tar"):
         storage.put_file(path, storage.join(s3_bucket, "tars", path.name))
@@ -177,12 +190,19 @@ def test_shards_in_s3_are_chosen_by_name_as_on_a_disk(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     source = make_class_folder(num_classes=2, per_class=3, root=tmp_path / "src")
-    convert(str(source), str(tmp_path / "dst"), ConvertSettings(samples_per_shard=2), workers=1)
+    convert(
+        str(source),
+        str(tmp_path / "dst"),
+        ConvertSettings(samples_per_shard=2),
+        workers=1,
+    )
     folder = storage.join(s3_bucket, "odd [1]")
     for path in sorted((tmp_path / "dst").glob("*.tar")):
         storage.put_file(path, storage.join(folder, path.name))
         packed = gzip.compress(path.read_bytes())
-        storage.write_atomic(storage.join(folder, "packed", f"{path.stem}.tar.gz"), packed)
+        storage.write_atomic(
+            storage.join(folder, "packed", f"{path.stem}.tar.gz"), packed
+        )
     storage.put_file(path, storage.join(folder, "val-000000.tar"))
     storage.write_atomic(storage.join(folder, "._train-000009.tar"), b"\0")
     for pattern, count in (

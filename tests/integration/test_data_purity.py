@@ -74,7 +74,9 @@ def records_of(batch):
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
-def test_every_way_of_reading_gives_one_sequence_position_by_position(datasets, tmp_path):
+def test_every_way_of_reading_gives_one_sequence_position_by_position(
+    datasets, tmp_path
+):
     whole, _ = read(datasets["local"], world=1, cache_dir=tmp_path, batches=BATCHES)
     assert sorted(whole) == list(range(GLOBAL * BATCHES))
     for epoch in range(3):
@@ -84,12 +86,18 @@ def test_every_way_of_reading_gives_one_sequence_position_by_position(datasets, 
         for where, dataset in datasets.items():
             # Read in four pieces: stopped at three random places, and gone on with from the state
             # alone.
-            stops = sorted(random.choice(np.arange(1, BATCHES), 3, replace=False).tolist())
+            stops = sorted(
+                random.choice(np.arange(1, BATCHES), 3, replace=False).tolist()
+            )
             pieces, state = {}, None
             for batches in np.diff([0, *stops, BATCHES]).tolist():
                 cache_dir = tmp_path / f"{where}-{world}"
                 piece, state = read(
-                    dataset, world=world, cache_dir=cache_dir, state=state, batches=batches
+                    dataset,
+                    world=world,
+                    cache_dir=cache_dir,
+                    state=state,
+                    batches=batches,
                 )
                 pieces |= piece
             assert pieces == whole, f"{where}, {world} ranks, stopped after {stops}"
@@ -98,6 +106,10 @@ def test_every_way_of_reading_gives_one_sequence_position_by_position(datasets, 
 def test_a_run_goes_on_exactly_elsewhere_and_with_another_decoder(datasets, tmp_path):
     """Local on two ranks with one decoder, then from object storage on four with the other."""
     whole, _ = read(datasets["local"], world=1, cache_dir=tmp_path, batches=BATCHES)
-    first, state = read(datasets["local"], world=2, cache_dir=tmp_path, batches=5, decoder="dali")
-    rest, _ = read(datasets["s3"], world=4, cache_dir=tmp_path, state=state, batches=BATCHES - 5)
+    first, state = read(
+        datasets["local"], world=2, cache_dir=tmp_path, batches=5, decoder="dali"
+    )
+    rest, _ = read(
+        datasets["s3"], world=4, cache_dir=tmp_path, state=state, batches=BATCHES - 5
+    )
     assert first | rest == whole

@@ -47,11 +47,17 @@ print(json.dumps({**first, "walked_bytes": peak_bytes(), "epoch": cursor.epoch})
 """
 
 
-@pytest.mark.parametrize(("num_shards", "samples_per_shard"), [(100_000, 10), (10_000, 1000)])
+@pytest.mark.parametrize(
+    ("num_shards", "samples_per_shard"), [(100_000, 10), (10_000, 1000)]
+)
 def test_size_costs_neither_time_nor_memory(tmp_path, num_shards, samples_per_shard):
-    generate_manifest(tmp_path / "data", num_shards=num_shards, samples_per_shard=samples_per_shard)
+    generate_manifest(
+        tmp_path / "data", num_shards=num_shards, samples_per_shard=samples_per_shard
+    )
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "data")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=HANG_S, check=False
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     print(f"{num_shards:,} shards of {samples_per_shard:,}: {found}")

@@ -16,7 +16,17 @@ pytestmark = [pytest.mark.slow, pytest.mark.remote]
 def test_everything_is_measured_beside_plain_clients(capsys):
     before = dict(os.environ)
     code = main(
-        ["--num-shards", "3", "--shard-mb", "1", "--runs", "1", "--batch-size", "8", "--json"]
+        [
+            "--num-shards",
+            "3",
+            "--shard-mb",
+            "1",
+            "--runs",
+            "1",
+            "--batch-size",
+            "8",
+            "--json",
+        ]
     )
     assert code == 0
     assert dict(os.environ) == before

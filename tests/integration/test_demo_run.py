@@ -54,7 +54,9 @@ class RunningDemo:
         for process in self.family():
             with contextlib.suppress(psutil.Error):
                 line = " ".join(process.cmdline())
-                if process.pid != self.process.pid and all(word in line for word in words):
+                if process.pid != self.process.pid and all(
+                    word in line for word in words
+                ):
                     return True
         return False
 
@@ -80,7 +82,10 @@ def start(tmp_path: Path) -> Iterator[Callable[..., RunningDemo]]:
         command += ["--run-dir", str(run_dir), *(options or ("--steps", str(STEPS)))]
         with log.open("w") as out:
             process = subprocess.Popen(
-                command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, MARK: mark}
+                command,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, MARK: mark},
             )
         started.append(RunningDemo(process, mark, log))
         return started[-1]
@@ -101,9 +106,13 @@ def source(make_class_folder: Callable[..., Path]) -> Path:
 def assert_interrupted(demo: RunningDemo, before: str) -> None:
     assert demo.end() == 130, demo.text()
     said = demo.text().removeprefix(before)
-    assert said.rstrip().endswith("demo: stopped. The same command goes on from here."), said
+    assert said.rstrip().endswith(
+        "demo: stopped. The same command goes on from here."
+    ), said
     assert "Traceback" not in said
-    left = [(process.pid, process.ppid(), process.cmdline()) for process in demo.family()]
+    left = [
+        (process.pid, process.ppid(), process.cmdline()) for process in demo.family()
+    ]
     assert not left, "left behind"
 
 
@@ -113,7 +122,10 @@ def assert_interrupted(demo: RunningDemo, before: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_while_the_machine_is_timed(
-    start: Callable[..., RunningDemo], source: Path, tmp_path: Path, number: signal.Signals
+    start: Callable[..., RunningDemo],
+    source: Path,
+    tmp_path: Path,
+    number: signal.Signals,
 ):
     demo = start(source, tmp_path / "demo")
     demo.wait_until(lambda: demo.runs("train.demo.speed"))  # which now imports torch
@@ -160,7 +172,9 @@ def test_the_demo_goes_on_where_it_was(
     interrupted = read_status(run_dir)
     assert interrupted["state"] == "preempted", first.text()
 
-    second = start(source, run_dir, "--ranks", "0")  # without --steps: the run keeps its number
+    second = start(
+        source, run_dir, "--ranks", "0"
+    )  # without --steps: the run keeps its number
     assert second.end() == 0, second.text()
     text = second.text()
     assert f"{STEPS} steps in" in text
@@ -193,7 +207,9 @@ def test_the_demo_goes_on_where_it_was(
     assert [line["step"] for line in read_metrics(run_dir)] == steps
 
 
-def test_a_stage_that_fails_keeps_its_exit_code(start: Callable[..., RunningDemo], tmp_path: Path):
+def test_a_stage_that_fails_keeps_its_exit_code(
+    start: Callable[..., RunningDemo], tmp_path: Path
+):
     demo = start(tmp_path / "nowhere", tmp_path / "run")
     assert demo.end() == 2, demo.text()
     assert "no such folder" in demo.text()

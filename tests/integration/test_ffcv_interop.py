@@ -43,7 +43,9 @@ def pixels_of(image):
 def ffcv_writes(path, columns, fields, *, num_workers=1, page_size=2**23):
     from ffcv.writer import DatasetWriter
 
-    writer = DatasetWriter(str(path), fields, page_size=page_size, num_workers=num_workers)
+    writer = DatasetWriter(
+        str(path), fields, page_size=page_size, num_workers=num_workers
+    )
     writer.from_indexed_dataset(Given(*columns), chunksize=7)
 
 
@@ -59,9 +61,15 @@ def test_our_files_are_those_of_ffcvs_writer(tmp_path: Path, page_bytes: int) ->
     from ffcv.fields import IntField, JSONField, RGBImageField
 
     rng = np.random.default_rng(0)  # 150 x 180 pixels, raw: several pages of 2 MiB
-    pixels = [rng.integers(0, 256, (150 + n % 3, 180, 3), dtype=np.uint8) for n in range(40)]
+    pixels = [
+        rng.integers(0, 256, (150 + n % 3, 180, 3), dtype=np.uint8) for n in range(40)
+    ]
     metas = [{"key": f"{number:03d}"} for number in range(40)]
-    fields = {"image": RGBImageField(write_mode="raw"), "label": IntField(), "meta": JSONField()}
+    fields = {
+        "image": RGBImageField(write_mode="raw"),
+        "label": IntField(),
+        "meta": JSONField(),
+    }
     ffcv_writes(
         tmp_path / "theirs",
         (pixels, [3 * n for n in range(40)], metas),
@@ -69,14 +77,17 @@ def test_our_files_are_those_of_ffcvs_writer(tmp_path: Path, page_bytes: int) ->
         page_size=page_bytes,
     )
     given = [
-        (image.tobytes(), Probe("raw", image.shape[1], image.shape[0], "RGB")) for image in pixels
+        (image.tobytes(), Probe("raw", image.shape[1], image.shape[0], "RGB"))
+        for image in pixels
     ]
     we_write(tmp_path / "ours", given, page_bytes=page_bytes)
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 @pytest.mark.parametrize("os_cache", [True, False])
-def test_ffcvs_loader_reads_our_betons(tmp_path: Path, crops: list[bytes], os_cache: bool) -> None:
+def test_ffcvs_loader_reads_our_betons(
+    tmp_path: Path, crops: list[bytes], os_cache: bool
+) -> None:
     from ffcv.fields.basics import IntDecoder
     from ffcv.fields.rgb_image import CenterCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
@@ -95,7 +106,10 @@ def test_ffcvs_loader_reads_our_betons(tmp_path: Path, crops: list[bytes], os_ca
         num_workers=1,
         order=OrderOption.SEQUENTIAL,
         os_cache=os_cache,
-        pipelines={"image": [CenterCropRGBImageDecoder((64, 64), 1.0)], "label": [IntDecoder()]},
+        pipelines={
+            "image": [CenterCropRGBImageDecoder((64, 64), 1.0)],
+            "label": [IntDecoder()],
+        },
     )
     seen, labels, metas = [], [], []
     for images, label, meta in loader:
@@ -109,25 +123,35 @@ def test_ffcvs_loader_reads_our_betons(tmp_path: Path, crops: list[bytes], os_ca
             assert image.tobytes() == stored
         else:
             # FFCV asks libjpeg-turbo for its faster, coarser inverse cosine transform.
-            assert np.abs(image.astype(int) - simplejpeg.decode_jpeg(stored)).mean() < 1.5
+            assert (
+                np.abs(image.astype(int) - simplejpeg.decode_jpeg(stored)).mean() < 1.5
+            )
 
 
 @pytest.mark.parametrize(("write_mode", "num_workers"), [("jpg", 1), ("raw", 2)])
-def test_we_read_the_betons_of_ffcvs_writer(tmp_path, crops, write_mode, num_workers) -> None:
+def test_we_read_the_betons_of_ffcvs_writer(
+    tmp_path, crops, write_mode, num_workers
+) -> None:
     from ffcv.fields import IntField, RGBImageField
 
     images = [pixels_of(image) for image in crops]
     fields = {"image": RGBImageField(write_mode=write_mode), "label": IntField()}
     path = tmp_path / "theirs.beton"
     ffcv_writes(
-        path, (images, list(range(len(images)))), fields, num_workers=num_workers, page_size=2**21
+        path,
+        (images, list(range(len(images)))),
+        fields,
+        num_workers=num_workers,
+        page_size=2**21,
     )
     found = index_shard(str(path))
     assert not found.bad
     assert found.table.labels.tolist() == list(range(len(images)))
     data = path.read_bytes()
     for row, image in enumerate(images):
-        stored = data[found.table.offsets[row] : found.table.offsets[row] + found.table.sizes[row]]
+        stored = data[
+            found.table.offsets[row] : found.table.offsets[row] + found.table.sizes[row]
+        ]
         assert (found.table.heights[row], found.table.widths[row]) == image.shape[:2]
         if write_mode == "raw":
             assert FORMATS[found.table.formats[row]] == "raw"

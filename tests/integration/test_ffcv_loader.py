@@ -36,7 +36,9 @@ def pair(make_dataset: Callable[..., str], tmp_path: Path) -> tuple[Manifest, Ma
 def make_loader(dataset, *, rank=0, world=1, decoder="turbo", state=None, **settings):
     loader = Loader(
         dataset,
-        VIEW.model_copy(update={"interpolation": "area"}) if decoder == "ffcv" else VIEW,
+        VIEW.model_copy(update={"interpolation": "area"})
+        if decoder == "ffcv"
+        else VIEW,
         OrderConfig(lanes=4, window=2),
         LoaderConfig(decoder=decoder, num_threads=1, **settings),
         seed=7,
@@ -66,7 +68,9 @@ def take(loader, batches, *, world=1):
             boxes.heights_B,
             boxes.widths_B,
         )
-        seen += list(zip(*(column.tolist() for column in (*columns, boxes.flips_B)), strict=True))
+        seen += list(
+            zip(*(column.tolist() for column in (*columns, boxes.flips_B)), strict=True)
+        )
         pixels.append(batch.images_BCHW)
     return seen, torch.cat(pixels)
 
@@ -77,7 +81,9 @@ def test_tars_and_betons_give_the_same_batches(pair, world, decoder):
     for rank in range(world):
         taken = []
         for dataset in pair:
-            with make_loader(dataset, rank=rank, world=world, decoder=decoder) as loader:
+            with make_loader(
+                dataset, rank=rank, world=world, decoder=decoder
+            ) as loader:
                 taken.append(take(loader, 5, world=world))
         (tar_records, tar_pixels), (beton_records, beton_pixels) = taken
         assert tar_records == beton_records
@@ -114,24 +120,32 @@ def test_a_damaged_image_in_a_beton_is_replaced_and_named(crops, tmp_path):
         shard = writer.close()
     write_dataset(str(tmp_path / "d"), shards=[shard], name="d", container="ffcv")
     dataset = open_dataset(str(tmp_path / "d"))
-    batch = read_samples(dataset, np.array([5]), VIEW, LoaderConfig(decoder="turbo"), device=CPU)
+    batch = read_samples(
+        dataset, np.array([5]), VIEW, LoaderConfig(decoder="turbo"), device=CPU
+    )
     assert batch.labels_B.tolist() == [6]
     with make_loader(dataset, max_bad_share=1.0) as loader:
         take(loader, 1)
-    named = {(entry["shard"], entry["key"]) for entry in loader.report.to_json()["first"]}
+    named = {
+        (entry["shard"], entry["key"]) for entry in loader.report.to_json()["first"]
+    }
     assert named == {("train-000000.beton", "000005")}
 
 
 @pytest.mark.parametrize("decoder", ["turbo", "dali", "ffcv"])
 @pytest.mark.parametrize("write_mode", ["raw", "smart"])
-def test_raw_pixels_are_cut_like_lossless_files(make_dataset, crops, tmp_path, decoder, write_mode):
+def test_raw_pixels_are_cut_like_lossless_files(
+    make_dataset, crops, tmp_path, decoder, write_mode
+):
     settings = ConvertSettings(
         format="ffcv", write_mode=write_mode, smart_threshold_bytes=90 * 90 * 3
     )
     convert(make_dataset(), str(tmp_path / "raw"), settings, workers=1)
     raw = open_dataset(str(tmp_path / "raw"))
     formats = {
-        FORMATS[code] for s in range(raw.info.num_shards) for code in raw.shard_table(s).formats
+        FORMATS[code]
+        for s in range(raw.info.num_shards)
+        for code in raw.shard_table(s).formats
     }
     assert formats == ({"raw"} if write_mode == "raw" else {"raw", "jpeg"})
     convert(str(tmp_path / "raw"), str(tmp_path / "png"), ConvertSettings(), workers=1)
@@ -145,4 +159,6 @@ def test_raw_pixels_are_cut_like_lossless_files(make_dataset, crops, tmp_path, d
     assert raw_records == png_records
     # PNG goes through Pillow in some decoders; its area filter weighs the pixels at the edges of
     # areas another way.
-    assert (raw_pixels - png_pixels).abs().mean() < (0.05 if decoder == "ffcv" else 0.01)
+    assert (raw_pixels - png_pixels).abs().mean() < (
+        0.05 if decoder == "ffcv" else 0.01
+    )

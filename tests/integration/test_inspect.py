@@ -16,7 +16,11 @@ from pipeline.inspect import contact_sheet, summary, survey
 def test_figures_are_the_datasets(make_dataset, crops):
     dataset = open_dataset(make_dataset())
     figures = summary(dataset, survey(dataset))
-    assert (figures["num_samples"], figures["num_shards"], figures["num_classes"]) == (60, 4, 15)
+    assert (figures["num_samples"], figures["num_shards"], figures["num_classes"]) == (
+        60,
+        4,
+        15,
+    )
     assert figures["formats"] == {"jpeg": 60}
     assert figures["image_bytes"][0] == min(len(crop) for crop in crops)
     assert figures["image_bytes"][4] == max(len(crop) for crop in crops)

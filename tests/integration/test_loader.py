@@ -26,10 +26,14 @@ DECODERS = ["dali", "turbo", "ffcv"]
 
 def view_of(decoder):
     """FFCV's kernels have one filter, which DALI lacks."""
-    return VIEW.model_copy(update={"interpolation": "area"}) if decoder == "ffcv" else VIEW
+    return (
+        VIEW.model_copy(update={"interpolation": "area"}) if decoder == "ffcv" else VIEW
+    )
 
 
-def make_loader(dataset, *, rank=0, world=1, micro=4, decoder="turbo", state=None, **settings):
+def make_loader(
+    dataset, *, rank=0, world=1, micro=4, decoder="turbo", state=None, **settings
+):
     loader = Loader(
         dataset,
         view_of(decoder),
@@ -58,7 +62,9 @@ def records(batch):
         boxes.heights_B,
         boxes.widths_B,
     )
-    return list(zip(*(column.tolist() for column in (*columns, boxes.flips_B)), strict=True))
+    return list(
+        zip(*(column.tolist() for column in (*columns, boxes.flips_B)), strict=True)
+    )
 
 
 def take(loader, global_batches, *, world=1, micro=4):
@@ -66,7 +72,11 @@ def take(loader, global_batches, *, world=1, micro=4):
     stream, seen = iter(loader), []
     for _ in range(global_batches):
         seen.append(
-            [record for _ in range(GLOBAL // world // micro) for record in records(next(stream))]
+            [
+                record
+                for _ in range(GLOBAL // world // micro)
+                for record in records(next(stream))
+            ]
         )
     return seen
 
@@ -78,13 +88,19 @@ def dataset(make_dataset):
 
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("world", [2, 4])
-def test_batches_are_the_same_at_every_world_size_and_with_every_decoder(dataset, world, decoder):
+def test_batches_are_the_same_at_every_world_size_and_with_every_decoder(
+    dataset, world, decoder
+):
     with make_loader(dataset) as loader:
         alone = take(loader, 6)
     union = [[] for _ in alone]
     for rank in range(world):
-        with make_loader(dataset, rank=rank, world=world, micro=2, decoder=decoder) as loader:
-            for batch, mine in zip(union, take(loader, 6, world=world, micro=2), strict=True):
+        with make_loader(
+            dataset, rank=rank, world=world, micro=2, decoder=decoder
+        ) as loader:
+            for batch, mine in zip(
+                union, take(loader, 6, world=world, micro=2), strict=True
+            ):
                 batch += mine
     assert [sorted(batch) for batch in union] == [sorted(batch) for batch in alone]
 
@@ -100,7 +116,9 @@ def test_resume_goes_on_exactly_also_at_another_world_size(dataset, stopped_afte
     union = [[] for _ in range(8 - stopped_after)]
     for rank in range(2):
         with make_loader(dataset, rank=rank, world=2, state=state) as loader:
-            for batch, mine in zip(union, take(loader, 8 - stopped_after, world=2), strict=True):
+            for batch, mine in zip(
+                union, take(loader, 8 - stopped_after, world=2), strict=True
+            ):
                 batch += mine
     assert before + [sorted(batch) for batch in union] == before + [
         sorted(batch) for batch in whole[stopped_after:]
@@ -143,7 +161,10 @@ def test_pixels_are_the_same_bit_for_bit_after_a_resume_and_at_another_world_siz
 
 def test_a_batch_of_pixels_stays_valid_until_the_next_but_one(dataset):
     with make_loader(dataset) as loader:
-        expected = [batch.images_BCHW.clone() for batch, _ in zip(loader, range(12), strict=False)]
+        expected = [
+            batch.images_BCHW.clone()
+            for batch, _ in zip(loader, range(12), strict=False)
+        ]
     for held in (2, 3):
         with Loader(
             dataset,
@@ -165,7 +186,9 @@ def test_a_batch_of_pixels_stays_valid_until_the_next_but_one(dataset):
                     for batch, whole in zip(batches, expected[first:], strict=False):
                         pixels_BHW3 = batch.permute(0, 2, 3, 1)
                         assert torch.equal(
-                            DeviceCopier(device=CPU, dtype=torch.float32).normalise(pixels_BHW3),
+                            DeviceCopier(device=CPU, dtype=torch.float32).normalise(
+                                pixels_BHW3
+                            ),
                             whole,
                         )
             assert len(addresses) < 12  # memory was used again
@@ -186,13 +209,25 @@ def test_images_and_labels_are_those_of_the_samples(dataset):
         batch = next(iter(loader))
     assert batch.images_BCHW.shape == (4, 3, 32, 32)
     assert batch.images_BCHW.dtype == torch.float32
-    assert batch.labels_B.tolist() == [sample_id % 15 for sample_id in batch.sample_ids_B.tolist()]
+    assert batch.labels_B.tolist() == [
+        sample_id % 15 for sample_id in batch.sample_ids_B.tolist()
+    ]
     replayed = read_samples(
-        dataset, batch.sample_ids_B, VIEW, LoaderConfig(decoder="turbo"), seed=3, device=CPU
+        dataset,
+        batch.sample_ids_B,
+        VIEW,
+        LoaderConfig(decoder="turbo"),
+        seed=3,
+        device=CPU,
     )
     assert torch.equal(replayed.images_BCHW, batch.images_BCHW)
     dali = read_samples(
-        dataset, batch.sample_ids_B, VIEW, LoaderConfig(decoder="dali"), seed=3, device=CPU
+        dataset,
+        batch.sample_ids_B,
+        VIEW,
+        LoaderConfig(decoder="dali"),
+        seed=3,
+        device=CPU,
     )
     assert (dali.images_BCHW - batch.images_BCHW).abs().mean() < 0.02
     assert -2.2 < batch.images_BCHW.min() < batch.images_BCHW.max() < 2.7
@@ -201,9 +236,9 @@ def test_images_and_labels_are_those_of_the_samples(dataset):
 def test_normalising_is_imagenets(dataset):
     pixels_BHW3 = torch.arange(2 * 4 * 4 * 3, dtype=torch.uint8).reshape(2, 4, 4, 3)
     images_BCHW = DeviceCopier(device=CPU, dtype=torch.float32).normalise(pixels_BHW3)
-    expected = (pixels_BHW3.double() / 255 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor(
-        [0.229, 0.224, 0.225]
-    )
+    expected = (
+        pixels_BHW3.double() / 255 - torch.tensor([0.485, 0.456, 0.406])
+    ) / torch.tensor([0.229, 0.224, 0.225])
     assert torch.allclose(images_BCHW.permute(0, 2, 3, 1).double(), expected, atol=1e-6)
 
 
@@ -217,26 +252,35 @@ def test_the_fused_form_of_normalising_gives_the_same(dtype):
     )
     assert fused.dtype == plain.dtype == dtype
     assert fused.stride() == plain.stride()
-    assert torch.allclose(fused.double(), plain.double(), atol=1e-6, rtol=torch.finfo(dtype).eps)
+    assert torch.allclose(
+        fused.double(), plain.double(), atol=1e-6, rtol=torch.finfo(dtype).eps
+    )
 
 
 def test_another_dataset_is_refused(dataset, make_dataset, tmp_path):
     other = open_dataset(make_dataset((13, 17, 11, 18), uri=str(tmp_path / "other")))
     with make_loader(dataset) as loader:
         state = loader.state_dict()
-    with pytest.raises(DataError, match="its samples changed"), make_loader(other, state=state):
+    with (
+        pytest.raises(DataError, match="its samples changed"),
+        make_loader(other, state=state),
+    ):
         pass
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_a_bad_image_is_replaced_counted_and_reported(make_dataset, crops, decoder):
-    folder = make_dataset(replace={5: b"\xff\xd8\xff\xe0 junk" * 30, 21: crops[21][:200], 40: b"x"})
+    folder = make_dataset(
+        replace={5: b"\xff\xd8\xff\xe0 junk" * 30, 21: crops[21][:200], 40: b"x"}
+    )
     dataset = open_dataset(folder)
     with make_loader(dataset, decoder=decoder) as loader:
         whole = take(loader, 4)
         report = loader.report.to_json()
     assert sum(len(batch) for batch in whole) == 4 * GLOBAL
-    seen_bad = [record[0] for batch in whole for record in batch if record[0] in (5, 21, 40)]
+    seen_bad = [
+        record[0] for batch in whole for record in batch if record[0] in (5, 21, 40)
+    ]
     # The loader works ahead of what was taken.
     assert report["num_bad"] >= len(seen_bad) >= 3
     assert {(entry["shard"], entry["key"]) for entry in report["first"]} == {
@@ -245,7 +289,11 @@ def test_a_bad_image_is_replaced_counted_and_reported(make_dataset, crops, decod
         ("train-000002.tar", "000040"),
     }
     batch = read_samples(
-        dataset, np.array([5, 6]), view_of(decoder), LoaderConfig(decoder=decoder), device=CPU
+        dataset,
+        np.array([5, 6]),
+        view_of(decoder),
+        LoaderConfig(decoder=decoder),
+        device=CPU,
     )
     assert batch.labels_B.tolist() == [6, 6]
     assert (batch.images_BCHW[0].std() > 0.01).item()
@@ -255,20 +303,30 @@ def test_the_substitute_is_the_same_with_every_decoder(make_dataset):
     dataset = open_dataset(make_dataset(replace={5: b"junk" * 30, 6: b""}))
     pictures = [
         read_samples(
-            dataset, np.array([5]), view_of(decoder), LoaderConfig(decoder=decoder), device=CPU
+            dataset,
+            np.array([5]),
+            view_of(decoder),
+            LoaderConfig(decoder=decoder),
+            device=CPU,
         )
         for decoder in DECODERS
     ]
     assert [picture.labels_B.tolist() for picture in pictures] == [[7], [7], [7]]
     assert (pictures[0].images_BCHW - pictures[1].images_BCHW).abs().mean() < 0.02
-    assert (pictures[2].images_BCHW - pictures[1].images_BCHW).abs().mean() < 0.2  # another filter
+    assert (
+        pictures[2].images_BCHW - pictures[1].images_BCHW
+    ).abs().mean() < 0.2  # another filter
 
 
 def test_too_many_bad_images_stop_the_run(make_dataset):
-    dataset = open_dataset(make_dataset(replace=dict.fromkeys(range(0, 60, 3), b"junk")))
+    dataset = open_dataset(
+        make_dataset(replace=dict.fromkeys(range(0, 60, 3), b"junk"))
+    )
     with (
         make_loader(dataset, max_bad_share=0.0005) as loader,
-        pytest.raises(DataError, match=r"bad samples among the last 10,000.*Reasons: not an image"),
+        pytest.raises(
+            DataError, match=r"bad samples among the last 10,000.*Reasons: not an image"
+        ),
     ):
         take(loader, 4)
 
@@ -337,7 +395,9 @@ def test_stages_count_what_passed(dataset):
 
 
 def test_sizes_that_cannot_work_are_refused(dataset):
-    with pytest.raises(ConfigError, match=r"not a multiple of train\.micro_batch_size 5"):
+    with pytest.raises(
+        ConfigError, match=r"not a multiple of train\.micro_batch_size 5"
+    ):
         make_loader(dataset, micro=5)
 
 

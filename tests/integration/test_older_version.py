@@ -66,7 +66,9 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("container", FORMATS)
-def test_a_dataset_opens_and_verifies(written: Path, expected: dict[str, Any], container: str):
+def test_a_dataset_opens_and_verifies(
+    written: Path, expected: dict[str, Any], container: str
+):
     dataset = open_dataset(str(written / container))
     assert dataset.info.fingerprint == expected["fingerprint"][container]
     assert (dataset.info.num_samples, dataset.info.num_shards) == (12, 2)
@@ -90,16 +92,22 @@ def test_a_killed_conversion_is_completed_to_the_same_bytes(written: Path):
     source = written / "source"
     for shard in sorted((written / "webdataset").glob("*.tar")):
         with tarfile.open(shard) as tar:
-            pictures = [member for member in tar.getmembers() if member.name.endswith(".jpg")]
+            pictures = [
+                member for member in tar.getmembers() if member.name.endswith(".jpg")
+            ]
             tar.extractall(source, members=pictures, filter="data")
 
     half_done = written / "half-done"
     kept_ns = (half_done / "train-000000.tar").stat().st_mtime_ns
-    info = convert(str(source), str(half_done), ConvertSettings(samples_per_shard=6), workers=1)
+    info = convert(
+        str(source), str(half_done), ConvertSettings(samples_per_shard=6), workers=1
+    )
     made = hashes(half_done)
     wanted = hashes(written / "webdataset")
     assert (half_done / "train-000000.tar").stat().st_mtime_ns == kept_ns, "made again"
-    assert info.fingerprint == open_dataset(str(written / "webdataset")).info.fingerprint
+    assert (
+        info.fingerprint == open_dataset(str(written / "webdataset")).info.fingerprint
+    )
 
     # dataset.json names the versions of this program and of pyarrow, which writes the manifest.
     about = json.loads((half_done / "dataset.json").read_text())
@@ -127,7 +135,9 @@ def describe(batch: Batch) -> dict[str, Any]:
         "heights": boxes.heights_B.tolist(),
         "widths": boxes.widths_B.tolist(),
         "flips": boxes.flips_B.tolist(),
-        "mask_noise_sha256": hashlib.sha256(noise_BN.astype("<f4").tobytes()).hexdigest(),
+        "mask_noise_sha256": hashlib.sha256(
+            noise_BN.astype("<f4").tobytes()
+        ).hexdigest(),
         "pixel_mean": float(batch.images_BCHW.double().mean()),
     }
 
@@ -156,7 +166,9 @@ def test_order_boxes_and_masks_are_those_of_then(
             now = describe(next(batches))
             # Pixels are rounded by kernels that differ with the processor; all else is exact.
             assert now.pop("pixel_mean") == pytest.approx(then["pixel_mean"], abs=2e-3)
-            assert now == {name: value for name, value in then.items() if name != "pixel_mean"}
+            assert now == {
+                name: value for name, value in then.items() if name != "pixel_mean"
+            }
 
 
 def test_a_run_is_resumed_with_the_losses_of_then(

@@ -53,7 +53,9 @@ class Data(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def data(make_class_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Data:
+def data(
+    make_class_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Data:
     folder = tmp_path_factory.mktemp("shards")
     source = make_class_folder(num_classes=4, per_class=20, size_px=48)
     for name, count in (("train", 16), ("val", 40)):
@@ -67,19 +69,34 @@ def data(make_class_folder: Callable[..., Path], tmp_path_factory: pytest.TempPa
 
 
 def words(data: Data, run_dir: Path, **changes: str) -> list[str]:
-    settings = {**TINY, "data.train": data.train, "data.val": data.val, "run.dir": str(run_dir)}
-    settings |= {
-        name.replace("__", ".").replace("_", "-"): value for name, value in changes.items()
+    settings = {
+        **TINY,
+        "data.train": data.train,
+        "data.val": data.val,
+        "run.dir": str(run_dir),
     }
-    return ["demo", *(word for name, value in settings.items() for word in (f"--{name}", value))]
+    settings |= {
+        name.replace("__", ".").replace("_", "-"): value
+        for name, value in changes.items()
+    }
+    return [
+        "demo",
+        *(word for name, value in settings.items() for word in (f"--{name}", value)),
+    ]
 
 
-def alone(data: Data, run_dir: Path, **changes: str) -> subprocess.CompletedProcess[str]:
+def alone(
+    data: Data, run_dir: Path, **changes: str
+) -> subprocess.CompletedProcess[str]:
     return launch.run(["-m", "train.pretrain", *words(data, run_dir, **changes)])
 
 
-def together(data: Data, run_dir: Path, **changes: str) -> subprocess.CompletedProcess[str]:
-    return launch.run(["-m", "train.pretrain", *words(data, run_dir, **changes)], ranks=2)
+def together(
+    data: Data, run_dir: Path, **changes: str
+) -> subprocess.CompletedProcess[str]:
+    return launch.run(
+        ["-m", "train.pretrain", *words(data, run_dir, **changes)], ranks=2
+    )
 
 
 def losses(run_dir: Path) -> dict[int, float]:
@@ -91,14 +108,17 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 def at_step(run_dir: Path, step: int) -> Callable[[], bool]:
     return lambda: (
-        read_status(run_dir).get("state") == "running" and read_status(run_dir)["step"] >= step
+        read_status(run_dir).get("state") == "running"
+        and read_status(run_dir)["step"] >= step
     )
 
 
 # ----------------------------------------------------------------------------------- stop and go on
 
 
-def test_two_ranks_stopped_and_resumed_lose_what_an_unbroken_run_loses(data: Data, tmp_path: Path):
+def test_two_ranks_stopped_and_resumed_lose_what_an_unbroken_run_loses(
+    data: Data, tmp_path: Path
+):
     """Stopped by SIGTERM under the deepspeed launcher; resumed; then longer, alone, from the same
     folder."""
     done = together(data, tmp_path / "whole")
@@ -120,7 +140,9 @@ def test_two_ranks_stopped_and_resumed_lose_what_an_unbroken_run_loses(data: Dat
     resumed = together(data, broken)
     assert resumed.returncode == 0, resumed.stderr
     text = resumed.stdout
-    assert text.count(f"resumed from step {stopped} (images_seen {16 * stopped:,})") == 1
+    assert (
+        text.count(f"resumed from step {stopped} (images_seen {16 * stopped:,})") == 1
+    )
     assert losses(broken) == whole, "a resumed run does not see or compute the same"
     status = read_status(broken)
     assert (status["state"], status["exit_code"], status["step"]) == ("done", 0, 40)
@@ -138,13 +160,25 @@ def test_two_ranks_stopped_and_resumed_lose_what_an_unbroken_run_loses(data: Dat
 
 def test_a_finished_run_leaves_what_the_contract_names(data: Data, tmp_path: Path):
     run_dir = tmp_path / "run"
-    done = alone(data, run_dir, train__steps="6", log__every_steps="4", engine__device_tflops="0.5")
+    done = alone(
+        data,
+        run_dir,
+        train__steps="6",
+        log__every_steps="4",
+        engine__device_tflops="0.5",
+    )
     assert done.returncode == 0, done.stderr
     assert [line["step"] for line in read_metrics(run_dir)] == [4, 6]
     line = read_metrics(run_dir)[-1]
-    assert {"step", "epoch", "images_seen", "loss", "lr", "images_per_s", "data_wait_share"} <= set(
-        line
-    )
+    assert {
+        "step",
+        "epoch",
+        "images_seen",
+        "loss",
+        "lr",
+        "images_per_s",
+        "data_wait_share",
+    } <= set(line)
     assert line["tflops_per_device"] > 0
     assert line["mfu"] == pytest.approx(line["tflops_per_device"] / 0.5)
     assert line["bad_samples"] == 0
@@ -170,7 +204,11 @@ def test_sigterm_saves_and_ends_with_75(data: Data, tmp_path: Path):
     run_dir = tmp_path / "run"
     command = ["-m", "train.pretrain", *words(data, run_dir, train__steps="4000")]
     with launch.start(command) as process:
-        wait_until(at_step(run_dir, 3), what="the third step", still_possible=process.is_running)
+        wait_until(
+            at_step(run_dir, 3),
+            what="the third step",
+            still_possible=process.is_running,
+        )
         process.send_signal(signal.SIGTERM)
         code, stderr = process.wait(), process.stderr
     assert code == 75, stderr
@@ -178,14 +216,18 @@ def test_sigterm_saves_and_ends_with_75(data: Data, tmp_path: Path):
     assert (status["state"], status["exit_code"]) == ("preempted", 75)
     assert stderr.count("the same command line goes on from there") == 1
     assert "Traceback" not in stderr
-    assert (run_dir / "checkpoints" / f"step-{status['step']:06d}" / "MANIFEST.json").exists()
+    assert (
+        run_dir / "checkpoints" / f"step-{status['step']:06d}" / "MANIFEST.json"
+    ).exists()
 
 
 def test_ctrl_c_under_the_deepspeed_launcher_saves(data: Data, tmp_path: Path):
     """The terminal signals launcher and ranks at once, and the launcher signals the ranks a second
     time."""
     run_dir = tmp_path / "run"
-    command = deepspeed_command("demo", words(data, run_dir, train__steps="4000")[1:], ranks=2)
+    command = deepspeed_command(
+        "demo", words(data, run_dir, train__steps="4000")[1:], ranks=2
+    )
     process = subprocess.Popen(
         command,
         env=launch.environment(),
@@ -209,13 +251,17 @@ def test_ctrl_c_under_the_deepspeed_launcher_saves(data: Data, tmp_path: Path):
     psutil.wait_procs(ranks, timeout=HANG_S)
     status = read_status(run_dir)
     assert (status["state"], status["exit_code"]) == ("preempted", 75)
-    assert (run_dir / "checkpoints" / f"step-{status['step']:06d}" / "MANIFEST.json").exists()
+    assert (
+        run_dir / "checkpoints" / f"step-{status['step']:06d}" / "MANIFEST.json"
+    ).exists()
 
 
 # ------------------------------------------------------------------------------------------ failing
 
 
-def torchrun(data: Data, run_dir: Path, **changes: str) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    data: Data, run_dir: Path, **changes: str
+) -> subprocess.CompletedProcess[str]:
     launcher = [
         sys.executable,
         "-m",
@@ -261,7 +307,9 @@ def test_damaged_images_end_both_ranks_with_code_3(data: Data, tmp_path: Path):
     assert "train-0000" in status["reason"]
 
 
-def test_a_loss_that_is_not_finite_ends_with_code_5_and_names_the_batch(data: Data, tmp_path: Path):
+def test_a_loss_that_is_not_finite_ends_with_code_5_and_names_the_batch(
+    data: Data, tmp_path: Path
+):
     run_dir = tmp_path / "run"
     done = alone(data, run_dir, optim__base_lr="1e30", optim__grad_clip="0")
     assert done.returncode == 5, done.stderr
@@ -287,9 +335,14 @@ def test_shards_and_checkpoints_may_live_in_object_storage(
     assert first.returncode == 0, first.stderr
     second = alone(data, tmp_path / "run", train__steps="6", **changes)
     assert second.returncode == 0, second.stderr
-    assert f"resumed from step 5 (images_seen 80) of {checkpoints}/step-000005" in second.stdout
+    assert (
+        f"resumed from step 5 (images_seen 80) of {checkpoints}/step-000005"
+        in second.stdout
+    )
     assert not (tmp_path / "run" / "checkpoints").exists()
-    drawn = launch.run(["-m", "train.reconstruct", checkpoints, "--out", str(tmp_path / "r.png")])
+    drawn = launch.run(
+        ["-m", "train.reconstruct", checkpoints, "--out", str(tmp_path / "r.png")]
+    )
     assert drawn.returncode == 0, drawn.stderr
     assert "step 6" in drawn.stdout
 

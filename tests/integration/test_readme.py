@@ -76,14 +76,21 @@ def _mode(comment: str, text: str) -> str:
     found = re.fullmatch(r"<!-- run: (fast|slow|no)(?:, (\S.*?))? -->", comment)
     if found:
         # `no` needs a reason; the others may only be followed by numbers to exchange.
-        valid = bool(found[2]) if found[1] == "no" else _exchanges(found[2] or "") is not None
+        valid = (
+            bool(found[2])
+            if found[1] == "no"
+            else _exchanges(found[2] or "") is not None
+        )
         return found[1] if valid else ""
     commands = [
-        line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")
+        line
+        for line in text.splitlines()
+        if line.strip() and not line.lstrip().startswith("#")
     ]
     return (
         "make"
-        if commands and all(re.match(r"(cd |git clone |make )", command) for command in commands)
+        if commands
+        and all(re.match(r"(cd |git clone |make )", command) for command in commands)
         else ""
     )
 
@@ -110,7 +117,9 @@ def extract_modules(markdown: str) -> list[str]:
 
 def extract_make_targets(markdown: str) -> list[str]:
     """Name every make target that a page mentions in code, once."""
-    code = [block.text for block in extract_blocks(markdown)] + re.findall(r"`([^`\n]+)`", markdown)
+    code = [block.text for block in extract_blocks(markdown)] + re.findall(
+        r"`([^`\n]+)`", markdown
+    )
     return sorted(
         {
             target
@@ -135,7 +144,10 @@ def headings(markdown: str) -> set[str]:
     """Give the anchors of a page's headings, as GitHub names them."""
     outside = re.sub(r"^```.*?^```", "", markdown, flags=re.MULTILINE | re.DOTALL)
     titles = re.findall(r"^#+ (.+)$", outside, re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+    return {
+        re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-")
+        for title in titles
+    }
 
 
 PAGES = [
@@ -144,7 +156,9 @@ PAGES = [
     REPOSITORY / "CONTRIBUTING.md",
 ]
 PAGE_NAMES = [str(page.relative_to(REPOSITORY)) for page in PAGES]
-MODULES = sorted({module for page in PAGES for module in extract_modules(page.read_text())})
+MODULES = sorted(
+    {module for page in PAGES for module in extract_modules(page.read_text())}
+)
 BLOCKS = [
     block
     for name in RUN_PAGES
@@ -157,13 +171,17 @@ BLOCKS = [
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 def test_every_block_says_whether_it_runs(block: Block) -> None:
-    assert block.run, f"{block}: put <!-- run: fast --> or <!-- run: no, reason --> before it"
+    assert block.run, (
+        f"{block}: put <!-- run: fast --> or <!-- run: no, reason --> before it"
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=PAGE_NAMES)
 def test_make_targets_exist(page: Path) -> None:
     targets = set(
-        re.findall(r"^([a-z][a-z-]*):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+        re.findall(
+            r"^([a-z][a-z-]*):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE
+        )
     )
     assert not set(extract_make_targets(page.read_text())) - targets
 
@@ -171,7 +189,9 @@ def test_make_targets_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=PAGE_NAMES)
 def test_links_lead_to_files(page: Path) -> None:
     missing = [
-        link for link in extract_links(page.read_text()) if not (page.parent / link).exists()
+        link
+        for link in extract_links(page.read_text())
+        if not (page.parent / link).exists()
     ]
     assert not missing
 
@@ -206,7 +226,9 @@ def checkouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def home(make_class_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(
+    make_class_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """Give a home folder with photographs in `Pictures`, as the reader has."""
     folder = tmp_path_factory.mktemp("home")
     make_class_folder(num_classes=4, per_class=6, size_px=96, root=folder / "Pictures")
@@ -216,17 +238,25 @@ def home(make_class_folder: Callable[..., Path], tmp_path_factory: pytest.TempPa
 @pytest.mark.parametrize(
     "block",
     [
-        pytest.param(block, id=str(block), marks=[pytest.mark.slow] if block.run == "slow" else [])
+        pytest.param(
+            block,
+            id=str(block),
+            marks=[pytest.mark.slow] if block.run == "slow" else [],
+        )
         for block in BLOCKS
         if block.run in ("fast", "slow")
     ],
 )
-def test_marked_blocks_run(block: Block, checkouts: dict[str, Path], home: Path) -> None:
+def test_marked_blocks_run(
+    block: Block, checkouts: dict[str, Path], home: Path
+) -> None:
     done = run_block(block, cwd=checkouts[block.page], home=home)
     assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
 
 
-def run_block(block: Block, *, cwd: Path, home: Path) -> subprocess.CompletedProcess[str]:
+def run_block(
+    block: Block, *, cwd: Path, home: Path
+) -> subprocess.CompletedProcess[str]:
     """Run a block as a reader would with .venv activated; the first command that fails ends it."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {
@@ -292,7 +322,9 @@ def test_blocks_are_found_with_their_modes() -> None:
 def test_a_comment_counts_for_the_next_block_only() -> None:
     assert [
         block.run
-        for block in extract_blocks("<!-- run: fast -->\n```bash\na\n```\n```bash\nb\n```\n")
+        for block in extract_blocks(
+            "<!-- run: fast -->\n```bash\na\n```\n```bash\nb\n```\n"
+        )
     ] == [
         "fast",
         "",
@@ -301,7 +333,9 @@ def test_a_comment_counts_for_the_next_block_only() -> None:
 
 def test_numbers_are_exchanged_as_the_comment_asks() -> None:
     command = "run --steps 400 --warm 40 --size 4000"
-    (block,) = extract_blocks(f"<!-- run: slow, 400 -> 4, 40 -> 1 -->\n```bash\n{command}\n```\n")
+    (block,) = extract_blocks(
+        f"<!-- run: slow, 400 -> 4, 40 -> 1 -->\n```bash\n{command}\n```\n"
+    )
     assert (block.run, block.text) == ("slow", "run --steps 4 --warm 1 --size 4000\n")
     comment = "<!-- run: slow, 400 -> 2 --train.batch 4, 40 -> 1 -->"
     (block,) = extract_blocks(f"{comment}\n```bash\n{command}\n```\n")
@@ -310,17 +344,28 @@ def test_numbers_are_exchanged_as_the_comment_asks() -> None:
 
 @pytest.mark.parametrize(
     "comment",
-    ["<!-- run: no -->", "<!-- run: maybe -->", "<!-- run: fast, soon -->", "run: fast", ""],
+    [
+        "<!-- run: no -->",
+        "<!-- run: maybe -->",
+        "<!-- run: fast, soon -->",
+        "run: fast",
+        "",
+    ],
 )
 def test_a_block_without_a_valid_comment_has_no_mode(comment: str) -> None:
-    assert [block.run for block in extract_blocks(f"{comment}\n```bash\nls\n```\n")] == [""]
+    assert [
+        block.run for block in extract_blocks(f"{comment}\n```bash\nls\n```\n")
+    ] == [""]
 
 
 def test_modules_targets_and_links_are_found() -> None:
     assert extract_modules(PAGE) == ["train.demo", "train.pretrain"]
     assert extract_make_targets(PAGE) == ["check", "demo", "setup", "test-unit"]
     assert extract_links(PAGE) == ["docs/notes.md", "docs/picture.png"]
-    assert extract_anchors(f"{PAGE} [below](#two)") == [("", "two"), ("docs/notes.md", "top")]
+    assert extract_anchors(f"{PAGE} [below](#two)") == [
+        ("", "two"),
+        ("docs/notes.md", "top"),
+    ]
     assert headings("# 3: data\n```\n# no\n```\n### `a.b`\n## One two\n") == {
         "3-data",
         "ab",
@@ -328,9 +373,13 @@ def test_modules_targets_and_links_are_found() -> None:
     }
 
 
-def test_a_block_runs_with_our_python_and_stops_at_the_first_failure(tmp_path: Path) -> None:
+def test_a_block_runs_with_our_python_and_stops_at_the_first_failure(
+    tmp_path: Path,
+) -> None:
     good = Block(
-        line=1, text="$ python -c 'import sys; print(sys.executable)'\ntouch made\n", run="fast"
+        line=1,
+        text="$ python -c 'import sys; print(sys.executable)'\ntouch made\n",
+        run="fast",
     )
     done = run_block(good, cwd=tmp_path, home=tmp_path)
     assert done.returncode == 0

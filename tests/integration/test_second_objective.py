@@ -74,7 +74,9 @@ class OwnPurpose(IntEnum):
 class Colours:
     """A gain for each channel of each image."""
 
-    def draw(self, *, seed: int, epochs_B: np.ndarray, sample_ids_B: np.ndarray) -> np.ndarray:
+    def draw(
+        self, *, seed: int, epochs_B: np.ndarray, sample_ids_B: np.ndarray
+    ) -> np.ndarray:
         words_B4 = random_words(
             seed=seed,
             purpose=OwnPurpose.COLOUR,  # type: ignore[arg-type]
@@ -102,11 +104,17 @@ class TwoViewClassifier(nn.Module):
         self.head = nn.Linear(config.embed_dim, NUM_CLASSES)
 
     def forward(
-        self, first_BCHW: Tensor, second_BCHW: Tensor, colours_B3: Tensor, labels_B: Tensor
+        self,
+        first_BCHW: Tensor,
+        second_BCHW: Tensor,
+        colours_B3: Tensor,
+        labels_B: Tensor,
     ) -> Output:
         coloured_BCHW = second_BCHW * colours_B3[:, :, None, None]
         features = [self.encoder.features(view) for view in (first_BCHW, coloured_BCHW)]
-        losses = [nn.functional.cross_entropy(self.head(one), labels_B) for one in features]
+        losses = [
+            nn.functional.cross_entropy(self.head(one), labels_B) for one in features
+        ]
         apart = (features[0] - features[1]).square().mean()
         return Output((losses[0] + losses[1]) / 2 + 0.1 * apart)
 
@@ -118,7 +126,8 @@ class Classification:
 
     def sampling(self) -> Sampling:
         return Sampling(
-            (View(self.config.view, 0), View(self.config.view, 1)), {"colours": Colours()}
+            (View(self.config.view, 0), View(self.config.view, 1)),
+            {"colours": Colours()},
         )
 
     def build(self) -> nn.Module:
@@ -156,20 +165,40 @@ def main() -> int:
 
 # ---------------------------------------------------------------------------------------- the tests
 @pytest.fixture(scope="module")
-def data(make_class_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> str:
+def data(
+    make_class_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> str:
     folder = tmp_path_factory.mktemp("shards")
     source = make_class_folder(num_classes=NUM_CLASSES, per_class=20, size_px=48)
-    convert(str(source), str(folder / "train"), ConvertSettings(samples_per_shard=16), workers=1)
+    convert(
+        str(source),
+        str(folder / "train"),
+        ConvertSettings(samples_per_shard=16),
+        workers=1,
+    )
     return str(folder / "train")
 
 
 def start(
-    folder: Path, data: str, *, ranks: int, crash_after: int | None = None, **changes: str
+    folder: Path,
+    data: str,
+    *,
+    ranks: int,
+    crash_after: int | None = None,
+    **changes: str,
 ) -> subprocess.CompletedProcess[str]:
     folder.mkdir(exist_ok=True)
-    given = {**WORDS, "data.train": data, "data.val": data, "run.dir": str(folder / "run")}
+    given = {
+        **WORDS,
+        "data.train": data,
+        "data.val": data,
+        "run.dir": str(folder / "run"),
+    }
     given |= {name.replace("__", "."): value for name, value in changes.items()}
-    words = ["demo", *(word for name, value in given.items() for word in (f"--{name}", value))]
+    words = [
+        "demo",
+        *(word for name, value in given.items() for word in (f"--{name}", value)),
+    ]
     listed = folder / "words.json"
     listed.write_text(json.dumps({"words": words, "crash_after": crash_after}))
     return launch.run([__file__, str(listed)], ranks=ranks)
@@ -210,7 +239,9 @@ def test_views_are_those_of_a_loader_for_each_alone(data: str):
     dataset = open_dataset(data)
     large = ViewConfig(height=32, width=32)
     small = ViewConfig(height=16, width=16)
-    sampling = Sampling((View(large), View(small), View(large, 1)), {"colours": Colours()})
+    sampling = Sampling(
+        (View(large), View(small), View(large, 1)), {"colours": Colours()}
+    )
 
     def first_batches(wanted: Sampling) -> list[Batch]:
         with Loader(
@@ -257,7 +288,9 @@ class CannotReadOne:
         self.depth, self.device = decoder.depth, decoder.device
         self.met = 0
 
-    def submit(self, images_B: Any, boxes: Any, out_BHW3: Any = None) -> Callable[[], Decoded]:
+    def submit(
+        self, images_B: Any, boxes: Any, out_BHW3: Any = None
+    ) -> Callable[[], Decoded]:
         wait = self._decoder.submit(images_B, boxes, out_BHW3)
         places = [i for i, one in enumerate(images_B) if one.tobytes() == self._damaged]
         bad = {i: Refused(Reason.TRUNCATED) for i in places}

@@ -74,7 +74,11 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 def words_of(folder: Path, drawn: dict[str, str], data: str) -> list[str]:
     paths = {"data.train": data, "data.val": data, "run.dir": str(folder / "run")}
-    given = {**TINY, **paths, **{name.replace("_", "-"): word for name, word in drawn.items()}}
+    given = {
+        **TINY,
+        **paths,
+        **{name.replace("_", "-"): word for name, word in drawn.items()},
+    }
     return ["demo", *(f"--{name}={word}" for name, word in given.items())]
 
 

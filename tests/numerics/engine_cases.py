@@ -14,7 +14,9 @@ WORKER = Path(__file__).with_name("engine_worker.py")
 Results = dict[str, dict[str, Any]]
 
 
-def run_cases(cases: Sequence[dict[str, Any]], folder: Path, *, world_size: int) -> Results:
+def run_cases(
+    cases: Sequence[dict[str, Any]], folder: Path, *, world_size: int
+) -> Results:
     """Run cases one after the other in one launch; give rank 0's results by name, after checking
     they are alike."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -22,7 +24,9 @@ def run_cases(cases: Sequence[dict[str, Any]], folder: Path, *, world_size: int)
     listed.write_text(json.dumps(list(cases)))
     done = run([str(WORKER), str(listed), str(folder)], ranks=world_size)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-6000:]
-    ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world_size)]
+    ranks = [
+        json.loads((folder / f"{rank}.json").read_text()) for rank in range(world_size)
+    ]
     for rank in ranks[1:]:
         for name, result in rank.items():
             assert repr(result["losses"]) == repr(ranks[0][name]["losses"]), name

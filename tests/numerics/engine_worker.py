@@ -69,7 +69,8 @@ def make_config(case: dict[str, Any], *, world: World) -> RunConfig:
             "train": {
                 "steps": 20,
                 "global_batch_size": GLOBAL_BATCH_SIZE,
-                "micro_batch_size": GLOBAL_BATCH_SIZE // (accumulate * world.world_size),
+                "micro_batch_size": GLOBAL_BATCH_SIZE
+                // (accumulate * world.world_size),
             },
             "optim": {
                 "base_lr": 0.064,
@@ -81,8 +82,12 @@ def make_config(case: dict[str, Any], *, world: World) -> RunConfig:
                 "zero_stage": case.get("zero_stage", 1),
                 "precision": case.get("precision", "fp32"),
                 "kind": case.get("kind", "deepspeed"),
-                "activation_checkpointing": case.get("activation_checkpointing", "none"),
-                "decoder_activation_checkpointing": case.get("activation_checkpointing", "none"),
+                "activation_checkpointing": case.get(
+                    "activation_checkpointing", "none"
+                ),
+                "decoder_activation_checkpointing": case.get(
+                    "activation_checkpointing", "none"
+                ),
                 "compile": case.get("compile", "off"),
                 "offload_optimizer": case.get("offload_optimizer", "none"),
             },
@@ -152,10 +157,14 @@ def run_case(case: dict[str, Any], *, world: World) -> dict[str, Any]:
         result["first_hashes"] = gather_hashes(engine, world=world)
     for step in range(first, first + case["steps"]):
         poison = step in case.get("poison", [])
-        result["losses"].append(train_step(engine, step, config=config, world=world, poison=poison))
+        result["losses"].append(
+            train_step(engine, step, config=config, world=world, poison=poison)
+        )
         result["norms"].append(engine.grad_norm())
         if step + 1 in case.get("hash_at", []):
-            result.setdefault("hashes_at", {})[str(step + 1)] = gather_hashes(engine, world=world)
+            result.setdefault("hashes_at", {})[str(step + 1)] = gather_hashes(
+                engine, world=world
+            )
         if case.get("save") and step + 1 == case["save_at"]:
             store = CheckpointStore(case["save"], keep_last=9, keep_every=0)
             store.save(step + 1, engine, {"position": step + 1}, world=world)
@@ -163,7 +172,9 @@ def run_case(case: dict[str, Any], *, world: World) -> dict[str, Any]:
     result["eval_loss"] = eval_loss(engine, world=world)
     result["hashes"] = gather_hashes(engine, world=world)
     if case.get("roll_back"):
-        rolled = CheckpointStore(case["roll_back"], keep_last=9, keep_every=0).latest(world)
+        rolled = CheckpointStore(case["roll_back"], keep_last=9, keep_every=0).latest(
+            world
+        )
         assert rolled is not None
         engine.restore(rolled)
         steps = range(rolled.step, rolled.step + 2)

@@ -39,7 +39,8 @@ def photographs(tmp_path_factory):
         heights_B=rows.heights_B,
     )
     pillows = [
-        decode_single(image, boxes.take(slice(i, i + 1)), view) for i, image in enumerate(images)
+        decode_single(image, boxes.take(slice(i, i + 1)), view)
+        for i, image in enumerate(images)
     ]
     return images, boxes, np.stack(pillows)
 
@@ -70,7 +71,9 @@ def test_the_same_box_gives_the_same_picture(
         decoded = decoder.decode(images[part], boxes.take(part))
         assert not decoded.bad
         differences.append(
-            np.abs(decoded.pixels_BHW3.numpy().astype(np.int16) - pillows[part]).astype(np.uint8)
+            np.abs(decoded.pixels_BHW3.numpy().astype(np.int16) - pillows[part]).astype(
+                np.uint8
+            )
         )
     decoder.close()
     difference = np.concatenate(differences)

@@ -36,7 +36,9 @@ def make_cases(pairs: tuple[tuple[str, int], ...]) -> list[Case]:
     ]
 
 
-def save_and_resume(folder: Path, cases: list[Case], *, world_size: int) -> tuple[Results, Results]:
+def save_and_resume(
+    folder: Path, cases: list[Case], *, world_size: int
+) -> tuple[Results, Results]:
     """Train 8 steps, the third of them without an update, saving after 4, and go back there at the
     end; then, in new processes and from other first weights, 4 steps from what was saved."""
     first = [
@@ -63,7 +65,9 @@ def save_and_resume(folder: Path, cases: list[Case], *, world_size: int) -> tupl
 
 def check_exact(unbroken: Results, resumed: Results) -> None:
     for name, result in unbroken.items():
-        assert resumed[name]["first_hashes"] == result["hashes_at"]["4"], f"{name}: what was loaded"
+        assert resumed[name]["first_hashes"] == result["hashes_at"]["4"], (
+            f"{name}: what was loaded"
+        )
         assert resumed[name]["losses"] == result["losses"][4:], f"{name}: losses"
         assert resumed[name]["hashes"] == result["hashes"], (
             f"{name}: weights and moments after 8 steps"
@@ -86,7 +90,9 @@ def check_skipped(results: Results) -> None:
         assert result["hashes_at"]["2"] == result["hashes_at"]["3"], (
             f"{name}: weights, moments or step count moved"
         )
-        assert result["hashes_at"]["4"] != result["hashes_at"]["3"], f"{name}: training went on"
+        assert result["hashes_at"]["4"] != result["hashes_at"]["3"], (
+            f"{name}: training went on"
+        )
         assert result["losses"][7] < result["losses"][0], name
 
 
@@ -130,10 +136,18 @@ def test_another_world_size_stage_and_precision_go_on_with_the_losses_of_the_unb
         {"name": "zero3", "zero_stage": 3, "steps": 14, "resume": root},
         {"name": "zero2", "zero_stage": 2, "steps": 14, "resume": root},
         {"name": "plain", "kind": "torch", "steps": 14, "resume": root},
-        {"name": "low", "zero_stage": 3, "precision": "bf16", "steps": 14, "resume": root},
+        {
+            "name": "low",
+            "zero_stage": 3,
+            "precision": "bf16",
+            "steps": 14,
+            "resume": root,
+        },
     ]
     results = run_cases(cases, tmp_path / "b", world_size=1)
     expected = results["oracle"]["losses"]
     for name in ("zero3", "zero2", "plain"):
-        assert largest_difference([*begun, *results[name]["losses"]], expected) <= 1e-6, name
+        assert (
+            largest_difference([*begun, *results[name]["losses"]], expected) <= 1e-6
+        ), name
     assert largest_difference(results["low"]["losses"], expected[6:]) <= 5e-3

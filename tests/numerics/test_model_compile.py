@@ -35,6 +35,10 @@ def test_compiled_model_is_one_graph_with_the_same_numbers() -> None:
     output.loss.backward()
     assert torch.equal(output.mask_BN, plain.mask_BN)
     torch.testing.assert_close(output.loss, plain.loss, rtol=1e-5, atol=0)
-    torch.testing.assert_close(output.prediction_BNP, plain.prediction_BNP, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        output.prediction_BNP, plain.prediction_BNP, rtol=1e-4, atol=1e-5
+    )
     for name, gradient in expected.items():
-        torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(
+            model.get_parameter(name).grad, gradient, rtol=1e-3, atol=1e-6
+        )

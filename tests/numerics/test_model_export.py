@@ -18,7 +18,9 @@ transformers = pytest.importorskip("transformers")
 
 
 @pytest.mark.parametrize("names", ["legacy", "v5"])
-def test_transformers_loads_exports_and_we_load_what_it_saves(tmp_path: Path, names: str) -> None:
+def test_transformers_loads_exports_and_we_load_what_it_saves(
+    tmp_path: Path, names: str
+) -> None:
     config = ModelConfig(**{**SIZES["demo"].model_dump(), "norm_pix_loss": True})
     torch.manual_seed(0)
     model = MaskedAutoencoder(config)
@@ -34,7 +36,9 @@ def test_transformers_loads_exports_and_we_load_what_it_saves(tmp_path: Path, na
     images, noise = torch.randn(2, 3, 64, 64), torch.rand(2, 64)
     ours, expected = model(images, noise), theirs(pixel_values=images, noise=noise)
     torch.testing.assert_close(ours.loss, expected.loss, rtol=1e-5, atol=0)
-    torch.testing.assert_close(ours.prediction_BNP, expected.logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        ours.prediction_BNP, expected.logits, rtol=1e-4, atol=1e-5
+    )
 
     theirs.save_pretrained(tmp_path / "again")
     revived = MaskedAutoencoder(config)

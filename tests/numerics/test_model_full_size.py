@@ -30,11 +30,15 @@ NEEDED_BYTES = 11 * 10**9
 def digests(model: torch.nn.Module) -> dict[str, str]:
     """Give a hash of each tensor: a copy to compare with would take as much as the model."""
     state = model.state_dict()
-    return {name: xxhash.xxh3_128_hexdigest(value.numpy()) for name, value in state.items()}
+    return {
+        name: xxhash.xxh3_128_hexdigest(value.numpy()) for name, value in state.items()
+    }
 
 
 @pytest.mark.slow
-def test_vit_h_in_transformers_computes_our_loss_and_comes_back_unchanged(tmp_path: Path) -> None:
+def test_vit_h_in_transformers_computes_our_loss_and_comes_back_unchanged(
+    tmp_path: Path,
+) -> None:
     if psutil.virtual_memory().available < NEEDED_BYTES:
         pytest.skip("needs 11 GB of free memory")
     config = ModelConfig(**{**SIZES["vit_h_14"].model_dump(), "norm_pix_loss": True})
@@ -44,7 +48,9 @@ def test_vit_h_in_transformers_computes_our_loss_and_comes_back_unchanged(tmp_pa
     images, noise = torch.randn(1, 3, 224, 224), torch.rand(1, config.num_patches)
     with torch.no_grad():
         ours = model(images, noise)
-    run = RunConfig.model_validate({"recipe": "mae_vit_h_14", "model": config.model_dump()})
+    run = RunConfig.model_validate(
+        {"recipe": "mae_vit_h_14", "model": config.model_dump()}
+    )
     files = export(SavedModel(model, run, 0, "memory"), tmp_path, to="hf")
     expected_digests = digests(model)
     del model
@@ -62,7 +68,9 @@ def test_vit_h_in_transformers_computes_our_loss_and_comes_back_unchanged(tmp_pa
         expected = theirs.eval()(pixel_values=images, noise=noise)
     torch.testing.assert_close(ours.mask_BN, expected.mask, rtol=0, atol=0)
     torch.testing.assert_close(ours.loss, expected.loss, rtol=1e-5, atol=0)
-    torch.testing.assert_close(ours.prediction_BNP, expected.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        ours.prediction_BNP, expected.logits, rtol=1e-4, atol=1e-4
+    )
     del theirs
     gc.collect()
 
@@ -70,6 +78,7 @@ def test_vit_h_in_transformers_computes_our_loss_and_comes_back_unchanged(tmp_pa
         revived = MaskedAutoencoder(config)
     revived = revived.to_empty(device="cpu")
     with safe_open(files[0], framework="pt") as exported:
-        load_published(revived, {name: exported.get_tensor(name) for name in exported.keys()})  # noqa: SIM118 - no dict
+        names = list(exported.keys())
+        load_published(revived, {name: exported.get_tensor(name) for name in names})
     assert len(expected_digests) == 494
     assert digests(revived) == expected_digests

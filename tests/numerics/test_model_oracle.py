@@ -48,18 +48,29 @@ def block(x: Tensor, state: State, name: str, heads: int) -> Tensor:
 def position(row: int, column: int, width: int) -> Tensor:
     quarter = width // 4
     omega = [10000 ** (-k / quarter) for k in range(quarter)]
-    values = [f(place * w) for place in (column, row) for f in (math.sin, math.cos) for w in omega]
+    values = [
+        f(place * w)
+        for place in (column, row)
+        for f in (math.sin, math.cos)
+        for w in omega
+    ]
     return torch.tensor(values, dtype=torch.float32).double()
 
 
 def positions(config: ModelConfig, width: int) -> Tensor:
     rows, columns = config.grid
     return torch.stack(
-        [position(row, column, width) for row in range(rows) for column in range(columns)]
+        [
+            position(row, column, width)
+            for row in range(rows)
+            for column in range(columns)
+        ]
     )
 
 
-def predict_one(state: State, config: ModelConfig, image: Tensor, kept: list[int]) -> Tensor:
+def predict_one(
+    state: State, config: ModelConfig, image: Tensor, kept: list[int]
+) -> Tensor:
     """Prediction of all patches of one image."""
     pixels = torch.nn.functional.conv2d(
         image[None],
@@ -77,7 +88,9 @@ def predict_one(state: State, config: ModelConfig, image: Tensor, kept: list[int
         x[places[n]] if n in places else state["mask_token"][0, 0]
         for n in range(config.num_patches)
     ]
-    x = torch.cat([x[:1], torch.stack(line) + positions(config, config.decoder_embed_dim)])
+    x = torch.cat(
+        [x[:1], torch.stack(line) + positions(config, config.decoder_embed_dim)]
+    )
     for i in range(config.decoder_depth):
         x = block(x, state, f"decoder_blocks.{i}", config.decoder_num_heads)
     return linear(layer_norm(x, state, "decoder_norm"), state, "decoder_pred")[1:]
@@ -88,9 +101,16 @@ def target_one(config: ModelConfig, image: Tensor) -> Tensor:
     patches = []
     for row in range(config.grid[0]):
         for column in range(config.grid[1]):
-            patch = image[:, row * size : (row + 1) * size, column * size : (column + 1) * size]
+            patch = image[
+                :, row * size : (row + 1) * size, column * size : (column + 1) * size
+            ]
             values = torch.stack(
-                [patch[c, y, x] for y in range(size) for x in range(size) for c in range(3)]
+                [
+                    patch[c, y, x]
+                    for y in range(size)
+                    for x in range(size)
+                    for c in range(3)
+                ]
             )
             if config.norm_pix_loss:
                 variance = ((values - values.mean()) ** 2).sum() / (len(values) - 1)
@@ -105,12 +125,14 @@ def oracle(
     """Loss, prediction and mask of a batch."""
     predictions, masks, errors = [], [], []
     for image, line in zip(images, noise, strict=True):
-        kept = sorted(range(config.num_patches), key=lambda n, line=line: (float(line[n]), n))[
-            : config.num_visible
-        ]
+        kept = sorted(
+            range(config.num_patches), key=lambda n, line=line: (float(line[n]), n)
+        )[: config.num_visible]
         hidden = [n for n in range(config.num_patches) if n not in kept]
         prediction = predict_one(state, config, image, kept)
-        errors += [((prediction[n] - target_one(config, image)[n]) ** 2).mean() for n in hidden]
+        errors += [
+            ((prediction[n] - target_one(config, image)[n]) ** 2).mean() for n in hidden
+        ]
         predictions.append(prediction)
         masks.append([0.0 if n in kept else 1.0 for n in range(config.num_patches)])
     return torch.stack(errors).mean(), torch.stack(predictions), torch.tensor(masks)
@@ -130,7 +152,9 @@ def assert_matches_oracle(config: ModelConfig, noise: Tensor) -> None:
     loss.backward()
     assert torch.equal(output.mask_BN, mask)
     torch.testing.assert_close(output.loss.double(), loss, rtol=1e-5, atol=0)
-    torch.testing.assert_close(output.prediction_BNP.double(), prediction, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        output.prediction_BNP.double(), prediction, rtol=1e-4, atol=1e-5
+    )
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             expected = state[name].grad
@@ -166,7 +190,9 @@ def test_any_rectangle_matches_the_paper(
     seed: int,
 ) -> None:
     patches = rows * columns
-    hidden = 1 + round(mask_share * (patches - 2))  # from one patch hidden to one patch kept
+    hidden = 1 + round(
+        mask_share * (patches - 2)
+    )  # from one patch hidden to one patch kept
     config = ModelConfig(
         image_size=(rows * patch_size, columns * patch_size),
         patch_size=patch_size,
@@ -196,4 +222,6 @@ def test_ties_in_the_noise_go_to_the_lower_patch_number(dtype: torch.dtype) -> N
         decoder_depth=1,
         decoder_num_heads=2,
     )
-    assert_matches_oracle(config, torch.tensor([[3, 1, 1, 1, 1, 1, 1, 0], [5] * 8]).to(dtype))
+    assert_matches_oracle(
+        config, torch.tensor([[3, 1, 1, 1, 1, 1, 1, 0], [5] * 8]).to(dtype)
+    )

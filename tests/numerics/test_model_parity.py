@@ -50,20 +50,26 @@ def twins(config: ModelConfig) -> tuple[MaskedAutoencoder, torch.nn.Module]:
 def assert_same(config: ModelConfig, *, batch: int) -> None:
     ours, theirs = twins(config)
     generator = torch.Generator().manual_seed(1)
-    images = torch.randn(batch, 3, config.image_height, config.image_width, generator=generator)
+    images = torch.randn(
+        batch, 3, config.image_height, config.image_width, generator=generator
+    )
     noise = torch.rand(batch, config.num_patches, generator=generator)
     output = ours(images, noise)
     expected = theirs(pixel_values=images, noise=noise)
     torch.testing.assert_close(output.mask_BN, expected.mask, rtol=0, atol=0)
     torch.testing.assert_close(output.loss, expected.loss, rtol=1e-5, atol=0)
-    torch.testing.assert_close(output.prediction_BNP, expected.logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        output.prediction_BNP, expected.logits, rtol=1e-4, atol=1e-5
+    )
     output.loss.backward()
     expected.loss.backward()
     gradients = rename_from_hf(
         {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
     )
     trained = {name: p.grad for name, p in ours.named_parameters() if p.requires_grad}
-    assert set(gradients) == set(trained), "a parameter gets a gradient in one model only"
+    assert set(gradients) == set(trained), (
+        "a parameter gets a gradient in one model only"
+    )
     # A key's bias has no effect under softmax: its gradient is rounding noise, which the absolute
     # bound covers.
     scale = max(float(gradient.abs().max()) for gradient in gradients.values())
@@ -85,10 +91,14 @@ def test_small_model_matches_transformers(norm_pix_loss: bool) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
 def test_vit_b_matches_transformers(norm_pix_loss: bool) -> None:
-    assert_same(SIZES["vit_b_16"].model_copy(update={"norm_pix_loss": norm_pix_loss}), batch=1)
+    assert_same(
+        SIZES["vit_b_16"].model_copy(update={"norm_pix_loss": norm_pix_loss}), batch=1
+    )
 
 
-@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=FILTERING)
+@settings(
+    max_examples=8, deadline=None, derandomize=True, suppress_health_check=FILTERING
+)
 @given(
     patch_size=st.sampled_from([2, 4, 7, 8]),
     side=st.integers(2, 6),

@@ -35,7 +35,9 @@ def test_the_tree_names_every_folder() -> None:
 
 
 def test_every_file_that_is_named_exists() -> None:
-    named = set(re.findall(r"`((?:pipeline|model|train|deploy|docs|tests)/[\w/.-]+)`", PAGE))
+    named = set(
+        re.findall(r"`((?:pipeline|model|train|deploy|docs|tests)/[\w/.-]+)`", PAGE)
+    )
     assert len(named) > 12
     missing = [path for path in sorted(named) if not (REPOSITORY / path).exists()]
     assert [path for path in missing if "NAME" not in path] == []
@@ -45,7 +47,9 @@ def test_every_file_that_is_named_exists() -> None:
 def test_the_floors_name_every_part_of_a_package(package: str) -> None:
     table = PAGE.split("## Layers")[1].split("## ")[0]
     column = ["pipeline", "train", "model"].index(package) + 2
-    cells = [row.split("|")[column] for row in table.splitlines() if re.match(r"\| \d", row)]
+    cells = [
+        row.split("|")[column] for row in table.splitlines() if re.match(r"\| \d", row)
+    ]
     named = set(re.findall(r"`(\w+)`", " ".join(cells)))
     parts = {
         path.stem if path.is_file() else path.name
@@ -61,7 +65,15 @@ def test_the_floors_name_every_part_of_a_package(package: str) -> None:
 def test_the_types_on_the_arrows_exist() -> None:
     drawing = PAGE.split("## The data path")[1].split("```")[1]
     types = {"Listing", "ShardTable", "Manifest", "Order", "RankBatch", "SampleSource"}
-    types |= {"Encoded", "Decoder", "Decoded", "DeviceCopier", "Batch", "Engine", "ExportedState"}
+    types |= {
+        "Encoded",
+        "Decoder",
+        "Decoded",
+        "DeviceCopier",
+        "Batch",
+        "Engine",
+        "ExportedState",
+    }
     types |= {"CheckpointStore", "ShardReader", "Sampling", "Objective"}
     source = "\n".join(
         path.read_text()

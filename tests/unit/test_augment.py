@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from pipeline.config import ViewConfig
 from pipeline.sampling.boxes import draw_boxes
 
-images = st.lists(st.tuples(st.integers(1, 5000), st.integers(1, 5000)), min_size=1, max_size=20)
+images = st.lists(
+    st.tuples(st.integers(1, 5000), st.integers(1, 5000)), min_size=1, max_size=20
+)
 
 
 def boxes_of(images_B, view=ViewConfig(), seed=0, epoch=0, first_id=0):  # noqa: B008
@@ -45,7 +47,9 @@ def plain_random_resized_crop(rng, width, height):
     st.integers(1, 300),
 )
 def test_boxes_lie_inside_their_images(images_B, crop, seed, height, width):
-    boxes = boxes_of(images_B, ViewConfig(crop=crop, height=height, width=width), seed=seed)
+    boxes = boxes_of(
+        images_B, ViewConfig(crop=crop, height=height, width=width), seed=seed
+    )
     sizes = np.array(images_B)
     assert (boxes.tops_B >= 0).all()
     assert (boxes.lefts_B >= 0).all()
@@ -74,14 +78,20 @@ def test_area_aspect_place_and_flip_follow_the_recipe():
     areas = boxes.heights_B.astype(float) * boxes.widths_B / 12e6
     log_aspects = np.log(boxes.widths_B / boxes.heights_B)
     rng = np.random.default_rng(0)
-    plain_B4 = np.array([plain_random_resized_crop(rng, 4000, 3000) for _ in range(20_000)])
+    plain_B4 = np.array(
+        [plain_random_resized_crop(rng, 4000, 3000) for _ in range(20_000)]
+    )
     plain_areas = plain_B4[:, 2] * plain_B4[:, 3] / 12e6
     plain_log_aspects = np.log(plain_B4[:, 3] / plain_B4[:, 2])
     # Deciles of 20,000 draws of one distribution differ by less than this.
     deciles = np.arange(0.1, 1, 0.1)
-    assert np.allclose(np.quantile(areas, deciles), np.quantile(plain_areas, deciles), atol=0.015)
     assert np.allclose(
-        np.quantile(log_aspects, deciles), np.quantile(plain_log_aspects, deciles), atol=0.015
+        np.quantile(areas, deciles), np.quantile(plain_areas, deciles), atol=0.015
+    )
+    assert np.allclose(
+        np.quantile(log_aspects, deciles),
+        np.quantile(plain_log_aspects, deciles),
+        atol=0.015,
     )
     assert areas.min() > 0.199
     assert areas.max() <= 1.0
@@ -100,7 +110,8 @@ def test_an_image_too_thin_for_any_box_gets_the_centred_one():
 
 def test_center_takes_the_largest_box_of_the_aspect_and_never_flips():
     boxes = boxes_of(
-        [(500, 375), (375, 500), (8, 8)], ViewConfig(crop="center", height=100, width=200)
+        [(500, 375), (375, 500), (8, 8)],
+        ViewConfig(crop="center", height=100, width=200),
     )
     assert list(zip(boxes.widths_B, boxes.heights_B, strict=True)) == [
         (500, 250),

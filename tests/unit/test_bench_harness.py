@@ -37,7 +37,10 @@ def test_everybody_goes_first_as_often_and_the_warm_up_does_not_count():
     turns = Turns("test", rounds=6, warm_up_rounds=3)
     for _ in turns.rounds():
         turns.take(
-            {name: lambda name=name: calls.append(name) or {"n": len(calls)} for name in "abc"}
+            {
+                name: lambda name=name: calls.append(name) or {"n": len(calls)}
+                for name in "abc"
+            }
         )
     firsts = calls[::3]
     assert all(firsts.count(name) == 3 for name in "abc")
@@ -92,9 +95,19 @@ def test_tables_and_json_come_from_the_same_rows():
     ]
     plain = {"what": "a", "step_s": 1.5, "step_min_s": 1.0, "step_max_s": 12345.0}
     assert to_json(rows[0]) == {**plain, "rate_per_s": 123.456}
-    assert list(to_json({"median_s": Spread(2, 1, 3)})) == ["median_s", "min_s", "max_s"]
-    assert list(to_json({"ratio": Spread(2, 1, 3)})) == ["ratio", "min_ratio", "max_ratio"]
-    outcome = report(rows, ratios={"a / b": Spread(2.0, 1.0, 3.0)}, facts={"files": 3, "deep": {}})
+    assert list(to_json({"median_s": Spread(2, 1, 3)})) == [
+        "median_s",
+        "min_s",
+        "max_s",
+    ]
+    assert list(to_json({"ratio": Spread(2, 1, 3)})) == [
+        "ratio",
+        "min_ratio",
+        "max_ratio",
+    ]
+    outcome = report(
+        rows, ratios={"a / b": Spread(2.0, 1.0, 3.0)}, facts={"files": 3, "deep": {}}
+    )
     assert outcome.data["ratios"] == {"a / b": 2.0}
     assert "| a / b | 2 (1-3) |" in outcome.text
     assert outcome.text.endswith("files 3.")
@@ -145,7 +158,10 @@ def test_cpu_time_of_a_command_is_its_own(tmp_path):
     assert figures["cpu_s"] > 0.3
     with pytest.raises(InfrastructureError, match=r"ended with code 3: nobody listens"):
         run_counted(
-            script(tmp_path, "import sys; print('nobody listens', file=sys.stderr); sys.exit(3)")
+            script(
+                tmp_path,
+                "import sys; print('nobody listens', file=sys.stderr); sys.exit(3)",
+            )
         )
 
 
@@ -252,9 +268,19 @@ OLD = """
 
 
 def test_two_checkouts_are_compared_in_turns(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.bench.against._HERE", make_checkout(tmp_path / "new", NEW))
+    monkeypatch.setattr(
+        "pipeline.bench.against._HERE", make_checkout(tmp_path / "new", NEW)
+    )
     other = make_checkout(tmp_path / "old", OLD)
-    words = ["data", "--against", str(other), "--seconds", "2", "--against-rounds=2", "--json"]
+    words = [
+        "data",
+        "--against",
+        str(other),
+        "--seconds",
+        "2",
+        "--against-rounds=2",
+        "--json",
+    ]
     # A working folder that is a checkout too: its packages must not be found first.
     monkeypatch.chdir(make_checkout(tmp_path / "wrong", "raise SystemExit(9)"))
     checkouts = Checkouts(other, "pipeline.speed", words)
@@ -268,7 +294,9 @@ def test_two_checkouts_are_compared_in_turns(tmp_path, monkeypatch):
 def test_a_comparison_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="holds no pipeline"):
         Checkouts(tmp_path, "pipeline.speed", [])
-    monkeypatch.setattr("pipeline.bench.against._HERE", make_checkout(tmp_path / "new", NEW))
+    monkeypatch.setattr(
+        "pipeline.bench.against._HERE", make_checkout(tmp_path / "new", NEW)
+    )
     broken = make_checkout(tmp_path / "broken", "raise SystemExit('no GPU')")
     words = ["data", "--seconds", "2"]
     with pytest.raises(InfrastructureError, match=r"broken ended with code 1: no GPU"):

@@ -28,7 +28,9 @@ from train.process.world import World
 BEAT_S = 0.02
 
 
-@pytest.fixture(params=["disk", pytest.param("s3", marks=[pytest.mark.remote, pytest.mark.slow])])
+@pytest.fixture(
+    params=["disk", pytest.param("s3", marks=[pytest.mark.remote, pytest.mark.slow])]
+)
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "disk":
         yield str(tmp_path / "checkpoints")
@@ -36,7 +38,9 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         yield f"{request.getfixturevalue('s3_bucket')}/checkpoints"
 
 
-def job(folder: str, run_dir: str = "/runs/a", *, stale_s: float = 0.2) -> CheckpointOwner:
+def job(
+    folder: str, run_dir: str = "/runs/a", *, stale_s: float = 0.2
+) -> CheckpointOwner:
     said: list[str] = []
     made = CheckpointOwner(
         folder,
@@ -52,7 +56,9 @@ def job(folder: str, run_dir: str = "/runs/a", *, stale_s: float = 0.2) -> Check
 
 def records(folder: str) -> list[str]:
     return sorted(
-        file.name for file in storage.list_files(folder) if file.name.startswith("owner-")
+        file.name
+        for file in storage.list_files(folder)
+        if file.name.startswith("owner-")
     )
 
 
@@ -68,9 +74,14 @@ def write_record(folder: str, number: int, **changes: object) -> None:
 def test_a_second_job_is_refused_by_name_until_the_first_has_ended(folder: str) -> None:
     with job(folder, "/runs/first") as first:
         first.take()
-        with pytest.raises(ConfigError) as caught, job(folder, "/runs/second") as second:
+        with (
+            pytest.raises(ConfigError) as caught,
+            job(folder, "/runs/second") as second,
+        ):
             second.take()
-        assert not second.said, "its process can be looked up: there is no reason to wait"  # type: ignore[attr-defined]
+        assert not second.said, (
+            "its process can be looked up: there is no reason to wait"
+        )  # type: ignore[attr-defined]
         text = str(caught.value)
         assert f"process {psutil.Process().pid} on " in text
         assert "run.dir /runs/first" in text
@@ -124,10 +135,15 @@ def test_an_owner_elsewhere_is_replaced_once_it_is_silent(folder: str) -> None:
 
 def test_an_owner_elsewhere_that_gives_signs_of_life_is_left_alone(folder: str) -> None:
     first = job(folder)
-    first._own = replace(first._own, process=replace(first._own.process, host="elsewhere"))
+    first._own = replace(
+        first._own, process=replace(first._own.process, host="elsewhere")
+    )
     with first:
         first.take()
-        with pytest.raises(ConfigError, match="on elsewhere"), job(folder, stale_s=60) as second:
+        with (
+            pytest.raises(ConfigError, match="on elsewhere"),
+            job(folder, stale_s=60) as second,
+        ):
             second.take()
         assert first.problem() is None
 
@@ -141,9 +157,9 @@ def test_an_owner_that_was_replaced_knows_and_writes_no_more(folder: str) -> Non
             lambda: paused._thread is not None and not paused._thread.is_alive(),
             what="the end of its beat",
         )
-    assert json.loads(storage.read_bytes(storage.join(folder, "owner-000002.json")))["state"] == (
-        "holds"
-    ), "the one that was replaced released the folder of the other"
+    assert json.loads(storage.read_bytes(storage.join(folder, "owner-000002.json")))[
+        "state"
+    ] == ("holds"), "the one that was replaced released the folder of the other"
 
 
 def test_a_damaged_record_is_waited_for_and_then_replaced(folder: str) -> None:
@@ -153,9 +169,14 @@ def test_a_damaged_record_is_waited_for_and_then_replaced(folder: str) -> None:
         assert records(folder) == ["owner-000004.json"]
 
 
-def test_a_folder_that_cannot_be_made_is_a_matter_of_checkpoints(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_a_matter_of_checkpoints(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="cannot be used"), job(str(tmp_path / "file/x")) as a:
+    with (
+        pytest.raises(CheckpointError, match="cannot be used"),
+        job(str(tmp_path / "file/x")) as a,
+    ):
         a.take()
 
 
@@ -164,7 +185,8 @@ def test_a_sign_of_life_changes_the_record(folder: str) -> None:
         own.take()
         uri = storage.join(folder, "owner-000001.json")
         wait_until(
-            lambda: json.loads(storage.read_bytes(uri))["beat"] >= 2, what="two signs of life"
+            lambda: json.loads(storage.read_bytes(uri))["beat"] >= 2,
+            what="two signs of life",
         )
     assert json.loads(storage.read_bytes(uri))["state"] == "released"
     assert owners.STALE_S >= 4 * owners.BEAT_S
@@ -178,11 +200,15 @@ class Exporter:
     device = torch.device("cpu")
 
     def export_state(self, copy: HostCopy) -> ExportedState:
-        return ExportedState({"weight": {WEIGHT: copy("weight", WEIGHT, torch.ones(1))}})
+        return ExportedState(
+            {"weight": {WEIGHT: copy("weight", WEIGHT, torch.ones(1))}}
+        )
 
 
 @pytest.mark.parametrize("moment", ["before", "written"])
-def test_a_job_that_was_replaced_neither_commits_nor_removes(folder: str, moment: str) -> None:
+def test_a_job_that_was_replaced_neither_commits_nor_removes(
+    folder: str, moment: str
+) -> None:
     with job(folder) as own:
         own.take()
         world = World()
@@ -195,13 +221,17 @@ def test_a_job_that_was_replaced_neither_commits_nor_removes(folder: str, moment
             if phase == "written":
                 # The other job is at the same step.
                 write_record(folder, 2)
-                storage.write_atomic(storage.join(folder, "step-000003/state.json"), b"theirs")
+                storage.write_atomic(
+                    storage.join(folder, "step-000003/state.json"), b"theirs"
+                )
 
         if moment == "before":
             write_record(folder, 2)
             late = store
         else:
-            late = CheckpointStore(folder, keep_last=1, owner=own, on_phase=replace_owner)
+            late = CheckpointStore(
+                folder, keep_last=1, owner=own, on_phase=replace_owner
+            )
         with pytest.raises(CheckpointLostError, match="was taken over by process"):
             late.save(3, Exporter(), {}, world=world)
         assert committed_steps(folder) == [2]

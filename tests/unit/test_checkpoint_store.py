@@ -57,7 +57,9 @@ class Small(nn.Module):
         return Output((self.layer(images_BCHW) - noise_BN).square().mean())
 
 
-def make_engine(resume: CheckpointState | None = None, *, width: int = 4, seed: int = 0) -> Engine:
+def make_engine(
+    resume: CheckpointState | None = None, *, width: int = 4, seed: int = 0
+) -> Engine:
     torch.manual_seed(seed)
     return build_engine(CONFIG, model=Small(width), resume=resume, world=WORLD)
 
@@ -68,13 +70,17 @@ def train(engine: Engine, *steps: int) -> list[float]:
         generator = torch.Generator().manual_seed(step)
         images = torch.randn(2, 3, generator=generator)
         losses.append(
-            float(engine.forward_backward(images, torch.randn(2, 4, generator=generator)))
+            float(
+                engine.forward_backward(images, torch.randn(2, 4, generator=generator))
+            )
         )
         engine.step(0.1)
     return losses
 
 
-def make_store(folder: Path, *, keep_last: int = 9, keep_every: int = 0) -> CheckpointStore:
+def make_store(
+    folder: Path, *, keep_last: int = 9, keep_every: int = 0
+) -> CheckpointStore:
     return CheckpointStore(str(folder), keep_last=keep_last, keep_every=keep_every)
 
 
@@ -93,7 +99,11 @@ def test_resumed_run_is_the_unbroken_one(saved: Path) -> None:
     losses = train(unbroken, *range(8))
     state = make_store(saved).latest(WORLD)
     assert state is not None
-    assert (state.step, state.client, state.config["train"]["steps"]) == (4, {"position": 8}, 9)
+    assert (state.step, state.client, state.config["train"]["steps"]) == (
+        4,
+        {"position": 8},
+        9,
+    )
     resumed = make_engine(state, seed=5)
     assert train(resumed, *range(4, 8)) == losses[4:]
     theirs, ours = unbroken.export_state(), resumed.export_state()
@@ -223,7 +233,10 @@ def test_more_and_fewer_names_are_shown_as_missing(saved: Path) -> None:
 
     with pytest.raises(CheckpointError) as caught:
         build_engine(CONFIG, model=Other(), resume=state, world=WORLD)
-    lines = {line.split()[0]: line.split()[1:] for line in str(caught.value).splitlines()[1:-1]}
+    lines = {
+        line.split()[0]: line.split()[1:]
+        for line in str(caught.value).splitlines()[1:-1]
+    }
     assert lines["extra.weight"] == ["missing", "2x2"]
     assert lines["table"] == ["4", "frozen", "missing"]
 
@@ -249,7 +262,9 @@ def test_files_of_others_are_never_removed(saved: Path) -> None:
     make_store(saved, keep_last=1).save(6, engine, {}, world=WORLD)
     assert [path.name for path in (saved / "step-000002").iterdir()] == ["notes.txt"]
     assert not (saved / "step-000004").exists()
-    assert (saved / "step-final" / "weight-00000-of-00001.safetensors").read_text() == "mine"
+    assert (
+        saved / "step-final" / "weight-00000-of-00001.safetensors"
+    ).read_text() == "mine"
     assert (saved / "readme.md").exists()
 
 
@@ -397,7 +412,9 @@ def test_step_names(name: str, step: int | None) -> None:
     assert step_of(name) == step
 
 
-def test_reading_a_large_checkpoint_shows_how_far_it_is(saved: Path, monkeypatch, capsys) -> None:
+def test_reading_a_large_checkpoint_shows_how_far_it_is(
+    saved: Path, monkeypatch, capsys
+) -> None:
     """With no patience at all, every reading is a long one."""
     for module in ("state", "verified"):
         monkeypatch.setattr(f"train.checkpoint.{module}.SHOW_AFTER_S", 0.0)

@@ -49,7 +49,12 @@ def problems_of(*words: str, env: dict[str, str] | None = None) -> str:
         (("--model.image-size", "224x448"), "model", "image_size", (224, 448)),
         (("--model.image-size", "192,96"), "model", "image_size", (192, 96)),
         (("--model.image-size", "[192, 96]"), "model", "image_size", (192, 96)),
-        (("--checkpoint.dir", "s3://bucket/a=b"), "checkpoint", "dir", "s3://bucket/a=b"),
+        (
+            ("--checkpoint.dir", "s3://bucket/a=b"),
+            "checkpoint",
+            "dir",
+            "s3://bucket/a=b",
+        ),
         (("--checkpoint.dir=s3://bucket/a=b",), "checkpoint", "dir", "s3://bucket/a=b"),
         (("--run.name", ""), "run", "name", ""),
     ],
@@ -80,7 +85,9 @@ def test_the_launchers_own_argument_is_passed_over():
 
 def test_command_line_beats_file_beats_recipe(tmp_path: Path):
     file = tmp_path / "run.toml"
-    file.write_text('[optim]\nbase_lr = 0.5\nbeta1 = 0.8\n[data]\ntrain = "from-file"\n')
+    file.write_text(
+        '[optim]\nbase_lr = 0.5\nbeta1 = 0.8\n[data]\ntrain = "from-file"\n'
+    )
     config = parse("demo", "--config", str(file), "--optim.beta1", "0.7")
     assert config.optim.base_lr == 0.5
     assert config.optim.beta1 == 0.7
@@ -167,13 +174,22 @@ def test_an_unknown_recipe_names_the_nearest():
             ("--train.steps", "5", "--train.epochs", "5"),
             "exactly one of train.steps and train.epochs",
         ),
-        (("--train.steps", "60", "--optim.warmup-steps", "60"), "optim.warmup_steps 60"),
+        (
+            ("--train.steps", "60", "--optim.warmup-steps", "60"),
+            "optim.warmup_steps 60",
+        ),
         (("--train.steps",), "--train.steps needs a value"),
         (("--config",), "--config needs the path"),
         (("--config", "/nowhere/run.toml"), "no such file"),
         (("--engine.offload-parameters", "cpu"), "needs engine.zero_stage 3"),
-        (("--engine.kind", "torch", "--engine.precision", "bf16"), "not engine.precision bf16"),
-        (("--engine.precision", "fp16", "--engine.zero-stage", "0"), "does not scale its loss"),
+        (
+            ("--engine.kind", "torch", "--engine.precision", "bf16"),
+            "not engine.precision bf16",
+        ),
+        (
+            ("--engine.precision", "fp16", "--engine.zero-stage", "0"),
+            "does not scale its loss",
+        ),
         (("--model.mask-ratio", "1"), "model.mask_ratio"),
         (("--train.steps", "many"), "train.steps = 'many' (from command line)"),
     ],
@@ -184,7 +200,9 @@ def test_what_cannot_work_is_refused_with_its_name(words, part):
 
 def test_what_a_device_cannot_do_is_an_error_of_a_run_and_a_note_of_a_dry_run():
     here = {"CUDA_VISIBLE_DEVICES": ""}
-    assert "fp16 needs a GPU" in problems_of("demo", *DATA, "--engine.precision", "fp16", env=here)
+    assert "fp16 needs a GPU" in problems_of(
+        "demo", *DATA, "--engine.precision", "fp16", env=here
+    )
     done = command("demo", "--engine.precision", "fp16", "--dry-run", **here)
     assert done.returncode == 0, done.stderr
     assert "# not on this machine: engine.precision fp16 needs a GPU" in done.stdout
@@ -195,7 +213,10 @@ def test_batch_and_ranks_must_fit():
     text = problems_of("demo", *DATA, *sizes, env={"WORLD_SIZE": "3"})
     assert "x 3 ranks" in text
     assert "use 192" in text
-    assert parse("demo", *DATA, *sizes, env={"WORLD_SIZE": "2"}).train.global_batch_size == 128
+    assert (
+        parse("demo", *DATA, *sizes, env={"WORLD_SIZE": "2"}).train.global_batch_size
+        == 128
+    )
 
 
 def test_a_file_that_is_no_toml_is_named(tmp_path: Path):
@@ -231,7 +252,9 @@ def test_help_names_settings_units_and_the_recipes_defaults():
     ):
         assert part in text
     assert re.search(
-        r"--model.embed-dim INT\s+Width of the encoder[^()]*\(default:\s+1024\)", text, re.DOTALL
+        r"--model.embed-dim INT\s+Width of the encoder[^()]*\(default:\s+1024\)",
+        text,
+        re.DOTALL,
     )  # ViT-L's width
 
 
@@ -245,7 +268,12 @@ def test_recipes_are_those_of_the_paper():
         assert config.model == SIZES[size].model_copy(update={"norm_pix_loss": True})
         assert (config.train.epochs, config.train.global_batch_size) == (800, 4096)
         optim = config.optim
-        assert (optim.base_lr, optim.warmup_epochs, optim.weight_decay, optim.grad_clip) == (
+        assert (
+            optim.base_lr,
+            optim.warmup_epochs,
+            optim.weight_decay,
+            optim.grad_clip,
+        ) == (
             1.5e-4,
             40,
             0.05,
@@ -253,7 +281,12 @@ def test_recipes_are_those_of_the_paper():
         )
         assert (optim.beta1, optim.beta2, optim.min_lr) == (0.9, 0.95, 0)
         view = config.view
-        assert (view.min_area, view.max_area, view.flip_probability, view.interpolation) == (
+        assert (
+            view.min_area,
+            view.max_area,
+            view.flip_probability,
+            view.interpolation,
+        ) == (
             0.2,
             1.0,
             0.5,
@@ -294,7 +327,11 @@ def test_a_mistake_is_found_without_torch():
         "sys.exit(code)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", source], capture_output=True, text=True, timeout=HANG_S, check=False
+        [sys.executable, "-c", source],
+        capture_output=True,
+        text=True,
+        timeout=HANG_S,
+        check=False,
     )
     assert done.returncode == 2, done.stderr
 

@@ -62,11 +62,17 @@ def test_every_image_is_stored_as_it_is(source: Path, tmp_path: Path) -> None:
         folder, name = key.split("/")
         assert members["jpg"] == (source / folder / f"{name}.jpg").read_bytes()
         assert members["cls"] == str(classes.index(folder)).encode()
-        assert json.loads(members["json"]) == {"filename": f"{key}.jpg", "class": folder}
+        assert json.loads(members["json"]) == {
+            "filename": f"{key}.jpg",
+            "class": folder,
+        }
     manifest = open_dataset(str(tmp_path / "dst"))
     rows = manifest.lookup(np.arange(12))
     for key, label, width in zip(
-        manifest.keys(np.arange(12)), rows.labels_B.tolist(), rows.widths_B.tolist(), strict=True
+        manifest.keys(np.arange(12)),
+        rows.labels_B.tolist(),
+        rows.widths_B.tolist(),
+        strict=True,
     ):
         with Image.open(source / f"{key}.jpg") as image:
             assert (classes[label], width) == (key.split("/")[0], image.width)
@@ -131,9 +137,13 @@ def test_the_stored_order_is_pinned() -> None:
     target=st.integers(1, 2 * 10**6),
     resize=st.sampled_from([None, 8, 224]),
 )
-def test_shards_cover_every_image_once(sizes: list[int], target: int, resize: int | None) -> None:
+def test_shards_cover_every_image_once(
+    sizes: list[int], target: int, resize: int | None
+) -> None:
     names = pa.array([f"{n:03d}.jpg" for n in range(len(sizes))])
-    listing = Listing("x", names, np.array(sizes), np.zeros(len(sizes), np.int32), None, {})
+    listing = Listing(
+        "x", names, np.array(sizes), np.zeros(len(sizes), np.int32), None, {}
+    )
     plan = make_plan(listing, ConvertSettings(shard_size_bytes=target, resize=resize))
     assert plan.bounds[0] == 0
     assert plan.bounds[-1] == len(sizes)
@@ -143,16 +153,26 @@ def test_shards_cover_every_image_once(sizes: list[int], target: int, resize: in
 
 def test_shards_are_about_as_large_as_asked(source: Path, tmp_path: Path) -> None:
     info = convert(
-        str(source), str(tmp_path / "dst"), ConvertSettings(shard_size_bytes=20_000), workers=1
+        str(source),
+        str(tmp_path / "dst"),
+        ConvertSettings(shard_size_bytes=20_000),
+        workers=1,
     )
     sizes = [shard.size_bytes for shard in info.shards]
     assert len(sizes) > 2
     assert max(sizes) < 30_000 + 10_240
 
 
-def test_a_limit_takes_the_first_of_the_stored_order(source: Path, tmp_path: Path) -> None:
+def test_a_limit_takes_the_first_of_the_stored_order(
+    source: Path, tmp_path: Path
+) -> None:
     convert(str(source), "memory://convert-limit/a", FEW, workers=1)
-    convert(str(source), "memory://convert-limit/b", FEW.model_copy(update={"limit": 7}), workers=1)
+    convert(
+        str(source),
+        "memory://convert-limit/b",
+        FEW.model_copy(update={"limit": 7}),
+        workers=1,
+    )
     whole = open_dataset("memory://convert-limit/a").keys(np.arange(12))
     assert open_dataset("memory://convert-limit/b").keys(np.arange(7)) == whole[:7]
 
@@ -174,7 +194,10 @@ def test_statistics_are_those_of_the_pixels(source: Path, tmp_path: Path) -> Non
                 images.append(np.asarray(image.convert("RGB"), np.float64) / 255)
     mean = np.mean([image.mean((0, 1)) for image in images], 0)
     square = np.mean([(image**2).mean((0, 1)) for image in images], 0)
-    assert (found["num_images"], found["num_undecodable"]) == (14, info.num_samples - 14)
+    assert (found["num_images"], found["num_undecodable"]) == (
+        14,
+        info.num_samples - 14,
+    )
     np.testing.assert_allclose(found["mean"], mean, atol=1e-3)
     np.testing.assert_allclose(found["std"], np.sqrt(square - mean**2), atol=1e-3)
     assert sum(found["class_counts"].values()) == info.num_samples
@@ -195,8 +218,13 @@ def test_a_flat_folder_has_no_labels(source: Path, tmp_path: Path) -> None:
         (tmp_path / "flat" / f"{number}.JPEG").write_bytes(path.read_bytes())
     info = convert(str(tmp_path / "flat"), str(tmp_path / "dst"), FEW, workers=1)
     assert info.classes is None
-    assert open_dataset(str(tmp_path / "dst")).lookup(np.arange(12)).labels_B.tolist() == [-1] * 12
-    assert all("cls" not in members for members in read_samples(tmp_path / "dst").values())
+    assert (
+        open_dataset(str(tmp_path / "dst")).lookup(np.arange(12)).labels_B.tolist()
+        == [-1] * 12
+    )
+    assert all(
+        "cls" not in members for members in read_samples(tmp_path / "dst").values()
+    )
 
 
 def test_the_first_folder_is_the_class(source: Path, tmp_path: Path) -> None:
@@ -212,10 +240,14 @@ def test_the_first_folder_is_the_class(source: Path, tmp_path: Path) -> None:
 def test_images_beside_class_folders_need_a_word(source: Path) -> None:
     next(source.rglob("*.jpg")).rename(source / "stray.jpg")
     with pytest.raises(
-        ConfigError, match=r"1 images beside its folders \(such as stray\.jpg\).*--labels none"
+        ConfigError,
+        match=r"1 images beside its folders \(such as stray\.jpg\).*--labels none",
     ):
         FolderSource(str(source)).listing()
-    assert FolderSource(str(source), SourceSettings(labels="none")).listing().classes is None
+    assert (
+        FolderSource(str(source), SourceSettings(labels="none")).listing().classes
+        is None
+    )
 
 
 def test_hidden_and_other_files_are_passed_over(source: Path) -> None:
@@ -235,7 +267,12 @@ def test_keys_are_unique_and_readable() -> None:
 
 
 @given(
-    st.lists(st.text("ab._- -01/", min_size=1, max_size=8), min_size=1, max_size=30, unique=True)
+    st.lists(
+        st.text("ab._- -01/", min_size=1, max_size=8),
+        min_size=1,
+        max_size=30,
+        unique=True,
+    )
 )
 def test_keys_are_always_unique(stems: list[str]) -> None:
     names = sorted({f"{stem}.{kind}" for stem in stems for kind in ("jpg", "png")})
@@ -250,13 +287,20 @@ def test_keys_are_always_unique(stems: list[str]) -> None:
 def test_bad_images_are_left_out_and_listed(source: Path, tmp_path: Path) -> None:
     folder = source / "astronaut"
     whole = (folder / "000.jpg").read_bytes()
-    bad = {"a.jpg": b"", "b.png": b"junk", "c.jpg": whole[: len(whole) // 2], "d.gif": b""}
+    bad = {
+        "a.jpg": b"",
+        "b.png": b"junk",
+        "c.jpg": whole[: len(whole) // 2],
+        "d.gif": b"",
+    }
     with Image.open(io.BytesIO(whole)) as image:
         image.save(folder / "d.gif")
     for name, data in bad.items():
         if name != "d.gif":
             (folder / name).write_bytes(data)
-    (folder / "e.JPEG").write_bytes((folder / "001.jpg").read_bytes())  # a JPEG all the same
+    (folder / "e.JPEG").write_bytes(
+        (folder / "001.jpg").read_bytes()
+    )  # a JPEG all the same
     info = convert(str(source), str(tmp_path / "dst"), FEW, workers=1)
     assert info.num_samples == 13
     rows = pq.read_table(tmp_path / "dst" / "rejected.parquet").to_pylist()
@@ -290,7 +334,10 @@ def test_strict_stops_at_the_first(source: Path, tmp_path: Path) -> None:
     (source / "astronaut" / "bad.jpg").write_bytes(b"")
     with pytest.raises(DataError, match=r"astronaut/bad\.jpg: empty"):
         convert(
-            str(source), str(tmp_path / "dst"), FEW.model_copy(update={"strict": True}), workers=1
+            str(source),
+            str(tmp_path / "dst"),
+            FEW.model_copy(update={"strict": True}),
+            workers=1,
         )
     assert not (tmp_path / "dst" / "dataset.json").exists()
     assert convert(str(source), str(tmp_path / "dst"), FEW, workers=1).num_samples == 12
@@ -344,9 +391,9 @@ def test_other_colours_become_rgb_or_grey(photo: Image.Image, mode: str) -> None
     small = shrink(save(photo.convert(mode), kind))
     assert small.mode == ("L" if mode in ("L", "LA", "1") else "RGB")
     expected = photo.convert("L") if small.mode == "L" else photo
-    assert mean_difference(small, expected.resize((43, 32), Image.Resampling.BICUBIC)) < (
-        40 if mode == "1" else 12
-    )
+    assert mean_difference(
+        small, expected.resize((43, 32), Image.Resampling.BICUBIC)
+    ) < (40 if mode == "1" else 12)
 
 
 def test_a_cmyk_jpeg_keeps_its_colours(photo: Image.Image) -> None:
@@ -357,7 +404,12 @@ def test_a_cmyk_jpeg_keeps_its_colours(photo: Image.Image) -> None:
 def test_sixteen_bits_are_scaled_not_clipped(photo: Image.Image) -> None:
     grey = np.asarray(photo.convert("L"), np.uint16) * 257
     small = shrink(save(Image.fromarray(grey), "PNG"))
-    assert mean_difference(small, photo.convert("L").resize((43, 32), Image.Resampling.BICUBIC)) < 4
+    assert (
+        mean_difference(
+            small, photo.convert("L").resize((43, 32), Image.Resampling.BICUBIC)
+        )
+        < 4
+    )
 
 
 def test_rotation_is_applied(photo: Image.Image) -> None:
@@ -367,7 +419,8 @@ def test_rotation_is_applied(photo: Image.Image) -> None:
     assert small.size == (32, 43)
     assert (
         mean_difference(
-            small, photo.rotate(-90, expand=True).resize((32, 43), Image.Resampling.BICUBIC)
+            small,
+            photo.rotate(-90, expand=True).resize((32, 43), Image.Resampling.BICUBIC),
         )
         < 4
     )
@@ -383,7 +436,9 @@ def test_a_colour_profile_is_converted(photo: Image.Image) -> None:
     assert mean_difference(broken, small) < 4
 
 
-def test_nothing_is_enlarged_and_fine_jpegs_keep_their_bytes(photo: Image.Image) -> None:
+def test_nothing_is_enlarged_and_fine_jpegs_keep_their_bytes(
+    photo: Image.Image,
+) -> None:
     data = save(photo, "JPEG")
     found = probe(data)
     assert isinstance(found, Probe)
@@ -396,7 +451,9 @@ def test_what_cannot_be_decoded_has_a_reason(photo: Image.Image) -> None:
     data[60:-20] = bytes(len(data) - 80)
     found = probe(bytes(data))
     assert isinstance(found, Probe)
-    assert reencode(bytes(data), found, short_side=32, quality=90) == Refused(Reason.UNDECODABLE)
+    assert reencode(bytes(data), found, short_side=32, quality=90) == Refused(
+        Reason.UNDECODABLE
+    )
 
 
 def test_resized_datasets_have_small_images_of_every_format(
@@ -406,7 +463,10 @@ def test_resized_datasets_have_small_images_of_every_format(
     for kind in ("gif", "bmp", "tiff", "png", "webp", "jpg"):
         photo.save(tmp_path / "src" / f"{kind}.{kind}")
     info = convert(
-        str(tmp_path / "src"), str(tmp_path / "dst"), ConvertSettings(resize=32), workers=1
+        str(tmp_path / "src"),
+        str(tmp_path / "dst"),
+        ConvertSettings(resize=32),
+        workers=1,
     )
     assert info.num_samples == 6
     assert set(info.versions) >= {"pillow", "libjpeg-turbo"}
@@ -420,10 +480,14 @@ def test_resized_datasets_have_small_images_of_every_format(
 def test_a_finished_conversion_is_left_alone(source: Path, tmp_path: Path) -> None:
     dst = tmp_path / "dst"
     first = convert(str(source), str(dst), FEW, workers=1)
-    before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in dst.iterdir()}
+    before = {
+        path.name: (path.stat().st_mtime_ns, path.read_bytes())
+        for path in dst.iterdir()
+    }
     assert convert(str(source), str(dst), FEW, workers=1) == first
     assert {
-        path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in dst.iterdir()
+        path.name: (path.stat().st_mtime_ns, path.read_bytes())
+        for path in dst.iterdir()
     } == before
     with pytest.raises(ConfigError, match="samples_per_shard was 5, is 4"):
         convert(str(source), str(dst), ConvertSettings(samples_per_shard=4), workers=1)
@@ -453,14 +517,19 @@ def test_an_interrupted_conversion_goes_on(
     kept = {path: path.stat().st_mtime_ns for path in dst.glob("*.tar")}
     (dst / ".train-000009.tar.tmp-1-abcdef").write_bytes(b"half a shard")
     with pytest.raises(
-        ConfigError, match=r"unfinished conversion with other settings.*shuffle_seed was 0, is 1"
+        ConfigError,
+        match=r"unfinished conversion with other settings.*shuffle_seed was 0, is 1",
     ):
-        convert(str(source), str(dst), FEW.model_copy(update={"shuffle_seed": 1}), workers=1)
+        convert(
+            str(source), str(dst), FEW.model_copy(update={"shuffle_seed": 1}), workers=1
+        )
     convert(str(source), str(dst), FEW, workers=1)
     assert {path.name: path.read_bytes() for path in dst.iterdir()} == {
         path.name: path.read_bytes() for path in whole.iterdir()
     }
-    untouched = [path for path, time_ns in kept.items() if path.stat().st_mtime_ns == time_ns]
+    untouched = [
+        path for path, time_ns in kept.items() if path.stat().st_mtime_ns == time_ns
+    ]
     assert len(untouched) == 2
 
 
@@ -511,7 +580,10 @@ def test_two_conversions_into_one_folder(source: Path, tmp_path: Path) -> None:
 
     dst = tmp_path / "dst"
     dst.mkdir()
-    with FileLock(dst / "_lock"), pytest.raises(ConfigError, match="another conversion"):
+    with (
+        FileLock(dst / "_lock"),
+        pytest.raises(ConfigError, match="another conversion"),
+    ):
         convert(str(source), str(dst), FEW, workers=1)
 
 
@@ -523,11 +595,19 @@ def test_two_conversions_into_one_folder(source: Path, tmp_path: Path) -> None:
     [("256MB", 256 * 10**6), ("1.5GiB", 3 * 2**29), ("1000", 1000), (" 2 kb ", 2000)],
 )
 def test_sizes_are_read(
-    source: Path, tmp_path: Path, text: str, size: int, capsys: pytest.CaptureFixture[str]
+    source: Path,
+    tmp_path: Path,
+    text: str,
+    size: int,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    code = main([str(source), str(tmp_path / "dst"), "--shard-size", text, "--workers", "1"])
+    code = main(
+        [str(source), str(tmp_path / "dst"), "--shard-size", text, "--workers", "1"]
+    )
     assert code == 0, capsys.readouterr().err
-    plan = json.loads((tmp_path / "dst" / "dataset.json").read_text())["made_by"]["plan"]
+    plan = json.loads((tmp_path / "dst" / "dataset.json").read_text())["made_by"][
+        "plan"
+    ]
     assert plan["settings"]["shard_size_bytes"] == size
 
 
@@ -541,7 +621,8 @@ def test_what_is_not_a_size_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("text", "seed"), [("none", None), ("NONE", None), ("0", 0), (str(2**64 - 1), 2**64 - 1)]
+    ("text", "seed"),
+    [("none", None), ("NONE", None), ("0", 0), (str(2**64 - 1), 2**64 - 1)],
 )
 def test_seeds_are_read(text: str, seed: int | None) -> None:
     assert ConvertSettings(shuffle_seed=text).shuffle_seed == seed
@@ -555,7 +636,9 @@ def test_what_is_not_a_seed_is_refused(
     assert f"--shuffle-seed {text!r}: is not a valid seed" in capsys.readouterr().err
 
 
-def test_every_setting_has_an_option_with_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_setting_has_an_option_with_its_help(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     shown = capsys.readouterr().out
@@ -580,10 +663,15 @@ def test_the_plan_file_of_version_1_is_pinned() -> None:
         ("shuffle_seed", 0),
         ("split", "train"),
         ("limit", None),
-        ("limits", {"max_pixels": 178956970, "max_bytes": 268435456, "max_aspect": 100.0}),
+        (
+            "limits",
+            {"max_pixels": 178956970, "max_bytes": 268435456, "max_aspect": 100.0},
+        ),
     ]
     assert list(ConvertSettings().describe().items()) == plain
-    smart = ConvertSettings(format="ffcv", write_mode="smart", stats=True, max_resolution=512)
+    smart = ConvertSettings(
+        format="ffcv", write_mode="smart", stats=True, max_resolution=512
+    )
     assert [name for name in smart.describe() if name not in dict(plain)] == [
         "write_mode",
         "smart_threshold_bytes",

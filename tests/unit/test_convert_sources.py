@@ -82,13 +82,18 @@ def labels_by_key(folder: Path) -> dict[str, str]:
     ids = np.arange(dataset.info.num_samples)
     classes = dataset.info.classes or []
     labels = dataset.lookup(ids).labels_B.tolist()
-    return {key: classes[label] for key, label in zip(dataset.keys(ids), labels, strict=True)}
+    return {
+        key: classes[label]
+        for key, label in zip(dataset.keys(ids), labels, strict=True)
+    }
 
 
 # --------------------------------------------------------------------------------------------- tars
 
 
-def test_imagenets_train_tar_gives_what_its_folder_gives(folder: Path, tmp_path: Path) -> None:
+def test_imagenets_train_tar_gives_what_its_folder_gives(
+    folder: Path, tmp_path: Path
+) -> None:
     expected = made(folder, tmp_path)
     tar = pack_train(folder, tmp_path / "ILSVRC2012_img_train.tar")
     assert made(tar, tmp_path, name="from_tar") == expected
@@ -104,7 +109,10 @@ def test_imagenets_train_tar_gives_what_its_folder_gives(folder: Path, tmp_path:
 
 
 def test_a_tar_of_class_folders_is_a_folder(folder: Path, tmp_path: Path) -> None:
-    files = {f"data/train/{p.relative_to(folder)}": p.read_bytes() for p in folder.rglob("*.JPEG")}
+    files = {
+        f"data/train/{p.relative_to(folder)}": p.read_bytes()
+        for p in folder.rglob("*.JPEG")
+    }
     assert made(
         pack(tmp_path / "x.tar", {**files, "data/README": b"x"}), tmp_path, name="b"
     ) == made(folder, tmp_path)
@@ -114,18 +122,23 @@ def test_a_cut_tar_of_tars_is_refused(folder: Path, tmp_path: Path) -> None:
     tar = pack_train(folder, tmp_path / "train.tar")
     data = tar.read_bytes()
     tar.write_bytes(data[: len(data) // 2])
-    with pytest.raises(DataError, match=r"train\.tar: the file ends inside the data of"):
+    with pytest.raises(
+        DataError, match=r"train\.tar: the file ends inside the data of"
+    ):
         open_source(str(tar)).listing()
 
 
 def save_meta(path: Path, ids: dict[str, int]) -> None:
     """Write the devkit's meta.mat: classes by ILSVRC2012_ID, then groups of them."""
     savemat = pytest.importorskip("scipy.io").savemat
-    rows = [(number, wnid, 0) for wnid, number in sorted(ids.items(), key=lambda row: row[1])]
+    rows = [
+        (number, wnid, 0)
+        for wnid, number in sorted(ids.items(), key=lambda row: row[1])
+    ]
     rows.append((len(ids) + 1, "n00001740", 2))
-    table = np.array(rows, [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("num_children", "O")]).reshape(
-        -1, 1
-    )
+    table = np.array(
+        rows, [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("num_children", "O")]
+    ).reshape(-1, 1)
     savemat(path, {"synsets": table})
 
 
@@ -156,9 +169,15 @@ def test_imagenets_val_tar_agrees_with_the_train_set(
     with tarfile.open(packed, "w:gz") as archive:
         archive.add(devkit, devkit.name)
     truth = devkit / "data" / "ILSVRC2012_validation_ground_truth.txt"
-    (tmp_path / "wnids.txt").write_text("".join(f"{wnid}\n" for wnid in classes.values()))
-    (tmp_path / "ids.txt").write_text("".join(f"{number} {wnid}\n" for wnid, number in IDS.items()))
-    rows = "".join(f"{name},{wnid} 1 2 3 4\n" for name, wnid in reversed(classes.items()))
+    (tmp_path / "wnids.txt").write_text(
+        "".join(f"{wnid}\n" for wnid in classes.values())
+    )
+    (tmp_path / "ids.txt").write_text(
+        "".join(f"{number} {wnid}\n" for wnid, number in IDS.items())
+    )
+    rows = "".join(
+        f"{name},{wnid} 1 2 3 4\n" for name, wnid in reversed(classes.items())
+    )
     (tmp_path / "solution.csv").write_text(f"ImageId,PredictionString\n{rows}")
     expected = made(folder, tmp_path).classes
     ways: list[tuple[Path, Path | None]] = [
@@ -171,7 +190,9 @@ def test_imagenets_val_tar_agrees_with_the_train_set(
     ]
     for number, (ground_truth, synsets) in enumerate(ways):
         settings = ConvertSettings(
-            split="val", ground_truth=str(ground_truth), synsets=str(synsets) if synsets else None
+            split="val",
+            ground_truth=str(ground_truth),
+            synsets=str(synsets) if synsets else None,
         )
         assert made(tar, tmp_path, settings, name=f"val{number}").classes == expected
         assert labels_by_key(tmp_path / f"val{number}") == classes
@@ -191,7 +212,9 @@ def test_numbers_that_could_be_taken_wrongly_are_refused(
         read_ground_truth(truth, str(tmp_path / "sorted.txt"))
     (tmp_path / "few.txt").write_text("n01440764\n" * 11)
     with pytest.raises(DataError, match="the classes of 11 images, but there are 12"):
-        open_source(str(val[0]), SourceSettings(ground_truth=str(tmp_path / "few.txt"))).listing()
+        open_source(
+            str(val[0]), SourceSettings(ground_truth=str(tmp_path / "few.txt"))
+        ).listing()
     (tmp_path / "caffe.txt").write_text("ILSVRC2012_val_00000001.JPEG 65\n")
     with pytest.raises(DataError, match="cannot be understood"):
         read_ground_truth(str(tmp_path / "caffe.txt"))
@@ -210,7 +233,12 @@ def test_a_folder_of_distributed_tars_asks_for_one(
 
 
 def write_parquet(
-    folder: Path, root: Path, *, files: int = 2, rows_per_group: int = 3, text: bool = False
+    folder: Path,
+    root: Path,
+    *,
+    files: int = 2,
+    rows_per_group: int = 3,
+    text: bool = False,
 ) -> Path:
     """Write what Hugging Face's datasets writes: image = (bytes, path), label = number, names in
     the schema."""
@@ -226,7 +254,9 @@ def write_parquet(
         images = [{"bytes": path.read_bytes(), "path": path.name} for path in part]
         names = [path.parent.name for path in part]
         columns = {
-            "image": pa.array(images, pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+            "image": pa.array(
+                images, pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+            ),
             "label": pa.array(names)
             if text
             else pa.array([sorted(WNIDS).index(name) for name in names]),
@@ -238,14 +268,18 @@ def write_parquet(
 
 
 @pytest.mark.parametrize("text", [False, True])
-def test_parquet_keeps_every_byte_and_label(folder: Path, tmp_path: Path, text: bool) -> None:
+def test_parquet_keeps_every_byte_and_label(
+    folder: Path, tmp_path: Path, text: bool
+) -> None:
     made(write_parquet(folder, tmp_path / "hub", text=text), tmp_path)
     found = labels_by_key(tmp_path / "dst")
     assert found == {path.stem: path.parent.name for path in folder.rglob("*.JPEG")}
     stored = {}
     for tar in (tmp_path / "dst").glob("*.tar"):
         with tarfile.open(tar) as archive:
-            stored |= {member.name: archive.extractfile(member).read() for member in archive}  # type: ignore[union-attr]
+            stored |= {
+                member.name: archive.extractfile(member).read() for member in archive
+            }  # type: ignore[union-attr]
     for path in folder.rglob("*.JPEG"):
         assert stored[f"{path.stem}.jpg"] == path.read_bytes()
         assert json.loads(stored[f"{path.stem}.json"]) == {
@@ -261,13 +295,19 @@ def test_parquet_by_folder_pattern_and_file(folder: Path, tmp_path: Path) -> Non
     sizes = {str(way): len(open_source(str(way)).listing()) for way in ways}
     assert set(sizes.values()) == {12}
     assert len(open_source(f"{root}/train-00001-of-00002.parquet").listing()) == 6
-    (root / "train-00000-of-00002.parquet").rename(root / "validation-00000-of-00001.parquet")
-    with pytest.raises(ConfigError, match=r"files of train, validation.*train-\*\.parquet"):
+    (root / "train-00000-of-00002.parquet").rename(
+        root / "validation-00000-of-00001.parquet"
+    )
+    with pytest.raises(
+        ConfigError, match=r"files of train, validation.*train-\*\.parquet"
+    ):
         open_source(str(root)).listing()
 
 
 def test_a_shard_reads_few_row_groups(folder: Path, tmp_path: Path) -> None:
-    listing = open_source(str(write_parquet(folder, tmp_path / "hub", rows_per_group=2))).listing()
+    listing = open_source(
+        str(write_parquet(folder, tmp_path / "hub", rows_per_group=2))
+    ).listing()
     assert listing.locations is not None
     plan = make_plan(listing, ConvertSettings(samples_per_shard=4))
     groups = [
@@ -277,28 +317,46 @@ def test_a_shard_reads_few_row_groups(folder: Path, tmp_path: Path) -> None:
     assert [len(found) for found in groups] == [2, 2, 2]
     assert sorted(plan.order.tolist()) == list(range(12))
     assert plan.order.tolist() != sorted(plan.order.tolist())
-    assert (np.diff(plan.order.reshape(-1, 2)) != 1).any(), "a shard is shuffled in itself"
-    assert make_plan(listing, ConvertSettings(shuffle_seed=1)).order.tolist() != plan.order.tolist()
-    assert make_plan(listing, ConvertSettings(shuffle_seed=None)).order.tolist() == list(range(12))
+    assert (np.diff(plan.order.reshape(-1, 2)) != 1).any(), (
+        "a shard is shuffled in itself"
+    )
+    assert (
+        make_plan(listing, ConvertSettings(shuffle_seed=1)).order.tolist()
+        != plan.order.tolist()
+    )
+    assert make_plan(
+        listing, ConvertSettings(shuffle_seed=None)
+    ).order.tolist() == list(range(12))
 
 
 def test_rows_without_a_path_or_an_image(folder: Path, tmp_path: Path) -> None:
     images = [path.read_bytes() for path in sorted(folder.rglob("*.JPEG"))[:3]]
     table = pa.table(
-        {"jpg": pa.array([*images, None], pa.binary()), "caption": ["a"] * 4, "thumb": [b""] * 4}
+        {
+            "jpg": pa.array([*images, None], pa.binary()),
+            "caption": ["a"] * 4,
+            "thumb": [b""] * 4,
+        }
     )
     pq.write_table(table, tmp_path / "x.parquet")
     assert (
-        convert(str(tmp_path / "x.parquet"), str(tmp_path / "dst"), FEW, workers=1).num_samples == 3
+        convert(
+            str(tmp_path / "x.parquet"), str(tmp_path / "dst"), FEW, workers=1
+        ).num_samples
+        == 3
     )
     keys = open_dataset(str(tmp_path / "dst")).keys(np.arange(3))
     assert sorted(keys) == ["x/00000000", "x/00000001", "x/00000002"]
     assert pq.read_table(tmp_path / "dst" / "rejected.parquet").to_pylist() == [
         {"key": "x/00000003", "reason": "empty"}
     ]
-    with pytest.raises(ConfigError, match=r"no column 'picture' \(--image-column\); it has jpg"):
+    with pytest.raises(
+        ConfigError, match=r"no column 'picture' \(--image-column\); it has jpg"
+    ):
         open_source(
-            str(tmp_path / "x.parquet"), SourceSettings(image_column="picture"), kind="parquet"
+            str(tmp_path / "x.parquet"),
+            SourceSettings(image_column="picture"),
+            kind="parquet",
         ).listing()
 
 
@@ -312,7 +370,9 @@ def test_damaged_parquet_is_named(tmp_path: Path) -> None:
 def test_a_location_is_that_of_its_row(rows_per_group: list[int]) -> None:
     found = file_locations(3, np.array(rows_per_group, np.int64)).tolist()
     assert found == [
-        (3, group, row) for group, count in enumerate(rows_per_group) for row in range(count)
+        (3, group, row)
+        for group, count in enumerate(rows_per_group)
+        for row in range(count)
     ]
 
 
@@ -327,7 +387,10 @@ def test_a_list_keeps_names_and_labels(folder: Path, tmp_path: Path, kind: str) 
         for n, path in enumerate(paths)
     ]
     table = pa.table(
-        {"url": [*names, "folder/gone.jpg"], "label": [*(p.parent.name for p in paths), WNIDS[0]]}
+        {
+            "url": [*names, "folder/gone.jpg"],
+            "label": [*(p.parent.name for p in paths), WNIDS[0]],
+        }
     )
     target = tmp_path / f"list.{kind}"
     if kind == "parquet":
@@ -338,7 +401,8 @@ def test_a_list_keeps_names_and_labels(folder: Path, tmp_path: Path, kind: str) 
         )
     assert made(target, tmp_path).classes == sorted(WNIDS)
     assert {
-        key.rsplit("/", 1)[1]: name for key, name in labels_by_key(tmp_path / "dst").items()
+        key.rsplit("/", 1)[1]: name
+        for key, name in labels_by_key(tmp_path / "dst").items()
     } == {path.stem: path.parent.name for path in paths}
     rows = pq.read_table(tmp_path / "dst" / "rejected.parquet").to_pylist()
     assert rows == [{"key": "folder/gone.jpg", "reason": "not found"}]
@@ -354,7 +418,9 @@ def test_a_list_keeps_numbers_and_hides_secrets(folder: Path, tmp_path: Path) ->
     assert listing.classes is None
     assert listing.sizes.tolist() == [1000, 5]
     assert listing.keys is not None
-    about = open_source(str(tmp_path / "a.csv")).about(str(listing.names[1]), class_name=None)
+    about = open_source(str(tmp_path / "a.csv")).about(
+        str(listing.names[1]), class_name=None
+    )
     for text in (str(listing.keys.to_pylist()), str(about)):
         assert "secret" not in text
         assert "pw" not in text
@@ -389,7 +455,9 @@ def test_shards_made_elsewhere_are_a_source(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "theirs").mkdir()
     paths = sorted(folder.rglob("*.JPEG"))
-    with wds.ShardWriter(str(tmp_path / "theirs" / "s-%04d.tar"), maxcount=5, verbose=0) as writer:
+    with wds.ShardWriter(
+        str(tmp_path / "theirs" / "s-%04d.tar"), maxcount=5, verbose=0
+    ) as writer:
         for n, path in enumerate(paths):
             writer.write({"__key__": path.stem, "jpg": path.read_bytes(), "cls": n})
     info = made(tmp_path / "theirs", tmp_path, ConvertSettings(samples_per_shard=6))
@@ -399,7 +467,9 @@ def test_shards_made_elsewhere_are_a_source(
     assert dataset.lookup(np.arange(12)).labels_B.tolist() == list(range(12))
 
 
-def test_a_folder_of_several_things_is_not_guessed(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_of_several_things_is_not_guessed(
+    folder: Path, tmp_path: Path
+) -> None:
     write_parquet(folder, tmp_path / "mixed")
     (tmp_path / "mixed" / "a.jpg").write_bytes(b"")
     with pytest.raises(ConfigError, match="holds images and Parquet files"):

@@ -33,7 +33,9 @@ def jpeg(pixels_HW3, **options):
 @pytest.fixture(scope="module")
 def kinds(photos):
     """One photograph as JPEGs of every kind that cameras and tools write."""
-    whole = np.asarray(Image.open(io.BytesIO(photos["astronaut"])).convert("RGB"))[:331, :257]
+    whole = np.asarray(Image.open(io.BytesIO(photos["astronaut"])).convert("RGB"))[
+        :331, :257
+    ]
     return {
         "4:4:4": jpeg(whole, subsampling=0),
         "4:2:2": jpeg(whole, subsampling=1),
@@ -49,7 +51,8 @@ def kinds(photos):
 
 def _application_part(data):
     return np.frombuffer(
-        b"\xff\xe5" + (len(data) + 2).to_bytes(2, "big") + data.tobytes(), dtype=np.uint8
+        b"\xff\xe5" + (len(data) + 2).to_bytes(2, "big") + data.tobytes(),
+        dtype=np.uint8,
     )
 
 
@@ -60,7 +63,10 @@ def test_a_region_has_the_pixels_of_the_whole_image(kinds, data):
     kind = data.draw(st.sampled_from(sorted(kinds)))
     image = kinds[kind]
     height, width = simplejpeg.decode_jpeg_header(image)[:2]
-    top, left = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
+    top, left = (
+        data.draw(st.integers(0, height - 1)),
+        data.draw(st.integers(0, width - 1)),
+    )
     box = {
         "top": top,
         "left": left,
@@ -85,8 +91,14 @@ def _cutters():
 @pytest.mark.skipif(not has_regions(), reason="nvImageCodec is not installed")
 def test_regions_are_really_used(kinds, monkeypatch):
     cutter = JpegCutter()
-    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *_, **__: pytest.fail("decoded whole"))
-    assert cutter.cut(kinds["4:2:0"], top=10, left=20, height=100, width=90).shape == (100, 90, 3)
+    monkeypatch.setattr(
+        simplejpeg, "decode_jpeg", lambda *_, **__: pytest.fail("decoded whole")
+    )
+    assert cutter.cut(kinds["4:2:0"], top=10, left=20, height=100, width=90).shape == (
+        100,
+        90,
+        3,
+    )
 
 
 def test_what_is_cut_short_is_seen_above_the_box_too(kinds):
@@ -96,7 +108,9 @@ def test_what_is_cut_short_is_seen_above_the_box_too(kinds):
     assert is_whole_jpeg(image)
     assert not is_whole_jpeg(short)
     assert JpegCutter().cut(short, **box) is None
-    with pytest.raises(ValueError, match="257 x 331 pixels, smaller than the manifest says"):
+    with pytest.raises(
+        ValueError, match="257 x 331 pixels, smaller than the manifest says"
+    ):
         JpegCutter().cut(image, top=300, left=0, height=32, width=32)
 
 
@@ -105,7 +119,12 @@ def boxes_of(images):
     ids = np.arange(len(images))
     widths, heights = zip(*sizes, strict=True)
     return draw_boxes(
-        VIEW, seed=1, epochs_B=0 * ids, sample_ids_B=ids, widths_B=widths, heights_B=heights
+        VIEW,
+        seed=1,
+        epochs_B=0 * ids,
+        sample_ids_B=ids,
+        widths_B=widths,
+        heights_B=heights,
     )
 
 
@@ -148,9 +167,12 @@ def test_a_bad_image_costs_no_batch_that_is_ahead(crops, decoder):
     behind."""
     first, second = crops[:8], crops[8:16]
     boxes = boxes_of(first), boxes_of(second)
-    images = [[np.frombuffer(image, np.uint8) for image in part] for part in (first, second)]
+    images = [
+        [np.frombuffer(image, np.uint8) for image in part] for part in (first, second)
+    ]
     expected = [
-        decoder.decode(*batch).pixels_BHW3.clone() for batch in zip(images, boxes, strict=True)
+        decoder.decode(*batch).pixels_BHW3.clone()
+        for batch in zip(images, boxes, strict=True)
     ]
     buffer = io.BytesIO()
     Image.open(io.BytesIO(first[3])).save(buffer, "PNG")
@@ -184,7 +206,12 @@ def test_a_tuning_file_decides_what_is_left_open(tmp_path):
         comment="measured\ntwice",
     )
     tuned = with_tuning(LoaderConfig(tuning_file=str(path)), device=CPU)
-    assert (tuned.decoder, tuned.num_threads, tuned.hw_decoder_load, tuned.dali_depth) == (
+    assert (
+        tuned.decoder,
+        tuned.num_threads,
+        tuned.hw_decoder_load,
+        tuned.dali_depth,
+    ) == (
         "ffcv",
         3,
         0.5,

@@ -77,8 +77,12 @@ def test_pixels_are_pillows(crops, make_decoder, decoder_name, interpolation):
         decode_single(image, boxes.take(slice(i, i + 1)), view)
         for i, image in enumerate(as_arrays(crops))
     ]
-    difference = np.abs(decoded.pixels_BHW3.numpy().astype(int) - np.stack(plain).astype(int))
-    if decoder_name == "ffcv":  # averages over areas, and its JPEG transforms are the coarse ones
+    difference = np.abs(
+        decoded.pixels_BHW3.numpy().astype(int) - np.stack(plain).astype(int)
+    )
+    if (
+        decoder_name == "ffcv"
+    ):  # averages over areas, and its JPEG transforms are the coarse ones
         assert difference.mean() < 4
         return
     # Inverse cosine transforms and chroma upsampling may round differently; boxes, filters and
@@ -98,7 +102,11 @@ def test_area_is_opencvs_and_dali_names_the_alternatives(crops):
             device=CPU,
         )
     decoder = build_decoder(
-        LoaderConfig(decoder="auto"), view=view, max_batch_size=8, local_world_size=1, device=CPU
+        LoaderConfig(decoder="auto"),
+        view=view,
+        max_batch_size=8,
+        local_world_size=1,
+        device=CPU,
     )
     boxes = boxes_for(crops[:8], view)
     pixels_BHW3 = decoder.decode(as_arrays(crops[:8]), boxes).pixels_BHW3.numpy()
@@ -106,7 +114,9 @@ def test_area_is_opencvs_and_dali_names_the_alternatives(crops):
     # The mean colour of a box survives averaging over areas.
     whole = np.asarray(Image.open(io.BytesIO(crops[0])).convert("RGB")).astype(float)
     top, left = int(boxes.tops_B[0]), int(boxes.lefts_B[0])
-    cut = whole[top : top + int(boxes.heights_B[0]), left : left + int(boxes.widths_B[0])]
+    cut = whole[
+        top : top + int(boxes.heights_B[0]), left : left + int(boxes.widths_B[0])
+    ]
     assert np.abs(cut.mean((0, 1)) - pixels_BHW3[0].mean((0, 1))).max() < 1
 
 
@@ -143,7 +153,8 @@ def encode_small():
 
 
 @pytest.mark.parametrize(
-    ("kind", "mode"), [("PNG", "RGB"), ("WEBP", "RGB"), ("GIF", "P"), ("JPEG", "L"), ("PNG", "LA")]
+    ("kind", "mode"),
+    [("PNG", "RGB"), ("WEBP", "RGB"), ("GIF", "P"), ("JPEG", "L"), ("PNG", "LA")],
 )
 def test_other_formats_are_read(crops, make_decoder, kind, mode):
     view = ViewConfig(height=32, width=32, crop="center")
@@ -151,7 +162,9 @@ def test_other_formats_are_read(crops, make_decoder, kind, mode):
     boxes = boxes_for(images, view)
     decoded = make_decoder(view).decode(as_arrays(images), boxes)
     assert not decoded.bad
-    plain = decode_single(as_arrays(images)[0], boxes.take(slice(0, 1)), view).astype(int)
+    plain = decode_single(as_arrays(images)[0], boxes.take(slice(0, 1)), view).astype(
+        int
+    )
     assert np.abs(decoded.pixels_BHW3[0].numpy().astype(int) - plain).mean() < 1.5
 
 
@@ -171,9 +184,13 @@ def as_raw(image):
 
 
 @pytest.mark.parametrize("raw_places", [[0, 1, 2, 3], [1, 3]])
-def test_raw_pixels_are_cut_like_encoded_images(crops, make_decoder, decoder_name, raw_places):
+def test_raw_pixels_are_cut_like_encoded_images(
+    crops, make_decoder, decoder_name, raw_places
+):
     view = ViewConfig(height=40, width=40)
-    png = [reencoded(image, "PNG") for image in crops[:4]]  # lossless: the same pixels either way
+    png = [
+        reencoded(image, "PNG") for image in crops[:4]
+    ]  # lossless: the same pixels either way
     images = as_arrays(png)
     boxes = boxes_for(png, view)
     encoded = make_decoder(view).decode(images, boxes)
@@ -191,14 +208,18 @@ def test_raw_pixels_are_cut_like_encoded_images(crops, make_decoder, decoder_nam
 def test_a_raw_image_smaller_than_its_box_is_named(crops, make_decoder):
     view = ViewConfig(height=32, width=32)
     boxes = boxes_for(crops[:2], view)
-    decoded = make_decoder(view).decode([as_raw(crops[0]), np.zeros((4, 5, 3), np.uint8)], boxes)
+    decoded = make_decoder(view).decode(
+        [as_raw(crops[0]), np.zeros((4, 5, 3), np.uint8)], boxes
+    )
     assert list(decoded.bad) == [1]
     assert decoded.bad[1].detail == "5 x 4 pixels, smaller than the manifest says"
 
 
 def test_flips_mirror_whole_images(crops):
     for interpolation in ("area", "bicubic"):
-        view = ViewConfig(height=40, width=40, crop="center", interpolation=interpolation)
+        view = ViewConfig(
+            height=40, width=40, crop="center", interpolation=interpolation
+        )
         decoder = build_decoder(
             LoaderConfig(decoder="turbo"),
             view=view,
@@ -220,10 +241,14 @@ def test_scratch_memory_of_a_large_image_is_given_back(photos):
     large = io.BytesIO()
     Image.new("RGB", (6000, 5000), "teal").save(large, "JPEG")
     images = [image, np.frombuffer(large.getvalue(), np.uint8)]
-    decoded = decoder.decode(images, boxes_for([photos["astronaut"], large.getvalue()], view))
+    decoded = decoder.decode(
+        images, boxes_for([photos["astronaut"], large.getvalue()], view)
+    )
     assert not decoded.bad
     assert np.abs(decoded.pixels_BHW3[1].numpy().astype(int) - [0, 128, 128]).max() <= 3
-    held = decoder._pool.submit(lambda: decoder._local.kernels._cutter._scratch.size).result()
+    held = decoder._pool.submit(
+        lambda: decoder._local.kernels._cutter._scratch.size
+    ).result()
     decoder.close()
     assert held == 512 * 512 * 3
 
@@ -234,7 +259,17 @@ def damaged(image):
     size = len(image)
     cut = [
         image[:keep]
-        for keep in (1, 3, 20, size // 4, size // 2, size - 40, size - 3, size - 2, size - 1)
+        for keep in (
+            1,
+            3,
+            20,
+            size // 4,
+            size // 2,
+            size - 40,
+            size - 3,
+            size - 2,
+            size - 1,
+        )
     ]
     flipped = []
     # Into the header too: segment lengths, quantisation and Huffman tables, the frame, the scan.

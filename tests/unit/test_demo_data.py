@@ -21,7 +21,9 @@ from train.demo.pictures import (
 )
 
 
-@pytest.mark.parametrize(("width", "height"), [(640, 427), (427, 640), (512, 512), (400, 300)])
+@pytest.mark.parametrize(
+    ("width", "height"), [(640, 427), (427, 640), (512, 512), (400, 300)]
+)
 def test_training_and_held_out_crops_share_no_pixel(width: int, height: int):
     plan = CropPlan()
     seen = {half: np.zeros((height, width), dtype=int) for half in ("train", "val")}
@@ -42,7 +44,10 @@ def test_the_photographs_are_cut_into_class_folders(tmp_path: Path):
     pictures = cut_photos(tmp_path, plan)
     labels = {Path(name).stem for name in PHOTOS}
     assert len(labels) == pictures.num_classes == 15
-    for folder, count in ((pictures.train, pictures.num_train), (pictures.val, pictures.num_val)):
+    for folder, count in (
+        (pictures.train, pictures.num_train),
+        (pictures.val, pictures.num_val),
+    ):
         assert {path.name for path in folder.iterdir()} == labels
         files = sorted(folder.rglob("*.jpg"))
         assert len(files) == count

@@ -34,7 +34,9 @@ from train.settings.text import to_toml
 FOUND = Found(gpus=0, bf16_over_fp32=3.0, start_s=4.0)
 
 
-def pictures(num_train: int = 2285, num_val: int = 191, num_classes: int = 15) -> Pictures:
+def pictures(
+    num_train: int = 2285, num_val: int = 191, num_classes: int = 15
+) -> Pictures:
     return Pictures(Path("train"), Path("val"), num_train, num_val, num_classes)
 
 
@@ -54,7 +56,9 @@ def test_minutes_are_followed_without_floor_or_ceiling():
 @given(step_s=st.floats(1e-3, 1e3), slower=st.floats(1.0, 10.0))
 def test_a_slower_machine_never_takes_more_steps(step_s: float, slower: float):
     assert choose_steps(0, step_s=step_s * slower) >= FEWEST_STEPS
-    assert choose_steps(0, step_s=step_s * slower) <= choose_steps(0, step_s=step_s) <= 800
+    assert (
+        choose_steps(0, step_s=step_s * slower) <= choose_steps(0, step_s=step_s) <= 800
+    )
 
 
 @given(
@@ -72,11 +76,15 @@ def test_what_is_measured_fits_its_time_and_is_never_too_little(
     if chosen > FEWEST_IMAGES:
         assert images_to_read(there, chosen) <= EVALUATION_S * features_per_s
     if chosen < ALL_IMAGES:
-        assert images_to_read(there, chosen + 1) > EVALUATION_S * features_per_s, "one more fits"
+        assert images_to_read(there, chosen + 1) > EVALUATION_S * features_per_s, (
+            "one more fits"
+        )
 
 
 def test_the_time_is_said_before_it_is_spent():
-    plan = choose_plan(Asked(), FOUND, Speed(step_s=0.5, features_per_s=500.0), pictures())
+    plan = choose_plan(
+        Asked(), FOUND, Speed(step_s=0.5, features_per_s=500.0), pictures()
+    )
     text = explain(plan, FOUND, Speed(step_s=0.5, features_per_s=500.0), pictures())
     assert plan == Plan(480, "fp32", ALL_IMAGES)
     assert "bf16 products take 3.00x" in text
@@ -93,7 +101,9 @@ def test_a_slow_machine_is_called_slow():
     assert f"this machine is slow: {FEWEST_STEPS} steps are the fewest" in text
     assert f"{plan.max_images} images of each dataset at most" in text
     few = choose_plan(Asked(steps=16), FOUND, speed, pictures())
-    assert "16 steps are too few to show learning" in explain(few, FOUND, speed, pictures())
+    assert "16 steps are too few to show learning" in explain(
+        few, FOUND, speed, pictures()
+    )
 
 
 def test_a_run_keeps_its_plan_whatever_the_machine_is_worth_later(tmp_path: Path):

@@ -53,28 +53,44 @@ def test_the_drivers_answer_is_read(driver: Path, text: str) -> None:
         ("No devices were found", None),
     ],
 )
-def test_only_what_is_certain_is_said(driver: Path, text: str, device: Device | None) -> None:
+def test_only_what_is_certain_is_said(
+    driver: Path, text: str, device: Device | None
+) -> None:
     answer(driver, text)
     assert find_device({}) == device
     answer(driver, text, code=9)
     assert find_device({}) is None
 
 
-def test_a_machine_without_a_gpu_and_one_whose_gpus_are_hidden(driver: Path, monkeypatch) -> None:
+def test_a_machine_without_a_gpu_and_one_whose_gpus_are_hidden(
+    driver: Path, monkeypatch
+) -> None:
     answer(driver, "81559, 9.0")
     for hidden in ("", "-1"):
-        assert find_device({"CUDA_VISIBLE_DEVICES": hidden}) == Device("cpu", has_bf16=True)
+        assert find_device({"CUDA_VISIBLE_DEVICES": hidden}) == Device(
+            "cpu", has_bf16=True
+        )
     monkeypatch.setattr(devices, "_DEVICE_FILES", ())
     assert find_device({}) == Device("cpu", has_bf16=True)
 
 
 def test_what_a_gpu_cannot_do_is_told_with_all_other_mistakes(driver: Path) -> None:
     answer(driver, "16384, 7.0")
-    words = ("demo", "--data.train", "x", "--engine.precision", "bf16", "--optim.base-lr", "-1")
+    words = (
+        "demo",
+        "--data.train",
+        "x",
+        "--engine.precision",
+        "bf16",
+        "--optim.base-lr",
+        "-1",
+    )
     with pytest.raises(ConfigError) as caught:
         parse_run(words, env={})
     assert "2 mistakes in the settings" in str(caught.value)
-    assert "engine.precision bf16 computes in bf16, which this GPU cannot" in str(caught.value)
+    assert "engine.precision bf16 computes in bf16, which this GPU cannot" in str(
+        caught.value
+    )
     # A dry run may be of a run for another machine.
     with pytest.raises(ConfigError) as caught:
         parse_run((*words, "--dry-run"), env={})

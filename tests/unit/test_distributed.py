@@ -49,7 +49,9 @@ MPIRUN = {
     "MASTER_PORT": "29500",
 }
 ROOMS = Path(__file__).resolve().parents[2]
-LAUNCHER_NAME = re.compile(r"(LOCAL_)?(RANK|WORLD_SIZE|SIZE)|(SLURM|OMPI)_[A-Z_]+|MASTER_[A-Z]+")
+LAUNCHER_NAME = re.compile(
+    r"(LOCAL_)?(RANK|WORLD_SIZE|SIZE)|(SLURM|OMPI)_[A-Z_]+|MASTER_[A-Z]+"
+)
 
 
 def test_one_file_reads_what_launchers_say() -> None:
@@ -84,7 +86,9 @@ def test_the_early_answers_are_the_strict_ones(env: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("env", [TORCHRUN, SRUN, MPIRUN])
-def test_a_start_has_one_name_on_a_node_and_another_the_next_time(env: dict[str, str]) -> None:
+def test_a_start_has_one_name_on_a_node_and_another_the_next_time(
+    env: dict[str, str],
+) -> None:
     env = {**env, "SLURM_STEP_ID": "0"} if env is SRUN else env
     assert name_start(env, parent_pid=7) == name_start(env, parent_pid=7)
     assert name_start(env, parent_pid=7) != name_start(env, parent_pid=8)
@@ -118,8 +122,14 @@ def test_srun_is_read() -> None:
 
 
 def test_srun_of_uneven_nodes_gives_each_its_own_size() -> None:
-    uneven = {**SRUN, "SLURM_STEP_TASKS_PER_NODE": "4,3(x2)", "SLURM_STEP_NUM_TASKS": "10"}
-    assert [find_place({**uneven, "SLURM_NODEID": node}).local_world_size for node in "012"] == [
+    uneven = {
+        **SRUN,
+        "SLURM_STEP_TASKS_PER_NODE": "4,3(x2)",
+        "SLURM_STEP_NUM_TASKS": "10",
+    }
+    assert [
+        find_place({**uneven, "SLURM_NODEID": node}).local_world_size for node in "012"
+    ] == [
         4,
         3,
         3,
@@ -128,7 +138,10 @@ def test_srun_of_uneven_nodes_gives_each_its_own_size() -> None:
 
 def test_batch_script_outside_srun_is_a_world_of_one() -> None:
     assert (
-        find_place({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}).world_size == 1
+        find_place(
+            {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}
+        ).world_size
+        == 1
     )
 
 

@@ -33,11 +33,14 @@ def find_doors() -> list[str]:
     for room in ("pipeline", "train"):
         for path in sorted((REPOSITORY / room).glob("*.py")):
             tree = ast.parse(path.read_text())
-            functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+            functions = {
+                node.name for node in tree.body if isinstance(node, ast.FunctionDef)
+            }
             if "main" in functions:
                 doors.append(f"{room}.{path.stem}")
         doors += [
-            f"{room}.{path.parent.name}" for path in (REPOSITORY / room).glob("*/__main__.py")
+            f"{room}.{path.parent.name}"
+            for path in (REPOSITORY / room).glob("*/__main__.py")
         ]
     return sorted(doors)
 
@@ -105,9 +108,15 @@ def test_every_command_is_found() -> None:
 def test_a_door_guards_its_imports_first_and_then_its_body(door: str) -> None:
     tree = ast.parse(file_of(door).read_text())
     first, rest = tree.body[:3], tree.body[3:]
-    assert ast.unparse(first[2]).startswith("if __name__ == '__main__':"), "before the imports"
+    assert ast.unparse(first[2]).startswith("if __name__ == '__main__':"), (
+        "before the imports"
+    )
     assert "start_command(" in ast.unparse(first[2])
-    main = next(node for node in rest if isinstance(node, ast.FunctionDef) and node.name == "main")
+    main = next(
+        node
+        for node in rest
+        if isinstance(node, ast.FunctionDef) and node.name == "main"
+    )
     returned = ast.unparse(main.body[-1])
     assert returned.startswith(GUARDS), returned
 
@@ -115,7 +124,9 @@ def test_a_door_guards_its_imports_first_and_then_its_body(door: str) -> None:
 Runs = dict[str, subprocess.CompletedProcess[str]]
 
 
-def run_all(doors: list[str], *words: str, action: str, at_import: str, folder: Path) -> Runs:
+def run_all(
+    doors: list[str], *words: str, action: str, at_import: str, folder: Path
+) -> Runs:
     """Run commands several at a time: most of their life is imports."""
 
     def run(door: str) -> subprocess.CompletedProcess[str]:
@@ -140,7 +151,9 @@ def check_help(door: str, done: subprocess.CompletedProcess[str]) -> None:
 def helps(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """What --help prints where an import of torch would end the process with a code of its own."""
     folder = tmp_path_factory.mktemp("helps")
-    return run_all(QUICK, "--help", at_import="torch", action="os._exit(99)", folder=folder)
+    return run_all(
+        QUICK, "--help", at_import="torch", action="os._exit(99)", folder=folder
+    )
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +176,9 @@ def test_help_of_what_measures_torch(door: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("door", DOORS)
-def test_ctrl_c_during_the_imports_ends_in_one_line(door: str, interrupted: Runs) -> None:
+def test_ctrl_c_during_the_imports_ends_in_one_line(
+    door: str, interrupted: Runs
+) -> None:
     done = interrupted[door]
     line = f"{door}: stopped before it began. Nothing was changed; run it again.\n"
     assert (done.returncode, done.stdout, done.stderr) == (130, "", line)
@@ -188,10 +203,14 @@ def test_ctrl_c_while_torch_is_imported_ends_in_one_line(
     assert not (tmp_path / "runs").exists()
 
 
-def test_of_many_ranks_one_reports_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_many_ranks_one_reports_ctrl_c(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RANK", "1")
     kill = "os.kill(os.getpid(), signal.SIGINT)"
-    done = run_door("train.pretrain", at_import="pydantic", action=kill, folder=tmp_path)
+    done = run_door(
+        "train.pretrain", at_import="pydantic", action=kill, folder=tmp_path
+    )
     assert (done.returncode, done.stderr) == (130, "")
 
 
@@ -210,7 +229,9 @@ def test_an_ignored_ctrl_c_stays_ignored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.py", "model/__init__.py"])
-def test_a_file_that_hides_a_package_is_named_and_not_run(name: str, tmp_path: Path) -> None:
+def test_a_file_that_hides_a_package_is_named_and_not_run(
+    name: str, tmp_path: Path
+) -> None:
     hiding = tmp_path / name
     hiding.parent.mkdir(exist_ok=True)
     hiding.write_text("open('was-run', 'w')")
@@ -254,7 +275,9 @@ def test_errors_end_with_their_codes_and_without_secrets(
     assert capfd.readouterr().err == "stopped; go on\n"
 
 
-def test_the_guard_is_silent_where_another_rank_speaks(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_guard_is_silent_where_another_rank_speaks(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     def command() -> int:
         raise DataError("gone")
 
@@ -290,7 +313,10 @@ def test_ctrl_c_in_the_body_is_an_exception_again() -> None:
         console.start_command("door")
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (done.returncode, done.stderr) == (130, "put away\nstopped; go on\n")
 
@@ -320,7 +346,10 @@ def test_stdout_carries_the_result_alone() -> None:
         sys.exit(code)
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     result, _, rest = done.stdout.rpartition("and stdout is back\n")

@@ -13,12 +13,17 @@ from pipeline.sampling.philox import MAX_VIEW, Purpose, random_words
 SEED = 20260101
 EPOCHS = np.array([0, 0, 0, 0, 3, 1])
 IDS = np.array([0, 1, 2, 3, 12345, 2**40 + 7])
-SIZES = {"widths_B": [640, 500, 64, 1000, 4000, 50], "heights_B": [480, 375, 64, 10, 300, 700]}
+SIZES = {
+    "widths_B": [640, 500, 64, 1000, 4000, 50],
+    "heights_B": [480, 375, 64, 10, 300, 700],
+}
 
 
 def boxes_of(sampling: Sampling) -> list[dict[str, list[int]]]:
     views = sampling.draw_boxes(seed=SEED, epochs_B=EPOCHS, sample_ids_B=IDS, **SIZES)
-    return [{name: column.tolist() for name, column in vars(view).items()} for view in views]
+    return [
+        {name: column.tolist() for name, column in vars(view).items()} for view in views
+    ]
 
 
 def test_what_a_masked_autoencoder_draws_never_changes():
@@ -49,7 +54,9 @@ def test_what_a_masked_autoencoder_draws_never_changes():
 def test_mask_noise_is_uniform_and_named_by_seed_epoch_sample_and_view():
     def draw(seed: int, epoch: int, ids: np.ndarray, view: int = 0) -> np.ndarray:
         epochs_B = np.full(len(ids), epoch)
-        return MaskNoise(97, view=view).draw(seed=seed, epochs_B=epochs_B, sample_ids_B=ids)
+        return MaskNoise(97, view=view).draw(
+            seed=seed, epochs_B=epochs_B, sample_ids_B=ids
+        )
 
     noise_BN = draw(7, 0, np.arange(200))
     assert noise_BN.shape == (200, 97)
@@ -95,11 +102,18 @@ def test_purposes_and_views_never_share_a_word():
     for view in (-1, MAX_VIEW):
         with pytest.raises(ValueError, match="outside"):
             random_words(
-                seed=1, purpose=Purpose.CROP, epochs_n=0, streams_n=5, num_blocks=1, view=view
+                seed=1,
+                purpose=Purpose.CROP,
+                epochs_n=0,
+                streams_n=5,
+                num_blocks=1,
+                view=view,
             )
 
 
 def test_the_settings_of_a_view_stand_for_it_alone():
-    assert as_sampling(ViewConfig(height=32)) == Sampling((View(ViewConfig(height=32)),))
+    assert as_sampling(ViewConfig(height=32)) == Sampling(
+        (View(ViewConfig(height=32)),)
+    )
     with pytest.raises(ValueError, match="at least one"):
         Sampling(())

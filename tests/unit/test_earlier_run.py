@@ -22,7 +22,13 @@ FILES = (
     "trackers.json",
     "tensorboard/events.out",
 )
-STAYS = ("status.json", "lease.json", "history.jsonl", "notes.txt", "checkpoints/step-000001/x")
+STAYS = (
+    "status.json",
+    "lease.json",
+    "history.jsonl",
+    "notes.txt",
+    "checkpoints/step-000001/x",
+)
 
 
 def fill(folder: Path, text: str) -> None:
@@ -38,7 +44,9 @@ def keep(folder: Path, **changes: Any) -> list[str]:
     return keep_earlier_run(folder, **{**asked, **changes})
 
 
-def test_each_run_that_begins_here_leaves_the_earlier_ones_whole(tmp_path: Path) -> None:
+def test_each_run_that_begins_here_leaves_the_earlier_ones_whole(
+    tmp_path: Path,
+) -> None:
     for name in STAYS:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +90,9 @@ def test_a_branch_from_a_copied_checkpoint_keeps_the_lines_of_the_other_branch(
     assert keep(tmp_path, run_id="mine", step=4, checkpoint_dir="copy") != []
 
 
-def test_a_folder_of_the_first_version_is_adopted_with_its_checkpoints(tmp_path: Path) -> None:
+def test_a_folder_of_the_first_version_is_adopted_with_its_checkpoints(
+    tmp_path: Path,
+) -> None:
     fill(tmp_path, "mine")
     (tmp_path / "config.toml").write_text('[checkpoint]\ndir = "s3://b/one"\n')
     assert keep(tmp_path, run_id="mine", step=8, checkpoint_dir="s3://b/one") == []

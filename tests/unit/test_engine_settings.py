@@ -23,10 +23,16 @@ from train.settings.devices import Device
 from train.settings.engine_rules import engine_problems, refuse_engine_settings
 
 
-def make_config(*, micro_batch_size: int = 4, grad_clip: float = 0.0, **engine: Any) -> RunConfig:
+def make_config(
+    *, micro_batch_size: int = 4, grad_clip: float = 0.0, **engine: Any
+) -> RunConfig:
     return RunConfig.model_validate(
         {
-            "train": {"steps": 5, "global_batch_size": 16, "micro_batch_size": micro_batch_size},
+            "train": {
+                "steps": 5,
+                "global_batch_size": 16,
+                "micro_batch_size": micro_batch_size,
+            },
             "optim": {"grad_clip": grad_clip},
             "engine": engine,
         }
@@ -39,8 +45,16 @@ def make_config(*, micro_batch_size: int = 4, grad_clip: float = 0.0, **engine: 
         ({"precision": "fp16"}, 1, "engine.precision fp16 needs a GPU"),
         ({"kind": "torch", "precision": "fp32"}, 2, "runs one process, not 2"),
         ({"kind": "torch", "precision": "bf16"}, 1, "fp32 and autocast"),
-        ({"zero_stage": 0, "offload_optimizer": "cpu"}, 1, "needs engine.zero_stage 1, 2 or 3"),
-        ({"zero_stage": 2, "offload_parameters": "cpu"}, 1, "needs engine.zero_stage 3, not 2"),
+        (
+            {"zero_stage": 0, "offload_optimizer": "cpu"},
+            1,
+            "needs engine.zero_stage 1, 2 or 3",
+        ),
+        (
+            {"zero_stage": 2, "offload_parameters": "cpu"},
+            1,
+            "needs engine.zero_stage 3, not 2",
+        ),
         ({}, 3, "is not a multiple of train.micro_batch_size"),
     ],
 )
@@ -49,27 +63,35 @@ def test_what_cannot_work_is_refused_before_anything_starts(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         refuse_engine_settings(
-            make_config(**engine), world_size=world_size, device=Device("cpu", has_bf16=True)
+            make_config(**engine),
+            world_size=world_size,
+            device=Device("cpu", has_bf16=True),
         )
 
 
 def test_all_problems_come_at_once() -> None:
     config = make_config(precision="fp16", zero_stage=0, offload_optimizer="cpu")
     with pytest.raises(ConfigError) as caught:
-        refuse_engine_settings(config, world_size=1, device=Device("cpu", has_bf16=True))
+        refuse_engine_settings(
+            config, world_size=1, device=Device("cpu", has_bf16=True)
+        )
     assert len(str(caught.value).splitlines()) == 4
 
 
 def test_fp16_at_stage_0_is_refused_on_a_gpu_too() -> None:
     engine = make_config(precision="fp16", zero_stage=0).engine
-    [problem] = engine_problems(engine, world_size=1, device=Device("cuda", has_bf16=True))
+    [problem] = engine_problems(
+        engine, world_size=1, device=Device("cuda", has_bf16=True)
+    )
     assert "does not scale its loss" in problem
 
 
 @pytest.mark.parametrize("precision", ["bf16", "autocast"])
 def test_bf16_is_refused_where_it_would_be_emulated(precision: str) -> None:
     engine = make_config(precision=precision).engine
-    [problem] = engine_problems(engine, world_size=1, device=Device("cuda", has_bf16=False))
+    [problem] = engine_problems(
+        engine, world_size=1, device=Device("cuda", has_bf16=False)
+    )
     assert "use fp16 or fp32" in problem
     for unknown in (None, Device("cuda"), Device("cuda", has_bf16=True)):
         assert engine_problems(engine, world_size=1, device=unknown) == []
@@ -78,7 +100,10 @@ def test_bf16_is_refused_where_it_would_be_emulated(precision: str) -> None:
 def test_an_engine_that_is_built_asks_the_same_list() -> None:
     with pytest.raises(ConfigError, match=r"engine.precision fp16 needs a GPU"):
         build_engine(
-            make_config(precision="fp16"), model=nn.Linear(2, 2), resume=None, world=World()
+            make_config(precision="fp16"),
+            model=nn.Linear(2, 2),
+            resume=None,
+            world=World(),
         )
 
 
@@ -99,28 +124,39 @@ def test_rendered_configuration_of_the_default_run() -> None:
 def test_exactly_one_precision_is_switched_on(precision: str) -> None:
     rendered = render_deepspeed_config(make_config(precision=precision), world_size=4)
     on = [
-        name for name in ("bf16", "fp16", "torch_autocast") if rendered.get(name, {}).get("enabled")
+        name
+        for name in ("bf16", "fp16", "torch_autocast")
+        if rendered.get(name, {}).get("enabled")
     ]
     assert (
         on
-        == {"bf16": ["bf16"], "fp16": ["fp16"], "fp32": [], "autocast": ["torch_autocast"]}[
-            precision
-        ]
+        == {
+            "bf16": ["bf16"],
+            "fp16": ["fp16"],
+            "fp32": [],
+            "autocast": ["torch_autocast"],
+        }[precision]
     )
     assert "data_types" not in rendered  # no accumulation over micro-batches
 
 
 def test_stage_3_keeps_torchs_own_linear_layer_and_offload_is_passed_on() -> None:
-    config = make_config(zero_stage=3, offload_parameters="cpu", offload_optimizer="cpu")
+    config = make_config(
+        zero_stage=3, offload_parameters="cpu", offload_optimizer="cpu"
+    )
     zero = render_deepspeed_config(config, world_size=1)["zero_optimization"]
     assert zero["memory_efficient_linear"] is False
-    assert zero["offload_param"]["device"] == zero["offload_optimizer"]["device"] == "cpu"
+    assert (
+        zero["offload_param"]["device"] == zero["offload_optimizer"]["device"] == "cpu"
+    )
 
 
 @pytest.mark.slow
 def test_importing_the_engine_does_not_import_deepspeed() -> None:
     code = "import sys, train.engine; print('deepspeed' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "False"
 
 
@@ -170,5 +206,7 @@ def test_a_step_before_all_micro_batches_is_a_mistake() -> None:
         resume=None,
         world=World(),
     )
-    with pytest.raises(RuntimeError, match="after 0 micro-batches, expected grad_accum_steps 4"):
+    with pytest.raises(
+        RuntimeError, match="after 0 micro-batches, expected grad_accum_steps 4"
+    ):
         engine.step(0.1)

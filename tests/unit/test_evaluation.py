@@ -21,11 +21,19 @@ from train.evaluation.scores import evaluate, report
 from train.export import export
 from train.process.folder import named_run_dir, prepare_file, prepare_out
 
-SHAPE = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "decoder_embed_dim": 16}
+SHAPE = {
+    "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 1,
+    "num_heads": 2,
+    "decoder_embed_dim": 16,
+}
 SHAPE |= {"decoder_depth": 1, "decoder_num_heads": 2}
 
 
-def make_saved(image_size: int | tuple[int, int] = 32, *, tuning_file: str = "") -> SavedModel:
+def make_saved(
+    image_size: int | tuple[int, int] = 32, *, tuning_file: str = ""
+) -> SavedModel:
     torch.manual_seed(0)
     model = ModelConfig(image_size=image_size, **SHAPE)
     config = RunConfig(model=model, loader=LoaderConfig(tuning_file=tuning_file))
@@ -48,8 +56,16 @@ def name_classes(uri: str, names: list[str] | None) -> None:
 @pytest.mark.parametrize(
     ("val_classes", "train_classes", "why"),
     [
-        ([f"c{n}" for n in range(15)], [f"d{n}" for n in range(15)], "only in the former: d0"),
-        ([f"c{n}" for n in range(15)], [f"c{n}" for n in range(14, -1, -1)], "another order"),
+        (
+            [f"c{n}" for n in range(15)],
+            [f"d{n}" for n in range(15)],
+            "only in the former: d0",
+        ),
+        (
+            [f"c{n}" for n in range(15)],
+            [f"c{n}" for n in range(14, -1, -1)],
+            "another order",
+        ),
         ([f"c{n}" for n in range(15)], None, "(0 and 15"),
         (None, None, "has no labels"),
     ],
@@ -85,7 +101,9 @@ def test_shards_that_were_moved_are_named_with_the_option_that_gives_others(
         evaluate(make_saved(), val="shards/val")
 
 
-def test_a_tuning_file_of_another_machine_is_not_needed(make_dataset: Callable[..., str]) -> None:
+def test_a_tuning_file_of_another_machine_is_not_needed(
+    make_dataset: Callable[..., str],
+) -> None:
     saved = make_saved(tuning_file="/nowhere/tuned.toml")
     assert evaluate(saved, val=make_dataset((5,)))["num_images"] == 5
 
@@ -97,7 +115,9 @@ def test_images_that_are_not_square_go_only_where_they_can_be_run(
     saved = make_saved(size)
     for number, options in enumerate(({"to": "hf"}, {"to": "detectron2"})):
         out = tmp_path / str(number)
-        with pytest.raises(ConfigError, match=f"{size[0]} x {size[1]} pixels.*square ones"):
+        with pytest.raises(
+            ConfigError, match=f"{size[0]} x {size[1]} pixels.*square ones"
+        ):
             export(saved, out, **options)
         assert not out.exists()
     export(saved, tmp_path / "timm", to="timm")
@@ -117,7 +137,9 @@ def test_places_for_results_are_tried_before_the_work(tmp_path: Path) -> None:
     file.write_text("kept")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for path in (file, file / "below", tmp_path / "link" / "below"):
-        with pytest.raises(ConfigError, match="is a file, and a folder is needed there"):
+        with pytest.raises(
+            ConfigError, match="is a file, and a folder is needed there"
+        ):
             prepare_out(path, option="--out")
     with pytest.raises(ConfigError, match="is a folder, and a file is to be written"):
         prepare_file(tmp_path, option="--out")

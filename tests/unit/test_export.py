@@ -41,20 +41,28 @@ SMALL = ModelConfig(
 @pytest.fixture(scope="module")
 def saved() -> SavedModel:
     torch.manual_seed(0)
-    return SavedModel(MaskedAutoencoder(SMALL).eval(), RunConfig(model=SMALL), step=12, uri="run")
+    return SavedModel(
+        MaskedAutoencoder(SMALL).eval(), RunConfig(model=SMALL), step=12, uri="run"
+    )
 
 
-def test_transformers_loads_the_hf_export_and_computes_the_same(saved: SavedModel, tmp_path: Path):
+def test_transformers_loads_the_hf_export_and_computes_the_same(
+    saved: SavedModel, tmp_path: Path
+):
     from transformers import ViTMAEForPreTraining
 
     export(saved, tmp_path, to="hf")
-    theirs, info = ViTMAEForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
+    theirs, info = ViTMAEForPreTraining.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     images, noise = torch.randn(3, 3, 32, 32), torch.rand(3, 16)
     with torch.no_grad():
         loss = theirs.eval()(pixel_values=images, noise=noise).loss
-        torch.testing.assert_close(loss, saved.model(images, noise).loss, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            loss, saved.model(images, noise).loss, rtol=1e-5, atol=1e-6
+        )
 
 
 def test_transformers_loads_the_encoder_alone(saved: SavedModel, tmp_path: Path):
@@ -69,7 +77,9 @@ def test_transformers_loads_the_encoder_alone(saved: SavedModel, tmp_path: Path)
 @pytest.mark.parametrize("part", ["full", "encoder"])
 def test_mae_names_are_the_state_dicts(saved: SavedModel, tmp_path: Path, part):
     (path,) = export(saved, tmp_path, to="mae", part=part)
-    state = saved.model.state_dict() if part == "full" else saved.model.encoder_state_dict()
+    state = (
+        saved.model.state_dict() if part == "full" else saved.model.encoder_state_dict()
+    )
     tensors = load_file(path)
     assert set(tensors) == set(state)
     assert all(torch.equal(tensors[name], value) for name, value in state.items())
@@ -77,13 +87,17 @@ def test_mae_names_are_the_state_dicts(saved: SavedModel, tmp_path: Path, part):
         assert file.metadata()["step"] == "12"
 
 
-def test_timm_gets_the_encoder_without_the_mask_token(saved: SavedModel, tmp_path: Path):
+def test_timm_gets_the_encoder_without_the_mask_token(
+    saved: SavedModel, tmp_path: Path
+):
     (path,) = export(saved, tmp_path, to="timm")
     assert path.name == "timm.safetensors"
     assert set(load_file(path)) == set(saved.model.encoder_state_dict())
 
 
-def test_a_pth_is_loadable_without_unpickling_objects(saved: SavedModel, tmp_path: Path):
+def test_a_pth_is_loadable_without_unpickling_objects(
+    saved: SavedModel, tmp_path: Path
+):
     (path,) = export(saved, tmp_path, to="detectron2", file_type="pth")
     assert "patch_embed.proj.weight" in torch.load(path, weights_only=True)["model"]
 
@@ -107,7 +121,11 @@ def test_what_a_library_cannot_take_is_refused_before_writing(
 def test_hf_settings_say_what_the_model_is(saved: SavedModel, tmp_path: Path):
     files = export(saved, tmp_path, to="hf")
     settings = json.loads(files[1].read_text())
-    assert (settings["hidden_size"], settings["patch_size"], settings["layer_norm_eps"]) == (
+    assert (
+        settings["hidden_size"],
+        settings["patch_size"],
+        settings["layer_norm_eps"],
+    ) == (
         32,
         8,
         1e-6,
@@ -134,12 +152,18 @@ def test_a_perfect_normalised_prediction_has_no_raw_loss():
     images = torch.randn(2, 3, 32, 32)
     target = reconstruction_target(patchify(images, 8), norm_pix_loss=True)
     output = MAEOutput(torch.zeros(()), target, torch.ones(2, 16))
-    torch.testing.assert_close(raw_losses(model, images, output), torch.zeros(2), atol=1e-9, rtol=0)
+    torch.testing.assert_close(
+        raw_losses(model, images, output), torch.zeros(2), atol=1e-9, rtol=0
+    )
 
 
 @pytest.mark.parametrize("count", [1, 3, 8])
-def test_pictures_are_drawn_for_any_number_of_images(saved: SavedModel, tmp_path: Path, count: int):
-    completion = complete(saved.model, torch.randn(count, 3, 32, 32), torch.rand(count, 16))
+def test_pictures_are_drawn_for_any_number_of_images(
+    saved: SavedModel, tmp_path: Path, count: int
+):
+    completion = complete(
+        saved.model, torch.randn(count, 3, 32, 32), torch.rand(count, 16)
+    )
     visible = completion.masked_BCHW == completion.original_BCHW
     assert visible.float().mean() > 0.2
     draw_reconstruction(tmp_path / "r.png", completion, title="test")
@@ -195,8 +219,14 @@ def test_neighbours_vote_by_similarity_and_not_by_count():
 def test_only_the_nearest_vote():
     known = unit((1, 0), *[(0.9, 0.5)] * 30)
     labels = torch.tensor([0] + [1] * 30)
-    assert knn_accuracy(unit((1, 0)), torch.tensor([0]), known, labels, neighbours=1) == 1.0
-    assert knn_accuracy(unit((1, 0)), torch.tensor([0]), known, labels, neighbours=31) == 0.0
+    assert (
+        knn_accuracy(unit((1, 0)), torch.tensor([0]), known, labels, neighbours=1)
+        == 1.0
+    )
+    assert (
+        knn_accuracy(unit((1, 0)), torch.tensor([0]), known, labels, neighbours=31)
+        == 0.0
+    )
 
 
 # ------------------------------------------------------------------------------------- the commands
@@ -219,20 +249,29 @@ def run_dir(saved: SavedModel, tmp_path: Path) -> Path:
 
 def test_export_gives_one_json_object(run_dir: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "out"
-    assert export_command([str(run_dir), "--to", "hf", "--out", str(out), "--json"]) == 0
+    assert (
+        export_command([str(run_dir), "--to", "hf", "--out", str(out), "--json"]) == 0
+    )
     result = json.loads(capsys.readouterr().out)
     assert (result["to"], result["part"], result["step"]) == ("hf", "full", 1)
     assert result["files"] == [str(out / "model.safetensors"), str(out / "config.json")]
-    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
 
 
-def test_a_mistake_is_told_before_the_checkpoint_is_read(tmp_path: Path, capsys) -> None:
+def test_a_mistake_is_told_before_the_checkpoint_is_read(
+    tmp_path: Path, capsys
+) -> None:
     words = [str(tmp_path / "nowhere"), "--to", "timm", "--part", "full"]
     assert export_command(words) == ConfigError.exit_code
     assert "takes the encoder only" in capsys.readouterr().err
 
 
-def test_reconstruct_gives_one_json_object(run_dir: Path, tmp_path: Path, capsys) -> None:
+def test_reconstruct_gives_one_json_object(
+    run_dir: Path, tmp_path: Path, capsys
+) -> None:
     picture = tmp_path / "picture.png"
     Image.new("RGB", (40, 30), (200, 30, 30)).save(picture)
     out = tmp_path / "drawn.png"

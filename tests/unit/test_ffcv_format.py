@@ -80,19 +80,23 @@ def test_a_beton_dataset_is_the_tar_dataset(source: Path, tmp_path: Path) -> Non
     }
     for key, row in zip(betons.keys(ids), range(12), strict=True):
         rows = betons.lookup(np.array([row]))
-        data = (tmp_path / "betons" / betons.shard_name(int(rows.shards_B[0]))).read_bytes()
+        data = (
+            tmp_path / "betons" / betons.shard_name(int(rows.shards_B[0]))
+        ).read_bytes()
         stored = data[rows.offsets_B[0] : rows.offsets_B[0] + rows.sizes_B[0]]
         assert stored == (source / f"{key}.jpg").read_bytes()
 
 
-def test_conversion_between_containers_keeps_every_byte(source: Path, tmp_path: Path) -> None:
+def test_conversion_between_containers_keeps_every_byte(
+    source: Path, tmp_path: Path
+) -> None:
     tars = make(source, tmp_path / "tars", **FEW)
     betons = make(source, tmp_path / "betons", format="ffcv", **FEW)
     assert files(make(betons, tmp_path / "tars-again"), ".tar") == files(tars, ".tar")
     assert files(tmp_path / "tars-again", ".idx") == files(tars, ".idx")
-    assert files(make(tars, tmp_path / "betons-again", format="ffcv"), ".beton") == files(
-        betons, ".beton"
-    )
+    assert files(
+        make(tars, tmp_path / "betons-again", format="ffcv"), ".beton"
+    ) == files(betons, ".beton")
 
 
 def test_a_dataset_may_be_cut_into_other_shards_or_lose_its_labels(
@@ -100,7 +104,15 @@ def test_a_dataset_may_be_cut_into_other_shards_or_lose_its_labels(
 ) -> None:
     tars = make(source, tmp_path / "tars", **FEW)
     other = open_dataset(
-        str(make(tars, tmp_path / "other", format="ffcv", samples_per_shard=7, labels="none"))
+        str(
+            make(
+                tars,
+                tmp_path / "other",
+                format="ffcv",
+                samples_per_shard=7,
+                labels="none",
+            )
+        )
     )
     assert other.shard_sizes.tolist() == [7, 5]
     assert other.keys(np.arange(12)) == open_dataset(str(tars)).keys(np.arange(12))
@@ -110,9 +122,16 @@ def test_a_dataset_may_be_cut_into_other_shards_or_lose_its_labels(
 
 
 def test_the_bytes_depend_on_the_samples_alone(source: Path, tmp_path: Path) -> None:
-    settings = {"format": "ffcv", "samples_per_shard": 4, "write_mode": "smart", "resize": 40}
+    settings = {
+        "format": "ffcv",
+        "samples_per_shard": 4,
+        "write_mode": "smart",
+        "resize": 40,
+    }
     alone = make(source, tmp_path / "alone", **settings)
-    convert(str(source), str(tmp_path / "together"), ConvertSettings(**settings), workers=2)
+    convert(
+        str(source), str(tmp_path / "together"), ConvertSettings(**settings), workers=2
+    )
     assert files(alone, "") == files(tmp_path / "together", "")
 
 
@@ -134,7 +153,9 @@ def test_raw_mode_stores_the_pixels(source: Path, tmp_path: Path) -> None:
     assert not verify(str(folder), full=True).problems
     # Back to files: PNG, and from there the same raw betons.
     tars = make(folder, tmp_path / "png")
-    assert {FORMATS[code] for code in open_dataset(str(tars)).shard_table(0).formats} == {"png"}
+    assert {
+        FORMATS[code] for code in open_dataset(str(tars)).shard_table(0).formats
+    } == {"png"}
     again = make(tars, tmp_path / "again", format="ffcv", write_mode="raw")
     assert files(again, ".beton") == files(folder, ".beton")
 
@@ -142,7 +163,11 @@ def test_raw_mode_stores_the_pixels(source: Path, tmp_path: Path) -> None:
 def test_smart_mode_stores_small_images_raw(source: Path, tmp_path: Path) -> None:
     limit = 64 * 80 * 3
     folder = make(
-        source, tmp_path / "smart", format="ffcv", write_mode="smart", smart_threshold_bytes=limit
+        source,
+        tmp_path / "smart",
+        format="ffcv",
+        write_mode="smart",
+        smart_threshold_bytes=limit,
     )
     table = open_dataset(str(folder)).shard_table(0)
     small = table.widths * table.heights * 3 <= limit
@@ -152,9 +177,15 @@ def test_smart_mode_stores_small_images_raw(source: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("write_mode", ["jpg", "raw"])
-def test_the_longer_side_can_be_limited(source: Path, tmp_path: Path, write_mode: str) -> None:
+def test_the_longer_side_can_be_limited(
+    source: Path, tmp_path: Path, write_mode: str
+) -> None:
     folder = make(
-        source, tmp_path / "small", format="ffcv", write_mode=write_mode, max_resolution=50
+        source,
+        tmp_path / "small",
+        format="ffcv",
+        write_mode=write_mode,
+        max_resolution=50,
     )
     table = open_dataset(str(folder)).shard_table(0)
     assert set(np.maximum(table.widths, table.heights)) == {50}
@@ -170,7 +201,9 @@ def test_what_ffcv_cannot_read_is_left_out_and_named(
     image.convert("CMYK").save(tmp_path / "src" / "b.jpg")
     image.convert("L").save(tmp_path / "src" / "c.jpg")
     image.save(tmp_path / "src" / "d.jpg")
-    as_they_are = open_dataset(str(make(tmp_path / "src", tmp_path / "jpg", format="ffcv")))
+    as_they_are = open_dataset(
+        str(make(tmp_path / "src", tmp_path / "jpg", format="ffcv"))
+    )
     assert sorted(as_they_are.keys(np.arange(2))) == ["c", "d"]
     assert as_they_are.info.num_samples == 2
     resized = open_dataset(
@@ -186,11 +219,20 @@ def test_what_ffcv_cannot_read_is_left_out_and_named(
 def test_settings_of_betons_are_refused_for_tars(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert convert_main([str(tmp_path), str(tmp_path / "x"), "--write-mode", "raw"]) == 2
+    assert (
+        convert_main([str(tmp_path), str(tmp_path / "x"), "--write-mode", "raw"]) == 2
+    )
     assert "write_mode 'raw' is for the format ffcv" in capsys.readouterr().err
     assert (
         convert_main(
-            [str(tmp_path), str(tmp_path / "x"), "--format", "ffcv", "--smart-threshold", "big"]
+            [
+                str(tmp_path),
+                str(tmp_path / "x"),
+                "--format",
+                "ffcv",
+                "--smart-threshold",
+                "big",
+            ]
         )
         == 2
     )
@@ -221,19 +263,25 @@ def test_a_sample_lies_in_one_page_and_large_ones_make_pages_larger(
     assert found.table.offsets.tolist() == table.offsets.tolist()
 
 
-def test_what_is_known_of_an_image_comes_back(tmp_path: Path, crops: list[bytes]) -> None:
+def test_what_is_known_of_an_image_comes_back(
+    tmp_path: Path, crops: list[bytes]
+) -> None:
     path = write(tmp_path / "a.beton", crops[:3])
     found = index_shard(str(path))
     assert found.table.keys == ["000", "001", "002"]
     assert found.table.labels.tolist() == [0, 1, 2]
-    assert read_metas(str(path)) == [{"filename": f"ä {number}.jpg"} for number in range(3)]
+    assert read_metas(str(path)) == [
+        {"filename": f"ä {number}.jpg"} for number in range(3)
+    ]
     with BetonWriter(str(tmp_path / "b.beton")) as writer:
         writer.add("k", crops[0], probe(crops[0]))
         writer.close()
     assert read_metas(str(tmp_path / "b.beton")) == [None]
 
 
-def test_the_writer_refuses_what_cannot_be_read_back(tmp_path: Path, crops: list[bytes]) -> None:
+def test_the_writer_refuses_what_cannot_be_read_back(
+    tmp_path: Path, crops: list[bytes]
+) -> None:
     png = io.BytesIO()
     Image.open(io.BytesIO(crops[0])).save(png, "PNG")
     with BetonWriter(str(tmp_path / "a.beton")) as writer:
@@ -252,7 +300,9 @@ def test_the_writer_refuses_what_cannot_be_read_back(tmp_path: Path, crops: list
 # ----------------------------------------------------------------------------------- other people's
 
 
-def foreign(path: Path, crops: list[bytes], fields: tuple[tuple[str, int], ...]) -> Path:
+def foreign(
+    path: Path, crops: list[bytes], fields: tuple[tuple[str, int], ...]
+) -> Path:
     """Write a beton as another program might: fields of any names and kinds, samples out of order
     in the file."""
     page, count = 2**21, len(crops)
@@ -282,16 +332,28 @@ def foreign(path: Path, crops: list[bytes], fields: tuple[tuple[str, int], ...])
 
 
 def test_betons_made_elsewhere_are_read(tmp_path: Path, crops: list[bytes]) -> None:
-    fields = (("weight", 0), ("label", beton.INT), ("image", beton.IMAGE), ("other", beton.INT))
-    found = index_shard(str(foreign(tmp_path / "some file.v1.beton", crops[:4], fields)))
+    fields = (
+        ("weight", 0),
+        ("label", beton.INT),
+        ("image", beton.IMAGE),
+        ("other", beton.INT),
+    )
+    found = index_shard(
+        str(foreign(tmp_path / "some file.v1.beton", crops[:4], fields))
+    )
     assert found.table.keys == [f"some_file_v1/{n:08d}" for n in range(4)]
     assert found.table.labels.tolist() == [1, 11, 21, 31]
     assert found.ignored == {"field 'weight'": 1, "field 'other'": 1}
-    assert [tuple(pair) for pair in zip(found.table.widths, found.table.heights, strict=True)] == [
-        Image.open(io.BytesIO(image)).size for image in crops[:4]
-    ]
+    assert [
+        tuple(pair)
+        for pair in zip(found.table.widths, found.table.heights, strict=True)
+    ] == [Image.open(io.BytesIO(image)).size for image in crops[:4]]
     named = index_shard(
-        str(foreign(tmp_path / "b.beton", crops[:4], (("image", 2), ("id", beton.BYTES))))
+        str(
+            foreign(
+                tmp_path / "b.beton", crops[:4], (("image", 2), ("id", beton.BYTES))
+            )
+        )
     )
     assert named.table.keys == ["name0", "name1", "name2", "name3"]
     assert named.table.labels.tolist() == [-1] * 4
@@ -306,12 +368,16 @@ def test_a_folder_of_betons_is_a_dataset(tmp_path: Path, crops: list[bytes]) -> 
     assert (manifest.info.format, manifest.info.num_samples) == ("ffcv", 8)
     assert not verify(str(folder)).problems
     assert write_manifest(str(folder)).num_samples == 8
-    assert not verify(str(folder), full=True).problems  # out of order in the file is no fault
+    assert not verify(
+        str(folder), full=True
+    ).problems  # out of order in the file is no fault
     tars = open_dataset(str(make(folder, tmp_path / "tars")))
     assert tars.info.fingerprint == open_dataset(str(folder)).info.fingerprint
     (folder / "c.tar").write_bytes(b"")
     (folder / "dataset.json").unlink()
-    with pytest.raises(DataError, match=r"shards of several containers \(ffcv, webdataset\)"):
+    with pytest.raises(
+        DataError, match=r"shards of several containers \(ffcv, webdataset\)"
+    ):
         open_dataset(str(folder), cache_dir=tmp_path / "cache2")
 
 
@@ -325,7 +391,9 @@ def test_a_beton_that_lies_about_an_image_has_a_bad_sample(
     data[start + 1] ^= 1  # the second sample's width
     path.write_bytes(data)
     found = index_shard(str(path))
-    assert [(key, refused.reason) for key, refused in found.bad] == [("001", Reason.SIZE_DIFFERS)]
+    assert [(key, refused.reason) for key, refused in found.bad] == [
+        ("001", Reason.SIZE_DIFFERS)
+    ]
     assert "the beton says" in found.bad[0][1].detail
     assert [FORMATS[code] for code in found.table.formats] == ["jpeg", "bad", "jpeg"]
 
@@ -356,7 +424,9 @@ def test_what_is_no_beton_is_refused(tmp_path: Path, crops: list[bytes]) -> None
         index_shard(
             str(
                 foreign(
-                    tmp_path / "w.beton", crops[:1], (("label", beton.INT), ("id", beton.BYTES))
+                    tmp_path / "w.beton",
+                    crops[:1],
+                    (("label", beton.INT), ("id", beton.BYTES)),
                 )
             )
         )
@@ -364,7 +434,9 @@ def test_what_is_no_beton_is_refused(tmp_path: Path, crops: list[bytes]) -> None
         suffix_of("zarr")
 
 
-def test_verification_finds_a_changed_image_in_a_beton(source: Path, tmp_path: Path) -> None:
+def test_verification_finds_a_changed_image_in_a_beton(
+    source: Path, tmp_path: Path
+) -> None:
     folder = make(source, tmp_path / "betons", format="ffcv", **FEW)
     table = open_dataset(str(folder)).shard_table(1)
     path = folder / "train-000001.beton"
@@ -395,5 +467,8 @@ def test_the_command_line_makes_betons(
     made = json.loads(capsys.readouterr().out)
     assert made["num_samples"] == 12
     assert (
-        open_dataset(str(tmp_path / "b")).info.made_by["plan"]["settings"]["max_resolution"] == 60
+        open_dataset(str(tmp_path / "b")).info.made_by["plan"]["settings"][
+            "max_resolution"
+        ]
+        == 60
     )

@@ -26,11 +26,17 @@ from train.settings.fit import (
 )
 
 
-def make_config(size: str = "vit_b_16", *, micro_batch_size: int = 64, **engine: Any) -> RunConfig:
+def make_config(
+    size: str = "vit_b_16", *, micro_batch_size: int = 64, **engine: Any
+) -> RunConfig:
     return RunConfig.model_validate(
         {
             "model": SIZES[size].model_dump(),
-            "train": {"steps": 10, "global_batch_size": 4096, "micro_batch_size": micro_batch_size},
+            "train": {
+                "steps": 10,
+                "global_batch_size": 4096,
+                "micro_batch_size": micro_batch_size,
+            },
             "engine": engine,
         }
     )
@@ -50,7 +56,10 @@ def estimate(
 def test_state_in_bf16_is_fourteen_bytes_a_parameter(size: str, gb: float):
     memory = estimate(make_config(size))
     assert (memory.weights + memory.optimizer) / 1e9 == pytest.approx(gb, rel=0.005)
-    assert memory.weights + memory.optimizer == 14 * parameter_counts(SIZES[size]).trainable
+    assert (
+        memory.weights + memory.optimizer
+        == 14 * parameter_counts(SIZES[size]).trainable
+    )
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -58,9 +67,13 @@ def test_each_stage_shards_what_it_says(stage: int):
     config = make_config("vit_h_14", micro_batch_size=32)
     one, eight = estimate(config, stage=0), estimate(config, world_size=8, stage=stage)
     trained = parameter_counts(SIZES["vit_h_14"]).trainable
-    assert eight.optimizer == pytest.approx(12 * trained / (8 if stage >= 1 else 1), rel=1e-6)
+    assert eight.optimizer == pytest.approx(
+        12 * trained / (8 if stage >= 1 else 1), rel=1e-6
+    )
     if stage:  # gradients and their fp32 sums
-        assert eight.gradients == pytest.approx(6 * trained / (8 if stage >= 2 else 1), rel=1e-6)
+        assert eight.gradients == pytest.approx(
+            6 * trained / (8 if stage >= 2 else 1), rel=1e-6
+        )
     # DeepSpeed's default leaves the weights of a model of this size gathered.
     assert eight.weights == pytest.approx(
         2 * trained * (1 + (1 / 8 if stage == 3 else 0)), rel=1e-6
@@ -71,8 +84,13 @@ def test_each_stage_shards_what_it_says(stage: int):
 def test_fp32_copies_of_gradients_are_whole_only_where_micro_batches_are_summed():
     trained = parameter_counts(SIZES["vit_b_16"]).trainable
     assert estimate(make_config(), world_size=2).gradients == 6 * trained
-    assert estimate(make_config(micro_batch_size=2048), world_size=2).gradients == 4 * trained
-    assert estimate(make_config(precision="fp32"), world_size=2).gradients == 4 * trained
+    assert (
+        estimate(make_config(micro_batch_size=2048), world_size=2).gradients
+        == 4 * trained
+    )
+    assert (
+        estimate(make_config(precision="fp32"), world_size=2).gradients == 4 * trained
+    )
 
 
 def test_fp32_keeps_no_masters_at_stage_0():
@@ -101,13 +119,19 @@ def test_activations_are_those_of_one_micro_batch_and_recomputing_keeps_one_bloc
         activation_bytes(model) - activation_bytes(model, decoder="full")
     ) // model.decoder_depth
     assert full == 32 * (kept + block + images)
-    assert full < estimate(config, mode="selective").activations < estimate(config).activations
+    assert (
+        full
+        < estimate(config, mode="selective").activations
+        < estimate(config).activations
+    )
 
 
 def test_workspace_counts_the_buckets_that_are_configured():
     assert BUCKETS_NUMEL == 2 * BUCKET_NUMEL
     assert estimate(make_config(), stage=0).workspace == CONTEXT_BYTES
-    assert estimate(make_config(), stage=1).workspace == CONTEXT_BYTES + 2 * BUCKETS_NUMEL
+    assert (
+        estimate(make_config(), stage=1).workspace == CONTEXT_BYTES + 2 * BUCKETS_NUMEL
+    )
 
 
 def test_the_fastest_that_fits_is_recommended():
@@ -117,10 +141,14 @@ def test_the_fastest_that_fits_is_recommended():
     assert best is not None
     assert (best.zero_stage, best.checkpointing) == (1, "none")
     previous = best.cost
-    for size_gib in range(79, 0, -1):  # with less memory it only gets slower, and ends with nothing
+    for size_gib in range(
+        79, 0, -1
+    ):  # with less memory it only gets slower, and ends with nothing
         best = recommend(choices, device_bytes=size_gib * GIB)
         if best is None:
-            assert all(choice.memory.total > 0.92 * size_gib * GIB for choice in choices)
+            assert all(
+                choice.memory.total > 0.92 * size_gib * GIB for choice in choices
+            )
             break
         assert best.memory.total <= 0.92 * size_gib * GIB
         assert best.cost >= previous
@@ -131,7 +159,8 @@ def test_the_fastest_that_fits_is_recommended():
 
 def test_fp16_has_no_stage_0():
     assert {
-        choice.zero_stage for choice in list_choices(make_config(precision="fp16"), world_size=2)
+        choice.zero_stage
+        for choice in list_choices(make_config(precision="fp16"), world_size=2)
     } == {1, 2, 3}
 
 
@@ -147,11 +176,19 @@ def test_the_text_names_every_stage_and_the_settings_to_use():
         "micro batch 64",
     ):
         assert part in text
-    assert "nothing fits 2 GiB" in describe_fit(config, world_size=8, device_bytes=2 * GIB)[-1]
-    assert "--engine.device-memory-gib" in describe_fit(config, world_size=8, device_bytes=None)[-1]
+    assert (
+        "nothing fits 2 GiB"
+        in describe_fit(config, world_size=8, device_bytes=2 * GIB)[-1]
+    )
+    assert (
+        "--engine.device-memory-gib"
+        in describe_fit(config, world_size=8, device_bytes=None)[-1]
+    )
 
 
-def test_the_device_is_asked_unless_it_was_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_device_is_asked_unless_it_was_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\necho 81559\necho 40960\n")
     program.chmod(0o755)

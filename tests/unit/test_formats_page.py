@@ -29,7 +29,13 @@ from pipeline.images.header import probe
 from pipeline.images.refused import Reason
 from pipeline.sampling.boxes import draw_boxes
 from pipeline.sampling.order import Cursor, EpochOrder, Order
-from pipeline.sampling.philox import MAX_STREAM, Purpose, permutation, random_words, unit_float32
+from pipeline.sampling.philox import (
+    MAX_STREAM,
+    Purpose,
+    permutation,
+    random_words,
+    unit_float32,
+)
 from train.checkpoint.store import CheckpointStore
 from train.config import RunConfig
 from train.engine.build import build_engine
@@ -47,7 +53,9 @@ EPOCHS = st.integers(0, 2**32 - 1)
 def page() -> dict[str, Any]:
     """Give the names that the page's blocks define."""
     names: dict[str, Any] = {}
-    for block in re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL):
+    for block in re.findall(
+        r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL
+    ):
         exec(compile(block, str(PAGE), "exec"), names)
     return names
 
@@ -69,10 +77,14 @@ def test_a_dataset_is_read(
             sample_id += 1
 
 
-def test_an_index_for_dali_is_as_the_page_says(tmp_path: Path, crops: list[bytes]) -> None:
+def test_an_index_for_dali_is_as_the_page_says(
+    tmp_path: Path, crops: list[bytes]
+) -> None:
     with WebDatasetWriter(str(tmp_path / "train-000000.tar")) as writer:
         for number, image in enumerate(crops[:3]):
-            writer.add(f"k{number}", image, probe(image), label=number, metadata={"class": "a"})
+            writer.add(
+                f"k{number}", image, probe(image), label=number, metadata={"class": "a"}
+            )
         written = writer.close()
     first, *lines = written.dali_index.decode().splitlines()
     assert first == "v1.2 3"
@@ -95,7 +107,9 @@ def test_an_index_for_dali_is_as_the_page_says(tmp_path: Path, crops: list[bytes
     stream=st.integers(0, MAX_STREAM - 1),
     num_blocks=st.integers(1, 5),
 )
-def test_words_are_drawn(page: dict[str, Any], seed: int, purpose: Purpose, **named: int) -> None:
+def test_words_are_drawn(
+    page: dict[str, Any], seed: int, purpose: Purpose, **named: int
+) -> None:
     ours = random_words(
         seed=seed,
         purpose=purpose,
@@ -108,9 +122,13 @@ def test_words_are_drawn(page: dict[str, Any], seed: int, purpose: Purpose, **na
 
 
 @given(count=st.integers(0, 70), seed=SEEDS, epoch=EPOCHS, stream=st.integers(0, 2**40))
-def test_numbers_are_permuted(page: dict[str, Any], count: int, seed: int, **named: int) -> None:
+def test_numbers_are_permuted(
+    page: dict[str, Any], count: int, seed: int, **named: int
+) -> None:
     ours = permutation(count, seed=seed, purpose=Purpose.WINDOW, **named)
-    assert page["permutation"](count, seed, int(Purpose.WINDOW), **named) == ours.tolist()
+    assert (
+        page["permutation"](count, seed, int(Purpose.WINDOW), **named) == ours.tolist()
+    )
 
 
 @settings(max_examples=30)
@@ -122,7 +140,12 @@ def test_numbers_are_permuted(page: dict[str, Any], count: int, seed: int, **nam
     epoch=st.integers(0, 5),
 )
 def test_the_order_is_followed(
-    page: dict[str, Any], sizes: list[int], lanes: int, window: int, seed: int, epoch: int
+    page: dict[str, Any],
+    sizes: list[int],
+    lanes: int,
+    window: int,
+    seed: int,
+    epoch: int,
 ) -> None:
     config = OrderConfig(lanes=lanes, window=window)
     ours = EpochOrder(np.array(sizes), config=config, seed=seed, epoch=epoch)
@@ -148,9 +171,14 @@ def test_ranks_take_positions_by_their_number(page: dict[str, Any]) -> None:
         cursor = Cursor()
         for number in range(8):
             batch_of_rank = order.rank_batch(cursor)
-            stream = [n for n in range(number * batch, (number + 1) * batch) if n % ranks == rank]
+            stream = [
+                n
+                for n in range(number * batch, (number + 1) * batch)
+                if n % ranks == rank
+            ]
             expected = [
-                page["sample_at"](n % sum(sizes), sizes, 4, 2, 3, n // sum(sizes)) for n in stream
+                page["sample_at"](n % sum(sizes), sizes, 4, 2, 3, n // sum(sizes))
+                for n in stream
             ]
             assert batch_of_rank.sample_ids_B.tolist() == expected
             cursor = batch_of_rank.end
@@ -230,7 +258,9 @@ def test_every_key_of_metrics_is_explained() -> None:
 
 def test_every_reason_is_listed() -> None:
     table = PAGE.read_text().split("### Reasons")[1].split("\n#")[0]
-    listed = re.findall(r"`([^`]+)`", " ".join(re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)))
+    listed = re.findall(
+        r"`([^`]+)`", " ".join(re.findall(r"^\| (`.*?) \|", table, re.MULTILINE))
+    )
     assert sorted(listed) == sorted(Reason)
 
 

@@ -42,7 +42,9 @@ def test_two_classes_for_one_name_are_refused(tmp_path: Path) -> None:
 
 
 def test_another_encoding_is_named_with_its_line(tmp_path: Path) -> None:
-    (tmp_path / "truth.txt").write_bytes("a.jpg dog\nb.jpg caf\u00e9\n".encode("latin-1"))
+    (tmp_path / "truth.txt").write_bytes(
+        "a.jpg dog\nb.jpg caf\u00e9\n".encode("latin-1")
+    )
     with pytest.raises(DataError, match=r"not a text file in UTF-8 .line 2: byte 0xe9"):
         read_ground_truth(str(tmp_path / "truth.txt"))
 
@@ -51,7 +53,9 @@ def test_another_encoding_is_named_with_its_line(tmp_path: Path) -> None:
 def test_a_devkit_is_known_by_any_spelling(tmp_path: Path, name: str) -> None:
     (tmp_path / "ILSVRC2012_validation_ground_truth.txt").write_text("2\n1\n")
     (tmp_path / "ids.txt").write_text("1 cat\n2 dog\n")
-    with tarfile.open(tmp_path / name, "w" if name.endswith("TAR") else "w:gz") as archive:
+    with tarfile.open(
+        tmp_path / name, "w" if name.endswith("TAR") else "w:gz"
+    ) as archive:
         path = tmp_path / "ILSVRC2012_validation_ground_truth.txt"
         archive.add(path, f"devkit/{path.name}")
     truth = read_ground_truth(str(tmp_path / name), str(tmp_path / "ids.txt"))

@@ -20,10 +20,18 @@ from train.process.world import World
 
 def test_the_run_goes_back_after_so_many_in_a_row_and_stops_after_so_many_times():
     guard = SkipGuard(skipped_in_a_row=3, roll_backs=2)
-    assert [guard.judge("skipped") for _ in range(3)] == ["skipped", "skipped", "roll-back"]
+    assert [guard.judge("skipped") for _ in range(3)] == [
+        "skipped",
+        "skipped",
+        "roll-back",
+    ]
     guard.rolled_back(8)
     assert (guard.in_a_row, guard.roll_backs, guard.target) == (0, 1, 8)
-    assert [guard.judge("skipped") for _ in range(3)] == ["skipped", "skipped", "roll-back"]
+    assert [guard.judge("skipped") for _ in range(3)] == [
+        "skipped",
+        "skipped",
+        "roll-back",
+    ]
     guard.rolled_back(4)
     assert [guard.judge("skipped") for _ in range(3)] == ["skipped", "skipped", "stop"]
 
@@ -52,7 +60,9 @@ class Overflowing(nn.Module):
         return Output((self.weight - images_BCHW).square().mean() * noise_BN.mean())
 
 
-@pytest.mark.parametrize(("error", "skipped"), [(1.0, 0), (1e18, 0), (3e19, 1), (math.nan, 1)])
+@pytest.mark.parametrize(
+    ("error", "skipped"), [(1.0, 0), (1e18, 0), (3e19, 1), (math.nan, 1)]
+)
 def test_a_loss_that_is_not_finite_is_a_skipped_step_even_if_its_gradient_is(
     error: float, skipped: int
 ):
@@ -94,7 +104,9 @@ def test_a_spike_is_told_once_and_does_not_become_the_usual():
 
 def test_the_first_lines_and_those_that_are_not_finite_are_no_spikes():
     guard = SpikeGuard(factor=2.0)
-    assert not any(guard.begins(10.0 ** (number % 3)) for number in range(HISTORY_NEEDED))
+    assert not any(
+        guard.begins(10.0 ** (number % 3)) for number in range(HISTORY_NEEDED)
+    )
     assert not guard.begins(math.nan)
     assert not guard.begins(math.inf)
     off = SpikeGuard(factor=0.0)
@@ -118,7 +130,9 @@ def test_any_flipped_bit_changes_its_tensors_sum_and_no_other(dtype: torch.dtype
     for bit in range(16):
         model = make_model().to(dtype)
         bits = model[0].weight.data.view(torch.int16)  # type: ignore[union-attr]
-        bits[1, 2] ^= torch.tensor(1, dtype=torch.int32).bitwise_left_shift(bit).to(torch.int16)
+        bits[1, 2] ^= (
+            torch.tensor(1, dtype=torch.int32).bitwise_left_shift(bit).to(torch.int16)
+        )
         _, after = checksums(model)
         assert (after != before).tolist() == [True, False, False, False, False], bit
 
@@ -128,7 +142,13 @@ def test_values_that_changed_places_are_found():
     _, before = checksums(model)
     with torch.no_grad():
         model[0].weight[:] = model[0].weight.flip(0)  # type: ignore[union-attr]
-    assert (checksums(model)[1] != before).tolist() == [True, False, False, False, False]
+    assert (checksums(model)[1] != before).tolist() == [
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]
 
 
 @pytest.mark.parametrize(

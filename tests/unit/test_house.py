@@ -26,7 +26,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("pipeline", "model", "train", "deploy")
 SETTINGS = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
 CONTRACTS = {
-    contract["name"]: contract for contract in SETTINGS["tool"]["importlinter"]["contracts"]
+    contract["name"]: contract
+    for contract in SETTINGS["tool"]["importlinter"]["contracts"]
 }
 PURE_CONTRACT = "What lays out a run needs neither torch nor DALI"
 
@@ -45,7 +46,9 @@ def run_python(code: str, *, cwd: Path, path: str = "") -> str:
 # ----------------------------------------------------------------------------------------- packages
 
 
-def test_packages_come_from_the_repository_wherever_they_are_imported(tmp_path: Path) -> None:
+def test_packages_come_from_the_repository_wherever_they_are_imported(
+    tmp_path: Path,
+) -> None:
     code = f"""
         import json
         from importlib.util import find_spec
@@ -58,14 +61,18 @@ def test_packages_come_from_the_repository_wherever_they_are_imported(tmp_path: 
 
 
 def test_editable_install_is_one_plain_path() -> None:
-    files = [file for file in metadata.files("maelstrom") or [] if file.suffix == ".pth"]
+    files = [
+        file for file in metadata.files("maelstrom") or [] if file.suffix == ".pth"
+    ]
     assert len(files) == 1
     lines = set(Path(str(files[0].locate())).read_text().split("\n")) - {""}
     assert lines == {str(REPOSITORY)}  # an import hook would start with `import`
 
 
 def test_distribution_lists_every_package_and_cannot_be_uploaded() -> None:
-    assert SETTINGS["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] == list(PACKAGES)
+    assert SETTINGS["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] == list(
+        PACKAGES
+    )
     assert "Private :: Do Not Upload" in SETTINGS["project"]["classifiers"]
     found = {path.parent.name for path in REPOSITORY.glob("*/__init__.py")}
     assert found == set(PACKAGES)
@@ -92,7 +99,11 @@ def copy_packages(destination: Path) -> None:
 
 
 def lint_imports(cwd: Path) -> tuple[int, str]:
-    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache", "--no-logo"]
+    command = [
+        str(Path(sys.executable).with_name("lint-imports")),
+        "--no-cache",
+        "--no-logo",
+    ]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
     return done.returncode, re.sub(r"\s+", " ", done.stdout + done.stderr)
 
@@ -193,9 +204,9 @@ def test_no_import_circle_between_files() -> None:
     for package in PACKAGES:
         for path in (REPOSITORY / package).rglob("*.py"):
             files[
-                ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(
-                    ".__init__"
-                )
+                ".".join(
+                    path.relative_to(REPOSITORY).with_suffix("").parts
+                ).removesuffix(".__init__")
             ] = path
     faces = {name for name, path in files.items() if path.name == "__init__.py"}
     arrows: dict[str, set[str]] = {}
@@ -225,14 +236,16 @@ def pure_modules() -> Iterator[str]:
             yield name
             continue
         for path in sorted(folder.rglob("*.py")):
-            yield ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(
-                ".__init__"
-            )
+            yield ".".join(
+                path.relative_to(REPOSITORY).with_suffix("").parts
+            ).removesuffix(".__init__")
 
 
 def test_pure_modules_load_no_torch(tmp_path: Path) -> None:
     modules = list(pure_modules())
-    assert {"pipeline.sampling.order", "pipeline.config", "train.config"} <= set(modules)
+    assert {"pipeline.sampling.order", "pipeline.config", "train.config"} <= set(
+        modules
+    )
     code = f"""
         import importlib, sys
         for name in {modules}:
@@ -252,7 +265,9 @@ def tracked_files() -> list[Path]:
         command, cwd=REPOSITORY, capture_output=True, text=True, check=True
     ).stdout
     files = [REPOSITORY / name for name in names.split("\0") if name]
-    return [path for path in files if path.is_file()]  # a file may be deleted and not yet committed
+    return [
+        path for path in files if path.is_file()
+    ]  # a file may be deleted and not yet committed
 
 
 @pytest.mark.parametrize(
@@ -300,7 +315,9 @@ def inner_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     (folder / "conftest.py").write_text(
         conftest.replace("CHILD_EXIT_LIMIT_S = EXIT_S", "CHILD_EXIT_LIMIT_S = 0.2")
     )
-    (folder / "test_marker.py").write_text("import pytest\n@pytest.mark.gpus\ndef test_a(): pass\n")
+    (folder / "test_marker.py").write_text(
+        "import pytest\n@pytest.mark.gpus\ndef test_a(): pass\n"
+    )
     text = """
         import subprocess, sys
         from pathlib import Path
@@ -322,8 +339,15 @@ def inner_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         "-p",
         "no:cacheprovider",
     ]
-    command += ["--continue-on-collection-errors", "--rootdir", str(folder), str(folder)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    command += [
+        "--continue-on-collection-errors",
+        "--rootdir",
+        str(folder),
+        str(folder),
+    ]
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, check=False
+    )
     return folder, done.stdout
 
 
@@ -331,7 +355,9 @@ def test_an_unknown_marker_is_an_error(inner_run: tuple[Path, str]) -> None:
     assert "'gpus' not found in `markers`" in inner_run[1]
 
 
-def test_a_process_left_behind_fails_the_test_and_is_ended(inner_run: tuple[Path, str]) -> None:
+def test_a_process_left_behind_fails_the_test_and_is_ended(
+    inner_run: tuple[Path, str],
+) -> None:
     folder, output = inner_run
     assert "processes left behind" in output
     assert "2 passed, 2 errors" in output
@@ -371,7 +397,10 @@ def test_s3_server_stores_and_serves(s3_bucket: str) -> None:
     bucket = s3_bucket.removeprefix("s3://")
     client = boto3.client("s3")
     client.put_object(Bucket=bucket, Key="a", Body=b"0123456789")
-    assert client.get_object(Bucket=bucket, Key="a", Range="bytes=2-4")["Body"].read() == b"234"
+    assert (
+        client.get_object(Bucket=bucket, Key="a", Range="bytes=2-4")["Body"].read()
+        == b"234"
+    )
 
 
 # ------------------------------------------------------------------------------------ set-up script
@@ -411,7 +440,11 @@ def bare_root(tmp_path: Path) -> Path:
 def run_setup(root: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     # No `make`, no compiler, no apt-get on PATH: what gets past the check that is meant can install
     # nothing.
-    environment = {"PATH": str(root.parent / "bin"), "HOME": str(root.parent), **environment}
+    environment = {
+        "PATH": str(root.parent / "bin"),
+        "HOME": str(root.parent),
+        **environment,
+    }
     command = [str(root / "deploy/setup.sh")]
     return subprocess.run(
         command,
@@ -439,7 +472,9 @@ def test_setup_refuses_a_python_that_does_not_run(bare_root: Path) -> None:
     assert "PYTHON=/bin/false does not run" in done.stderr
 
 
-def test_setup_names_missing_packages_before_it_changes_anything(bare_root: Path) -> None:
+def test_setup_names_missing_packages_before_it_changes_anything(
+    bare_root: Path,
+) -> None:
     done = run_setup(bare_root, PYTHON=base_python())
     assert done.returncode == 2
     assert "g++" in done.stderr
@@ -488,7 +523,11 @@ def test_setup_does_nothing_where_the_stamp_fits_and_everything_where_it_does_no
 
 
 def make_targets() -> set[str]:
-    return set(re.findall(r"^([a-z][a-z-]*):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+    return set(
+        re.findall(
+            r"^([a-z][a-z-]*):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE
+        )
+    )
 
 
 def test_make_lists_every_target_and_promises_only_modules_that_exist() -> None:
@@ -498,6 +537,10 @@ def test_make_lists_every_target_and_promises_only_modules_that_exist() -> None:
     )
     for target in make_targets():
         assert f"make {target} " in done.stdout
-    for module in re.findall(r"\$\(PY\) -m ((?:pipeline|train|deploy)(?:\.\w+)+)", text):
+    for module in re.findall(
+        r"\$\(PY\) -m ((?:pipeline|train|deploy)(?:\.\w+)+)", text
+    ):
         path = REPOSITORY / module.replace(".", "/")
-        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), (
+            module
+        )

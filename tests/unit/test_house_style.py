@@ -15,11 +15,10 @@ FOLDER_FILES = 12
 WHERE_PER_MILLE = 1.5
 """Occurrences of "where" in a thousand words; "if" and "when" are other words."""
 
-# The source is on its way: the goals are 64 lines, 8.5 nodes and 4%. Lower a limit whenever a
-# change allows it; never raise one.
-FUNCTION_LINES = 77
-NODES_PER_LINE = 9.7
-COMMENT_SHARE = 0.028
+# Lower a limit whenever a change allows it, e.g. that of functions towards 64; never raise one.
+FUNCTION_LINES = 74
+NODES_PER_LINE = 8.5
+COMMENT_SHARE = 0.04
 
 # tests/ is not a package: the script is loaded from its file.
 _spec = importlib.util.spec_from_file_location(
@@ -44,15 +43,23 @@ def test_the_pages_are_in_plain_words() -> None:
 
 
 def test_folders_are_small() -> None:
-    files = Counter(name_of(path.parent) for path in style.sources() if path.name != "__init__.py")
-    assert {folder: count for folder, count in files.items() if count > FOLDER_FILES} == {}
+    files = Counter(
+        name_of(path.parent) for path in style.sources() if path.name != "__init__.py"
+    )
+    assert {
+        folder: count for folder, count in files.items() if count > FOLDER_FILES
+    } == {}
 
 
 def test_functions_are_short() -> None:
     found = {
         name_of(path): longest
         for path in style.sources()
-        if (longest := list(style.long_functions(path.read_text(), limit=FUNCTION_LINES)))
+        if (
+            longest := list(
+                style.long_functions(path.read_text(), limit=FUNCTION_LINES)
+            )
+        )
     }
     assert found == {}
 
@@ -92,7 +99,11 @@ def test_a_source_is_measured() -> None:
 def test_a_page_is_measured_without_its_code() -> None:
     page = "Where to look.\n```python\nwhere = nothing\n```\nNothing else.\n"
     measured = style.measure_page(page)
-    assert (measured.words, measured.dialect["where"], measured.dialect["nothing"]) == (5, 1, 1)
+    assert (measured.words, measured.dialect["where"], measured.dialect["nothing"]) == (
+        5,
+        1,
+        1,
+    )
 
 
 def test_long_functions_are_found_without_their_docstrings() -> None:

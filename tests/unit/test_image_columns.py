@@ -60,12 +60,19 @@ def test_a_column_of_any_name(tmp_path: Path, name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [pa.binary(), pa.large_binary(), pa.binary_view()], ids=["binary", "large", "view"]
+    "kind",
+    [pa.binary(), pa.large_binary(), pa.binary_view()],
+    ids=["binary", "large", "view"],
 )
 def test_bytes_of_any_type(tmp_path: Path, kind: Any) -> None:
-    assert given(wrote(tmp_path, {"image": pa.array([b"one", b"two"], kind)})) == NUMBERED
+    assert (
+        given(wrote(tmp_path, {"image": pa.array([b"one", b"two"], kind)})) == NUMBERED
+    )
     record = pa.struct([("path", pa.large_string()), ("bytes", kind)])
-    assert given(wrote(tmp_path, {"photo": pa.array(RECORDS, record)}, row_group_size=9)) == NAMED
+    assert (
+        given(wrote(tmp_path, {"photo": pa.array(RECORDS, record)}, row_group_size=9))
+        == NAMED
+    )
 
 
 NESTED = {
@@ -117,7 +124,9 @@ LISTS = {
 
 @pytest.mark.parametrize("values", LISTS.values(), ids=LISTS)
 @pytest.mark.parametrize("name", ["images", "image"])
-def test_lists_of_images_are_explained(tmp_path: Path, name: str, values: list[Any]) -> None:
+def test_lists_of_images_are_explained(
+    tmp_path: Path, name: str, values: list[Any]
+) -> None:
     path = wrote(tmp_path, {name: values, "label": [3, 4]})
     said = rf"Column '{name}' holds a list of images in each row.*explode"
     with pytest.raises((ConfigError, DataError), match=said):
@@ -155,7 +164,9 @@ def test_records_of_paths_alone_are_a_list(
 
 
 @pytest.mark.parametrize("with_statistics", [True, False])
-def test_records_of_which_some_have_bytes_are_images(tmp_path: Path, with_statistics: bool) -> None:
+def test_records_of_which_some_have_bytes_are_images(
+    tmp_path: Path, with_statistics: bool
+) -> None:
     rows = [{"bytes": None, "path": "a.jpg"}, RECORDS[1]]
     path = wrote(tmp_path, {"image": rows}, write_statistics=with_statistics)
     assert given(path) == [("a.jpg", b""), ("2.jpg", b"two")]
@@ -171,7 +182,14 @@ def test_records_of_which_some_have_bytes_are_images(tmp_path: Path, with_statis
         pa.array([{"path": "a.jpg"}]),
         pa.array([{"id": 1, "path": "a.jpg"}]),
     ],
-    ids=["string", "large_string", "string_view", "category", "record", "record with more"],
+    ids=[
+        "string",
+        "large_string",
+        "string_view",
+        "category",
+        "record",
+        "record with more",
+    ],
 )
 def test_paths_of_any_type(tmp_path: Path, values: Any) -> None:
     (tmp_path / "a.jpg").write_bytes(b"one")
@@ -181,7 +199,9 @@ def test_paths_of_any_type(tmp_path: Path, values: Any) -> None:
 @pytest.mark.parametrize("values", [pa.array([7]), pa.array([[1, 2]]), pa.array([1.5])])
 def test_a_column_that_holds_no_paths_is_named(tmp_path: Path, values: Any) -> None:
     path = wrote(tmp_path, {"image": values})
-    with pytest.raises(DataError, match=r"column 'image' holds .*expected a path or URI"):
+    with pytest.raises(
+        DataError, match=r"column 'image' holds .*expected a path or URI"
+    ):
         given(path)
 
 
@@ -190,7 +210,9 @@ def test_paths_that_are_not_utf8_stop_no_other(tmp_path: Path) -> None:
     latin = pa.array([b"a.jpg", b"caf\xe9.jpg"]).view(pa.string())
     found = given(wrote(tmp_path, {"image": latin}))
     assert found == [("a.jpg", b"one"), ("x.parquet row 2", "no path or URL")]
-    record = pa.StructArray.from_arrays([pa.array([b"one", b"two"]), latin], ["bytes", "path"])
+    record = pa.StructArray.from_arrays(
+        [pa.array([b"one", b"two"]), latin], ["bytes", "path"]
+    )
     found = given(wrote(tmp_path, {"image": record}))
     assert found == [("a.jpg", b"one"), ("x/00000001", b"two")]
 

@@ -24,7 +24,9 @@ from pipeline.sources.listing import Listing, SourceSettings
 NONE = -1
 
 
-def write(folder: Path, files: dict[str, Any], *, column: str = "label", kind: str) -> str:
+def write(
+    folder: Path, files: dict[str, Any], *, column: str = "label", kind: str
+) -> str:
     """Write tables of images (`parquet`) or of their URIs (`list`), one file per label column."""
     for name, labels in files.items():
         count = 3 if labels is None else len(labels)
@@ -46,7 +48,9 @@ def listed(src: str, **settings: Any) -> Listing:
 def category(values: list[Any], categories: list[Any]) -> pa.Array:
     """Give what pyarrow makes of a pandas column of dtype `category`."""
     places = [None if value is None else categories.index(value) for value in values]
-    return pa.DictionaryArray.from_arrays(pa.array(places, pa.int8()), pa.array(categories))
+    return pa.DictionaryArray.from_arrays(
+        pa.array(places, pa.int8()), pa.array(categories)
+    )
 
 
 INTEGERS = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
@@ -56,7 +60,10 @@ NUMBERS = [
     ("float16", pa.array([0.0, 7.0, None], pa.float16())),
     ("float32", pa.array([0.0, 7.0, float("nan")], pa.float32())),
     ("float64", pa.array([0.0, 7.0, float("nan")])),
-    ("decimal", pa.array([decimal.Decimal(0), decimal.Decimal(7), None], pa.decimal128(9, 2))),
+    (
+        "decimal",
+        pa.array([decimal.Decimal(0), decimal.Decimal(7), None], pa.decimal128(9, 2)),
+    ),
     ("decimal256", pa.array([decimal.Decimal(0), 7, None], pa.decimal256(40, 0))),
     ("category", category([0, 7, None], [7, 9, 0])),
     ("category of floats", category([0.0, 7.0, None], [7.0, 0.0])),
@@ -66,7 +73,9 @@ KINDS = ["parquet", "list"]
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("name", "values"), NUMBERS, ids=[name for name, _ in NUMBERS])
-def test_numbers_of_any_type(tmp_path: Path, kind: str, name: str, values: pa.Array) -> None:
+def test_numbers_of_any_type(
+    tmp_path: Path, kind: str, name: str, values: pa.Array
+) -> None:
     listing = listed(write(tmp_path, {"a": values}, kind=kind))
     assert listing.labels.tolist() == [0, 1 if name == "bool" else 7, NONE]
     assert listing.classes is None
@@ -82,7 +91,9 @@ NAMES = [
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("values", [v for _, v in NAMES], ids=[name for name, _ in NAMES])
+@pytest.mark.parametrize(
+    "values", [v for _, v in NAMES], ids=[name for name, _ in NAMES]
+)
 def test_names_of_any_type(tmp_path: Path, kind: str, values: pa.Array) -> None:
     listing = listed(write(tmp_path, {"a": values}, kind=kind))
     assert listing.labels.tolist() == [1, NONE, 0, NONE, NONE, 1]
@@ -91,7 +102,9 @@ def test_names_of_any_type(tmp_path: Path, kind: str, values: pa.Array) -> None:
 
 def test_categories_without_an_image_keep_their_numbers(tmp_path: Path) -> None:
     known = ["bee", "ant", "cat"]
-    listing = listed(write(tmp_path, {"a": category(["cat", "ant"], known)}, kind="parquet"))
+    listing = listed(
+        write(tmp_path, {"a": category(["cat", "ant"], known)}, kind="parquet")
+    )
     assert listing.classes == ["ant", "bee", "cat"]
     assert listing.labels.tolist() == [2, 0]
 
@@ -121,7 +134,12 @@ FILES: list[tuple[str, dict[str, Any], list[int], list[str] | None]] = [
         [NONE, NONE, 3],
         None,
     ),
-    ("a file without the column", {"a": None, "b": pa.array([3])}, [NONE] * 3 + [3], None),
+    (
+        "a file without the column",
+        {"a": None, "b": pa.array([3])},
+        [NONE] * 3 + [3],
+        None,
+    ),
     (
         "names beside nulls and beside no column",
         {
@@ -139,14 +157,21 @@ FILES: list[tuple[str, dict[str, Any], list[int], list[str] | None]] = [
         [1, 0],
         ["a", "b", "c"],
     ),
-    ("no row in one file", {"a": pa.array([], pa.int64()), "b": pa.array([3])}, [3], None),
+    (
+        "no row in one file",
+        {"a": pa.array([], pa.int64()), "b": pa.array([3])},
+        [3],
+        None,
+    ),
     ("no label at all", {"a": pa.nulls(1), "b": None}, [NONE] * 4, None),
 ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("files", "labels", "classes"), [row[1:] for row in FILES], ids=[row[0] for row in FILES]
+    ("files", "labels", "classes"),
+    [row[1:] for row in FILES],
+    ids=[row[0] for row in FILES],
 )
 def test_files_that_differ_harmlessly(
     tmp_path: Path, kind: str, files: dict[str, Any], labels: list[int], classes: Any
@@ -162,26 +187,40 @@ def test_files_that_differ_harmlessly(
     [pa.array(["dog"]), pa.array(["7"]), category(["dog"], ["dog"])],
     ids=["text", "digits", "category"],
 )
-def test_numbers_beside_names_are_refused(tmp_path: Path, kind: str, names: Any) -> None:
+def test_numbers_beside_names_are_refused(
+    tmp_path: Path, kind: str, names: Any
+) -> None:
     src = write(tmp_path, {"a": pa.array([1]), "b": names}, kind=kind)
-    with pytest.raises(DataError, match=r"a\.parquet holds numbers.*b\.parquet holds names"):
+    with pytest.raises(
+        DataError, match=r"a\.parquet holds numbers.*b\.parquet holds names"
+    ):
         listed(src)
     assert listed(src, labels="none").labels.tolist() == [NONE, NONE]
 
 
 WRONG = [
     ("beyond int32", pa.array([0, 2**31]), "2147483648 of image 2 is out of range"),
-    ("beyond int64", pa.array([2**64 - 1], pa.uint64()), "18446744073709551615 of image 1"),
+    (
+        "beyond int64",
+        pa.array([2**64 - 1], pa.uint64()),
+        "18446744073709551615 of image 1",
+    ),
     ("below -1", pa.array([3, -2, -100]), "-2 of image 2 and 1 others is out of range"),
     ("a fraction", pa.array([1.0, 2.5]), "2.5 of image 2 is not a whole number"),
-    ("a decimal fraction", pa.array([decimal.Decimal("1.25")]), "1.25 of image 1 is not a whole"),
+    (
+        "a decimal fraction",
+        pa.array([decimal.Decimal("1.25")]),
+        "1.25 of image 1 is not a whole",
+    ),
     ("infinite", pa.array([float("inf")]), "inf of image 1 is out of range"),
     ("a large float", pa.array([1e300]), "of image 1 is out of range"),
 ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("values", "said"), [w[1:] for w in WRONG], ids=[w[0] for w in WRONG])
+@pytest.mark.parametrize(
+    ("values", "said"), [w[1:] for w in WRONG], ids=[w[0] for w in WRONG]
+)
 def test_values_that_are_no_label_are_named(
     tmp_path: Path, kind: str, values: pa.Array, said: str
 ) -> None:
@@ -203,25 +242,37 @@ def test_values_that_are_no_label_are_named(
     ],
     ids=["list", "record", "bytes", "time"],
 )
-def test_types_that_hold_no_label_are_named(tmp_path: Path, kind: str, values: Any) -> None:
+def test_types_that_hold_no_label_are_named(
+    tmp_path: Path, kind: str, values: Any
+) -> None:
     src = write(tmp_path, {"a": values}, kind=kind)
-    with pytest.raises(ConfigError, match=r"'label' of .*a\.parquet holds .*expected whole"):
+    with pytest.raises(
+        ConfigError, match=r"'label' of .*a\.parquet holds .*expected whole"
+    ):
         listed(src)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("is_category", [False, True])
-def test_names_that_are_not_utf8_are_told(tmp_path: Path, kind: str, is_category: bool) -> None:
+def test_names_that_are_not_utf8_are_told(
+    tmp_path: Path, kind: str, is_category: bool
+) -> None:
     latin = pa.array([b"dog", b"caf\xe9"]).view(pa.string())
     values = latin.dictionary_encode() if is_category else latin
     src = write(tmp_path, {"a": values}, kind=kind)
-    with pytest.raises(DataError, match=r"'label' of .*a\.parquet: 1 labels are not UTF-8"):
+    with pytest.raises(
+        DataError, match=r"'label' of .*a\.parquet: 1 labels are not UTF-8"
+    ):
         listed(src)
     assert listed(src, labels="none").labels.tolist() == [NONE, NONE]
 
 
 def test_minus_one_is_no_label(tmp_path: Path) -> None:
-    src = write(tmp_path, {"a": pa.array([-1, 4], pa.int8()), "b": pa.array([-1.0])}, kind="list")
+    src = write(
+        tmp_path,
+        {"a": pa.array([-1, 4], pa.int8()), "b": pa.array([-1.0])},
+        kind="list",
+    )
     assert listed(src).labels.tolist() == [NONE, 4, NONE]
 
 
@@ -242,7 +293,9 @@ def test_a_column_that_is_not_found_is_said(
     assert listed(src, label_column="species").labels.tolist() == [1, 2]
     assert listed(src, labels="none").labels.tolist() == [NONE, NONE]
     assert capsys.readouterr().err == ""
-    with pytest.raises(ConfigError, match=r"no column 'kind' \(--label-column\).*image, species"):
+    with pytest.raises(
+        ConfigError, match=r"no column 'kind' \(--label-column\).*image, species"
+    ):
         listed(src, label_column="kind")
 
 
@@ -269,11 +322,15 @@ def test_files_without_labels_are_said(
     assert "5 of 6 images have no label" in said
 
 
-def class_labels(folder: Path, name: str, names: list[str] | None, labels: list[int]) -> None:
+def class_labels(
+    folder: Path, name: str, names: list[str] | None, labels: list[int]
+) -> None:
     features = {"label": {"names": names, "_type": "ClassLabel"}}
     head = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
     table = pa.table({"image": [b"x"] * len(labels), "label": labels})
-    pq.write_table(table.replace_schema_metadata(head if names else None), folder / name)
+    pq.write_table(
+        table.replace_schema_metadata(head if names else None), folder / name
+    )
 
 
 @pytest.mark.parametrize(
@@ -353,13 +410,18 @@ def test_labels_of_a_tars_samples(tmp_path: Path, crops: list[bytes]) -> None:
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
     index = index_shard(str(tmp_path / "a.tar"))
-    found = dict(zip([row[:2] for row in SAMPLES], index.table.labels.tolist(), strict=True))
+    found = dict(
+        zip([row[:2] for row in SAMPLES], index.table.labels.tolist(), strict=True)
+    )
     assert found == {row[:2]: row[2] for row in SAMPLES}
     # Those that are lost are counted.
     num_strange = sum(not fine for *_, fine in SAMPLES)
     assert index.ignored["labels that are no class number"] == num_strange
     # JSON without keys has no label at all, and is counted for itself.
-    assert index.ignored["JSON that is not an object"] == sum(index.ignored.values()) - num_strange
+    assert (
+        index.ignored["JSON that is not an object"]
+        == sum(index.ignored.values()) - num_strange
+    )
 
 
 @given(

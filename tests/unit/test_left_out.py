@@ -106,8 +106,12 @@ def test_every_file_of_any_tree_is_accounted_for(tree: dict[str, list[str]]) -> 
         assert report.exists() == bool(expected or said["notes"])
         if expected:
             told = json.loads(report.read_text())
-            assert told["seen"] == told["stored"] + told["rejected"] + sum(expected.values())
-            assert {reason: len(names) for reason, names in told["names"].items()} == expected
+            assert told["seen"] == told["stored"] + told["rejected"] + sum(
+                expected.values()
+            )
+            assert {
+                reason: len(names) for reason, names in told["names"].items()
+            } == expected
 
 
 def test_one_closing_line_gives_the_sum(tmp_path, capsys):
@@ -117,7 +121,12 @@ def test_one_closing_line_gives_the_sum(tmp_path, capsys):
     [line] = [line for line in capsys.readouterr().err.splitlines() if "Seen" in line]
     seen, stored, rejected, left_out = (
         int(re.search(pattern, line)[1])
-        for pattern in (r"Seen (\d+)", r"(\d+) stored", r"(\d+) rejected", r"(\d+) left out")
+        for pattern in (
+            r"Seen (\d+)",
+            r"(\d+) stored",
+            r"(\d+) rejected",
+            r"(\d+) left out",
+        )
     )
     assert seen == len(NAMES) == stored + rejected + left_out
     assert (stored, rejected) == (2, 3)
@@ -156,7 +165,9 @@ def test_a_folder_that_two_paths_reach_is_told(tmp_path):
     (tmp_path / "src" / "bee" / "again").symlink_to("..")
     said = run(tmp_path / "src", tmp_path / "dst")
     assert said["num_seen"] == 1
-    assert said["notes"] == ["1 folders are reached twice and are listed once: bee/again"]
+    assert said["notes"] == [
+        "1 folders are reached twice and are listed once: bee/again"
+    ]
 
 
 def test_sockets_and_devices_are_told(tmp_path):
@@ -181,11 +192,16 @@ def test_an_ordinary_conversion_has_no_report(tmp_path):
     assert not (tmp_path / "dst" / "left_out.json").exists()
 
 
-@pytest.mark.parametrize("litter", [".DS_Store", "@eaDir/x", "Thumbs.db", "lost+found/x"])
+@pytest.mark.parametrize(
+    "litter", [".DS_Store", "@eaDir/x", "Thumbs.db", "lost+found/x"]
+)
 def test_hidden_files_do_not_make_a_target_somebody_elses(tmp_path, litter):
     put(tmp_path / "src", "x.jpg")
     put(tmp_path / "dst", litter)
-    assert convert(str(tmp_path / "src"), str(tmp_path / "dst"), workers=1).num_samples == 1
+    assert (
+        convert(str(tmp_path / "src"), str(tmp_path / "dst"), workers=1).num_samples
+        == 1
+    )
     assert (tmp_path / "dst" / litter).exists()
 
 
@@ -212,7 +228,13 @@ def test_what_is_hidden(name, hidden):
 def test_images_in_a_tar_are_accounted_for(tmp_path):
     path = tmp_path / "x.tar"
     with tarfile.open(path, "w") as archive:
-        for name in ("cat/x.jpg", "cat/._x.jpg", "dog/y.jpg", "dog/bad.png", "README.md"):
+        for name in (
+            "cat/x.jpg",
+            "cat/._x.jpg",
+            "dog/y.jpg",
+            "dog/bad.png",
+            "README.md",
+        ):
             data = CONTENT.get(name.rpartition("/")[2], PICTURE)
             member = tarfile.TarInfo(name)
             member.size = len(data)
@@ -226,4 +248,6 @@ def test_a_source_without_an_image_says_what_was_seen(tmp_path):
     put(tmp_path / "src", "note.txt")
     put(tmp_path / "src", "gone.jpg")
     with pytest.raises(DataError, match=r"1 \.txt, 1 dead link|1 dead link, 1 \.txt"):
-        convert(str(tmp_path / "src"), str(tmp_path / "dst"), ConvertSettings(), workers=1)
+        convert(
+            str(tmp_path / "src"), str(tmp_path / "dst"), ConvertSettings(), workers=1
+        )

@@ -112,10 +112,14 @@ def test_labels_of_text(
     assert listing.classes == classes
 
 
-@pytest.mark.parametrize("number", ["2147483648", "-2", "99999999999999999999", "1.5", "1e12"])
+@pytest.mark.parametrize(
+    "number", ["2147483648", "-2", "99999999999999999999", "1.5", "1e12"]
+)
 def test_text_that_is_no_class_number(tmp_path: Path, number: str) -> None:
     path = wrote(tmp_path, "list.csv", f"path,label\na.jpg,1\nb.jpg,{number}\n")
-    with pytest.raises(DataError, match=r"'label' of .*list\.csv: the label .* of image 2"):
+    with pytest.raises(
+        DataError, match=r"'label' of .*list\.csv: the label .* of image 2"
+    ):
         listed(path)
 
 
@@ -128,7 +132,9 @@ def test_an_unknown_label_column_is_said(
     assert "no label column was found" in said
     assert "there are path, species, count" in said
     assert listed(path, label_column="species").classes == ["dog"]
-    with pytest.raises(ConfigError, match=r"no column 'kind' .*it has path, species, count"):
+    with pytest.raises(
+        ConfigError, match=r"no column 'kind' .*it has path, species, count"
+    ):
         listed(path, label_column="kind")
 
 
@@ -138,11 +144,15 @@ def test_an_unknown_label_column_is_said(
     ids=["rows", "paths", "blank", "empty", "other columns"],
 )
 def test_a_header_that_is_missing_is_said(tmp_path: Path, text: str) -> None:
-    with pytest.raises(ConfigError, match=r"no column of URIs.*header, for example.*path,label"):
+    with pytest.raises(
+        ConfigError, match=r"no column of URIs.*header, for example.*path,label"
+    ):
         listed(wrote(tmp_path, "list.csv", text))
 
 
-@pytest.mark.parametrize("text", ["my path;label\na.jpg;3\n", "my path,label\na.jpg,3\n"])
+@pytest.mark.parametrize(
+    "text", ["my path;label\na.jpg;3\n", "my path,label\na.jpg,3\n"]
+)
 def test_the_columns_of_an_unknown_header_are_listed(tmp_path: Path, text: str) -> None:
     path = wrote(tmp_path, "list.csv", text)
     with pytest.raises(ConfigError, match="it has my path, label"):
@@ -154,7 +164,9 @@ def test_the_columns_of_an_unknown_header_are_listed(tmp_path: Path, text: str) 
 
 @pytest.mark.parametrize("text", ["[", "7", '{"a": 1}}', "[" * 100_000])
 def test_json_lines_without_an_object_say_why(tmp_path: Path, text: str) -> None:
-    with pytest.raises(DataError, match=r"metadata\.jsonl line 1: is not a JSON object"):
+    with pytest.raises(
+        DataError, match=r"metadata\.jsonl line 1: is not a JSON object"
+    ):
         listed(wrote(tmp_path, "metadata.jsonl", text))
 
 
@@ -167,7 +179,9 @@ def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("encoding", ["latin-1", "cp1252"])
 def test_another_encoding_is_named_with_its_line(tmp_path: Path, encoding: str) -> None:
     text = "path,label\na.jpg,dog\nb.jpg,caf\u00e9\n".encode(encoding)
-    with pytest.raises(DataError, match=r"list\.csv, line 3: byte 0xe9 is not utf-8.*iconv -f"):
+    with pytest.raises(
+        DataError, match=r"list\.csv, line 3: byte 0xe9 is not utf-8.*iconv -f"
+    ):
         listed(wrote(tmp_path, "list.csv", text))
 
 
@@ -180,8 +194,12 @@ def test_names_in_any_script_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["data[1]", "[a-z]", "a{b,c}"])
-@pytest.mark.parametrize("name", ["list[1].csv", "x.CSV", "x[0-9].parquet", "X.PARQUET"])
-def test_brackets_and_upper_case_in_paths(tmp_path: Path, folder: str, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["list[1].csv", "x.CSV", "x[0-9].parquet", "X.PARQUET"]
+)
+def test_brackets_and_upper_case_in_paths(
+    tmp_path: Path, folder: str, name: str
+) -> None:
     root = tmp_path / folder
     root.mkdir()
     (root / "images").mkdir()
@@ -205,7 +223,11 @@ ROWS = {
     "no path": (",1", "list.csv line 3", "no path or URL"),
     "a blank path": ('" ",1', "list.csv line 3", "no path or URL"),
     "a NUL byte": ("a\0.jpg,1", "a\0.jpg", "not a valid path or URL"),
-    "another scheme": ("ftp://host/a.jpg,1", "ftp://host/a.jpg", "not a valid path or URL"),
+    "another scheme": (
+        "ftp://host/a.jpg,1",
+        "ftp://host/a.jpg",
+        "not a valid path or URL",
+    ),
     "a command": ("pipe:touch x,1", "pipe:touch x", "not a valid path or URL"),
     "a name that is too long": (f"{LONG},1", LONG, "not a valid path or URL"),
     "a folder": ("sub,1", "sub", "not a file"),
@@ -223,11 +245,15 @@ def refused(src: Path) -> list[tuple[str, str]]:
     listing = source.listing()
     wanted = listing.wanted(pa.array(range(len(listing))).to_numpy())
     given_ = zip(wanted.names, source.read_all(wanted), strict=True)
-    return [(name, str(data.reason)) for name, data in given_ if isinstance(data, Refused)]
+    return [
+        (name, str(data.reason)) for name, data in given_ if isinstance(data, Refused)
+    ]
 
 
 @pytest.mark.parametrize(("row", "name", "reason"), ROWS.values(), ids=ROWS)
-def test_one_bad_row_stops_no_other(tmp_path: Path, row: str, name: str, reason: str) -> None:
+def test_one_bad_row_stops_no_other(
+    tmp_path: Path, row: str, name: str, reason: str
+) -> None:
     (tmp_path / "sub").mkdir()
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "loop").symlink_to("loop")
@@ -246,10 +272,16 @@ def test_bad_rows_are_counted_and_listed(
     rows = ["0.jpg,dog", *(row for row, _, _ in ROWS.values()), "1.jpg,cat", "2.jpg,"]
     text = "\n".join(["path,label", *rows])
     info = convert(
-        str(wrote(tmp_path, "list.csv", text)), str(tmp_path / "dst"), ConvertSettings(), workers=1
+        str(wrote(tmp_path, "list.csv", text)),
+        str(tmp_path / "dst"),
+        ConvertSettings(),
+        workers=1,
     )
     said = capsys.readouterr().err
-    assert "rows cannot be used, for example: list.csv line 3: 1 values, the header has 2" in said
+    assert (
+        "rows cannot be used, for example: list.csv line 3: 1 values, the header has 2"
+        in said
+    )
     rejected = pq.read_table(tmp_path / "dst" / "rejected.parquet").to_pylist()
     assert info.num_samples == 3
     assert info.num_samples + len(rejected) == len(rows)
@@ -260,7 +292,9 @@ def test_bad_rows_are_counted_and_listed(
     labels = dataset.lookup(ids).labels_B.tolist()
     found = dict(zip(dataset.keys(ids), labels, strict=True))
     classes = {
-        key: info.classes[label] for key, label in found.items() if info.classes and label >= 0
+        key: info.classes[label]
+        for key, label in found.items()
+        if info.classes and label >= 0
     }
     assert classes == {"0": "dog", "1": "cat"}
     assert found["2"] == NONE
@@ -279,13 +313,17 @@ def test_strict_stops_at_a_bad_row(tmp_path: Path, crops: list[bytes]) -> None:
     path = wrote(tmp_path, "list.csv", "path,label\na.jpg,1\na.jpg\n")
     (tmp_path / "a.jpg").write_bytes(crops[0])
     with pytest.raises(DataError, match=r"list\.csv line 3: row cannot be read"):
-        convert(str(path), str(tmp_path / "dst"), ConvertSettings(strict=True), workers=1)
+        convert(
+            str(path), str(tmp_path / "dst"), ConvertSettings(strict=True), workers=1
+        )
 
 
 def test_a_list_of_bad_rows_alone_says_why(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'ftp://', which is not opened"):
         listed(wrote(tmp_path, "list.csv", "url\nftp://host/a.jpg\nftp://host/b.jpg\n"))
-    with pytest.raises(DataError, match=r"list\.csv line 2: 3 values, the header has 2"):
+    with pytest.raises(
+        DataError, match=r"list\.csv line 2: 3 values, the header has 2"
+    ):
         listed(wrote(tmp_path, "list.csv", "url,label\na.jpg,1,2\n"))
 
 
@@ -311,7 +349,9 @@ class AnswerError(Exception):
         ("a.jpg", OSError(5, "input/output error"), None),
     ],
 )
-def test_what_is_wrong_with_one_image_alone(name: str, cause: Exception, reason: Any) -> None:
+def test_what_is_wrong_with_one_image_alone(
+    name: str, cause: Exception, reason: Any
+) -> None:
     error = explain("read", name, cause)
     error.__cause__ = cause
     assert _why_unread(error, name) == reason
@@ -320,7 +360,9 @@ def test_what_is_wrong_with_one_image_alone(name: str, cause: Exception, reason:
 def test_a_parquet_list_with_bad_rows(tmp_path: Path) -> None:
     wrote(tmp_path, "x", b"")
     names = ["a.jpg", None, "", "ftp://h/a.jpg", "b.jpg", "a\0"]
-    table = pa.table({"path": names, "label": [3, 0, 0, 0, 4, 0], "size": [1, 2, 3, 4, 5, 6]})
+    table = pa.table(
+        {"path": names, "label": [3, 0, 0, 0, 4, 0], "size": [1, 2, 3, 4, 5, 6]}
+    )
     pq.write_table(table, tmp_path / "l.parquet")
     assert refused(tmp_path / "l.parquet") == [
         ("l.parquet row 2", "no path or URL"),
@@ -333,10 +375,14 @@ def test_a_parquet_list_with_bad_rows(tmp_path: Path) -> None:
     assert listing.sizes.tolist() == [1, 5, 0, 0, 0, 0]
 
 
-cells = st.text(st.characters(exclude_characters="\0\r", codec="utf-8"), min_size=1, max_size=6)
+cells = st.text(
+    st.characters(exclude_characters="\0\r", codec="utf-8"), min_size=1, max_size=6
+)
 
 
-@given(st.lists(st.tuples(cells, cells), min_size=1, max_size=6), st.sampled_from(",;\t|"))
+@given(
+    st.lists(st.tuples(cells, cells), min_size=1, max_size=6), st.sampled_from(",;\t|")
+)
 def test_what_csv_writes_is_read(rows: list[tuple[str, str]], delimiter: str) -> None:
     def quoted(cell: str) -> str:
         doubled = cell.replace('"', '""')
@@ -395,23 +441,34 @@ JSON_LABELS: list[tuple[str, list[Any], list[int], list[str] | None]] = [
 def test_labels_of_json_lines(
     tmp_path: Path, ending: str, values: list[Any], labels: list[int], classes: Any
 ) -> None:
-    rows = [json.dumps({"file_name": f"{n}.jpg", "label": v}) for n, v in enumerate(values)]
+    rows = [
+        json.dumps({"file_name": f"{n}.jpg", "label": v}) for n, v in enumerate(values)
+    ]
     listing = listed(wrote(tmp_path, f"metadata.{ending}", "\n\n".join(rows)))
     assert listing.labels.tolist() == labels
     assert listing.classes == classes
 
 
 @pytest.mark.parametrize(
-    "values", [[1, "dog"], ["dog", True], [1.5], [[1, 2]], [{"id": 1}], [10**30], [float("inf")]]
+    "values",
+    [[1, "dog"], ["dog", True], [1.5], [[1, 2]], [{"id": 1}], [10**30], [float("inf")]],
 )
 def test_json_that_holds_no_label_is_named(tmp_path: Path, values: list[Any]) -> None:
-    rows = [json.dumps({"file_name": f"{n}.jpg", "label": v}) for n, v in enumerate(values)]
+    rows = [
+        json.dumps({"file_name": f"{n}.jpg", "label": v}) for n, v in enumerate(values)
+    ]
     with pytest.raises((DataError, ConfigError), match=r"'label' of .*metadata\.jsonl"):
         listed(wrote(tmp_path, "metadata.jsonl", "\n".join(rows)))
 
 
 def test_bad_json_lines_stop_no_other(tmp_path: Path) -> None:
-    lines = ['{"file_name": "a.jpg", "label": 3}', "{", "[1]", "7", '{"file_name": "\\ud800.jpg"}']
+    lines = [
+        '{"file_name": "a.jpg", "label": 3}',
+        "{",
+        "[1]",
+        "7",
+        '{"file_name": "\\ud800.jpg"}',
+    ]
     lines += ['{"label": 1}', '{"file_name": 5}', '{"file_name": "b.jpg", "label": 4}']
     path = wrote(tmp_path, "metadata.jsonl", "\r\n".join(lines))
     assert contents(listed(path))[:2] == PLAIN

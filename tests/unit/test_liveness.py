@@ -83,7 +83,11 @@ def test_what_cannot_be_known_is_not_guessed() -> None:
         {},
         {"state": "running", "exit_code": None, "updated": "2026-01-01T00:00:00Z"},
         {"exit_code": None, "process": "me", "heartbeat": "2026-01-01T00:00:00Z"},
-        {"exit_code": None, "process": this_process().to_json(), "heartbeat": "yesterday"},
+        {
+            "exit_code": None,
+            "process": this_process().to_json(),
+            "heartbeat": "yesterday",
+        },
     ):
         assert judge_status(status) == "unknown", status
 
@@ -102,7 +106,9 @@ def test_a_beat_sets_the_time_and_the_step_and_leaves_the_rest(tmp_path: Path) -
     outcome.write("running", exit_code=None, total_steps=40)
     status = read_status(tmp_path)
     (tmp_path / "status.json").write_text(
-        (tmp_path / "status.json").read_text().replace(status["heartbeat"], "2020-01-01T00:00:00Z")
+        (tmp_path / "status.json")
+        .read_text()
+        .replace(status["heartbeat"], "2020-01-01T00:00:00Z")
     )
     outcome.step = 7
     outcome.beat()
@@ -111,7 +117,9 @@ def test_a_beat_sets_the_time_and_the_step_and_leaves_the_rest(tmp_path: Path) -
     assert beaten["heartbeat"] >= status["heartbeat"]
 
 
-def test_a_beat_does_not_revive_a_run_that_another_rank_has_ended(tmp_path: Path) -> None:
+def test_a_beat_does_not_revive_a_run_that_another_rank_has_ended(
+    tmp_path: Path,
+) -> None:
     outcome = Outcome(tmp_path)
     outcome.write("running", exit_code=None)
     outcome.conclude(NumericsError("nan"))
@@ -138,7 +146,10 @@ def test_a_second_start_leaves_the_status_of_the_first(
         before = read_status(tmp_path)
         second = Outcome(tmp_path)
         # Refused by the lease, or failed for whatever reason before it was asked.
-        for error in (FolderInUseError("works here"), RuntimeError("port 29500 is in use")):
+        for error in (
+            FolderInUseError("works here"),
+            RuntimeError("port 29500 is in use"),
+        ):
             second.conclude(error)
             assert read_status(tmp_path) == before
         assert "works here" in capsys.readouterr().err

@@ -47,19 +47,31 @@ def make_shard(
     table: ShardTable, number: int, *, size_bytes: int = 1, sha256: str = ""
 ) -> ShardIndex:
     name = f"train-{number:06d}.tar"
-    return ShardIndex(ShardFile.of(table, name=name, size_bytes=size_bytes, sha256=sha256), table)
+    return ShardIndex(
+        ShardFile.of(table, name=name, size_bytes=size_bytes, sha256=sha256), table
+    )
 
 
-def write(uri: str, counts: list[int], **options: int) -> tuple[DatasetInfo, list[ShardTable]]:
+def write(
+    uri: str, counts: list[int], **options: int
+) -> tuple[DatasetInfo, list[ShardTable]]:
     tables = [make_table(seed, rows) for seed, rows in enumerate(counts)]
     shards = [
         make_shard(
-            table, s, size_bytes=int(table.offsets[-1] + table.sizes[-1]), sha256=f"{s:064x}"
+            table,
+            s,
+            size_bytes=int(table.offsets[-1] + table.sizes[-1]),
+            sha256=f"{s:064x}",
         )
         for s, table in enumerate(tables)
     ]
     info = write_dataset(
-        uri, shards=shards, name="train", container="webdataset", classes=["a", "b"], **options
+        uri,
+        shards=shards,
+        name="train",
+        container="webdataset",
+        classes=["a", "b"],
+        **options,
     )
     return info, tables
 
@@ -67,7 +79,9 @@ def write(uri: str, counts: list[int], **options: int) -> tuple[DatasetInfo, lis
 @pytest.fixture(params=["local", "memory"])
 def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return (
-        str(tmp_path / "set") if request.param == "local" else f"memory://manifest-{tmp_path.name}"
+        str(tmp_path / "set")
+        if request.param == "local"
+        else f"memory://manifest-{tmp_path.name}"
     )
 
 
@@ -101,7 +115,9 @@ def test_every_sample_is_found_again(uri: str, shards_per_file: int) -> None:
         ):
             assert getattr(rows, f"{name}_B")[b] == getattr(tables[s], name)[i], name
         assert keys[b] == tables[s].keys[i]
-    assert [column.dtype.name for column in (rows.offsets_B, rows.labels_B, rows.hashes_B)] == [
+    assert [
+        column.dtype.name for column in (rows.offsets_B, rows.labels_B, rows.hashes_B)
+    ] == [
         "int64",
         "int32",
         "uint64",
@@ -123,18 +139,26 @@ def test_ids_outside_the_dataset_are_errors(uri: str, ids: list[int]) -> None:
         open_dataset(uri).lookup(np.array(ids))
 
 
-def test_only_the_shards_in_use_stay_in_memory(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_shards_in_use_stay_in_memory(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(manifest, "_CACHED_ROWS", 12)
     monkeypatch.setattr(manifest, "_OPEN_FILES", 1)
     _, tables = write(uri, COUNTS, shards_per_file=2)
     found = open_dataset(uri)
     for s in [0, 1, 2, 3, 4, 0, 4, 2]:
         assert found.shard_table(s).keys == tables[s].keys
-        assert sum(len(table) for table in found._tables.values()) == found._cached_rows <= 12
+        assert (
+            sum(len(table) for table in found._tables.values())
+            == found._cached_rows
+            <= 12
+        )
         assert len(found._files) == 1
 
 
-def test_many_threads_may_ask_at_once(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_threads_may_ask_at_once(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(manifest, "_CACHED_ROWS", 8)
     monkeypatch.setattr(manifest, "_OPEN_FILES", 1)
     _, tables = write(uri, COUNTS, shards_per_file=2)
@@ -179,7 +203,10 @@ def test_the_content_hash_knows_every_column_but_the_place() -> None:
         )
         assert (other.content_hash() == base) == (name in ("offsets", "sizes")), name
     renamed = ShardTable(
-        **fields, formats=table.formats, modes=table.modes, key_source=[*table.keys[:3], "other"]
+        **fields,
+        formats=table.formats,
+        modes=table.modes,
+        key_source=[*table.keys[:3], "other"],
     )
     assert renamed.content_hash() != base
 
@@ -210,8 +237,14 @@ def test_diff_names_the_shards() -> None:
     tables = [make_table(0, 3), make_table(9, 4)]
     shards = [make_shard(table, s) for s, table in enumerate(tables)]
     shards.append(make_shard(make_table(7, 1), 7))
-    second = write_dataset("memory://manifest-diff/b", shards=shards, name="x", container="ffcv")
-    assert diff(first, second) == ["train-000001.tar", "train-000002.tar", "train-000007.tar"]
+    second = write_dataset(
+        "memory://manifest-diff/b", shards=shards, name="x", container="ffcv"
+    )
+    assert diff(first, second) == [
+        "train-000001.tar",
+        "train-000002.tar",
+        "train-000007.tar",
+    ]
     assert diff(first, first) == []
 
 
@@ -245,9 +278,15 @@ def edit_description(folder: Path, change: Callable[[dict], None]) -> None:
         (lambda data: data.update(num_samples=28), "num_samples is given as 28"),
         (lambda data: data.update(num_shards=4), "num_shards"),
         (lambda data: data["shards"]["num_samples"].__setitem__(0, 6), "num_samples"),
-        (lambda data: data["shards"]["content_hash"].__setitem__(0, "x"), "fingerprint"),
+        (
+            lambda data: data["shards"]["content_hash"].__setitem__(0, "x"),
+            "fingerprint",
+        ),
         (lambda data: data["shards"]["name"].pop(), "num_samples is not a list of 4"),
-        (lambda data: data["shards"]["name"].__setitem__(0, "../x.tar"), "plain file name"),
+        (
+            lambda data: data["shards"]["name"].__setitem__(0, "../x.tar"),
+            "plain file name",
+        ),
         (lambda data: data["shards"]["size_bytes"].__setitem__(0, "12"), "not int"),
         (lambda data: data.pop("fingerprint"), "KeyError"),
         (lambda data: data.update(format_version=99), "format_version is 99"),
@@ -304,14 +343,18 @@ def test_a_manifest_of_other_counts_is_an_error(tmp_path: Path) -> None:
         open_dataset(str(tmp_path)).shard_table(0)
 
 
-def test_the_description_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_description_is_written_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     order: list[str] = []
     put, write_atomic = storage.put_file, storage.write_atomic
     monkeypatch.setattr(
         storage, "put_file", lambda local, uri: (order.append(uri), put(local, uri))
     )
     monkeypatch.setattr(
-        storage, "write_atomic", lambda uri, data: (order.append(uri), write_atomic(uri, data))
+        storage,
+        "write_atomic",
+        lambda uri, data: (order.append(uri), write_atomic(uri, data)),
     )
     write(str(tmp_path), COUNTS, shards_per_file=2)
     assert [storage.name_of(uri) for uri in order] == [
@@ -336,7 +379,12 @@ def test_the_description_of_a_hundred_thousand_shards_is_read_as_columns() -> No
         "content_hash": [f"{s:032x}" for s in range(count)],
     }
     files = [
-        {"name": f"m-{n}", "first_shard": n, "num_shards": min(256, count - n), "size_bytes": 1}
+        {
+            "name": f"m-{n}",
+            "first_shard": n,
+            "num_shards": min(256, count - n),
+            "size_bytes": 1,
+        }
         for n in range(0, count, 256)
     ]
     data = {

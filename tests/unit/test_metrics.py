@@ -13,7 +13,13 @@ from pipeline.errors import DataError, InfrastructureError
 from train.errors import Preempted
 from train.loop.reporting import MeanLoss
 from train.process.outcome import Outcome, read_status, write_json
-from train.report.meter import Meter, Window, format_duration, summary_table, throughput_summary
+from train.report.meter import (
+    Meter,
+    Window,
+    format_duration,
+    summary_table,
+    throughput_summary,
+)
 from train.report.metrics_file import METRICS_FILE, read_metrics, truncate_after
 from train.report.reporter import Reporter
 
@@ -30,7 +36,11 @@ def line(step: int, loss: float = 1.0) -> dict[str, float]:
 
 
 def reporter(
-    folder: Path, *, resumed_step: int = 0, rank: int = 0, out: io.StringIO | None = None
+    folder: Path,
+    *,
+    resumed_step: int = 0,
+    rank: int = 0,
+    out: io.StringIO | None = None,
 ) -> Reporter:
     return Reporter(
         folder,
@@ -65,7 +75,9 @@ def test_a_run_that_goes_back_writes_no_step_twice(tmp_path: Path, rank: int):
         for step in (4, 6):
             run.log(line(step, loss=0.5))
     expected = [(2, 1), (4, 0.5), (6, 0.5)] if rank == 0 else []
-    assert [(entry["step"], entry["loss"]) for entry in read_metrics(tmp_path)] == expected
+    assert [
+        (entry["step"], entry["loss"]) for entry in read_metrics(tmp_path)
+    ] == expected
 
 
 def test_a_fresh_start_drops_an_older_runs_lines(tmp_path: Path):
@@ -129,10 +141,16 @@ def test_the_clock_leaves_out_what_is_not_training(monkeypatch: pytest.MonkeyPat
     meter.go_on()
     window = meter.close_window(wait_s=1.0)
     assert window == Window(steps=4, images=128, elapsed_s=4.0, wait_s=1.0)
-    assert window.rates() == {"images_per_s": 32.0, "data_wait_share": 0.25, "step_s": 1.0}
+    assert window.rates() == {
+        "images_per_s": 32.0,
+        "data_wait_share": 0.25,
+        "step_s": 1.0,
+    }
     now[0] += 2.0
     meter.step()
-    assert meter.close_window(wait_s=1.5) == Window(steps=1, images=32, elapsed_s=2.0, wait_s=0.5)
+    assert meter.close_window(wait_s=1.5) == Window(
+        steps=1, images=32, elapsed_s=2.0, wait_s=0.5
+    )
     assert meter.total == Window(steps=5, images=160, elapsed_s=6.0, wait_s=1.5)
 
 
@@ -154,7 +172,8 @@ def test_the_summary_says_where_the_time_went():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0 s"), (59, "59 s"), (185.2, "3 min 05 s"), (7800, "2 h 10 min")]
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59, "59 s"), (185.2, "3 min 05 s"), (7800, "2 h 10 min")],
 )
 def test_durations_read_as_people_write_them(seconds: float, text: str):
     assert format_duration(seconds) == text
@@ -163,12 +182,20 @@ def test_durations_read_as_people_write_them(seconds: float, text: str):
 # ------------------------------------------------------------------------------------------- status
 
 
-def under_launcher(monkeypatch: pytest.MonkeyPatch, *, rank: int, port: str = "29500") -> None:
-    for name, value in (("RANK", str(rank)), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
+def under_launcher(
+    monkeypatch: pytest.MonkeyPatch, *, rank: int, port: str = "29500"
+) -> None:
+    for name, value in (
+        ("RANK", str(rank)),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", port),
+    ):
         monkeypatch.setenv(name, value)
 
 
-def test_several_failing_ranks_give_one_message_and_one_code(tmp_path: Path, monkeypatch, capsys):
+def test_several_failing_ranks_give_one_message_and_one_code(
+    tmp_path: Path, monkeypatch, capsys
+):
     under_launcher(monkeypatch, rank=0)
     zero = Outcome(tmp_path)
     zero.step = 7
@@ -210,9 +237,13 @@ def test_no_secret_of_an_error_is_shown_or_kept(tmp_path: Path, capsys):
     assert "secret" not in (tmp_path / "status.json").read_text()
 
 
-def test_a_folder_that_cannot_be_written_does_not_hide_the_error(tmp_path: Path, capsys):
+def test_a_folder_that_cannot_be_written_does_not_hide_the_error(
+    tmp_path: Path, capsys
+):
     (tmp_path / "file").write_text("")
-    assert Outcome(tmp_path / "file" / "run").conclude(DataError("the real reason")) == 3
+    assert (
+        Outcome(tmp_path / "file" / "run").conclude(DataError("the real reason")) == 3
+    )
     assert "the real reason" in capsys.readouterr().err
     with pytest.raises(InfrastructureError, match="cannot be written"):
         write_json(tmp_path / "file" / "x.json", {})

@@ -14,7 +14,11 @@ from model.config import SIZES, ModelConfig, count_visible
 def test_defaults_are_vit_b_16() -> None:
     assert ModelConfig() == SIZES["vit_b_16"]
     assert ModelConfig().grid == (14, 14)
-    assert (ModelConfig().num_patches, ModelConfig().num_visible, ModelConfig().num_masked) == (
+    assert (
+        ModelConfig().num_patches,
+        ModelConfig().num_visible,
+        ModelConfig().num_masked,
+    ) == (
         196,
         49,
         147,
@@ -28,7 +32,11 @@ def test_defaults_are_vit_b_16() -> None:
 )
 def test_published_sizes(name: str, patches: int, visible: int, patch_dim: int) -> None:
     size = SIZES[name]
-    assert (size.num_patches, size.num_visible, size.patch_dim) == (patches, visible, patch_dim)
+    assert (size.num_patches, size.num_visible, size.patch_dim) == (
+        patches,
+        visible,
+        patch_dim,
+    )
 
 
 @pytest.mark.parametrize("value", [(224, 448), [224, 448], "224x448", "224 x 448"])
@@ -40,13 +48,18 @@ def test_image_size_takes_height_and_width(value: object) -> None:
 
 @pytest.mark.parametrize("value", [64, "64", (64, 64), "64x64"])
 def test_square_image_sizes_are_equal_however_written(value: object) -> None:
-    assert ModelConfig(image_size=value, patch_size=8) == ModelConfig(image_size=64, patch_size=8)
+    assert ModelConfig(image_size=value, patch_size=8) == ModelConfig(
+        image_size=64, patch_size=8
+    )
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"image_size": 225}, "image_size 225 is not a multiple of patch_size 16: use 224 or 240"),
+        (
+            {"image_size": 225},
+            "image_size 225 is not a multiple of patch_size 16: use 224 or 240",
+        ),
         (
             {"image_size": (224, 230)},
             "image_size 230 is not a multiple of patch_size 16: use 224 or 240",
@@ -62,7 +75,10 @@ def test_square_image_sizes_are_equal_however_written(value: object) -> None:
             {"decoder_num_heads": 3},
             "decoder_embed_dim 512 does not divide into decoder_num_heads 3",
         ),
-        ({"embed_dim": 30, "num_heads": 3}, "embed_dim 30 is not a multiple of 4.*use 28 or 32"),
+        (
+            {"embed_dim": 30, "num_heads": 3},
+            "embed_dim 30 is not a multiple of 4.*use 28 or 32",
+        ),
         (
             {"decoder_embed_dim": 6, "decoder_num_heads": 2},
             "decoder_embed_dim 6 is not a multiple of 4",
@@ -75,14 +91,17 @@ def test_square_image_sizes_are_equal_however_written(value: object) -> None:
         ({"drop_path": 0.1}, "Extra inputs"),
     ],
 )
-def test_impossible_settings_say_what_would_do(settings: dict[str, object], message: str) -> None:
+def test_impossible_settings_say_what_would_do(
+    settings: dict[str, object], message: str
+) -> None:
     with pytest.raises(ValidationError, match=message):
         ModelConfig(**settings)
 
 
 def test_all_problems_are_reported_at_once() -> None:
     with pytest.raises(
-        ValidationError, match=r"image_size 225(.|\n)*num_heads 7(.|\n)*decoder_num_heads 3"
+        ValidationError,
+        match=r"image_size 225(.|\n)*num_heads 7(.|\n)*decoder_num_heads 3",
     ):
         ModelConfig(image_size=225, num_heads=7, decoder_num_heads=3)
 
@@ -96,14 +115,20 @@ def test_named_sizes_take_changes_and_check_them() -> None:
     assert ModelConfig.of_size("vit_l_16", image_size=448).num_patches == 784
     with pytest.raises(ValidationError, match="225"):
         ModelConfig.of_size("vit_l_16", image_size=225)
-    with pytest.raises(ValueError, match="model size 'vit_g' is unknown: use one of vit_ti_16"):
+    with pytest.raises(
+        ValueError, match="model size 'vit_g' is unknown: use one of vit_ti_16"
+    ):
         ModelConfig.of_size("vit_g")
 
 
 @pytest.mark.parametrize("patches", [196, 256])
-def test_visible_patches_agree_with_truncation_where_weights_were_published(patches: int) -> None:
+def test_visible_patches_agree_with_truncation_where_weights_were_published(
+    patches: int,
+) -> None:
     for percent in range(0, 101, 5):
-        assert count_visible(patches, percent / 100) == int(patches * (1 - percent / 100)), percent
+        assert count_visible(patches, percent / 100) == int(
+            patches * (1 - percent / 100)
+        ), percent
 
 
 @pytest.mark.parametrize(
@@ -118,7 +143,9 @@ def test_visible_patches_agree_with_truncation_where_weights_were_published(patc
         (9, 1 / 3, 6),
     ],
 )
-def test_visible_patches_are_counted_exactly(patches: int, ratio: float, visible: int) -> None:
+def test_visible_patches_are_counted_exactly(
+    patches: int, ratio: float, visible: int
+) -> None:
     assert count_visible(patches, ratio) == visible
 
 

@@ -61,7 +61,8 @@ def test_forward_flops_are_exactly_what_torch_counts(config: ModelConfig) -> Non
 
 
 @pytest.mark.parametrize(
-    ("encoder", "decoder"), [("none", "selective"), ("selective", "none"), ("full", "full")]
+    ("encoder", "decoder"),
+    [("none", "selective"), ("selective", "none"), ("full", "full")],
 )
 def test_recomputed_flops_are_exactly_what_torch_counts(
     encoder: ActivationCheckpointing, decoder: ActivationCheckpointing
@@ -83,7 +84,9 @@ def test_training_costs_agree_with_other_estimates(
 ) -> None:
     # Those project hidden patches too; ours costs up to 1% less.
     assert 0.99 * gflop_per_image < train_flops(SIZES[name]) / 1e9 < gflop_per_image
-    assert forward_flops(SIZES[name]).decoder_share == pytest.approx(decoder_share, abs=0.02)
+    assert forward_flops(SIZES[name]).decoder_share == pytest.approx(
+        decoder_share, abs=0.02
+    )
 
 
 @pytest.mark.parametrize("config", [WIDE, SIZES["demo"], SIZES["vit_s_16"]])
@@ -92,7 +95,9 @@ def test_parameter_counts_are_those_of_the_model(config: ModelConfig) -> None:
         model = MaskedAutoencoder(config)
     counts = parameter_counts(config)
     assert counts.total == sum(p.numel() for p in model.parameters())
-    assert counts.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert counts.trainable == sum(
+        p.numel() for p in model.parameters() if p.requires_grad
+    )
     assert counts.encoder + counts.encoder_pos_embed == sum(
         v.numel() for v in model.encoder_state_dict().values()
     )
@@ -104,12 +109,16 @@ def test_parameter_counts_are_those_of_the_model(config: ModelConfig) -> None:
     [("none", "none"), ("selective", "full"), ("full", "selective"), ("full", "full")],
 )
 def test_activation_memory_is_what_autograd_saves(
-    dtype: torch.dtype, encoder: ActivationCheckpointing, decoder: ActivationCheckpointing
+    dtype: torch.dtype,
+    encoder: ActivationCheckpointing,
+    decoder: ActivationCheckpointing,
 ) -> None:
     config, batch = SIZES["demo"], 4
     model = MaskedAutoencoder(config).to(dtype)
     model.set_activation_checkpointing(encoder=encoder, decoder=decoder)
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    weights = {
+        parameter.untyped_storage().data_ptr() for parameter in model.parameters()
+    }
     held: list[torch.Tensor] = []  # keeps addresses from being used twice
     sizes: dict[int, int] = {}
 

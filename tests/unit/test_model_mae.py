@@ -9,7 +9,12 @@ import torch
 from model.config import SIZES, ActivationCheckpointing, ModelConfig
 from model.flops import parameter_counts
 from model.objectives.baselines import paint_mean, paint_nearby
-from model.objectives.mae import MaskedAutoencoder, masked_loss, reconstruct, reconstruction_target
+from model.objectives.mae import (
+    MaskedAutoencoder,
+    masked_loss,
+    reconstruct,
+    reconstruction_target,
+)
 from model.patches import patchify, unpatchify
 
 TINY = ModelConfig(
@@ -56,7 +61,11 @@ def test_published_models_have_the_published_counts(
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trainable
     assert sum(value.numel() for value in encoder_state.values()) == encoder
     counts = parameter_counts(SIZES[name])
-    assert (counts.total, counts.trainable, counts.encoder + counts.encoder_pos_embed) == (
+    assert (
+        counts.total,
+        counts.trainable,
+        counts.encoder + counts.encoder_pos_embed,
+    ) == (
         total,
         trainable,
         encoder,
@@ -64,7 +73,10 @@ def test_published_models_have_the_published_counts(
 
 
 def test_state_dict_has_the_published_names_shapes_and_order() -> None:
-    shapes = {name: tuple(value.shape) for name, value in on_meta("vit_h_14").state_dict().items()}
+    shapes = {
+        name: tuple(value.shape)
+        for name, value in on_meta("vit_h_14").state_dict().items()
+    }
 
     def block(name: str, width: int) -> dict[str, tuple[int, ...]]:
         sizes = {
@@ -112,7 +124,9 @@ def test_position_tables_are_saved_but_not_trained() -> None:
 def test_hidden_pixels_reach_only_the_loss() -> None:
     model, images, noise = tiny()
     output = model(images, noise)
-    removed = unpatchify(output.mask_BN.unsqueeze(-1).expand(-1, -1, 48), 4, (4, 6)).bool()
+    removed = unpatchify(
+        output.mask_BN.unsqueeze(-1).expand(-1, -1, 48), 4, (4, 6)
+    ).bool()
     other = torch.where(removed, torch.randn_like(images), images)
     changed = model(other, noise)
     assert torch.equal(changed.prediction_BNP, output.prediction_BNP)
@@ -129,7 +143,9 @@ def test_normalised_targets_have_mean_zero_and_unbiased_variance_one() -> None:
     patches = patchify(torch.randn(2, 3, 8, 8), 4) * 3 + 5
     target = reconstruction_target(patches, norm_pix_loss=True)
     torch.testing.assert_close(target.mean(-1), torch.zeros(2, 4), rtol=0, atol=1e-6)
-    torch.testing.assert_close(target.var(-1, correction=1), torch.ones(2, 4), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        target.var(-1, correction=1), torch.ones(2, 4), rtol=1e-5, atol=0
+    )
     flat = reconstruction_target(torch.full((1, 1, 48), 0.3), norm_pix_loss=True)
     assert torch.isfinite(flat).all()
     assert flat.abs().max() < 1e-3
@@ -156,7 +172,9 @@ def test_activation_checkpointing_changes_memory_and_nothing_else(
     assert calls[0] == 6
     attention = [0]
     for block in [*model.blocks, *model.decoder_blocks]:
-        block.attn.register_forward_hook(lambda *_: attention.__setitem__(0, attention[0] + 1))
+        block.attn.register_forward_hook(
+            lambda *_: attention.__setitem__(0, attention[0] + 1)
+        )
     output.loss.backward()
     recomputed = {"none": 0, "selective": 2, "full": 3}
     assert attention[0] == recomputed[encoder] + recomputed[decoder]
@@ -166,7 +184,9 @@ def test_activation_checkpointing_changes_memory_and_nothing_else(
 
 
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
-def test_bf16_weights_keep_a_float32_loss_near_the_exact_one(norm_pix_loss: bool) -> None:
+def test_bf16_weights_keep_a_float32_loss_near_the_exact_one(
+    norm_pix_loss: bool,
+) -> None:
     model, images, noise = tiny(norm_pix_loss=norm_pix_loss)
     exact = model(images, noise)
     model = model.to(torch.bfloat16)
@@ -191,7 +211,9 @@ def test_loss_of_bf16_tensors_is_computed_in_float32(norm_pix_loss: bool) -> Non
         target = (target - target.mean(-1, keepdim=True)) / (
             target.var(-1, keepdim=True) + 1e-6
         ).sqrt()
-    expected = (((prediction.double() - target) ** 2).mean(-1) * mask).sum() / mask.sum()
+    expected = (
+        ((prediction.double() - target) ** 2).mean(-1) * mask
+    ).sum() / mask.sum()
     loss = masked_loss(
         prediction, reconstruction_target(patches, norm_pix_loss=norm_pix_loss), mask
     )
@@ -235,7 +257,9 @@ def test_a_perfect_prediction_makes_perfect_pictures(norm_pix_loss: bool) -> Non
     _, images, noise = tiny()
     mask = (noise > 0.5).float()
     prediction = reconstruction_target(patchify(images, 4), norm_pix_loss=norm_pix_loss)
-    pictures = reconstruct(images, prediction, mask, patch_size=4, norm_pix_loss=norm_pix_loss)
+    pictures = reconstruct(
+        images, prediction, mask, patch_size=4, norm_pix_loss=norm_pix_loss
+    )
     torch.testing.assert_close(pictures.predicted_BCHW, images, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(pictures.pasted_BCHW, images, rtol=1e-4, atol=1e-5)
     removed = unpatchify(mask.unsqueeze(-1).expand(-1, -1, 48), 4, (4, 6)).bool()
@@ -243,11 +267,15 @@ def test_a_perfect_prediction_makes_perfect_pictures(norm_pix_loss: bool) -> Non
     assert torch.equal(pictures.masked_BCHW[~removed], images[~removed])
 
 
-def test_pasted_pictures_keep_visible_pixels_and_take_hidden_ones_from_the_prediction() -> None:
+def test_pasted_pictures_keep_visible_pixels_and_take_hidden_ones_from_the_prediction() -> (
+    None
+):
     model, images, noise = tiny()
     output = model(images, noise)
     pictures = model.reconstruct(images, output)
-    removed = unpatchify(output.mask_BN.unsqueeze(-1).expand(-1, -1, 48), 4, (4, 6)).bool()
+    removed = unpatchify(
+        output.mask_BN.unsqueeze(-1).expand(-1, -1, 48), 4, (4, 6)
+    ).bool()
     assert torch.equal(pictures.pasted_BCHW[~removed], images[~removed])
     assert torch.equal(pictures.pasted_BCHW[removed], pictures.predicted_BCHW[removed])
     assert not pictures.pasted_BCHW.requires_grad
@@ -272,7 +300,9 @@ def test_nearby_paint_weighs_by_inverse_squared_distance() -> None:
     image[..., 6:8] = -1.0  # patch 3, visible
     painted = paint_nearby(image, torch.tensor([[0.0, 1.0, 1.0, 0.0]]), patch_size=2)
     expected = [4.0, (4 - 1 / 4) / (1 + 1 / 4), (4 / 4 - 1) / (1 / 4 + 1), -1.0]
-    torch.testing.assert_close(painted, torch.tensor(expected).view(1, 4, 1).expand(1, 4, 12))
+    torch.testing.assert_close(
+        painted, torch.tensor(expected).view(1, 4, 1).expand(1, 4, 12)
+    )
 
 
 def test_paints_never_look_below_the_mask() -> None:

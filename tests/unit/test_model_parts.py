@@ -25,7 +25,9 @@ from model.vit import PatchEmbed
     columns=st.integers(1, 5),
     size=st.integers(1, 5),
 )
-def test_unpatchify_undoes_patchify(batch: int, rows: int, columns: int, size: int) -> None:
+def test_unpatchify_undoes_patchify(
+    batch: int, rows: int, columns: int, size: int
+) -> None:
     images = torch.arange(batch * 3 * rows * columns * size**2, dtype=torch.float32)
     images = images.view(batch, 3, rows * size, columns * size)
     patches = patchify(images, size)
@@ -37,12 +39,16 @@ def test_patches_run_row_by_row_with_the_channel_fastest() -> None:
     image = torch.arange(3 * 4 * 6).view(1, 3, 4, 6)
     patches = patchify(image, 2)
     # The second patch of the second row of patches: pixel rows 2 and 3, columns 2 and 3.
-    expected = [int(image[0, c, y, x]) for y in (2, 3) for x in (2, 3) for c in (0, 1, 2)]
+    expected = [
+        int(image[0, c, y, x]) for y in (2, 3) for x in (2, 3) for c in (0, 1, 2)
+    ]
     assert patches[0, 1 * 3 + 1].tolist() == expected
 
 
 def test_patches_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="30 x 32 pixels do not divide into patches of 16 x 16"):
+    with pytest.raises(
+        ValueError, match="30 x 32 pixels do not divide into patches of 16 x 16"
+    ):
         patchify(torch.zeros(1, 3, 30, 32), 16)
     with pytest.raises(ValueError, match="do not make 2 x 3 patches"):
         unpatchify(torch.zeros(1, 4, 12), 2, (2, 3))
@@ -79,7 +85,9 @@ def test_masks_do_not_depend_on_the_batch() -> None:
     noise = torch.rand(5, 20, generator=torch.Generator().manual_seed(0))
     whole = mask_patches(noise, 5)
     for i in range(5):
-        for alone, together in zip(mask_patches(noise[i : i + 1], 5), whole, strict=True):
+        for alone, together in zip(
+            mask_patches(noise[i : i + 1], 5), whole, strict=True
+        ):
             assert torch.equal(alone[0], together[i])
 
 
@@ -115,7 +123,9 @@ def test_position_table_is_columns_then_rows_sine_then_cosine(
             expected[1 + row * grid[1] + column] = np.concatenate(angles)
     assert table.shape == (1, *expected.shape)
     assert table.dtype == torch.float32
-    np.testing.assert_allclose(table[0].numpy(), expected.astype(np.float32), rtol=0, atol=6e-8)
+    np.testing.assert_allclose(
+        table[0].numpy(), expected.astype(np.float32), rtol=0, atol=6e-8
+    )
 
 
 def test_position_table_needs_a_width_of_four_blocks() -> None:
@@ -129,9 +139,9 @@ def test_position_table_interpolates_the_grid_and_not_the_class_token() -> None:
     assert larger.shape == (1, 25, 8)
     assert torch.equal(larger[:, 0], table[:, 0])
     picture = table[0, 1:].view(2, 3, 8).permute(2, 0, 1)[None]
-    expected = torch.nn.functional.interpolate(picture, size=(4, 6), mode="bicubic")[0].permute(
-        1, 2, 0
-    )
+    expected = torch.nn.functional.interpolate(picture, size=(4, 6), mode="bicubic")[
+        0
+    ].permute(1, 2, 0)
     torch.testing.assert_close(larger[0, 1:].view(4, 6, 8), expected)
     assert interpolate_table(table, (2, 3), (2, 3)) is table
     with pytest.raises(ValueError, match="does not belong to a grid of 3 x 3"):
@@ -145,8 +155,12 @@ def test_patch_embedding_equals_a_convolution() -> None:
     torch.nn.init.normal_(embed.proj.bias)
     images = torch.randn(2, 3, 8, 12)
     tokens = embed(patchify(images, 4))
-    expected = torch.nn.functional.conv2d(images, embed.proj.weight, embed.proj.bias, stride=4)
-    torch.testing.assert_close(tokens, expected.flatten(2).transpose(1, 2), rtol=1e-5, atol=1e-5)
+    expected = torch.nn.functional.conv2d(
+        images, embed.proj.weight, embed.proj.bias, stride=4
+    )
+    torch.testing.assert_close(
+        tokens, expected.flatten(2).transpose(1, 2), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_enlarged_kernels_give_enlarged_patches_the_same_tokens() -> None:
@@ -158,7 +172,10 @@ def test_enlarged_kernels_give_enlarged_patches_the_same_tokens() -> None:
     )
     tokens = (kernel * patch).sum((1, 2, 3))
     torch.testing.assert_close(
-        (resample_kernel(kernel, 16) * larger).sum((1, 2, 3)), tokens, rtol=1e-9, atol=1e-9
+        (resample_kernel(kernel, 16) * larger).sum((1, 2, 3)),
+        tokens,
+        rtol=1e-9,
+        atol=1e-9,
     )
     torch.testing.assert_close(resample_kernel(kernel, 14), kernel)
 

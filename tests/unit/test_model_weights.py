@@ -49,21 +49,27 @@ def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) 
 
 
 def test_expected_shapes_are_the_models(state: dict[str, torch.Tensor]) -> None:
-    assert expected_shapes(CONFIG) == {name: tuple(value.shape) for name, value in state.items()}
+    assert expected_shapes(CONFIG) == {
+        name: tuple(value.shape) for name, value in state.items()
+    }
     assert set(expected_shapes(CONFIG, "encoder")) == set(
         MaskedAutoencoder(CONFIG).encoder_state_dict()
     )
 
 
 @pytest.mark.parametrize("names", ["v5", "legacy"])
-def test_transformers_names_go_there_and_back(state: dict[str, torch.Tensor], names: str) -> None:
+def test_transformers_names_go_there_and_back(
+    state: dict[str, torch.Tensor], names: str
+) -> None:
     theirs, settings = to_hf(state, CONFIG, names=names)
     assert len(theirs) == len(state) + 4 * (CONFIG.depth + CONFIG.decoder_depth)
     assert all(name.startswith(("vit.", "decoder.")) for name in theirs)
     assert settings["layer_norm_eps"] == 1e-6
     assert settings["intermediate_size"] == 64
     storages = [value.untyped_storage().data_ptr() for value in theirs.values()]
-    assert len(set(storages)) == len(storages), "tensors share memory, which safetensors refuses"
+    assert len(set(storages)) == len(storages), (
+        "tensors share memory, which safetensors refuses"
+    )
     assert_equal(from_published(theirs), state)
     alone = {
         name.removeprefix("vit."): value
@@ -107,14 +113,21 @@ def test_exports_refuse_weights_of_another_model(
 
 def test_long_tables_are_cut(state: dict[str, torch.Tensor]) -> None:
     with pytest.raises(WeightsError, match="and 28 more"):
-        fit_weights({name: value for name, value in state.items() if "norm.weight" in name}, CONFIG)
+        fit_weights(
+            {name: value for name, value in state.items() if "norm.weight" in name},
+            CONFIG,
+        )
 
 
 def test_detectron2_can_have_larger_patches(state: dict[str, torch.Tensor]) -> None:
     larger = to_detectron2(state, CONFIG, patch_size=16)["model"]
     assert larger["patch_embed.proj.weight"].shape == (16, 3, 16, 16)
-    assert torch.equal(larger["pos_embed"], interpolate_table(state["pos_embed"], (4, 4), (2, 2)))
-    with pytest.raises(ValueError, match="image_size 32 is not a multiple of patch_size 5"):
+    assert torch.equal(
+        larger["pos_embed"], interpolate_table(state["pos_embed"], (4, 4), (2, 2))
+    )
+    with pytest.raises(
+        ValueError, match="image_size 32 is not a multiple of patch_size 5"
+    ):
         to_detectron2(state, CONFIG, patch_size=5)
 
 
@@ -130,7 +143,9 @@ def test_published_checkpoints_load(
     assert_equal(model.state_dict(), state)
 
 
-def test_an_encoder_alone_loads_where_it_is_asked_for(state: dict[str, torch.Tensor]) -> None:
+def test_an_encoder_alone_loads_where_it_is_asked_for(
+    state: dict[str, torch.Tensor],
+) -> None:
     classifier = {
         **to_timm(state, CONFIG),
         "head.weight": torch.zeros(10, 16),
@@ -138,7 +153,9 @@ def test_an_encoder_alone_loads_where_it_is_asked_for(state: dict[str, torch.Ten
     }
     model = MaskedAutoencoder(CONFIG)
     decoder = {
-        name: value.clone() for name, value in model.state_dict().items() if is_decoder_name(name)
+        name: value.clone()
+        for name, value in model.state_dict().items()
+        if is_decoder_name(name)
     }
     load_published(model, classifier, part="encoder")
     assert_equal(model.state_dict(), {**to_timm(state, CONFIG), **decoder})
@@ -155,7 +172,9 @@ def test_position_tables_follow_the_image_size(state: dict[str, torch.Tensor]) -
     assert model.decoder_pos_embed.shape == (1, 49, 8)
     back = fit_weights(model.state_dict(), CONFIG, old_grid=(6, 8))
     assert back["pos_embed"].shape == state["pos_embed"].shape
-    with pytest.raises(WeightsError, match=r"shape +pos_embed +\(1, 17, 16\) +\(1, 48, 16\)"):
+    with pytest.raises(
+        WeightsError, match=r"shape +pos_embed +\(1, 17, 16\) +\(1, 48, 16\)"
+    ):
         fit_weights({**state, "pos_embed": torch.zeros(1, 48, 16)}, CONFIG)
 
 
@@ -164,7 +183,9 @@ def test_equal_numbers_of_patches_on_another_grid_need_the_old_grid(
 ) -> None:
     wide = ModelConfig(**{**CONFIG.model_dump(), "image_size": (16, 64)})
     fitted = fit_weights(state, wide, old_grid=(4, 4))
-    assert torch.equal(fitted["pos_embed"], interpolate_table(state["pos_embed"], (4, 4), (2, 8)))
+    assert torch.equal(
+        fitted["pos_embed"], interpolate_table(state["pos_embed"], (4, 4), (2, 8))
+    )
 
 
 def of_size(*size: int) -> ModelConfig:
@@ -174,7 +195,12 @@ def of_size(*size: int) -> ModelConfig:
 @pytest.mark.parametrize("kind", ["fixed", "half", "learned"])
 @pytest.mark.parametrize(
     ("saved", "wanted"),
-    [((32, 32), (16, 64)), ((16, 64), (32, 32)), ((16, 64), (64, 16)), ((64, 16), (8, 128))],
+    [
+        ((32, 32), (16, 64)),
+        ((16, 64), (32, 32)),
+        ((16, 64), (64, 16)),
+        ((64, 16), (8, 128)),
+    ],
 )
 def test_a_table_of_as_many_patches_in_another_shape_is_refused(
     saved: tuple[int, int], wanted: tuple[int, int], kind: str
@@ -184,13 +210,17 @@ def test_a_table_of_as_many_patches_in_another_shape_is_refused(
         state = {name: value.bfloat16().float() for name, value in state.items()}
     if kind == "learned":
         # Says nothing of its grid, so that a square is all that may be guessed.
-        state |= {name: torch.randn_like(state[name]) for name in state if "pos_embed" in name}
+        state |= {
+            name: torch.randn_like(state[name]) for name in state if "pos_embed" in name
+        }
     target = MaskedAutoencoder(of_size(*wanted))
     if kind == "learned" and wanted == (32, 32):
         load_published(target, state)
         return
     before = {name: value.clone() for name, value in target.state_dict().items()}
-    with pytest.raises(WeightsError, match=r"as many in another shape. Give old_grid=\(\d"):
+    with pytest.raises(
+        WeightsError, match=r"as many in another shape. Give old_grid=\(\d"
+    ):
         load_published(target, state)
     assert_equal(dict(target.state_dict()), before)
     load_published(target, state, old_grid=of_size(*saved).grid)
@@ -209,14 +239,18 @@ def test_a_fixed_table_is_resampled_from_the_grid_it_was_made_for() -> None:
     # 2 x 8 patches are as many as 4 x 4: a square would be the wrong guess.
     state = MaskedAutoencoder(of_size(16, 64)).state_dict()
     fitted = fit_weights(state, of_size(32, 128))
-    assert torch.equal(fitted["pos_embed"], interpolate_table(state["pos_embed"], (2, 8), (4, 16)))
+    assert torch.equal(
+        fitted["pos_embed"], interpolate_table(state["pos_embed"], (2, 8), (4, 16))
+    )
 
 
 def test_weights_are_untouched_by_a_failed_load(state: dict[str, torch.Tensor]) -> None:
     model = MaskedAutoencoder(CONFIG)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state["blocks.1.mlp.fc2.bias"] = torch.zeros(3)
-    with pytest.raises(WeightsError, match=r"blocks\.1\.mlp\.fc2\.bias +\(16,\) +\(3,\)"):
+    with pytest.raises(
+        WeightsError, match=r"blocks\.1\.mlp\.fc2\.bias +\(16,\) +\(3,\)"
+    ):
         load_published(model, state)
     assert_equal(model.state_dict(), before)
 

@@ -27,7 +27,14 @@ from pipeline.images.pixel_sums import PixelSums
 from pipeline.images.refused import Reason, Refused
 from pipeline.sampling.boxes import Boxes
 from tests import odd_images
-from tests.odd_images import big_tiff, bitmap, jpeg, lossless_jpeg, with_frame, with_strays
+from tests.odd_images import (
+    big_tiff,
+    bitmap,
+    jpeg,
+    lossless_jpeg,
+    with_frame,
+    with_strays,
+)
 
 STRAYS = st.binary(max_size=9).filter(lambda data: b"\xff" not in data)
 FILLS = st.integers(0, 5).map(lambda count: b"\xff" * count)
@@ -128,7 +135,9 @@ def test_other_precisions_are_refused_by_the_header(
     )
 
 
-def test_lossless_jpeg_of_8_bits_is_read_and_of_more_refused(photo: Image.Image) -> None:
+def test_lossless_jpeg_of_8_bits_is_read_and_of_more_refused(
+    photo: Image.Image,
+) -> None:
     grey = np.asarray(photo.convert("L"))[:40, :60]
     data = lossless_jpeg(grey)
     assert check_against_pillow(data).mode == "L"
@@ -187,7 +196,8 @@ def test_every_decoder_decodes_what_the_probe_lets_in(photo: Image.Image) -> Non
                 assert not decoded.bad, (name, kind, decoded.bad)
                 area = (top, top, top + length, top + length)
                 reference = np.asarray(
-                    expected.resize((64, 64), Image.Resampling.BICUBIC, box=area), dtype=int
+                    expected.resize((64, 64), Image.Resampling.BICUBIC, box=area),
+                    dtype=int,
                 )
                 pixels = decoded.pixels_BHW3[0].numpy().astype(int)
                 assert np.abs(pixels - reference).mean() < 6, (name, kind)
@@ -221,7 +231,12 @@ def test_what_is_not_common_does_not_reach_a_parser_that_was_not_tried_on_it(
     pages=st.integers(1, 2),
 )
 def test_big_tiff_is_read_as_pillow_reads_it(
-    photo: Image.Image, size: tuple[int, int], mode: str, order: str, num_strips: int, pages: int
+    photo: Image.Image,
+    size: tuple[int, int],
+    mode: str,
+    order: str,
+    num_strips: int,
+    pages: int,
 ) -> None:
     data = big_tiff(
         photo.resize(size).convert(mode),
@@ -259,11 +274,17 @@ def test_no_damage_of_a_big_tiff_breaks_the_probe(
     top_down=st.booleans(),
 )
 def test_bitmaps_of_every_header_are_read_as_pillow_reads_them(
-    photo: Image.Image, size: tuple[int, int], header_bytes: int, bits: int, top_down: bool
+    photo: Image.Image,
+    size: tuple[int, int],
+    header_bytes: int,
+    bits: int,
+    top_down: bool,
 ) -> None:
     if header_bytes == 12:
         top_down, bits = False, 24
-    data = bitmap(photo.resize(size), header_bytes=header_bytes, bits=bits, top_down=top_down)
+    data = bitmap(
+        photo.resize(size), header_bytes=header_bytes, bits=bits, top_down=top_down
+    )
     found = probe(data)
     assert isinstance(found, Probe)
     if bits == 32 and header_bytes not in (52, 64):
@@ -279,7 +300,11 @@ def test_bitmaps_of_every_header_are_read_as_pillow_reads_them(
 def test_statistics_count_what_the_probe_lets_in(photo: Image.Image) -> None:
     plain = jpeg(photo)
     sums = PixelSums()
-    for data in (plain, with_strays(plain, {2: b"abc"}), lossless_jpeg(np.asarray(photo)[..., 0])):
+    for data in (
+        plain,
+        with_strays(plain, {2: b"abc"}),
+        lossless_jpeg(np.asarray(photo)[..., 0]),
+    ):
         found = probe(data)
         assert isinstance(found, Probe)
         sums.add(data, found)

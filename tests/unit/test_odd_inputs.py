@@ -80,7 +80,10 @@ def test_an_option_is_used_or_refused(tmp_path, capsys, kind):
         ("--label-column", "other"): is_table,
         ("--image-column", image): is_table,
         ("--image-component", "jpg"): kind == "dataset",
-        ("--synsets", str(tmp_path / "truth.txt")): False,  # explains a ground truth: there is none
+        (
+            "--synsets",
+            str(tmp_path / "truth.txt"),
+        ): False,  # explains a ground truth: there is none
     }
     for number, (option, is_used) in enumerate(expected.items()):
         target = str(tmp_path / f"out-{number}")
@@ -126,19 +129,38 @@ def test_a_pattern_that_the_shell_expanded_is_refused(
 
 def test_values_of_options_are_not_surplus(tmp_path):
     source = sources(tmp_path)["folder"]
-    words = ["--workers", "1", str(source), "--split", "x", str(tmp_path / "out"), "--quality=80"]
+    words = [
+        "--workers",
+        "1",
+        str(source),
+        "--split",
+        "x",
+        str(tmp_path / "out"),
+        "--quality=80",
+    ]
     assert main(words) == 0
 
 
 # ---------------------------------------------------------------------------- what is left out
 
 
-@pytest.mark.parametrize("text", [b"[1, 2]", b"3", b"null", b'"x"', b"{bad", b"", b"\xff"])
+@pytest.mark.parametrize(
+    "text", [b"[1, 2]", b"3", b"null", b'"x"', b"{bad", b"", b"\xff"]
+)
 @pytest.mark.parametrize("cls", [{}, {"a.cls": b"1"}])
 def test_json_that_is_not_an_object_is_counted(tmp_path, capsys, text, cls):
-    members = {"a.jpg": picture(), "a.json": text, **cls, "b.jpg": picture(), "b.json": b"{}"}
+    members = {
+        "a.jpg": picture(),
+        "a.json": text,
+        **cls,
+        "b.jpg": picture(),
+        "b.json": b"{}",
+    }
     pack(tmp_path / "src/x.tar", members)
-    assert main([str(tmp_path / "src"), str(tmp_path / "out"), "--workers", "1", "--json"]) == 0
+    assert (
+        main([str(tmp_path / "src"), str(tmp_path / "out"), "--workers", "1", "--json"])
+        == 0
+    )
     said = json.loads(capsys.readouterr().out)
     assert said["left_out"] == {"JSON that is not an object": 1}
     assert said["num_seen"] == 3
@@ -179,7 +201,9 @@ def test_only_what_is_there_is_advised(tmp_path, capsys):
     (tmp_path / "src").mkdir()
     for number in range(4):
         (tmp_path / f"src/{number}.jpg").write_bytes(picture())
-    pq.write_table(pa.table({"file_name": ["0.jpg"]}), tmp_path / "src/metadata.parquet")
+    pq.write_table(
+        pa.table({"file_name": ["0.jpg"]}), tmp_path / "src/metadata.parquet"
+    )
     assert main([str(tmp_path / "src"), str(tmp_path / "out"), "--workers", "1"]) == 2
     said = capsys.readouterr().err
     assert "*.parquet'" in said

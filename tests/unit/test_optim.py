@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from model.config import ModelConfig
 from model.objectives.mae import MaskedAutoencoder
 from train.config import RunConfig
-from train.engine.optim import build_optimizer, build_param_groups, lr_at, peak_lr, set_lr
+from train.engine.optim import (
+    build_optimizer,
+    build_param_groups,
+    lr_at,
+    peak_lr,
+    set_lr,
+)
 
 PAPER = RunConfig.model_validate(
     {
@@ -89,7 +95,12 @@ def test_negative_step_is_refused() -> None:
 def test_groups_decay_matrices_and_tokens_and_leave_out_frozen_tables() -> None:
     model = MaskedAutoencoder(
         ModelConfig(
-            image_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2, decoder_num_heads=16
+            image_size=16,
+            patch_size=4,
+            embed_dim=16,
+            depth=1,
+            num_heads=2,
+            decoder_num_heads=16,
         )
     )
     plain, decayed = build_param_groups(model, weight_decay=0.05)
@@ -110,7 +121,10 @@ def test_groups_decay_matrices_and_tokens_and_leave_out_frozen_tables() -> None:
         "decoder_pred.bias",
     } <= plain_names
     frozen = {"pos_embed", "decoder_pos_embed"}
-    assert plain_names | decayed_names == {name for name, _ in model.named_parameters()} - frozen
+    assert (
+        plain_names | decayed_names
+        == {name for name, _ in model.named_parameters()} - frozen
+    )
 
 
 def test_optimizer_starts_at_rate_zero_and_takes_the_rate_of_each_step() -> None:
@@ -166,7 +180,8 @@ def test_a_cooldown_never_rises_and_waits_for_the_warmup(
     total: int, share: float, warmup: int
 ) -> None:
     rates = [
-        cooldown_lr(step, total=total, share=share, warmup=warmup) for step in range(total + 1)
+        cooldown_lr(step, total=total, share=share, warmup=warmup)
+        for step in range(total + 1)
     ]
     assert all(0 <= rate <= 1 for rate in rates)
     rest = rates[warmup:]

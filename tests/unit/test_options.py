@@ -21,7 +21,9 @@ from tests.unit.test_doors import DOORS
 
 WITHOUT_DATACLASS = {"train.pretrain"}
 """Its options are the settings: tests/unit/test_settings_limits.py."""
-OPTIONS_OF_SETTINGS = {OPTION_NAMES.get(name, name) for name in ConvertSettings.model_fields}
+OPTIONS_OF_SETTINGS = {
+    OPTION_NAMES.get(name, name) for name in ConvertSettings.model_fields
+}
 """Options of pipeline.convert that its settings check."""
 NO_PATHS = {
     ("pipeline.bench", "device"),
@@ -41,11 +43,15 @@ def arguments_of(door: str) -> type[Any]:
         except ModuleNotFoundError:
             continue
         # The options of a conversion are made from its settings.
-        return module._command_line() if door == "pipeline.convert" else module.Arguments
+        return (
+            module._command_line() if door == "pipeline.convert" else module.Arguments
+        )
     raise AssertionError(door)
 
 
-def leaves(hint: Any, metadata: tuple[Any, ...] = ()) -> list[tuple[Any, tuple[Any, ...]]]:
+def leaves(
+    hint: Any, metadata: tuple[Any, ...] = ()
+) -> list[tuple[Any, tuple[Any, ...]]]:
     """Give the plain types within a hint, each with what is annotated on it."""
     origin = typing.get_origin(hint)
     if origin is typing.Annotated:
@@ -72,7 +78,11 @@ def limits(metadata: tuple[Any, ...]) -> dict[str, float]:
 def options_of(door: str) -> list[tuple[str, Any, tuple[Any, ...]]]:
     hints = typing.get_type_hints(arguments_of(door), include_extras=True)
     if door == "pipeline.convert":
-        hints = {name: hint for name, hint in hints.items() if name not in OPTIONS_OF_SETTINGS}
+        hints = {
+            name: hint
+            for name, hint in hints.items()
+            if name not in OPTIONS_OF_SETTINGS
+        }
     return [(name, *leaf) for name, hint in hints.items() for leaf in leaves(hint)]
 
 
@@ -92,8 +102,12 @@ def test_every_number_has_a_lowest_and_a_highest_value(door: str) -> None:
 def test_every_path_is_checked_as_one(door: str) -> None:
     for name, kind, metadata in options_of(door):
         if kind in (str, Path) and (door, name) not in NO_PATHS:
-            checks = [item for item in metadata if type(item).__name__ == "AfterValidator"]
-            assert checks, f"{door} --{name} is a text without a check: use a type of options.py"
+            checks = [
+                item for item in metadata if type(item).__name__ == "AfterValidator"
+            ]
+            assert checks, (
+                f"{door} --{name} is a text without a check: use a type of options.py"
+            )
 
 
 NUMBERS = [
@@ -135,7 +149,9 @@ def test_odd_numbers_are_refused_by_name_or_within_the_limits(
         reached.clear()
         option = f"--{name.replace('_', '-')}"
         try:
-            code = run_command(body, arguments, [*words, option, text], module=door, interrupted="")
+            code = run_command(
+                body, arguments, [*words, option, text], module=door, interrupted=""
+            )
         except SystemExit as left:
             # tyro's own: not a number of this kind at all.
             code = int(left.code or 0)
@@ -166,16 +182,32 @@ def more_words(door: str) -> list[str]:
 @pytest.mark.parametrize(
     ("door", "changes", "says"),
     [
-        ("train.evaluate", {"max_images": -3}, "--max-images -3: expected a value greater"),
+        (
+            "train.evaluate",
+            {"max_images": -3},
+            "--max-images -3: expected a value greater",
+        ),
         ("train.reconstruct", {"count": 0}, "--count 0: expected a value greater"),
         ("train.reconstruct", {"count": -1}, "--count -1"),
         ("train.reconstruct", {"seed": -1}, "--seed -1"),
-        ("train.reconstruct", {"out": "x.jpg"}, "will hold PNG: give a name that ends in .png"),
+        (
+            "train.reconstruct",
+            {"out": "x.jpg"},
+            "will hold PNG: give a name that ends in .png",
+        ),
         ("train.reconstruct", {"out": "x"}, "for example x.png"),
-        ("train.reconstruct", {"out": "s3://bucket/x.png"}, "a local path was expected"),
+        (
+            "train.reconstruct",
+            {"out": "s3://bucket/x.png"},
+            "a local path was expected",
+        ),
         ("train.evaluate", {"out": "x.png"}, "will hold JSON"),
         ("train.export", {"to": "mae", "patch_size": 0}, "--patch-size 0"),
-        ("train.export", {"to": "mae", "out": "s3://bucket/x"}, "a local path was expected"),
+        (
+            "train.export",
+            {"to": "mae", "out": "s3://bucket/x"},
+            "a local path was expected",
+        ),
         ("pipeline.inspect", {"count": 0}, "--count 0"),
         ("pipeline.inspect", {"out": "x.jpeg"}, "give a name that ends in .png"),
         ("pipeline.bench", {"seconds": float("nan")}, "--seconds nan"),
@@ -225,7 +257,9 @@ def test_the_home_folder_is_expanded_in_options(
     assert given.checkpoint == f"{tmp_path}/run"
     assert given.images == f"{tmp_path}/my pictures"
     assert given.out == f"{tmp_path}/x.png"
-    assert check_arguments(Arguments("s3://bucket/~run")).checkpoint == "s3://bucket/~run"
+    assert (
+        check_arguments(Arguments("s3://bucket/~run")).checkpoint == "s3://bucket/~run"
+    )
     assert check_arguments(Arguments(f"~{me.pw_name}/r")).checkpoint == f"{me.pw_dir}/r"
     bench = check_arguments(Bench(folder=Path("~/f"), tuning_file=Path("~/t.toml")))
     assert (bench.folder, bench.tuning_file) == (tmp_path / "f", tmp_path / "t.toml")

@@ -49,7 +49,9 @@ def test_any_position_can_be_asked_alone(sizes_S, config, data):
     whole = EpochOrder(np.array(sizes_S), config=config, seed=1, epoch=2).sample_ids(
         np.arange(total)
     )
-    positions = np.array(data.draw(st.lists(st.integers(0, total - 1), min_size=1, max_size=20)))
+    positions = np.array(
+        data.draw(st.lists(st.integers(0, total - 1), min_size=1, max_size=20))
+    )
     alone = EpochOrder(np.array(sizes_S), config=config, seed=1, epoch=2)
     assert alone.sample_ids(positions).tolist() == whole[positions].tolist()
 
@@ -117,14 +119,22 @@ def test_drop_leaves_out_less_than_a_batch(sizes_S, config, batch):
     batches = total // batch
     shares = [
         share
-        for [share] in first_shares(sizes_S, config, world=1, batch=batch, batches=batches + 1)
+        for [share] in first_shares(
+            sizes_S, config, world=1, batch=batch, batches=batches + 1
+        )
     ]
     seen = np.concatenate([share.sample_ids_B for share in shares[:-1]])
     assert len(set(seen.tolist())) == batches * batch > total - batch
     assert shares[-1].start == Cursor(1, 0)
 
 
-@given(sizes, orders, st.sampled_from(["fill", "drop"]), st.integers(1, 12), st.integers(0, 30))
+@given(
+    sizes,
+    orders,
+    st.sampled_from(["fill", "drop"]),
+    st.integers(1, 12),
+    st.integers(0, 30),
+)
 def test_resume_goes_on_exactly(sizes_S, config, remainder, batch, skipped):
     assume(remainder == "fill" or sum(sizes_S) >= batch)
     config = config.model_copy(update={"remainder": remainder})
@@ -136,7 +146,11 @@ def test_resume_goes_on_exactly(sizes_S, config, remainder, batch, skipped):
 
 
 @given(
-    st.integers(1, 8), st.integers(2, 30), st.integers(1, 30), st.integers(1, 4), st.integers(1, 4)
+    st.integers(1, 8),
+    st.integers(2, 30),
+    st.integers(1, 30),
+    st.integers(1, 4),
+    st.integers(1, 4),
 )
 def test_a_rank_reads_only_its_own_shards(num_shards, size, window, world, multiple):
     lanes = world * multiple
@@ -163,7 +177,9 @@ def test_a_rank_reads_only_its_own_shards(num_shards, size, window, world, multi
 
 def test_seeds_and_epochs_give_other_orders():
     def ids(seed: int, epoch: int) -> list[int]:
-        order = EpochOrder(np.full(10, 20), config=OrderConfig(lanes=4), seed=seed, epoch=epoch)
+        order = EpochOrder(
+            np.full(10, 20), config=OrderConfig(lanes=4), seed=seed, epoch=epoch
+        )
         return order.sample_ids(np.arange(200)).tolist()
 
     assert ids(0, 0) == ids(0, 0)
@@ -193,16 +209,31 @@ def test_memory_is_a_window_a_lane_not_the_epoch():
 
 def test_numbers_that_cannot_work_are_refused_with_the_numbers():
     with pytest.raises(ConfigError, match="10 does not divide over 3 ranks"):
-        Order(np.array([5]), config=OrderConfig(), seed=0, global_batch_size=10, world_size=3)
+        Order(
+            np.array([5]),
+            config=OrderConfig(),
+            seed=0,
+            global_batch_size=10,
+            world_size=3,
+        )
     with pytest.raises(ConfigError, match="no samples"):
         Order(np.array([0]), config=OrderConfig(), seed=0, global_batch_size=1)
-    with pytest.raises(ConfigError, match="holds 5 samples, fewer than one global batch of 10"):
-        Order(np.array([5]), config=OrderConfig(remainder="drop"), seed=0, global_batch_size=10)
+    with pytest.raises(
+        ConfigError, match="holds 5 samples, fewer than one global batch of 10"
+    ):
+        Order(
+            np.array([5]),
+            config=OrderConfig(remainder="drop"),
+            seed=0,
+            global_batch_size=10,
+        )
 
 
 def test_the_order_of_a_published_version_never_changes():
     """A golden order: a change here changes what every resumed run sees."""
-    order = EpochOrder(np.array([3, 5, 4]), config=OrderConfig(lanes=3, window=2), seed=42, epoch=1)
+    order = EpochOrder(
+        np.array([3, 5, 4]), config=OrderConfig(lanes=3, window=2), seed=42, epoch=1
+    )
     assert order.sample_ids(np.arange(12)).tolist() == GOLDEN
 
 

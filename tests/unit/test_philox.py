@@ -7,11 +7,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.sampling.philox import Purpose, permutation, philox4x32, random_words, unit_float32
+from pipeline.sampling.philox import (
+    Purpose,
+    permutation,
+    philox4x32,
+    random_words,
+    unit_float32,
+)
 
 WIDTHS = {
     32: ((0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)),
-    64: ((0xD2E7470EE14C6C93, 0xCA5A826395121157), (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)),
+    64: (
+        (0xD2E7470EE14C6C93, 0xCA5A826395121157),
+        (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B),
+    ),
 }
 
 
@@ -23,7 +32,12 @@ def plain_philox(counter: list[int], key: list[int], width: int) -> list[int]:
     c, k = list(counter), list(key)
     for _ in range(10):
         p0, p1 = multipliers[0] * c[0], multipliers[1] * c[2]
-        c = [(p1 >> width) ^ c[1] ^ k[0], p1 & mask, (p0 >> width) ^ c[3] ^ k[1], p0 & mask]
+        c = [
+            (p1 >> width) ^ c[1] ^ k[0],
+            p1 & mask,
+            (p0 >> width) ^ c[3] ^ k[1],
+            p0 & mask,
+        ]
         k = [(k[i] + weyl[i]) & mask for i in range(2)]
     return c
 
@@ -32,7 +46,11 @@ def plain_philox(counter: list[int], key: list[int], width: int) -> list[int]:
     ("counter", "key", "expected"),
     [
         ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
-        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0xFFFFFFFF] * 4,
+            [0xFFFFFFFF] * 2,
+            [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD],
+        ),
         (
             [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
             [0xA4093822, 0x299F31D0],
@@ -44,7 +62,9 @@ def test_known_answers_of_random123(
     counter: list[int], key: list[int], expected: list[int]
 ) -> None:
     counters = tuple(np.array([word], dtype=np.uint64) for word in counter)
-    assert [int(word[0]) for word in philox4x32(counters, key[0] | key[1] << 32)] == expected
+    assert [
+        int(word[0]) for word in philox4x32(counters, key[0] | key[1] << 32)
+    ] == expected
 
 
 def test_plain_implementation_is_numpys_at_64_bits() -> None:
@@ -56,7 +76,9 @@ def test_plain_implementation_is_numpys_at_64_bits() -> None:
 words32 = st.integers(0, 2**32 - 1)
 
 
-@given(st.lists(words32, min_size=4, max_size=4), st.lists(words32, min_size=2, max_size=2))
+@given(
+    st.lists(words32, min_size=4, max_size=4), st.lists(words32, min_size=2, max_size=2)
+)
 def test_vectorised_is_the_plain_one(counter: list[int], key: list[int]) -> None:
     counters = tuple(np.array([word], dtype=np.uint64) for word in counter)
     ours = [int(word[0]) for word in philox4x32(counters, key[0] | key[1] << 32)]
@@ -84,7 +106,12 @@ def test_a_draw_depends_on_all_that_names_it_and_on_nothing_else() -> None:
     )
     assert together[1].tolist() == draw()
     later = random_words(
-        seed=1, purpose=Purpose.CROP, epochs_n=2, streams_n=3, num_blocks=1, first_block=1
+        seed=1,
+        purpose=Purpose.CROP,
+        epochs_n=2,
+        streams_n=3,
+        num_blocks=1,
+        first_block=1,
     )
     assert later[0].tolist() == draw()[4:]
 
@@ -92,7 +119,9 @@ def test_a_draw_depends_on_all_that_names_it_and_on_nothing_else() -> None:
 @pytest.mark.parametrize(("epoch", "stream"), [(0, 2**48), (2**32, 0)])
 def test_counters_never_wrap(epoch: int, stream: int) -> None:
     with pytest.raises(ValueError, match="outside"):
-        random_words(seed=0, purpose=Purpose.CROP, epochs_n=epoch, streams_n=stream, num_blocks=1)
+        random_words(
+            seed=0, purpose=Purpose.CROP, epochs_n=epoch, streams_n=stream, num_blocks=1
+        )
 
 
 @given(st.integers(0, 3000), st.integers(0, 2**63), st.integers(0, 100))

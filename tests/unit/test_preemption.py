@@ -22,8 +22,12 @@ def wait_for_request(preemption: Preemption) -> None:
     wait_until(preemption.requested, what="a request")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
-def test_each_signal_asks_to_stop_and_handlers_are_put_back(number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
+)
+def test_each_signal_asks_to_stop_and_handlers_are_put_back(
+    number: signal.Signals,
+) -> None:
     before = signal.getsignal(number)
     with Preemption(World()) as preemption:
         assert not preemption.requested()
@@ -70,7 +74,9 @@ def test_agreement_happens_only_when_due() -> None:
         assert [preemption.requested() for _ in range(4)] == [False, False, True, True]
 
 
-def test_a_launchers_second_signal_at_once_counts_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launchers_second_signal_at_once_counts_as_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     # However long this machine takes between the two.
     monkeypatch.setattr("train.process.preemption.REPEAT_AFTER_S", HANG_S)
     with Preemption(World()) as preemption:

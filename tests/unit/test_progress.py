@@ -24,11 +24,15 @@ def pace(batch: int) -> Pace:
 
 def config(**changes: Any) -> RunConfig:
     optim = {"warmup_epochs": 0.5, "base_lr": 1.0}
-    return RunConfig.model_validate({"train": {"epochs": 4.0}, "optim": optim, **changes})
+    return RunConfig.model_validate(
+        {"train": {"epochs": 4.0}, "optim": optim, **changes}
+    )
 
 
 @given(batch=st.integers(1, 64), step=st.integers(0, 5000))
-def test_an_unbroken_run_counts_as_before_to_the_last_bit(batch: int, step: int) -> None:
+def test_an_unbroken_run_counts_as_before_to_the_last_bit(
+    batch: int, step: int
+) -> None:
     run = Progress.start(pace(batch))
     settings = config(train={"epochs": 4.0, "global_batch_size": batch})
     assert run.images_at(step) == step * batch
@@ -41,7 +45,9 @@ def test_an_unbroken_run_counts_as_before_to_the_last_bit(batch: int, step: int)
 
 
 @given(
-    segments=st.lists(st.tuples(st.integers(1, 64), st.integers(0, 40)), min_size=1, max_size=5),
+    segments=st.lists(
+        st.tuples(st.integers(1, 64), st.integers(0, 40)), min_size=1, max_size=5
+    ),
 )
 def test_images_are_the_sum_of_all_batches(segments: list[tuple[int, int]]) -> None:
     run = Progress.start(pace(segments[0][0]))
@@ -69,7 +75,9 @@ def test_another_batch_size_leaves_the_length_in_images_and_the_rate(
     assert abs(run.images_at(total) - 4 * NUM_IMAGES) <= max(first, then)
 
     here = rate_at(step, config=before, progress=whole)
-    assert rate_at(step, config=after, progress=run) == pytest.approx(here, rel=1e-9, abs=1e-12)
+    assert rate_at(step, config=after, progress=run) == pytest.approx(
+        here, rel=1e-9, abs=1e-12
+    )
     rates = [rate_at(at, config=after, progress=run) for at in range(step, total + 1)]
     peak = first / 256
     assert max(rates) <= peak * (1 + 1e-9)
@@ -99,7 +107,9 @@ def test_progress_survives_a_checkpoint_and_a_change_there() -> None:
 
 @pytest.mark.parametrize("batch", [8, 16, 32])
 def test_a_checkpoint_of_the_first_version_has_one_batch_size(batch: int) -> None:
-    run = Progress.from_client({"images_seen": 160}, step=10, batch_size=16, pace=pace(batch))
+    run = Progress.from_client(
+        {"images_seen": 160}, step=10, batch_size=16, pace=pace(batch)
+    )
     assert run.images_at(10) == 160
     assert run.images_at(11) == 160 + batch
     assert run.epochs_at(10) == pytest.approx(160 / NUM_IMAGES)

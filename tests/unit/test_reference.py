@@ -96,7 +96,9 @@ def test_a_field_without_help_is_refused() -> None:
         (RunConfig, "engine", ""),
     ],
 )
-def test_types_and_limits_are_described(model: type[BaseModel], name: str, said: str) -> None:
+def test_types_and_limits_are_described(
+    model: type[BaseModel], name: str, said: str
+) -> None:
     assert reference.describe_type(model, name) == said
 
 

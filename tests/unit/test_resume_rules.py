@@ -99,7 +99,9 @@ def test_a_refusal_names_both_values_and_the_way_on() -> None:
         ("view.min-area,order.lane", "order.lanes"),
     ],
 )
-def test_names_that_cannot_be_accepted_are_told_before_the_start(names: str, says: str) -> None:
+def test_names_that_cannot_be_accepted_are_told_before_the_start(
+    names: str, says: str
+) -> None:
     assert any(says in problem for problem in accept_problems(names))
     with pytest.raises(ConfigError, match=says):
         parse_run(["demo", "--data.train", "x", "--resume.accept", names])

@@ -65,7 +65,9 @@ def test_a_rank_runs_is_stopped_and_is_gone(folder: Path, sleeper: Sleeper) -> N
 
     os.kill(other.pid, signal.SIGSTOP)
     wait_until(roll.stopped, what="the stop")
-    assert describe_stopped(roll).startswith(f" rank 1 (process {other.pid}) was stopped.")
+    assert describe_stopped(roll).startswith(
+        f" rank 1 (process {other.pid}) was stopped."
+    )
     assert "was stopped" in str(name_cause(RuntimeError("gloo"), roll, rank=0))
 
     other.kill()
@@ -134,7 +136,11 @@ def leave_behind(folder: Path, launch: str) -> Path:
     code = LEAVES.format(root=root, folder=str(folder), launch=launch)
     subprocess.run([sys.executable, "-c", code], check=True, timeout=HANG_S)
     (left,) = folder.iterdir()
-    assert {path.name for path in left.iterdir()} >= {"rank-0", "rank-1", "verdict.json"}
+    assert {path.name for path in left.iterdir()} >= {
+        "rank-0",
+        "rank-1",
+        "verdict.json",
+    }
     return left
 
 
@@ -147,7 +153,9 @@ def test_a_start_clears_up_behind_one_whose_ranks_were_all_killed(
     # A launcher that lives may start more ranks, but not for ever.
     keeper = sleeper()
     for path in left.glob("rank-*"):
-        path.write_text(json.dumps({**json.loads(path.read_text()), "parent": keeper.pid}))
+        path.write_text(
+            json.dumps({**json.loads(path.read_text()), "parent": keeper.pid})
+        )
     new.sign()
     assert left.exists()
     long_ago_s = time.time() - 3600
@@ -162,7 +170,11 @@ def test_a_dead_launcher_needs_no_patience_and_living_ranks_and_strangers_are_le
     left = leave_behind(folder, "killed")
     living = left.with_name(left.name + "1")
     living.mkdir()
-    entry = {"pid": os.getpid(), "started_s": psutil.Process().create_time(), "parent": 1 << 30}
+    entry = {
+        "pid": os.getpid(),
+        "started_s": psutil.Process().create_time(),
+        "parent": 1 << 30,
+    }
     (living / "rank-0").write_text(json.dumps(entry))
     dead = json.loads((left / "rank-1").read_text())
     (living / "rank-1").write_text(json.dumps(dead))

@@ -42,7 +42,9 @@ def write_lease(folder: Path, **changes: object) -> None:
     (folder / LEASE_FILE).write_text(json.dumps({**asdict(mine), **changes}))
 
 
-def test_second_job_is_refused_by_name_and_may_start_after_the_first(tmp_path: Path) -> None:
+def test_second_job_is_refused_by_name_and_may_start_after_the_first(
+    tmp_path: Path,
+) -> None:
     with RunLease(tmp_path / "run"):
         with (
             pytest.raises(ConfigError, match=f"process {os.getpid()} on .* works here"),

@@ -66,7 +66,9 @@ def make_saver(
     on_phase: Callable[[str], None] | None = None,
 ) -> Saver:
     return Saver(
-        CheckpointStore(str(folder), keep_last=9, on_phase=on_phase), world=WORLD, mode=mode
+        CheckpointStore(str(folder), keep_last=9, on_phase=on_phase),
+        world=WORLD,
+        mode=mode,
     )
 
 
@@ -97,7 +99,11 @@ def test_training_goes_on_while_what_was_captured_is_written(tmp_path: Path):
     gate.opened.set()
     saved = saver.finish()
     assert saved is not None
-    assert (saved.step, saved.uri, saver.pending) == (1, str(tmp_path / "step-000001"), None)
+    assert (saved.step, saved.uri, saver.pending) == (
+        1,
+        str(tmp_path / "step-000001"),
+        None,
+    )
     weights, document = load_weights(saved.uri)
     assert torch.equal(weights["layer.weight"], captured)
     assert document["client"] == {"position": 1}
@@ -190,7 +196,9 @@ def test_waiting_beats_the_watchdog(tmp_path: Path):
 def test_buffers_hold_the_file_as_safetensors_reads_it():
     model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 1))
     table = list_tensors(model, parts=2)
-    buffers = [StateBuffers(table, part=part, device=torch.device("cpu")) for part in range(2)]
+    buffers = [
+        StateBuffers(table, part=part, device=torch.device("cpu")) for part in range(2)
+    ]
     values = {}
     for tensor in table:
         for kind in tensor.kinds:
@@ -214,12 +222,18 @@ def test_buffers_hold_the_file_as_safetensors_reads_it():
 
 def test_a_header_is_aligned_and_carries_what_it_was_given():
     for length in range(1, 10):
-        header = safetensors_header([("n" * length, (2, 3)), ("scalar", ())], {"kind": "weight"})
+        header = safetensors_header(
+            [("n" * length, (2, 3)), ("scalar", ())], {"kind": "weight"}
+        )
         assert len(header) % 8 == 0
         content = json.loads(header[8:])
         assert int.from_bytes(header[:8], "little") == len(header) - 8
         assert content["__metadata__"] == {"kind": "weight"}
-        assert content["scalar"] == {"dtype": "F32", "shape": [], "data_offsets": [24, 28]}
+        assert content["scalar"] == {
+            "dtype": "F32",
+            "shape": [],
+            "data_offsets": [24, 28],
+        }
 
 
 def test_a_part_without_tensors_has_no_files():

@@ -87,7 +87,10 @@ def test_the_probe_agrees_with_pillow(
     assert isinstance(found, Probe)
     with Image.open(io.BytesIO(data)) as image:
         assert image.format is not None
-        assert (found.format, (found.width, found.height)) == (image.format.lower(), image.size)
+        assert (found.format, (found.width, found.height)) == (
+            image.format.lower(),
+            image.size,
+        )
     assert found.mode == mode
     assert found.progressive == bool(options.get("progressive"))
     assert not found.animated
@@ -102,7 +105,9 @@ def test_a_cut_image_is_never_whole(
         assert probe(data[:length]) in (TRUNCATED, NOT_AN_IMAGE), length
 
 
-def test_every_photograph_is_read_as_pillow_reads_it(photo_paths: dict[str, Path]) -> None:
+def test_every_photograph_is_read_as_pillow_reads_it(
+    photo_paths: dict[str, Path],
+) -> None:
     for path in photo_paths.values():
         found = probe(path.read_bytes())
         with Image.open(path) as image:
@@ -112,7 +117,9 @@ def test_every_photograph_is_read_as_pillow_reads_it(photo_paths: dict[str, Path
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_an_orientation_is_told_and_not_applied(crop: Image.Image, orientation: int) -> None:
+def test_an_orientation_is_told_and_not_applied(
+    crop: Image.Image, orientation: int
+) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     exif[0x010F] = "maker"
@@ -120,7 +127,10 @@ def test_an_orientation_is_told_and_not_applied(crop: Image.Image, orientation: 
         exif.endian = "<" if order == "II" else ">"
         found = probe(encode(crop, "JPEG", "RGB", exif=exif.tobytes()))
         assert isinstance(found, Probe)
-        assert (found.width, found.height, found.orientation) == (*crop.size, orientation)
+        assert (found.width, found.height, found.orientation) == (
+            *crop.size,
+            orientation,
+        )
 
 
 def test_trailing_bytes_do_not_hide_the_end(crop: Image.Image) -> None:
@@ -139,7 +149,9 @@ def test_a_thumbnails_end_is_not_the_images(crop: Image.Image) -> None:
 def test_animations_are_told(crop: Image.Image) -> None:
     frames = [crop, crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
     for kind in ("GIF", "WEBP", "PNG"):
-        found = probe(encode(frames[0], kind, "RGB", save_all=True, append_images=frames[1:]))
+        found = probe(
+            encode(frames[0], kind, "RGB", save_all=True, append_images=frames[1:])
+        )
         assert isinstance(found, Probe)
         assert found.animated
         assert (found.width, found.height) == crop.size
@@ -148,11 +160,18 @@ def test_animations_are_told(crop: Image.Image) -> None:
 def png_that_declares(width: int, height: int) -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+            struct.pack(">I", len(data))
+            + kind
+            + data
+            + struct.pack(">I", zlib.crc32(kind + data))
         )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+    body = (
+        chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0"))
+        + chunk(b"IEND", b"")
+    )
     return b"\x89PNG\r\n\x1a\n" + body
 
 
@@ -170,7 +189,9 @@ def test_bombs_are_refused_by_their_header(crop: Image.Image) -> None:
 
 def test_each_limit_has_its_reason(crop: Image.Image) -> None:
     data = encode(crop, "JPEG", "RGB")
-    assert isinstance(screen(data, ScreenLimits(max_pixels=61 * 43, max_bytes=len(data))), Probe)
+    assert isinstance(
+        screen(data, ScreenLimits(max_pixels=61 * 43, max_bytes=len(data))), Probe
+    )
     assert screen(data, ScreenLimits(max_pixels=61 * 43 - 1)) == TOO_MANY_PIXELS
     assert screen(data, ScreenLimits(max_bytes=len(data) - 1)) == TOO_MANY_BYTES
     assert screen(png_that_declares(1001, 10)) == ASPECT
@@ -188,7 +209,16 @@ def test_the_limits_are_the_loaders() -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"hello", b"<html>", b"\x80\x04", b"%PDF-1.4", b"\xff\xd8", b"\xff\xd8\xff\xd9", b"BM"]
+    "data",
+    [
+        b"hello",
+        b"<html>",
+        b"\x80\x04",
+        b"%PDF-1.4",
+        b"\xff\xd8",
+        b"\xff\xd8\xff\xd9",
+        b"BM",
+    ],
 )
 def test_what_is_no_image_is_said_to_be_none(data: bytes) -> None:
     assert probe(data) in (NOT_AN_IMAGE, TRUNCATED)
@@ -196,7 +226,9 @@ def test_what_is_no_image_is_said_to_be_none(data: bytes) -> None:
 
 @given(
     st.binary(max_size=200),
-    st.sampled_from([b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"II*\0", b"MM\0*"]),
+    st.sampled_from(
+        [b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"II*\0", b"MM\0*"]
+    ),
 )
 def test_no_bytes_break_the_probe(data: bytes, magic: bytes) -> None:
     found = probe(magic + data)
@@ -208,7 +240,9 @@ def test_no_damage_breaks_the_probe(crop: Image.Image, data: st.DataObject) -> N
     kind, mode, options = data.draw(st.sampled_from(CASES))
     whole = bytearray(encode(crop, kind, mode, **options))
     for _ in range(data.draw(st.integers(1, 4))):
-        whole[data.draw(st.integers(0, min(400, len(whole) - 1)))] = data.draw(st.integers(0, 255))
+        whole[data.draw(st.integers(0, min(400, len(whole) - 1)))] = data.draw(
+            st.integers(0, 255)
+        )
     found = probe(bytes(whole))
     assert isinstance(found, Probe | Refused)
 
@@ -237,7 +271,9 @@ def test_a_run_of_bad_samples_stops() -> None:
     report.good()
     report.bad(EMPTY, "a.tar", "3")
     report.bad(EMPTY, "a.tar", "4")
-    with pytest.raises(DataError, match=r"3 bad samples in a row.*empty \(5\).*a\.tar \(5\)"):
+    with pytest.raises(
+        DataError, match=r"3 bad samples in a row.*empty \(5\).*a\.tar \(5\)"
+    ):
         report.bad(EMPTY, "a.tar", "5")
 
 

@@ -63,7 +63,9 @@ def test_every_number_has_a_lowest_and_a_highest_value(
 
 
 @pytest.mark.parametrize("name", sorted({name for name, _, _ in NUMBERS}))
-def test_what_is_not_a_number_is_refused_in_every_number(name: str, tmp_path: Path) -> None:
+def test_what_is_not_a_number_is_refused_in_every_number(
+    name: str, tmp_path: Path
+) -> None:
     for text in ("nan", "inf", "-inf", "1e400", "-1", "9" * 40, "x", ""):
         said = problems_of(f"--{name}={text}") if text else problems_of(f"--{name}")
         # Fields that must fit each other name their section once, in front.
@@ -91,7 +93,11 @@ def config_of(*words: str) -> RunConfig:
         (("--train.steps", "40"), 4096, True),
         (("--optim.warmup-steps", "400"), 4096, False),  # 800 epochs are 800 steps
         (("--optim.warmup-steps", "800"), 4096, True),
-        (("--optim.warmup-steps", "500", "--order.remainder", "drop"), 4096 * 2 - 1, False),
+        (
+            ("--optim.warmup-steps", "500", "--order.remainder", "drop"),
+            4096 * 2 - 1,
+            False,
+        ),
         (("--optim.warmup-steps", "0", "--train.steps", "1"), 4096, False),
         (("--train.epochs", "0.001", "--optim.warmup-epochs", "0"), 4096, False),
         (("--train.epochs", "0.001", "--optim.warmup-steps", "1"), 4096, True),
@@ -110,11 +116,20 @@ def test_a_warm_up_is_shorter_than_the_run_in_any_units(
         assert "--optim.warmup-steps" in problem
 
 
-@pytest.mark.parametrize(("num_images", "is_refused"), [(1, True), (4095, True), (4096, False)])
+@pytest.mark.parametrize(
+    ("num_images", "is_refused"), [(1, True), (4095, True), (4096, False)]
+)
 def test_an_epoch_has_a_whole_batch_if_the_rest_is_dropped(
     num_images: int, is_refused: bool
 ) -> None:
-    words = ("--order.remainder", "drop", "--train.steps", "50", "--optim.warmup-steps", "5")
+    words = (
+        "--order.remainder",
+        "drop",
+        "--train.steps",
+        "50",
+        "--optim.warmup-steps",
+        "5",
+    )
     problems = length_problems(config_of(*words), num_samples=num_images)
     assert bool(problems) == is_refused
     if is_refused:
@@ -130,7 +145,10 @@ SMALL = ("--train.global-batch-size", "4", "--train.micro-batch-size", "4")
     ("words", "says"),
     [
         (("--train.steps", "9", "--optim.warmup-epochs", "9"), "never reach its peak"),
-        (("--order.remainder", "drop", "--train.global-batch-size", "4096"), "has no step"),
+        (
+            ("--order.remainder", "drop", "--train.global-batch-size", "4096"),
+            "has no step",
+        ),
     ],
 )
 def test_the_size_of_the_data_is_asked_before_torch_is_imported(
@@ -147,9 +165,18 @@ def test_the_size_of_the_data_is_asked_before_torch_is_imported(
 
     monkeypatch.setattr(pretrain, "end_now", ended)
     monkeypatch.setattr(
-        "train.loop.loop.train", lambda *_: pytest.fail("the run was started"), raising=True
+        "train.loop.loop.train",
+        lambda *_: pytest.fail("the run was started"),
+        raising=True,
     )
-    started = ["demo", "--data.train", make_dataset(), "--run.dir", str(tmp_path / "run"), *SMALL]
+    started = [
+        "demo",
+        "--data.train",
+        make_dataset(),
+        "--run.dir",
+        str(tmp_path / "run"),
+        *SMALL,
+    ]
     try:
         code = pretrain.main([*started, *words, *(["--dry-run"] if is_dry else [])])
     except SystemExit as left:
@@ -166,7 +193,15 @@ def test_the_lowest_rate_is_not_above_the_peak() -> None:
     assert "optim.min_lr 0.003 is above the peak rate 0.0025" in problems_of(
         "--optim.base-lr", "0.01", "--optim.min-lr", "0.003"
     )
-    words = ["demo", "--data.train", "x", "--optim.base-lr", "0.01", "--optim.min-lr", "0.0025"]
+    words = [
+        "demo",
+        "--data.train",
+        "x",
+        "--optim.base-lr",
+        "0.01",
+        "--optim.min-lr",
+        "0.0025",
+    ]
     assert math.isclose(parse_run(words, env=ALONE).optim.min_lr, 0.0025)
 
 
@@ -209,7 +244,9 @@ def test_a_decoder_has_the_filter_of_the_view(
 def test_a_package_that_is_missing_is_an_error_of_a_run_and_a_note_of_a_dry_run(
     words: tuple[str, ...], package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("train.settings.engine_rules._is_installed", lambda name: name != package)
+    monkeypatch.setattr(
+        "train.settings.engine_rules._is_installed", lambda name: name != package
+    )
     assert f"needs the package {package}" in problems_of(*words)
     config = parse_run(["demo", *words, "--dry-run"], env=ALONE)
     assert package in "".join(machine_problems(config))

@@ -41,16 +41,24 @@ def write(folder: Path, text: str, name: str = "run.toml") -> str:
 
 
 def test_all_files_are_read_in_their_order(tmp_path: Path) -> None:
-    first = write(tmp_path, "[optim]\nbeta1 = 0.5\nbeta2 = 0.5\nweight_decay = 0.5\n", "a.toml")
+    first = write(
+        tmp_path, "[optim]\nbeta1 = 0.5\nbeta2 = 0.5\nweight_decay = 0.5\n", "a.toml"
+    )
     second = write(tmp_path, "[optim]\nbeta1 = 0.6\nbeta2 = 0.6\n", "b.toml")
     config = parse("--config", first, "--optim.beta2", "0.7", f"--config={second}")
-    assert (config.optim.beta1, config.optim.beta2, config.optim.weight_decay) == (0.6, 0.7, 0.5)
+    assert (config.optim.beta1, config.optim.beta2, config.optim.weight_decay) == (
+        0.6,
+        0.7,
+        0.5,
+    )
     config = parse("--config", second, "--config", first)
     assert config.optim.beta1 == 0.5
 
 
 def test_a_later_file_replaces_the_other_one_of_a_pair(tmp_path: Path) -> None:
-    first = write(tmp_path, "[train]\nepochs = 3\n[optim]\nwarmup_epochs = 1\n", "a.toml")
+    first = write(
+        tmp_path, "[train]\nepochs = 3\n[optim]\nwarmup_epochs = 1\n", "a.toml"
+    )
     second = write(tmp_path, "[train]\nsteps = 30\n", "b.toml")
     config = parse("--config", first, "--config", second)
     assert (config.train.steps, config.train.epochs) == (30, None)
@@ -60,7 +68,9 @@ def test_a_later_file_replaces_the_other_one_of_a_pair(tmp_path: Path) -> None:
 def test_the_mistakes_of_every_file_are_told(tmp_path: Path) -> None:
     first = write(tmp_path, "[optim]\nbeta7 = 1\n", "a.toml")
     second = write(tmp_path, "[optim]\nbeta8 = 1\n", "b.toml")
-    text = problems_of("--config", first, "--config", second, "--config", "/nowhere/c.toml")
+    text = problems_of(
+        "--config", first, "--config", second, "--config", "/nowhere/c.toml"
+    )
     for part in (
         "optim.beta7 in",
         "a.toml",
@@ -129,7 +139,9 @@ def test_files_that_cannot_be_read_are_told(tmp_path: Path) -> None:
         ("train.epochs = true", "a number, not true or false"),
     ],
 )
-def test_a_value_of_another_type_is_refused(line: str, expected: str, tmp_path: Path) -> None:
+def test_a_value_of_another_type_is_refused(
+    line: str, expected: str, tmp_path: Path
+) -> None:
     said = problems_of("--config", write(tmp_path, line))
     assert said.startswith(line.partition(" ")[0])
     assert "run.toml" in said
@@ -163,15 +175,26 @@ def test_empty_tables_are_told_unless_they_are_sections(tmp_path: Path) -> None:
     assert "optimm" in problems_of("--config", write(tmp_path, "[optimm]\n"))
 
 
-@pytest.mark.parametrize("name", ["🙂", "\x7f", 'a"b\\c', "two\nlines\ttab", "é\u2028", "\u0000"])
-def test_names_of_any_letters_survive_the_written_settings(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["🙂", "\x7f", 'a"b\\c', "two\nlines\ttab", "é\u2028", "\u0000"]
+)
+def test_names_of_any_letters_survive_the_written_settings(
+    name: str, tmp_path: Path
+) -> None:
     config = parse("--run.name", name)
     again = parse("--config", write(tmp_path, to_toml(config)))
     assert again == config
 
 
 def test_numbers_of_any_size_survive_the_written_settings(tmp_path: Path) -> None:
-    words = ("--optim.grad-clip", "1e9", "--optim.eps", "1e-30", "--train.seed", str(2**63 - 1))
+    words = (
+        "--optim.grad-clip",
+        "1e9",
+        "--optim.eps",
+        "1e-30",
+        "--train.seed",
+        str(2**63 - 1),
+    )
     config = parse(*words, "--optim.base-lr", "1e22")
     assert parse("--config", write(tmp_path, to_toml(config))) == config
 
@@ -210,7 +233,10 @@ def test_the_home_folder_is_expanded_once_in_every_path(
         # Not through `parse`, whose own data.train would win over the file's.
         config = parse_run(["demo", f"--config={path}", "--dry-run"], env=ALONE)
         assert value_of(config, name) == f"{tmp_path}/x/~y"
-    assert value_of(parse(f"--{name}=~{me.pw_name}/x", "--dry-run"), name) == f"{me.pw_dir}/x"
+    assert (
+        value_of(parse(f"--{name}=~{me.pw_name}/x", "--dry-run"), name)
+        == f"{me.pw_dir}/x"
+    )
     assert value_of(parse(f"--{name}=a/~/x", "--dry-run"), name) == "a/~/x"
     said = problems_of(f"--{name}=~nosuchuser/x")
     assert said.startswith(f"{name} = '~nosuchuser/x' (from command line)")
@@ -243,7 +269,9 @@ def test_no_path_holds_control_characters(tmp_path: Path) -> None:
         ({"OMPI_COMM_WORLD_SIZE": "3"}, "OMPI_COMM_WORLD_SIZE in the environment"),
     ],
 )
-def test_the_variable_that_says_how_many_ranks_is_named(env: dict[str, str], named: str) -> None:
+def test_the_variable_that_says_how_many_ranks_is_named(
+    env: dict[str, str], named: str
+) -> None:
     said = problems_of(env={**ALONE, **env})
     assert "x 3 ranks" in said
     assert f"3 ranks: {named}" in said
@@ -260,4 +288,7 @@ def test_a_world_size_that_no_launcher_has_set_is_refused_at_a_start(
     assert pretrain.main(words) == 2
     assert "WORLD_SIZE is 2 but RANK is not set" in capsys.readouterr().err
     # A dry run may be of a run for another machine.
-    assert parse_command([*words, "--dry-run"], env={"WORLD_SIZE": "2"}).action == "dry-run"
+    assert (
+        parse_command([*words, "--dry-run"], env={"WORLD_SIZE": "2"}).action
+        == "dry-run"
+    )

@@ -34,7 +34,11 @@ def test_no_shuffle_measures_what_arithmetic_says():
 def test_more_lanes_mix_better():
     rows = _rows(
         Arguments(
-            num_shards=64, shard_size=100, global_batch_size=256, lanes=(1, 32), windows=(1, 0)
+            num_shards=64,
+            shard_size=100,
+            global_batch_size=256,
+            lanes=(1, 32),
+            windows=(1, 0),
         )
     )
     by_order = {(row["lanes"], row["window"]): row for row in rows}

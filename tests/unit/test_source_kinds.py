@@ -53,7 +53,9 @@ def tar_bytes(members: dict[str, bytes | str]) -> bytes:
         for name, data in members.items():
             member = tarfile.TarInfo(name)
             if isinstance(data, str):
-                member.type = tarfile.LNKTYPE if data.startswith("=") else tarfile.SYMTYPE
+                member.type = (
+                    tarfile.LNKTYPE if data.startswith("=") else tarfile.SYMTYPE
+                )
                 member.linkname = data.removeprefix("=")
                 archive.addfile(member)
                 continue
@@ -78,7 +80,9 @@ def shard(path: Path, count: int = 2, start: int = 0) -> Path:
     return pack(path, members)
 
 
-def made(source: object, target: Path, **options: object) -> dict[str, tuple[int, dict]]:
+def made(
+    source: object, target: Path, **options: object
+) -> dict[str, tuple[int, dict]]:
     """Convert; return label and JSON of every sample by key."""
     convert(str(source), str(target), ConvertSettings(**options), workers=1)
     assert verify(str(target), full=True).problems == []
@@ -90,7 +94,9 @@ def made(source: object, target: Path, **options: object) -> dict[str, tuple[int
         with tarfile.open(path) as archive:
             for member in archive:
                 if member.name.endswith(".json"):
-                    jsons[member.name[:-5]] = json.loads(archive.extractfile(member).read())
+                    jsons[member.name[:-5]] = json.loads(
+                        archive.extractfile(member).read()
+                    )
     return {
         key: (label, jsons.get(key, {}))
         for key, label in zip(dataset.keys(np.arange(count)), labels, strict=True)
@@ -145,10 +151,20 @@ def test_a_file_that_is_not_a_shard_is_told_to_convert(tmp_path, name):
 
 
 def test_captions_are_left_out_and_counted(tmp_path):
-    members = {"a.jpg": picture(), "a.txt": b"a cat", "a.json": b"{}", "b.jpg": picture(1)}
-    path = pack(tmp_path / "src" / "x.tar", {**members, "b.txt": b"a dog", "b.npy": b"1"})
+    members = {
+        "a.jpg": picture(),
+        "a.txt": b"a cat",
+        "a.json": b"{}",
+        "b.jpg": picture(1),
+    }
+    path = pack(
+        tmp_path / "src" / "x.tar", {**members, "b.txt": b"a dog", "b.npy": b"1"}
+    )
     made(path, tmp_path / "dst")
-    assert left_out(tmp_path / "dst")["left_out"] == {"extension .txt": 2, "extension .npy": 1}
+    assert left_out(tmp_path / "dst")["left_out"] == {
+        "extension .txt": 2,
+        "extension .npy": 1,
+    }
     # The scan is kept; what it left out is told again.
     made(path.parent, tmp_path / "dst2")
     assert left_out(tmp_path / "dst2")["seen"] == 5
@@ -159,7 +175,13 @@ def test_captions_are_left_out_and_counted(tmp_path):
 
 # ---------------------------------------------------------------------------------------- hidden
 
-LITTER = ["._n01440764.tar", ".DS_Store", "@eaDir/n01440764.tar", "Thumbs.db", ".git/x.tar"]
+LITTER = [
+    "._n01440764.tar",
+    ".DS_Store",
+    "@eaDir/n01440764.tar",
+    "Thumbs.db",
+    ".git/x.tar",
+]
 
 
 @pytest.mark.parametrize("litter", LITTER)
@@ -173,7 +195,9 @@ def test_litter_beside_class_tars_decides_nothing(tmp_path, litter):
     assert left_out(tmp_path / "dst")["left_out"] == {"hidden": 1}
 
 
-@pytest.mark.parametrize("litter", ["._a.tar", ".DS_Store", "__MACOSX/a.tar", "desktop.ini"])
+@pytest.mark.parametrize(
+    "litter", ["._a.tar", ".DS_Store", "__MACOSX/a.tar", "desktop.ini"]
+)
 def test_litter_beside_shards_decides_nothing(tmp_path, litter):
     shard(tmp_path / "a.tar")
     (tmp_path / litter).parent.mkdir(exist_ok=True)
@@ -214,7 +238,10 @@ def test_the_split_that_a_name_says(name, split):
 
 def test_what_to_type_for_each_split():
     names = ["x-train-0.tar", "x-train-1.tar", "x-val-0.tar", "other.tar"]
-    assert pattern_per_split(names) == {"train": "x-train-*.tar", "validation": "x-val-*.tar"}
+    assert pattern_per_split(names) == {
+        "train": "x-train-*.tar",
+        "validation": "x-val-*.tar",
+    }
     assert pattern_per_split(["train.tar", "val.tar"]) == {
         "train": "train.tar",
         "validation": "val.tar",
@@ -250,14 +277,20 @@ def test_shards_of_two_splits_are_not_one_dataset(tmp_path, names):
     # What the message says to type works.
     told = str(caught.value).partition("in quotes: ")[2].split("; ")
     assert len(told) == 2
-    num_samples = [open_dataset(part.partition(": ")[2]).info.num_samples for part in told]
+    num_samples = [
+        open_dataset(part.partition(": ")[2]).info.num_samples for part in told
+    ]
     assert sum(num_samples) == 2 * len(names)
 
 
 @pytest.mark.parametrize(
     "names",
     [
-        ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "validation-0.parquet"],
+        [
+            "train-00000-of-00002.parquet",
+            "train-00001-of-00002.parquet",
+            "validation-0.parquet",
+        ],
         ["train.parquet", "test.parquet"],
         ["data/train-0.parquet", "data/val-0.parquet"],
     ],
@@ -276,7 +309,12 @@ def test_parquet_files_of_two_splits_are_not_one_source(tmp_path, names):
 
 @pytest.mark.parametrize(
     "folders",
-    [["train", "val"], ["training", "validation", "test"], ["Train"], ["train", "val", "extra"]],
+    [
+        ["train", "val"],
+        ["training", "validation", "test"],
+        ["Train"],
+        ["train", "val", "extra"],
+    ],
 )
 def test_folders_called_like_splits_are_not_classes(tmp_path, folders):
     for folder in folders:
@@ -340,7 +378,10 @@ def test_a_class_may_be_called_like_a_split(tmp_path, folders):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("x-{0000..0003}.tar", ["x-0000.tar", "x-0001.tar", "x-0002.tar", "x-0003.tar"]),
+        (
+            "x-{0000..0003}.tar",
+            ["x-0000.tar", "x-0001.tar", "x-0002.tar", "x-0003.tar"],
+        ),
         ("x-{8..10}", ["x-8", "x-9", "x-10"]),
         ("x-{08..10}", ["x-08", "x-09", "x-10"]),
         ("{2..0}", ["2", "1", "0"]),
@@ -377,14 +418,20 @@ CHOICES = [
 
 
 @pytest.mark.parametrize(("pattern", "numbers"), CHOICES)
-@pytest.mark.parametrize("has_manifest", [False, True], ids=["foreign", "part of a dataset"])
-def test_shards_are_chosen_by_pattern_everywhere(tmp_path, shards, pattern, numbers, has_manifest):
+@pytest.mark.parametrize(
+    "has_manifest", [False, True], ids=["foreign", "part of a dataset"]
+)
+def test_shards_are_chosen_by_pattern_everywhere(
+    tmp_path, shards, pattern, numbers, has_manifest
+):
     uri = f"{shards}/{pattern}"
     if has_manifest:
         (shards / "val-0000.tar").unlink()
         write_manifest(str(shards))
     dataset = open_dataset(uri)
-    assert dataset.info.shards.columns["name"] == [f"train-{number}.tar" for number in numbers]
+    assert dataset.info.shards.columns["name"] == [
+        f"train-{number}.tar" for number in numbers
+    ]
     checked = verify(uri, full=True)
     assert (checked.num_samples, checked.num_shards) == (2 * len(numbers), len(numbers))
     assert checked.problems == []
@@ -410,7 +457,11 @@ def test_a_list_keeps_its_order_and_each_shard_once(tmp_path, shards):
 )
 def test_a_pattern_that_matches_none_says_so(tmp_path, shards, pattern, says):
     uri = f"{shards}/{pattern}"
-    for call in (open_dataset, verify, lambda uri: convert(uri, str(tmp_path / "x"), workers=1)):
+    for call in (
+        open_dataset,
+        verify,
+        lambda uri: convert(uri, str(tmp_path / "x"), workers=1),
+    ):
         with pytest.raises(MaelstromError, match=says):
             call(uri)
 
@@ -431,7 +482,9 @@ def test_a_manifest_is_not_written_for_some_shards_of_a_folder(shards):
 def test_a_file_that_has_marks_in_its_name_is_that_file(tmp_path):
     for name in ("a[1].tar", "a{0..1}.tar", "a,b.tar", "a*.tar"):
         shard(tmp_path / name)
-        assert [file.name for file in storage.patterns.find_named(str(tmp_path / name))] == [name]
+        assert [
+            file.name for file in storage.patterns.find_named(str(tmp_path / name))
+        ] == [name]
         assert not storage.names_several(str(tmp_path / name))
         assert open_dataset(str(tmp_path / name)).info.num_samples == 2
 
@@ -440,8 +493,14 @@ def test_patterns_name_files_in_memory_as_on_disk():
     for number in range(3):
         data = tar_bytes({f"{number}.jpg": picture(number), f"{number}.cls": b"1"})
         storage.write_atomic(f"memory://patterns/d/train-{number}.tar", data)
-    found = find_named("memory://patterns/d/train-{0..1}.tar,memory://patterns/d/*-2.tar")
-    assert [file.name for file in found] == ["train-0.tar", "train-1.tar", "train-2.tar"]
+    found = find_named(
+        "memory://patterns/d/train-{0..1}.tar,memory://patterns/d/*-2.tar"
+    )
+    assert [file.name for file in found] == [
+        "train-0.tar",
+        "train-1.tar",
+        "train-2.tar",
+    ]
     assert open_dataset("memory://patterns/d/train-*.tar").info.num_samples == 3
 
 
@@ -453,7 +512,11 @@ def test_the_output_folder_of_img2dataset_is_a_dataset(tmp_path):
         members = {}
         for row in range(2):
             key = f"{number:05d}{row:04d}"
-            members |= {f"{key}.jpg": picture(row), f"{key}.txt": b"x", f"{key}.json": b"{}"}
+            members |= {
+                f"{key}.jpg": picture(row),
+                f"{key}.txt": b"x",
+                f"{key}.json": b"{}",
+            }
         pack(tmp_path / "src" / f"{number:05d}.tar", members)
         table = pa.table({"url": ["https://example.org/x.jpg"] * 2, "key": ["0", "1"]})
         pq.write_table(table, tmp_path / "src" / f"{number:05d}.parquet")
@@ -530,7 +593,9 @@ def test_links_in_a_tar_of_images_have_their_targets_bytes(tmp_path):
         with tarfile.open(shard_path) as archive:
             for member in archive:
                 if member.name.endswith(".jpg"):
-                    assert archive.extractfile(member).read() == members["cat/later.jpg"]
+                    assert (
+                        archive.extractfile(member).read() == members["cat/later.jpg"]
+                    )
     report = left_out(tmp_path / "dst")
     assert report["seen"] == len(members)
     [names] = report["names"].values()
@@ -571,7 +636,9 @@ def test_gzip_is_read_and_trained_on_never(tmp_path, monkeypatch, name, what):
     (tmp_path / "tmp").mkdir()
     plain = {
         "shard": shard(tmp_path / "plain" / "x.tar"),
-        "images": pack(tmp_path / "images.tar", {"cat/a.jpg": picture(), "dog/b.jpg": picture(1)}),
+        "images": pack(
+            tmp_path / "images.tar", {"cat/a.jpg": picture(), "dog/b.jpg": picture(1)}
+        ),
         "class tars": pack(
             tmp_path / "classes.tar",
             {
@@ -620,7 +687,9 @@ def test_an_archive_beside_images_is_left_out(tmp_path, backup, names):
     for name in names:
         (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "src" / name).write_bytes(picture())
-    (tmp_path / "src" / backup).write_bytes(gzip.compress(tar_bytes({"a.jpg": picture()})))
+    (tmp_path / "src" / backup).write_bytes(
+        gzip.compress(tar_bytes({"a.jpg": picture()}))
+    )
     assert len(made(tmp_path / "src", tmp_path / "dst")) == len(names)
     assert sum(left_out(tmp_path / "dst")["left_out"].values()) == 1
 
@@ -663,7 +732,9 @@ def test_a_damaged_gzip_is_an_error(tmp_path, damage):
         ("x.zip", None, "unzip"),
     ],
 )
-def test_other_compression_is_named_with_what_unpacks_it(tmp_path, name, packer, command):
+def test_other_compression_is_named_with_what_unpacks_it(
+    tmp_path, name, packer, command
+):
     plain = shard(tmp_path / "plain" / "x.tar").read_bytes()
     path = tmp_path / "src" / name
     path.parent.mkdir()
@@ -699,7 +770,10 @@ def test_one_rule_for_keys(names, keys):
 @settings(max_examples=200)
 @given(
     st.lists(
-        st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("./_ -0a"), max_size=9),
+        st.text(
+            st.characters(exclude_categories=["Cs"]) | st.sampled_from("./_ -0a"),
+            max_size=9,
+        ),
         min_size=1,
         max_size=12,
     )
@@ -765,7 +839,11 @@ def test_a_component_is_refused_if_there_is_no_sample(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "told"),
-    [("train/x-0.tar", "train"), ("a/b/x.parquet", "a/b"), ("lists/x.csv", "lists/x.csv")],
+    [
+        ("train/x-0.tar", "train"),
+        ("a/b/x.parquet", "a/b"),
+        ("lists/x.csv", "lists/x.csv"),
+    ],
 )
 def test_what_lies_one_folder_deeper_is_named(tmp_path, name, told):
     path = shard(tmp_path / "src" / name)

@@ -25,7 +25,17 @@ TINY = ModelConfig(
 
 @pytest.mark.slow
 def test_each_combination_is_a_row_and_so_is_what_cannot_run(capsys):
-    words = ["--model", "demo", "--images", "2", "--steps", "1", "--threads", "1", "--json"]
+    words = [
+        "--model",
+        "demo",
+        "--images",
+        "2",
+        "--steps",
+        "1",
+        "--threads",
+        "1",
+        "--json",
+    ]
     assert (
         main(
             [
@@ -44,7 +54,10 @@ def test_each_combination_is_a_row_and_so_is_what_cannot_run(capsys):
     done, refused = json.loads(capsys.readouterr().out)["rows"]
     assert done["precision"] == "bf16"
     assert "problem" not in done
-    assert min(done[name] for name in ("step_s", "optimizer_s", "tflops", "memory_gib")) > 0
+    assert (
+        min(done[name] for name in ("step_s", "optimizer_s", "tflops", "memory_gib"))
+        > 0
+    )
     assert done["step_min_s"] <= done["step_s"] <= done["step_max_s"]
     assert refused["precision"] == "fp16"
     assert refused["problem"]
@@ -60,7 +73,9 @@ def test_what_cannot_be_measured_is_said(capsys):
 def test_a_peer_computes_the_same(monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("transformers")
     monkeypatch.setattr("train.bench.step_peer.SIZES", {**SIZES, "tiny": TINY})
-    row = compare("tiny", images=2, precision="fp32", compiled=False, repeats=2, threads=0)
+    row = compare(
+        "tiny", images=2, precision="fp32", compiled=False, repeats=2, threads=0
+    )
     assert row["loss_difference"] < 1e-5
     assert row["ratio"].low <= row["ratio"].median <= row["ratio"].high
     assert row["compiled"] is False

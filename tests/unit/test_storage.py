@@ -67,9 +67,9 @@ def test_a_folder_linked_into_itself_is_listed_once(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a.bin").write_bytes(b"a")
     (tmp_path / "sub" / "loop").symlink_to(tmp_path)
-    assert [file.name for file in storage.list_files(str(tmp_path), recursive=True)] == [
-        "sub/a.bin"
-    ]
+    assert [
+        file.name for file in storage.list_files(str(tmp_path), recursive=True)
+    ] == ["sub/a.bin"]
 
 
 @pytest.mark.parametrize(("start", "length"), [(0, 12), (6, 6), (20, 1)])
@@ -200,7 +200,9 @@ def test_secrets_are_taken_out_of_urls(text: str, clean: str) -> None:
     assert storage.redact(text) == clean
 
 
-def test_known_secrets_are_taken_out_of_any_text(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_known_secrets_are_taken_out_of_any_text(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush")
     assert storage.redact("key=hush-hush!") == "key=***!"
 
@@ -327,7 +329,9 @@ def test_an_upper_case_scheme_reads_and_writes() -> None:
     assert storage.read_bytes("memory://folder-of-case/a") == b"abc"
     assert storage.read_bytes("Memory://folder-of-case/a", 1, 1) == b"b"
     assert storage.size_of("MEMORY://folder-of-case/a") == 3
-    assert [file.name for file in storage.list_files("MEMORY://folder-of-case")] == ["a"]
+    assert [file.name for file in storage.list_files("MEMORY://folder-of-case")] == [
+        "a"
+    ]
     assert storage.put_if_absent("MEMORY://folder-of-case/b", b"b")
     storage.delete("MEMORY://folder-of-case/b")
     assert not storage.exists("memory://folder-of-case/b")
@@ -363,12 +367,18 @@ def test_file_uris_name_local_files(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_not_opened_says_what_to_write(uri: str, says: str) -> None:
-    for call in (storage.exists, storage.read_bytes, lambda uri: list(storage.list_files(uri))):
+    for call in (
+        storage.exists,
+        storage.read_bytes,
+        lambda uri: list(storage.list_files(uri)),
+    ):
         with pytest.raises(ConfigError, match=re.escape(says)):
             call(uri)
 
 
-def test_the_home_folder_is_looked_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_home_folder_is_looked_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     known = pwd.getpwuid(os.getuid())
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -378,7 +388,10 @@ def test_the_home_folder_is_looked_up(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert storage.local_path("a/~/b") == Path("a/~/b")
     assert storage.cache_home() == f"{tmp_path}/.cache"
     # An empty HOME counts as none.
-    for change in (lambda: monkeypatch.setenv("HOME", ""), lambda: monkeypatch.delenv("HOME")):
+    for change in (
+        lambda: monkeypatch.setenv("HOME", ""),
+        lambda: monkeypatch.delenv("HOME"),
+    ):
         change()
         assert storage.local_path("~/a") == Path(known.pw_dir) / "a"
         assert storage.cache_home() == f"{known.pw_dir}/.cache"

@@ -36,7 +36,14 @@ FAULTS = {
 """What stands at each descriptor; the others are files."""
 OF_STDOUT = ("stdout closed", "stdout full", "stdout dead", "all closed")
 OF_STDERR = ("stderr closed", "stderr full", "stderr dead", "all closed")
-WHILE_WORKING = ("none", "all closed", "both full", "both dead", "stdout full", "stdout dead")
+WHILE_WORKING = (
+    "none",
+    "all closed",
+    "both full",
+    "both dead",
+    "stdout full",
+    "stdout dead",
+)
 SERVER = """
     import importlib, io, json, os, signal, sys
     cases, folder = json.load(open(sys.argv[1])), sys.argv[2]
@@ -164,7 +171,9 @@ def pictures(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_conversion_is_finished_whoever_listens(pictures: Path, tmp_path: Path) -> None:
+def test_a_conversion_is_finished_whoever_listens(
+    pictures: Path, tmp_path: Path
+) -> None:
     """Its code is the work's; only a JSON that is lost changes it."""
     module = "pipeline.convert.__main__"
     cases = [
@@ -185,15 +194,21 @@ def test_a_conversion_is_finished_whoever_listens(pictures: Path, tmp_path: Path
     codes = run_cases(cases, tmp_path / "out")
     for number, (case, code) in enumerate(zip(cases, codes, strict=True)):
         target = Path(case["words"][2])  # type: ignore[index]
-        assert json.loads((target / "dataset.json").read_text())["num_samples"] == 6, case
+        assert json.loads((target / "dataset.json").read_text())["num_samples"] == 6, (
+            case
+        )
         loses = "--json" in case["words"] and 1 in case["at"]  # type: ignore[operator]
         assert code == (76 if loses else 0), case
         told = written(tmp_path / "out", number, 2)
-        assert ("could not be written to stdout" in told) == (loses and 2 not in case["at"]), case  # type: ignore[operator]
+        assert ("could not be written to stdout" in told) == (
+            loses and 2 not in case["at"]
+        ), case  # type: ignore[operator]
 
 
 @pytest.mark.slow
-def test_what_a_check_has_found_goes_before_a_lost_answer(pictures: Path, tmp_path: Path) -> None:
+def test_what_a_check_has_found_goes_before_a_lost_answer(
+    pictures: Path, tmp_path: Path
+) -> None:
     target = tmp_path / "made"
     words = ["convert", str(pictures), str(target), "--workers=1"]
     cases: list[dict[str, object]] = [
@@ -201,7 +216,11 @@ def test_what_a_check_has_found_goes_before_a_lost_answer(pictures: Path, tmp_pa
     ]
     for uri in (target, tmp_path / "none"):
         cases += [
-            {"module": "pipeline.verify", "words": ["verify", str(uri), "--json"], "at": at}
+            {
+                "module": "pipeline.verify",
+                "words": ["verify", str(uri), "--json"],
+                "at": at,
+            }
             for at in map(FAULTS.__getitem__, WHILE_WORKING)
         ]
     codes = run_cases(cases, tmp_path / "out")[1:]
@@ -278,7 +297,11 @@ def test_what_stands_in_the_place_of_a_stream_may_be_broken(
     with pytest.raises(InfrastructureError, match="could not be written to stdout"):
         refuse_lost_result()
     say_result("a line")
-    lost = contextlib.nullcontext() if kind == "none" else pytest.raises(InfrastructureError)
+    lost = (
+        contextlib.nullcontext()
+        if kind == "none"
+        else pytest.raises(InfrastructureError)
+    )
     with lost:
         refuse_lost_result()
     refuse_lost_result()  # told once
@@ -304,12 +327,16 @@ def test_a_name_that_is_not_text_is_written_all_the_same(tmp_path: Path) -> None
         assert json.loads(done.stdout)["name"] == "caf\udce9.jpg"
 
 
-def test_too_many_open_files_anywhere_are_named(capfd: pytest.CaptureFixture[str]) -> None:
+def test_too_many_open_files_anywhere_are_named(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     """In a library that raises them as they come, as a failed import, or as a cause."""
     exhausted = OSError(errno.EMFILE, "Too many open files")
     wrapped = RuntimeError("cannot go on")
     wrapped.__cause__ = exhausted
-    library = ImportError("libx.so: cannot open shared object file: Too many open files")
+    library = ImportError(
+        "libx.so: cannot open shared object file: Too many open files"
+    )
     for error in (exhausted, wrapped, library):
 
         def command(error: BaseException = error) -> int:

@@ -33,7 +33,11 @@ def config(**log: str) -> RunConfig:
 
 
 def train_a_little(
-    folder: Path, trackers: Callable[[Reporter], list[Background]], *, first: int, last: int
+    folder: Path,
+    trackers: Callable[[Reporter], list[Background]],
+    *,
+    first: int,
+    last: int,
 ) -> None:
     with Reporter(
         folder, rank=0, total_steps=9, resumed_step=first - 1, tensorboard="off"
@@ -62,7 +66,10 @@ def leveldb_records(content: bytes, *, block: int) -> list[bytes]:
         if left < 7:  # the rest of a block is too short for a piece
             start += left
             continue
-        length, kind = int.from_bytes(content[start + 4 : start + 6], "little"), content[start + 6]
+        length, kind = (
+            int.from_bytes(content[start + 4 : start + 6], "little"),
+            content[start + 6],
+        )
         pending += content[start + 7 : start + 7 + length]
         start += 7 + length
         if kind in (1, 4):
@@ -100,10 +107,15 @@ class Faulty(Tracker):
 
 
 @pytest.mark.parametrize("moment", ["open", "log", "picture", "close"])
-def test_a_tracker_that_fails_is_told_of_once_and_left_alone(tmp_path: Path, capsys, moment: str):
+def test_a_tracker_that_fails_is_told_of_once_and_left_alone(
+    tmp_path: Path, capsys, moment: str
+):
     faulty = Faulty(moment)
     train_a_little(
-        tmp_path, lambda reporter: [Background(faulty, warn=reporter.say)], first=1, last=9
+        tmp_path,
+        lambda reporter: [Background(faulty, warn=reporter.say)],
+        first=1,
+        last=9,
     )
     assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 10))
     out = capsys.readouterr().out
@@ -140,7 +152,8 @@ def test_what_is_not_installed_is_said_before_the_start(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     check_trackers(config())
     with pytest.raises(
-        ConfigError, match=r"log.wandb is on, but wandb is not installed.*log.mlflow.*\[tracking\]"
+        ConfigError,
+        match=r"log.wandb is on, but wandb is not installed.*log.mlflow.*\[tracking\]",
     ):
         check_trackers(config(wandb="on", mlflow="on"))
 
@@ -167,7 +180,8 @@ def test_mlflow_shows_a_run_and_its_resume_as_one(tmp_path: Path, monkeypatch, c
     (shown,) = client.search_runs([experiment.experiment_id])
     assert shown.info.status == "FINISHED"
     points = {
-        point.step: point.value for point in client.get_metric_history(shown.info.run_id, "loss")
+        point.step: point.value
+        for point in client.get_metric_history(shown.info.run_id, "loss")
     }
     assert points == {step: pytest.approx(1 / step) for step in range(1, 7)}
     assert "lr" not in shown.data.metrics

@@ -42,7 +42,9 @@ def quoted_messages() -> list[str]:
         for line in section.splitlines()
         if line.startswith("| `")
     ]
-    return [quote for row in rows for quote in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    return [
+        quote for row in rows for quote in re.findall(r"`([^`]+)`", row.split("|")[1])
+    ]
 
 
 def test_every_quoted_message_is_one_of_the_program() -> None:
@@ -59,7 +61,9 @@ def test_every_exit_code_is_explained() -> None:
         for kind in vars(module).values()
         if isinstance(kind, type) and issubclass(kind, errors.MaelstromError)
     }
-    explained = {int(code) for code in re.findall(r"^\| \[?(\d+)\b", PAGE, re.MULTILINE)}
+    explained = {
+        int(code) for code in re.findall(r"^\| \[?(\d+)\b", PAGE, re.MULTILINE)
+    }
     assert codes | {0, console.EXIT_INTERRUPTED} <= explained
 
 

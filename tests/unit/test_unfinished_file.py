@@ -14,7 +14,9 @@ from pipeline.storage.unfinished import UnfinishedFile
 
 
 @pytest.fixture(params=["local", "memory"])
-def uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def uri(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> str:
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     if request.param == "local":
@@ -26,7 +28,9 @@ def traces(tmp_path: Path) -> list[str]:
     return sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
 
 
-def test_a_file_appears_when_it_is_committed_and_not_before(uri: str, tmp_path: Path) -> None:
+def test_a_file_appears_when_it_is_committed_and_not_before(
+    uri: str, tmp_path: Path
+) -> None:
     with UnfinishedFile(uri) as unfinished:
         unfinished.write(b"one ")
         unfinished.write(b"two")

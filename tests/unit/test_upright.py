@@ -72,7 +72,10 @@ def test_a_jpeg_of_whole_blocks_is_turned_in_its_coefficients(
     given = {name: value for name, value in options.items() if name != "mode"}
     for order in "<>":
         data = jpeg(
-            photo.convert(mode), exif=exif(orientation, order=order), icc_profile=b"icc", **given
+            photo.convert(mode),
+            exif=exif(orientation, order=order),
+            icc_profile=b"icc",
+            **given,
         )
         upright = turned(data)
         if orientation == 1:
@@ -102,7 +105,9 @@ def test_turning_back_gives_the_same_coefficients(photo: Image.Image) -> None:
     assert np.array_equal(pixels(back), pixels(data))
 
 
-@pytest.mark.parametrize(("size", "orientation"), [((61, 48), 2), ((64, 43), 6), ((64, 43), 3)])
+@pytest.mark.parametrize(
+    ("size", "orientation"), [((61, 48), 2), ((64, 43), 6), ((64, 43), 3)]
+)
 def test_a_jpeg_of_broken_blocks_stays_as_it_is_and_says_why(
     photo: Image.Image, size: tuple[int, int], orientation: int
 ) -> None:
@@ -117,7 +122,10 @@ def test_a_jpeg_of_broken_blocks_stays_as_it_is_and_says_why(
 
 def test_damage_and_strays_end_in_a_word(photo: Image.Image) -> None:
     plain = jpeg(photo, exif=exif(6))
-    for data in (with_strays(plain, {3: b"abc"}), plain[: len(plain) // 2] + b"\xff\xd9"):
+    for data in (
+        with_strays(plain, {3: b"abc"}),
+        plain[: len(plain) // 2] + b"\xff\xd9",
+    ):
         stays = make_upright(data, header_of(data))
         assert isinstance(stays, Unturned | bytes)
         if isinstance(stays, bytes):
@@ -127,8 +135,12 @@ def test_damage_and_strays_end_in_a_word(photo: Image.Image) -> None:
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
-def test_a_png_is_written_anew_with_the_same_pixels(photo: Image.Image, mode: str) -> None:
-    image = photo.convert("I").convert("I;16") if mode == "I;16" else photo.convert(mode)
+def test_a_png_is_written_anew_with_the_same_pixels(
+    photo: Image.Image, mode: str
+) -> None:
+    image = (
+        photo.convert("I").convert("I;16") if mode == "I;16" else photo.convert(mode)
+    )
     buffer = io.BytesIO()
     image.save(buffer, "PNG", exif=exif(8))
     data = buffer.getvalue()
@@ -180,7 +192,9 @@ def sizes_of(target: Path) -> dict[str, tuple[int, int]]:
     table = open_dataset(str(target)).shard_table(0)
     return {
         key: (int(width), int(height))
-        for key, width, height in zip(table.keys, table.widths, table.heights, strict=True)
+        for key, width, height in zip(
+            table.keys, table.widths, table.heights, strict=True
+        )
     }
 
 
@@ -198,7 +212,9 @@ def test_a_conversion_turns_what_it_can_and_lists_the_rest(
     assert verify(str(target), full=True).problems == []
 
 
-def test_without_the_option_a_conversion_is_what_it_was(source: Path, tmp_path: Path) -> None:
+def test_without_the_option_a_conversion_is_what_it_was(
+    source: Path, tmp_path: Path
+) -> None:
     plain = ConvertSettings()
     assert "apply_exif" not in plain.describe()
     # Shrunk images are upright anyway.
@@ -206,6 +222,14 @@ def test_without_the_option_a_conversion_is_what_it_was(source: Path, tmp_path: 
     assert ConvertSettings(apply_exif=True).describe()["apply_exif"] is True
     target = tmp_path / "made"
     convert(str(source), str(target), plain, workers=1)
-    assert sorted(sizes_of(target).values()) == [(61, 43), (128, 80), (128, 80), (128, 80)]
+    assert sorted(sizes_of(target).values()) == [
+        (61, 43),
+        (128, 80),
+        (128, 80),
+        (128, 80),
+    ]
     assert not (target / "not_upright.parquet").exists()
-    assert json.loads((target / "dataset.json").read_text())["made_by"]["plan"]["versions"] == {}
+    assert (
+        json.loads((target / "dataset.json").read_text())["made_by"]["plan"]["versions"]
+        == {}
+    )

@@ -33,9 +33,16 @@ def test_devices_are_known_by_name(name: str, tflops: float | None):
 def test_utilisation_is_of_all_devices_and_only_where_the_peak_is_known():
     model = SIZES["vit_l_16"]
     images_per_s = 8 * 500e12 / train_flops(model)
-    found = utilisation(train_flops(model), images_per_s=images_per_s, world_size=8, peak=1000.0)
-    assert found == {"tflops_per_device": pytest.approx(500.0), "mfu": pytest.approx(0.5)}
+    found = utilisation(
+        train_flops(model), images_per_s=images_per_s, world_size=8, peak=1000.0
+    )
+    assert found == {
+        "tflops_per_device": pytest.approx(500.0),
+        "mfu": pytest.approx(0.5),
+    }
     assert (
-        utilisation(train_flops(model), images_per_s=images_per_s, world_size=8, peak=None)["mfu"]
+        utilisation(
+            train_flops(model), images_per_s=images_per_s, world_size=8, peak=None
+        )["mfu"]
         is None
     )

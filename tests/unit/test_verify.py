@@ -20,10 +20,14 @@ from pipeline.verify import main, verify, write_manifest
 
 
 @pytest.fixture(scope="module")
-def made(make_class_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(
+    make_class_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     root = tmp_path_factory.mktemp("verify")
     source = make_class_folder(num_classes=3, per_class=4, root=root / "src")
-    convert(str(source), str(root / "set"), ConvertSettings(samples_per_shard=4), workers=1)
+    convert(
+        str(source), str(root / "set"), ConvertSettings(samples_per_shard=4), workers=1
+    )
     return root / "set"
 
 
@@ -50,7 +54,9 @@ def test_missing_cut_and_foreign_shards_are_found_fast(dataset: Path) -> None:
     path = dataset / "train-000001.tar"
     path.write_bytes(path.read_bytes()[:-512])
     shutil.copy(dataset / "train-000002.tar", dataset / "extra.tar")
-    found = {problem.shard: problem.problem for problem in verify(str(dataset)).problems}
+    found = {
+        problem.shard: problem.problem for problem in verify(str(dataset)).problems
+    }
     assert found["train-000000.tar"] == "missing"
     assert "bytes, dataset.json says" in found["train-000001.tar"]
     assert found["extra.tar"] == "not in dataset.json"
@@ -63,7 +69,9 @@ def test_a_flipped_bit_in_an_image_is_found_by_the_full_check(dataset: Path) -> 
     assert verify(str(dataset)).problems == []
     found = verify(str(dataset), full=True).problems
     assert {problem.shard for problem in found} == {"train-000001.tar"}
-    assert any(problem.key == table.keys[2] and "xxh3" in problem.problem for problem in found)
+    assert any(
+        problem.key == table.keys[2] and "xxh3" in problem.problem for problem in found
+    )
     assert any("sha256" in problem.problem for problem in found)
 
 
@@ -78,7 +86,9 @@ def test_a_flipped_bit_in_a_header_is_found_by_the_full_check(dataset: Path) -> 
 def test_a_manifest_of_another_dataset_is_found(
     dataset: Path, make_class_folder: Callable[..., Path]
 ) -> None:
-    other_source = make_class_folder(num_classes=4, per_class=3, root=dataset.parent / "other")
+    other_source = make_class_folder(
+        num_classes=4, per_class=3, root=dataset.parent / "other"
+    )
     convert(
         str(other_source),
         str(dataset.parent / "b"),
@@ -91,9 +101,9 @@ def test_a_manifest_of_another_dataset_is_found(
     description["manifest"][0]["size_bytes"] = len(theirs)
     (dataset / "dataset.json").write_text(json.dumps(description))
     found = verify(str(dataset)).problems
-    assert [problem.shard for problem in found if "content hash" in problem.problem] == [
-        f"train-00000{n}.tar" for n in range(3)
-    ]
+    assert [
+        problem.shard for problem in found if "content hash" in problem.problem
+    ] == [f"train-00000{n}.tar" for n in range(3)]
 
 
 def test_the_command_prints_the_agreed_keys(
@@ -108,12 +118,16 @@ def test_the_command_prints_the_agreed_keys(
     (dataset / "train-000000.tar").unlink()
     assert main([str(dataset), "--json"]) == 3
     found = json.loads(capsys.readouterr().out)
-    assert found["problems"] == [{"shard": "train-000000.tar", "key": "", "problem": "missing"}]
+    assert found["problems"] == [
+        {"shard": "train-000000.tar", "key": "", "problem": "missing"}
+    ]
     assert main([str(dataset)]) == 3
     assert "train-000000.tar: missing" in capsys.readouterr().err
 
 
-def test_no_dataset_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_dataset_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([str(tmp_path / "none")]) == 3
     assert "not found" in capsys.readouterr().err
     assert main([str(tmp_path / "none"), "--json"]) == 3

@@ -21,11 +21,17 @@ with Watchdog(timeout_s=0.2, folder=Path({folder!r}), rank=3):
 """
 
 
-def test_hanging_rank_writes_its_stacks_and_ends_as_infrastructure(tmp_path: Path) -> None:
+def test_hanging_rank_writes_its_stacks_and_ends_as_infrastructure(
+    tmp_path: Path,
+) -> None:
     root = str(Path(__file__).resolve().parents[2])
     code = CODE.format(root=root, folder=str(tmp_path))
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_S, check=False
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=HANG_S,
+        check=False,
     )
     assert done.returncode == 76
     assert "rank 3: no step for" in done.stderr

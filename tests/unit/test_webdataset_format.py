@@ -59,7 +59,11 @@ def write(uri: str, images: dict[str, bytes]) -> ShardIndex:
             found = probe(data)
             assert isinstance(found, Probe)
             writer.add(
-                key, data, found, label=label, metadata={"filename": f"{key}.orig", "ü": "é"}
+                key,
+                data,
+                found,
+                label=label,
+                metadata={"filename": f"{key}.orig", "ü": "é"},
             )
         return writer.close()
 
@@ -80,7 +84,9 @@ def index_bytes(tmp_path: Path, data: bytes, name: str = "some.tar") -> object:
     return index_shard(str(path))
 
 
-def test_what_is_written_is_what_is_read(tmp_path: Path, crops: dict[str, bytes]) -> None:
+def test_what_is_written_is_what_is_read(
+    tmp_path: Path, crops: dict[str, bytes]
+) -> None:
     images = {**crops, "klasse/Ünïcode-" + "langer_name" * 12: crops["astronaut"]}
     path = tmp_path / "a.tar"
     written = write(str(path), images)
@@ -103,30 +109,39 @@ def test_what_is_written_is_what_is_read(tmp_path: Path, crops: dict[str, bytes]
     assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
 
 
-def test_the_bytes_depend_on_the_content_alone(tmp_path: Path, crops: dict[str, bytes]) -> None:
+def test_the_bytes_depend_on_the_content_alone(
+    tmp_path: Path, crops: dict[str, bytes]
+) -> None:
     first = write(str(tmp_path / "a.tar"), crops)
     second = write("memory://webdataset-format/b.tar", crops)
     assert first.file.sha256 == second.file.sha256
     assert (
-        storage.read_bytes("memory://webdataset-format/b.tar") == (tmp_path / "a.tar").read_bytes()
+        storage.read_bytes("memory://webdataset-format/b.tar")
+        == (tmp_path / "a.tar").read_bytes()
     )
 
 
-def test_tarfile_and_webdataset_read_our_tars(tmp_path: Path, crops: dict[str, bytes]) -> None:
+def test_tarfile_and_webdataset_read_our_tars(
+    tmp_path: Path, crops: dict[str, bytes]
+) -> None:
     images = {**crops, "x/" + "n" * 120: crops["coffee"]}
     path = tmp_path / "a.tar"
     write(str(path), images)
     with tarfile.open(path) as archive:
         names = archive.getnames()
     assert names[:3] == ["astronaut.jpg", "astronaut.cls", "astronaut.json"]
-    samples = list(webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False))
+    samples = list(
+        webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False)
+    )
     assert [sample["__key__"] for sample in samples] == list(images)
     for label, (sample, data) in enumerate(zip(samples, images.values(), strict=True)):
         assert data in sample.values()
         assert sample["cls"] == str(label).encode()
 
 
-def test_our_scanner_reads_what_webdataset_writes(tmp_path: Path, crops: dict[str, bytes]) -> None:
+def test_our_scanner_reads_what_webdataset_writes(
+    tmp_path: Path, crops: dict[str, bytes]
+) -> None:
     path = tmp_path / "w.tar"
     with webdataset.TarWriter(str(path)) as writer:
         for label, (key, data) in enumerate(crops.items()):
@@ -152,7 +167,9 @@ def test_dali_reads_our_tar_and_index(tmp_path: Path, crops: dict[str, bytes]) -
     @pipeline_def(batch_size=len(images), num_threads=1, device_id=None)
     def reader():  # type: ignore[no-untyped-def]
         return tuple(
-            fn.readers.webdataset(paths=[str(tar)], index_paths=[str(index)], ext=["jpg", "cls"])
+            fn.readers.webdataset(
+                paths=[str(tar)], index_paths=[str(index)], ext=["jpg", "cls"]
+            )
         )
 
     pipe = reader()
@@ -164,7 +181,9 @@ def test_dali_reads_our_tar_and_index(tmp_path: Path, crops: dict[str, bytes]) -
     ]
 
 
-def test_the_dali_index_is_that_of_its_own_tool(tmp_path: Path, crops: dict[str, bytes]) -> None:
+def test_the_dali_index_is_that_of_its_own_tool(
+    tmp_path: Path, crops: dict[str, bytes]
+) -> None:
     wds2idx = pytest.importorskip("wds2idx")
     written = write(str(tmp_path / "a.tar"), crops)
     creator = wds2idx.IndexCreator(
@@ -175,8 +194,12 @@ def test_the_dali_index_is_that_of_its_own_tool(tmp_path: Path, crops: dict[str,
     assert (tmp_path / "theirs.idx").read_bytes() == written.dali_index
 
 
-@pytest.mark.parametrize("layout", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_every_layout_of_tar_is_read(tmp_path: Path, crops: dict[str, bytes], layout: int) -> None:
+@pytest.mark.parametrize(
+    "layout", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
+)
+def test_every_layout_of_tar_is_read(
+    tmp_path: Path, crops: dict[str, bytes], layout: int
+) -> None:
     long = "d" * 60 + "/" + "e" * 60 + "/key"
     members = [
         (f"{key}.JPEG", data)
@@ -189,7 +212,9 @@ def test_every_layout_of_tar_is_read(tmp_path: Path, crops: dict[str, bytes], la
 # ------------------------------------------------------------------------------------------- damage
 
 
-def test_a_tar_cut_anywhere_is_an_error_or_whole(tmp_path: Path, crops: dict[str, bytes]) -> None:
+def test_a_tar_cut_anywhere_is_an_error_or_whole(
+    tmp_path: Path, crops: dict[str, bytes]
+) -> None:
     images = dict(list(crops.items())[:4])
     path = tmp_path / "a.tar"
     write(str(path), images)
@@ -208,7 +233,9 @@ def test_a_tar_cut_anywhere_is_an_error_or_whole(tmp_path: Path, crops: dict[str
         assert "whole members" in text
 
 
-def test_a_flipped_bit_in_a_header_is_found(tmp_path: Path, crops: dict[str, bytes]) -> None:
+def test_a_flipped_bit_in_a_header_is_found(
+    tmp_path: Path, crops: dict[str, bytes]
+) -> None:
     path = tmp_path / "a.tar"
     written = write(str(path), dict(list(crops.items())[:2]))
     blob = bytearray(path.read_bytes())
@@ -240,7 +267,9 @@ def test_junk_after_the_end_is_an_error(
         index_bytes(tmp_path, make_tar([("a.jpg", crops["astronaut"])]) + tail)
 
 
-def test_two_archives_in_one_file_are_an_error(tmp_path: Path, crops: dict[str, bytes]) -> None:
+def test_two_archives_in_one_file_are_an_error(
+    tmp_path: Path, crops: dict[str, bytes]
+) -> None:
     one = make_tar([("a.jpg", crops["astronaut"])])
     two = make_tar([("b.jpg", crops["rocket"])])
     with pytest.raises(DataError, match="another archive"):
@@ -269,7 +298,14 @@ def test_badly_made_tars_are_errors(
 
 
 @pytest.mark.parametrize(
-    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE]
+    "kind",
+    [
+        tarfile.SYMTYPE,
+        tarfile.LNKTYPE,
+        tarfile.CHRTYPE,
+        tarfile.BLKTYPE,
+        tarfile.FIFOTYPE,
+    ],
 )
 def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes) -> None:
     buffer = io.BytesIO()
@@ -285,7 +321,8 @@ def test_a_pickle_member_is_never_read(tmp_path: Path, crops: dict[str, bytes]) 
     canary = tmp_path / "canary"
     evil = b"cposix\nsystem\n(S'touch " + str(canary).encode() + b"'\ntR."
     found = index_bytes(
-        tmp_path, make_tar([("a.jpg", crops["rocket"]), ("a.pyd", evil), ("a.cls", evil)])
+        tmp_path,
+        make_tar([("a.jpg", crops["rocket"]), ("a.pyd", evil), ("a.cls", evil)]),
     )
     assert found.ignored == {"extension .pyd": 1, "labels that are no class number": 1}  # type: ignore[attr-defined]
     assert found.table.labels.tolist() == [-1]  # type: ignore[attr-defined]
@@ -302,7 +339,11 @@ def test_foreign_members_are_passed_over_and_counted(
         ("a.jpg", image),
         ("a.png", crops["chelsea"]),
     ]
-    members += [("b.jpg", b"no image at all"), ("b.json", b'{"label": 7}'), ("LICENSE", b"text")]
+    members += [
+        ("b.jpg", b"no image at all"),
+        ("b.json", b'{"label": 7}'),
+        ("LICENSE", b"text"),
+    ]
     found = index_bytes(tmp_path, make_tar(members))
     assert found.table.keys == ["a", "b"]  # type: ignore[attr-defined]
     assert found.table.labels.tolist() == [-1, 7]  # type: ignore[attr-defined]
@@ -315,7 +356,9 @@ def test_foreign_members_are_passed_over_and_counted(
 # -------------------------------------------------------------------------------------------- names
 
 PART = st.text(
-    st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=60
+    st.characters(exclude_characters="/\0", exclude_categories=["Cs"]),
+    min_size=1,
+    max_size=60,
 )
 NAMES = (
     st.lists(PART, min_size=1, max_size=4)
@@ -339,7 +382,9 @@ def test_headers_of_any_name_are_read_by_tarfile(name: str, size: int) -> None:
     names=st.lists(NAMES, min_size=1, max_size=4),
     layout=st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
 )
-def test_any_name_that_tarfile_writes_is_read_back(names: list[str], layout: int) -> None:
+def test_any_name_that_tarfile_writes_is_read_back(
+    names: list[str], layout: int
+) -> None:
     members = [(name, name.encode()) for name in names]
     scanner = TarScanner(io.BytesIO(make_tar(members, format=layout)), shard="x.tar")
     assert [(member.name, scanner.read()) for member in scanner] == members
@@ -372,7 +417,9 @@ def test_keys_that_other_readers_would_lose_are_refused(
         writer.add(key, crops["astronaut"], found)
 
 
-def test_a_duplicate_key_is_never_written(tmp_path: Path, crops: dict[str, bytes]) -> None:
+def test_a_duplicate_key_is_never_written(
+    tmp_path: Path, crops: dict[str, bytes]
+) -> None:
     found = probe(crops["astronaut"])
     assert isinstance(found, Probe)
     with WebDatasetWriter(str(tmp_path / "a.tar")) as writer:
@@ -381,7 +428,9 @@ def test_a_duplicate_key_is_never_written(tmp_path: Path, crops: dict[str, bytes
             writer.add("a", crops["astronaut"], found)
 
 
-def test_an_abandoned_writer_leaves_nothing(tmp_path: Path, crops: dict[str, bytes]) -> None:
+def test_an_abandoned_writer_leaves_nothing(
+    tmp_path: Path, crops: dict[str, bytes]
+) -> None:
     def fail(make: Callable[[], WebDatasetWriter]) -> None:
         found = probe(crops["astronaut"])
         assert isinstance(found, Probe)

@@ -52,7 +52,9 @@ class RandomRun:
         self.wait()
 
 
-def random_config(model: ModelConfig, *, images: int, engine: dict[str, object]) -> RunConfig:
+def random_config(
+    model: ModelConfig, *, images: int, engine: dict[str, object]
+) -> RunConfig:
     """Make the settings of a run on one device that takes one micro-batch per step.
 
     Args:

@@ -135,7 +135,9 @@ def _stepper(
         trained, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.05, fused=True
     )
     is_autocast = precision == "autocast"
-    autocast = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=is_autocast)
+    autocast = partial(
+        torch.autocast, device.type, dtype=torch.bfloat16, enabled=is_autocast
+    )
 
     def step() -> float:
         with autocast():

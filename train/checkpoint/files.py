@@ -159,7 +159,9 @@ def _as_bytes(data: bytes | memoryview) -> bytes:
     copied = bytearray(len(data))
     # torch copies without holding the interpreter's lock; bytes(data) would stop the training loop
     # for a second.
-    torch.frombuffer(copied, dtype=torch.uint8).copy_(torch.from_numpy(np.asarray(data)))
+    torch.frombuffer(copied, dtype=torch.uint8).copy_(
+        torch.from_numpy(np.asarray(data))
+    )
     return cast("bytes", copied)
 
 

@@ -39,7 +39,11 @@ _NAME = re.compile(r"owner-(\d{6,})\.json")
 _Verdict = tuple[str, str]
 """What a look at the folder gave: `taken`, `wait` or the name of an error, and its message."""
 _ERRORS: Mapping[str, type[MaelstromError]] = MappingProxyType(
-    {"busy": ConfigError, "unwritable": CheckpointError, "infrastructure": InfrastructureError}
+    {
+        "busy": ConfigError,
+        "unwritable": CheckpointError,
+        "infrastructure": InfrastructureError,
+    }
 )
 
 
@@ -145,7 +149,9 @@ class CheckpointOwner:
                 raise _ERRORS[kind](text)
             time.sleep(_LOOK_S)
         if self._world.is_main:
-            self._thread = threading.Thread(target=self._show_life, name="owner", daemon=True)
+            self._thread = threading.Thread(
+                target=self._show_life, name="owner", daemon=True
+            )
             self._thread.start()
 
     def problem(self) -> str | None:
@@ -187,7 +193,9 @@ class CheckpointOwner:
                 return "busy", self._refusal(other)
             return "wait", ""
 
-        if not storage.put_if_absent(_record_uri(self.uri, newest + 1), _render(self._own)):
+        if not storage.put_if_absent(
+            _record_uri(self.uri, newest + 1), _render(self._own)
+        ):
             # Another start was faster; the next look finds its record.
             return "wait", ""
         self._number = newest + 1
@@ -204,7 +212,10 @@ class CheckpointOwner:
         # Only a definite no: an owner that cannot be looked up is watched instead.
         if is_alive(other.process) is False:
             return True
-        return other == self._watched and time.monotonic() - self._watched_since > self._stale_s
+        return (
+            other == self._watched
+            and time.monotonic() - self._watched_since > self._stale_s
+        )
 
     def _is_alive(self, other: Owner) -> bool:
         """Tell whether an owner that may be alive is known to be so: its process is there, or its
@@ -278,4 +289,6 @@ def _read(folder: str, number: int) -> Owner:
 def _describe(owner: Owner) -> str:
     process = owner.process
     command = owner.command or "unknown command"
-    return f"process {process.pid} on {process.host} (run.dir {owner.run_dir}; {command})"
+    return (
+        f"process {process.pid} on {process.host} (run.dir {owner.run_dir}; {command})"
+    )

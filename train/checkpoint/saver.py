@@ -62,7 +62,9 @@ class Saver:
         self._mode = mode
         self._world = world
         # A group of its own: an agreement of the writers must never meet one of the training loop.
-        self._writers = world.for_a_thread(timeout_s=WRITE_LIMIT_S) if mode == "async" else world
+        self._writers = (
+            world.for_a_thread(timeout_s=WRITE_LIMIT_S) if mode == "async" else world
+        )
         self._thread: threading.Thread | None = None
         self._pending: int | None = None
         self._error: BaseException | None = None

@@ -147,7 +147,9 @@ def _load_weights(folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     entries = [entry for entry in read_manifest(folder) if _is_wanted(entry)]
     total_bytes = sum(entry.size_bytes for entry in entries)
     label = f"reading {storage.name_of(folder)}"
-    with Progress(label, total=total_bytes, unit="bytes", after_s=SHOW_AFTER_S) as progress:
+    with Progress(
+        label, total=total_bytes, unit="bytes", after_s=SHOW_AFTER_S
+    ) as progress:
         for entry in entries:
             data = _read_entry(folder, entry, on_read=progress.advance)
             if entry.name == STATE_FILE:

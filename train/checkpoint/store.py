@@ -112,7 +112,12 @@ class CheckpointStore:
         self._buffers: StateBuffers | None = None
 
     def save(
-        self, step: int, engine: StateExporter, client: Mapping[str, Any], *, world: World
+        self,
+        step: int,
+        engine: StateExporter,
+        client: Mapping[str, Any],
+        *,
+        world: World,
     ) -> str:
         """Save the state after `step` optimizer steps. All ranks call it together.
 
@@ -152,7 +157,12 @@ class CheckpointStore:
         return storage.join(self.uri, step_name(step))
 
     def capture(
-        self, step: int, engine: StateExporter, client: Mapping[str, Any], *, world: World
+        self,
+        step: int,
+        engine: StateExporter,
+        client: Mapping[str, Any],
+        *,
+        world: World,
     ) -> Captured:
         """Copy the state to host memory: the half of a save that training waits for. All ranks call
         it together.
@@ -245,7 +255,9 @@ class CheckpointStore:
             damage += problems
             if world.is_main:
                 text = "; ".join(problems)
-                log.warning("checkpoint of step %d is damaged and skipped: %s", step, text)
+                log.warning(
+                    "checkpoint of step %d is damaged and skipped: %s", step, text
+                )
         if candidates:
             raise CheckpointError(
                 f"{storage.redact(self.uri)}: none of {len(candidates)} checkpoints is sound: "
@@ -364,8 +376,14 @@ class CheckpointStore:
         """Remove checkpoints that are not to be kept, after `newest` was verified and committed."""
         try:
             # Newer steps are of a run that went back; it will write them again.
-            steps = {step: names for step, names in find_steps(self.uri).items() if step <= newest}
-            committed = [step for step, names in steps.items() if MANIFEST_FILE in names]
+            steps = {
+                step: names
+                for step, names in find_steps(self.uri).items()
+                if step <= newest
+            }
+            committed = [
+                step for step, names in steps.items() if MANIFEST_FILE in names
+            ]
             # Unfinished saves are in `steps` and not in `kept`: they are removed with the old ones.
             kept = set(committed[-self.keep_last :])
             if self.keep_every:

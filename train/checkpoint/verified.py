@@ -31,7 +31,9 @@ _FATAL = "fatal: "
 """Marks, among the problems that ranks exchange, one that is no damage."""
 
 
-def open_verified(uri: str, *, world: World) -> tuple[CheckpointState | None, list[str]]:
+def open_verified(
+    uri: str, *, world: World
+) -> tuple[CheckpointState | None, list[str]]:
     """Check one checkpoint together and open it. All ranks call it.
 
     Args:
@@ -56,7 +58,9 @@ def open_verified(uri: str, *, world: World) -> tuple[CheckpointState | None, li
         # Not damage: storage that fails, or a newer layout. All ranks end alike, not one alone.
         problems = [_FATAL + str(error)]
     everywhere = _gather_unique(problems, world=world)
-    fatal = [text.removeprefix(_FATAL) for text in everywhere if text.startswith(_FATAL)]
+    fatal = [
+        text.removeprefix(_FATAL) for text in everywhere if text.startswith(_FATAL)
+    ]
 
     folder = staged or storage.local_path(uri)
     try:
@@ -148,6 +152,12 @@ def _fetch(uri: str, path: Path, *, on_read: OnRead) -> None:
 def _make_stage(world: World) -> Path:
     """Make one temporary folder a node and tell all its ranks."""
     host = socket.gethostname()
-    own = tempfile.mkdtemp(prefix="maelstrom-checkpoint-") if world.local_rank == 0 else None
-    folders = {name: folder for name, folder in world.gather((host, own)) if folder is not None}
+    own = (
+        tempfile.mkdtemp(prefix="maelstrom-checkpoint-")
+        if world.local_rank == 0
+        else None
+    )
+    folders = {
+        name: folder for name, folder in world.gather((host, own)) if folder is not None
+    }
     return Path(folders[host])

@@ -89,7 +89,9 @@ def raise_interrupts() -> None:
 
 
 # -------------------------------------------------------------------------------------- any command
-def run_stage(stage: str, command: Sequence[str], *, env: Mapping[str, str] | None = None) -> None:
+def run_stage(
+    stage: str, command: Sequence[str], *, env: Mapping[str, str] | None = None
+) -> None:
     """Print a command and run it to its end.
 
     Args:
@@ -232,7 +234,11 @@ def _running_status(run_dir: Path, *, earlier: str | None) -> dict[str, Any]:
 
 
 def _stop_training(
-    process: subprocess.Popen[Any], run_dir: Path, interrupts: Interrupts, *, earlier: str | None
+    process: subprocess.Popen[Any],
+    run_dir: Path,
+    interrupts: Interrupts,
+    *,
+    earlier: str | None,
 ) -> None:
     """Let the ranks save and end; kill them if there is nothing to save yet, if that takes too long
     or if this program is interrupted again."""
@@ -240,7 +246,9 @@ def _stop_training(
         # Launchers and ranks still import torch, which can take a minute: no step was taken.
         kill_session(process)
         return
-    sys.stderr.write("\nstopping: the ranks save first (Ctrl-C again ends them at once)\n")
+    sys.stderr.write(
+        "\nstopping: the ranks save first (Ctrl-C again ends them at once)\n"
+    )
     # What was counted so far asked for this stop; only more than that asks for a quicker one.
     asked = interrupts.count
     deadline_s = time.monotonic() + STOP_LIMIT_S

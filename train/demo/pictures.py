@@ -243,7 +243,9 @@ def split_folder(source: Path, folder: Path) -> Pictures:
     num_val = len(held_out)
     num_train = len(names) - num_val
     num_classes = _count_classes(names)
-    return _finish(folder, settings, train=num_train, val=num_val, num_classes=num_classes)
+    return _finish(
+        folder, settings, train=num_train, val=num_val, num_classes=num_classes
+    )
 
 
 def _picture_names(source: Path) -> list[Path]:
@@ -302,7 +304,9 @@ def _finished(folder: Path, settings: Made) -> Pictures | None:
     return _pictures(folder, marker["counts"])
 
 
-def _finish(folder: Path, settings: Made, *, train: int, val: int, num_classes: int) -> Pictures:
+def _finish(
+    folder: Path, settings: Made, *, train: int, val: int, num_classes: int
+) -> Pictures:
     counts = {"num_train": train, "num_val": val, "num_classes": num_classes}
     content = {"settings": settings, "counts": counts}
     text = json.dumps(content, indent=1) + "\n"

@@ -195,7 +195,9 @@ def explain(plan: Plan, found: Found, speed: Speed, pictures: Pictures) -> str:
         f"{format_duration(training_s)} of training, about {format_duration(total_s)} in all",
     ]
     if plan.steps < FEWEST_STEPS:
-        lines.append(f"{plan.steps} steps are too few to show learning: it takes {FEWEST_STEPS}")
+        lines.append(
+            f"{plan.steps} steps are too few to show learning: it takes {FEWEST_STEPS}"
+        )
     # With a little room: a number of steps that was rounded is not "slow".
     elif plan.asked == Asked() and training_s > 60 * DEMO_MINUTES * 1.05:
         lines.append(

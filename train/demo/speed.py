@@ -77,7 +77,10 @@ def speed_config(precision: str, *, images: int) -> RunConfig:
     for name, section in RECIPES["demo"].items():
         recipe[name] = dict(section)
     micro_batch_size = min(images, recipe["train"]["micro_batch_size"])
-    recipe["train"] |= {"global_batch_size": images, "micro_batch_size": micro_batch_size}
+    recipe["train"] |= {
+        "global_batch_size": images,
+        "micro_batch_size": micro_batch_size,
+    }
     # Several processes are timed side by side without talking to each other.
     recipe["engine"] |= {"kind": "torch", "zero_stage": 0, "precision": precision}
     return RunConfig.model_validate(recipe)

@@ -102,11 +102,17 @@ def check_arguments(arguments: Arguments) -> None:
             "or 8"
         )
     if arguments.steps and arguments.minutes:
-        raise ConfigError("--steps and --minutes both say how long to train: give one of them")
+        raise ConfigError(
+            "--steps and --minutes both say how long to train: give one of them"
+        )
     if arguments.steps < 0 or arguments.minutes < 0:
-        raise ConfigError("--steps and --minutes must be at least 0; 0 leaves the choice to us")
+        raise ConfigError(
+            "--steps and --minutes must be at least 0; 0 leaves the choice to us"
+        )
     if arguments.steps == 1:
-        raise ConfigError("--steps 1: at least 2, for the demo stops half-way on purpose")
+        raise ConfigError(
+            "--steps 1: at least 2, for the demo stops half-way on purpose"
+        )
 
 
 class Demo:

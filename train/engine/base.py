@@ -47,7 +47,9 @@ class Engine(ABC):
         self.device = world.device
         self.config = config
         self.world = world
-        self.grad_accum_steps = config.train.grad_accum_steps(world_size=world.world_size)
+        self.grad_accum_steps = config.train.grad_accum_steps(
+            world_size=world.world_size
+        )
         self.table = list_tensors(model, parts=world.world_size)
         trained = {row.name for row in self.table if row.trained}
         # Frozen tensors never change, but the engine rounds its own to the precision of the run.
@@ -128,7 +130,10 @@ class Engine(ABC):
             scalars.
         """
         self._state.prepare()
-        scalars = {"adam_step": self._state.adam_step(), "loss_scaler": self._loss_scaler()}
+        scalars = {
+            "adam_step": self._state.adam_step(),
+            "loss_scaler": self._loss_scaler(),
+        }
         exported = ExportedState(scalars=scalars, table=self.table)
         for row in self.table:
             if row.trained:
@@ -137,7 +142,9 @@ class Engine(ABC):
             else:
                 whole = {WEIGHT: self._fixed[row.name]}
             if row.part == self.world.rank:
-                copies = {kind: copy(row.name, kind, value) for kind, value in whole.items()}
+                copies = {
+                    kind: copy(row.name, kind, value) for kind, value in whole.items()
+                }
                 exported.tensors[row.name] = copies
 
         # Copies to pinned memory have only been queued, and the next step would overwrite their
@@ -156,7 +163,9 @@ class Engine(ABC):
         Raises:
             CheckpointError: it is of another model.
         """
-        check_same_model(source.table, self.table, where=getattr(source, "uri", "checkpoint"))
+        check_same_model(
+            source.table, self.table, where=getattr(source, "uri", "checkpoint")
+        )
         self._state.prepare()
         for row in self.table:
             if not row.trained:
@@ -204,7 +213,9 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         module.train(was_training)
 
 
-def autocast(config: RunConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def autocast(
+    config: RunConfig, device: torch.device
+) -> contextlib.AbstractContextManager[Any]:
     """Compute in bf16 if the run does so by autocast."""
     if config.engine.precision != "autocast":
         return contextlib.nullcontext()

@@ -36,7 +36,9 @@ def build_engine(
         ConfigError: settings that this engine or device cannot do.
         CheckpointError: `resume` is of another model.
     """
-    refuse_engine_settings(config, world_size=world.world_size, device=_device_of(world))
+    refuse_engine_settings(
+        config, world_size=world.world_size, device=_device_of(world)
+    )
     # Not every model has blocks to recompute, e.g. the small ones of tests.
     choose_checkpointing = getattr(model, "set_activation_checkpointing", None)
     if choose_checkpointing is not None:

@@ -54,7 +54,9 @@ class DeepSpeedEngine(Engine):
         rendered = render_deepspeed_config(config, world_size=world.world_size)
         # It prints lines about memory, which the output of --json must not hold.
         with contextlib.redirect_stdout(io.StringIO()):
-            initialized = deepspeed.initialize(model=model, optimizer=optimizer, config=rendered)
+            initialized = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=rendered
+            )
         self._engine = initialized[0]
         self._module = model
         # Without a wrapper around the optimizer DeepSpeed does not look for gradients that are not
@@ -119,7 +121,9 @@ class DeepSpeedEngine(Engine):
 
     def _check_gradients(self) -> None:
         trained = list(self._module.parameters())
-        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+        gradients = [
+            parameter.grad for parameter in trained if parameter.grad is not None
+        ]
         norm = nn.utils.get_total_norm(gradients)
         if torch.isfinite(norm):
             self._own_norm = float(norm)

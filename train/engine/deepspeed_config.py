@@ -37,7 +37,11 @@ def render_deepspeed_config(config: RunConfig, *, world_size: int) -> dict[str, 
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": _render_zero(config),
         "bf16": {"enabled": engine.precision == "bf16"},
-        "fp16": {"enabled": engine.precision == "fp16", "loss_scale": 0, "initial_scale_power": 16},
+        "fp16": {
+            "enabled": engine.precision == "fp16",
+            "loss_scale": 0,
+            "initial_scale_power": 16,
+        },
     }
     if engine.precision == "autocast":
         rendered["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
@@ -60,9 +64,18 @@ def _render_zero(config: RunConfig) -> dict[str, Any]:
     if engine.zero_stage == 3:
         # Its own linear layer rounds differently from torch's: the losses would not be those of the
         # other stages.
-        zero |= {"memory_efficient_linear": False, "stage3_prefetch_bucket_size": BUCKET_NUMEL}
+        zero |= {
+            "memory_efficient_linear": False,
+            "stage3_prefetch_bucket_size": BUCKET_NUMEL,
+        }
         if engine.offload_parameters == "cpu":
-            zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+            zero["offload_param"] = {
+                "device": "cpu",
+                "pin_memory": torch.cuda.is_available(),
+            }
     if engine.offload_optimizer == "cpu":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_optimizer"] = {
+            "device": "cpu",
+            "pin_memory": torch.cuda.is_available(),
+        }
     return zero

@@ -52,7 +52,9 @@ def deepspeed_state(engine: Any, module: nn.Module) -> NamedState:
     """
     optimizer = engine.optimizer
     trained = {
-        name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad
+        name: parameter
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
     }
     if isinstance(
         optimizer, torch.optim.Optimizer
@@ -65,14 +67,20 @@ def deepspeed_state(engine: Any, module: nn.Module) -> NamedState:
         # DeepSpeed takes a step with zero gradients to allocate state; it counts in Adam's bias
         # correction.
         optimizer.optimizer.state.clear()
-        return PlainState(masters=masters, working=trained, optimizer=optimizer.optimizer)
+        return PlainState(
+            masters=masters, working=trained, optimizer=optimizer.optimizer
+        )
     return _FlatState(optimizer, trained)
 
 
-def _match_masters(optimizer: Any, trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+def _match_masters(
+    optimizer: Any, trained: dict[str, nn.Parameter]
+) -> dict[str, Tensor]:
     master_of = {
         id(low): high
-        for lows, highs in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+        for lows, highs in zip(
+            optimizer.fp16_groups, optimizer.fp32_groups, strict=True
+        )
         for low, high in zip(lows, highs, strict=True)
     }
     return {name: master_of[id(parameter)] for name, parameter in trained.items()}
@@ -89,7 +97,10 @@ class _FlatState(NamedState):
         self._sharded_weights = hasattr(optimizer, "fp32_partitioned_groups_flat")
 
     def _flat_partitions(self) -> list[Tensor]:
-        for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):
+        for attribute in (
+            "fp32_partitioned_groups_flat",
+            "single_partition_of_fp32_groups",
+        ):
             if hasattr(self._zero, attribute):
                 return list(getattr(self._zero, attribute))
         return list(self._zero.fp32_groups_flat_partition)
@@ -105,7 +116,10 @@ class _FlatState(NamedState):
 
     def read(self, name: str) -> dict[str, Tensor]:
         """Gather from all ranks."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+        from deepspeed.utils import (
+            safe_get_full_fp32_param,
+            safe_get_full_optimizer_state,
+        )
 
         parameter = self._trained[name]
         tensors = {WEIGHT: safe_get_full_fp32_param(parameter)}
@@ -118,7 +132,10 @@ class _FlatState(NamedState):
         if self._sharded_weights:
             self._write_piece(self._trained[name], kind, value)
             return
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+        from deepspeed.utils import (
+            safe_set_full_fp32_param,
+            safe_set_full_optimizer_state,
+        )
 
         if kind == WEIGHT:
             safe_set_full_fp32_param(self._trained[name], value)
@@ -126,7 +143,10 @@ class _FlatState(NamedState):
             safe_set_full_optimizer_state(self._trained[name], value, kind)
 
     def _write_piece(self, parameter: Any, kind: str, value: Tensor) -> None:
-        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+        from deepspeed.utils import (
+            safe_set_local_fp32_param,
+            safe_set_local_optimizer_state,
+        )
 
         length = parameter.ds_tensor.numel()
         start = self._zero._get_param_partition_rank(parameter) * length
@@ -180,7 +200,9 @@ def read_loss_scaler(engine: Any) -> dict[str, Any]:
     scaler = _dynamic_scaler(engine)
     if scaler is None:
         return {}
-    return {name: getattr(scaler, name) for name in _SCALER_FIELDS if hasattr(scaler, name)}
+    return {
+        name: getattr(scaler, name) for name in _SCALER_FIELDS if hasattr(scaler, name)
+    }
 
 
 def write_loss_scaler(engine: Any, state: dict[str, Any]) -> None:

@@ -23,7 +23,11 @@ def peak_lr(config: RunConfig, *, global_batch_size: int | None = None) -> float
         config: settings of the run.
         global_batch_size: the batch that the rate is scaled to; by default that of the settings.
     """
-    batch = config.train.global_batch_size if global_batch_size is None else global_batch_size
+    batch = (
+        config.train.global_batch_size
+        if global_batch_size is None
+        else global_batch_size
+    )
     return config.optim.base_lr * batch / IMAGES_OF_BASE_LR
 
 
@@ -31,7 +35,9 @@ def warmup_length(config: RunConfig, *, steps_per_epoch: float) -> float:
     """Return the warm-up's length in steps; a fraction if epochs are not whole steps."""
     if config.optim.warmup_steps is not None:
         return float(config.optim.warmup_steps)
-    assert config.optim.warmup_epochs is not None, "the settings give exactly one of the two"
+    assert config.optim.warmup_epochs is not None, (
+        "the settings give exactly one of the two"
+    )
     return config.optim.warmup_epochs * steps_per_epoch
 
 
@@ -96,7 +102,9 @@ def is_decayed(name: str, parameter: torch.Tensor) -> bool:
     return parameter.ndim > 1 and not name.endswith(".bias")
 
 
-def build_param_groups(module: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
+def build_param_groups(
+    module: nn.Module, *, weight_decay: float
+) -> list[dict[str, Any]]:
     """Sort trainable parameters into [not decayed, decayed]; frozen ones are in neither, an empty
     group is left out.
 

@@ -30,7 +30,9 @@ class TorchEngine(Engine):
         }
         self._trained = list(trained.values())
         # Masters and working weights are the same tensors: `autocast` keeps the weights in fp32.
-        self._state = PlainState(masters=trained, working=trained, optimizer=self._optimizer)
+        self._state = PlainState(
+            masters=trained, working=trained, optimizer=self._optimizer
+        )
         self._grad_norm: float | None = None
         self._skipped_steps = 0
         if config.engine.compile == "on":

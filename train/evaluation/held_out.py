@@ -88,7 +88,9 @@ def read_held_out(
     # No random crop or flip: the figure must not depend on how an image happened to be cut.
     sampling = objective.sampling().centred()
     settings = measuring_loader(config)
-    return read_samples(dataset, sample_ids_B, sampling, settings, seed=seed, device=device)
+    return read_samples(
+        dataset, sample_ids_B, sampling, settings, seed=seed, device=device
+    )
 
 
 def iterate_held_out(

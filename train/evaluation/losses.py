@@ -13,7 +13,11 @@ from train.evaluation.saved_model import SavedModel
 
 @torch.no_grad()
 def held_out_losses(
-    saved: SavedModel, dataset: Manifest, *, device: torch.device, limit: int | None = None
+    saved: SavedModel,
+    dataset: Manifest,
+    *,
+    device: torch.device,
+    limit: int | None = None,
 ) -> dict[str, Any]:
     """Average the losses that the objective names, e.g. a model's and its baselines' on the same
     masks.
@@ -31,7 +35,12 @@ def held_out_losses(
     sums: dict[str, float] = {}
     count = 0
     batches = iterate_held_out(
-        saved.config, objective, dataset, device=device, limit=limit, label="held-out losses"
+        saved.config,
+        objective,
+        dataset,
+        device=device,
+        limit=limit,
+        label="held-out losses",
     )
     # Summed by image and divided once: the last batch is shorter, and its mean would weigh more.
     for batch in batches:

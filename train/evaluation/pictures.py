@@ -23,7 +23,9 @@ from train.objectives.base import make_batch
 from train.process.folder import writing
 from train.report.drawing import draw_reconstruction, spread_ids
 
-PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+PICTURE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+)
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,9 @@ def draw(
         batch = _batch_of_files(saved, Path(images), count=count, seed=seed)
     elif val or config.data.val:
         shards = val or config.data.val
-        dataset = open_given(shards, setting="data.val", option="--images FOLDER or --val")
+        dataset = open_given(
+            shards, setting="data.val", option="--images FOLDER or --val"
+        )
         ids = spread_ids(dataset.info.num_samples, count)
         batch = read_held_out(config, objective, dataset, ids, device=device, seed=seed)
     else:

@@ -12,7 +12,13 @@ from pipeline.dataset import Manifest
 from pipeline.errors import DataError, MaelstromError
 from train.evaluation.held_out import open_given
 from train.evaluation.losses import held_out_losses
-from train.evaluation.neighbours import NEIGHBOURS, POOLING, TEMPERATURE, embed, knn_accuracy
+from train.evaluation.neighbours import (
+    NEIGHBOURS,
+    POOLING,
+    TEMPERATURE,
+    embed,
+    knn_accuracy,
+)
 from train.evaluation.saved_model import SavedModel, untrained_like
 
 _FIGURES = {"knn": "accuracy of nearest neighbours"}
@@ -70,7 +76,9 @@ def _open_known(train: str, val_data: Manifest) -> Manifest:
         DataError: there are none whose classes are those of the held-out images.
     """
     if not val_data.info.classes:
-        raise DataError(f"{val_data.uri} has no labels, which the neighbours' accuracy needs")
+        raise DataError(
+            f"{val_data.uri} has no labels, which the neighbours' accuracy needs"
+        )
     if not train:
         raise DataError("the run names no training shards: give their URI with --train")
     train_data = open_given(train, setting="data.train", option="--train")
@@ -93,11 +101,17 @@ def _open_known(train: str, val_data: Manifest) -> Manifest:
 
 
 def _shown(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") if names else "none"
+    return (
+        ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") if names else "none"
+    )
 
 
 def _accuracies(
-    saved: SavedModel, train_data: Manifest, val_data: Manifest, *, max_images: int | None
+    saved: SavedModel,
+    train_data: Manifest,
+    val_data: Manifest,
+    *,
+    max_images: int | None,
 ) -> dict[str, Any]:
     """Classify by neighbours with the trained encoder, and with the one it started from."""
     device = next(saved.model.parameters()).device

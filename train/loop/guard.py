@@ -106,7 +106,10 @@ class SpikeGuard:
         """
         if not self._factor or not math.isfinite(loss):
             return False
-        high = len(self._recent) >= HISTORY_NEEDED and loss > self._factor * self.usual_loss
+        high = (
+            len(self._recent) >= HISTORY_NEEDED
+            and loss > self._factor * self.usual_loss
+        )
         begins = high and not self._high
         self._high = high
         # A plateau of high losses would otherwise raise the median until it looks usual.

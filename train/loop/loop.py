@@ -27,7 +27,9 @@ from train.process.world import init_world
 from train.report.data_record import leave_data_report
 
 
-def train(config: RunConfig, outcome: Outcome, objective: Objective | None = None) -> None:
+def train(
+    config: RunConfig, outcome: Outcome, objective: Objective | None = None
+) -> None:
     """Train from the newest checkpoint, or from the start, to the last step.
 
     Args:
@@ -42,7 +44,9 @@ def train(config: RunConfig, outcome: Outcome, objective: Objective | None = Non
     run_dir = Path(config.run_dir)
     # Before the processes meet: a second start of this run ends here, and not because its port is
     # taken, which would look like a failure of the first.
-    lease = RunLease(run_dir, rank=outcome.rank, launch=outcome.launch, on_beat=outcome.beat)
+    lease = RunLease(
+        run_dir, rank=outcome.rank, launch=outcome.launch, on_beat=outcome.beat
+    )
     with lease:
         if outcome.rank == 0:
             outcome.write("running", exit_code=None)
@@ -62,7 +66,9 @@ def train(config: RunConfig, outcome: Outcome, objective: Objective | None = Non
                     ) as watchdog:
                         _loop(run, preemption, watchdog)
                 except DataError:
-                    leave_data_report(run.loader.report, run_dir=run_dir, rank=world.rank)
+                    leave_data_report(
+                        run.loader.report, run_dir=run_dir, rank=world.rank
+                    )
                     raise
                 finally:
                     run.reporter.close()
@@ -119,12 +125,17 @@ def _loop(run: Run, preemption: Preemption, watchdog: Watchdog) -> None:
             is_spike = log_line(run, done, lr=lr, mean_loss=mean_loss)
 
         # Compare the weights of the ranks before they may be saved. At ZeRO 3 no rank has them all.
-        if _is_due(done, config.guard.checksum_every_steps) and config.engine.zero_stage < 3:
+        if (
+            _is_due(done, config.guard.checksum_every_steps)
+            and config.engine.zero_stage < 3
+        ):
             check_replicas(run.engine.module, world=run.world, step=done)
 
         # Save. While steps are being skipped the weights are under suspicion, and no scheduled
         # checkpoint of them may push out a good one.
-        is_save_due = _is_due(done, config.checkpoint.every_steps) and not run.skips.in_a_row
+        is_save_due = (
+            _is_due(done, config.checkpoint.every_steps) and not run.skips.in_a_row
+        )
         if is_last or is_stopping or is_spike or is_save_due:
             begin_save(run, done, wait=is_last or is_stopping)
         elif run.saver.is_ready():
@@ -151,12 +162,16 @@ def _accumulate(run: Run, batches: Iterator[Batch]) -> list[SeenBatch]:
         loss = run.engine.forward_backward(*inputs)
         # Only names and loss are kept: the images' memory is free before the next micro-batch.
         micro_batches.append(
-            SeenBatch(batch.sample_ids_B, batch.epochs_B, batch.epoch, batch.position, loss)
+            SeenBatch(
+                batch.sample_ids_B, batch.epochs_B, batch.epoch, batch.position, loss
+            )
         )
     return micro_batches
 
 
-def _judge(run: Run, done: int, micro_batches: list[SeenBatch], *, was_taken: bool) -> Reaction:
+def _judge(
+    run: Run, done: int, micro_batches: list[SeenBatch], *, was_taken: bool
+) -> Reaction:
     """Decide what follows from a step's numbers, and record the images of one that was skipped."""
     # A loss scaler on its way down skips steps by design; the images are not to blame.
     is_sound = was_taken or run.engine.searches_loss_scale

@@ -120,24 +120,10 @@ def open_run(
     torch.manual_seed(config.train.seed)
     engine = build_engine(config, model=objective.build(), resume=state, world=world)
 
-    # Only now is the run folder written to: what failed before must leave an older run as it was.
-    kept_files: list[str] = []
-    if world.is_main:
-        keep_description(config.checkpoint_dir, dataset.info)
-        kept_files = _write_settings(config, run_dir, found.resume, step=first_step, world=world)
-    reporter = Reporter(
-        run_dir,
-        rank=world.rank,
-        total_steps=total_steps,
-        resumed_step=first_step,
-        tensorboard=config.log.tensorboard,
+    reporter = _begin_reports(
+        config, dataset, found, world=world, total_steps=total_steps
     )
-    if world.is_main:
-        reporter.show_on(start_trackers(config, run_dir, warn=reporter.say))
-    for line in _opening_lines(config, world, dataset, found):
-        reporter.say(line)
-    if kept_files:
-        reporter.say(f"{run_dir} has files of an earlier run, kept as {', '.join(kept_files)}")
+    earlier = state.client.get("data_report") if state is not None else None
     return Run(
         config=config,
         objective=objective,
@@ -152,14 +138,15 @@ def open_run(
         reporter=reporter,
         meter=Meter(global_batch_size=config.train.global_batch_size),
         skips=SkipGuard(
-            skipped_in_a_row=config.guard.skipped_in_a_row, roll_backs=config.guard.roll_backs
+            skipped_in_a_row=config.guard.skipped_in_a_row,
+            roll_backs=config.guard.roll_backs,
         ),
         spikes=SpikeGuard(factor=config.guard.spike_factor),
         first_step=first_step,
         total_steps=total_steps,
         progress=found.progress,
         resume=found.resume,
-        earlier_data_report=state.client.get("data_report") if state is not None else None,
+        earlier_data_report=earlier,
         peak_tflops=_peak_tflops(config, world.device),
     )
 
@@ -209,10 +196,51 @@ def _find_start(
     return _Found(store, state, resume, progress_of(state, pace))
 
 
+def _begin_reports(
+    config: RunConfig,
+    dataset: Manifest,
+    found: _Found,
+    *,
+    world: World,
+    total_steps: int,
+) -> Reporter:
+    """Keep the settings in the run folder, open its reports and say what begins."""
+    run_dir = Path(config.run_dir)
+    first_step = found.state.step if found.state is not None else 0
+
+    # Only now is the run folder written to: what failed before must leave an older run as it was.
+    kept_files: list[str] = []
+    if world.is_main:
+        keep_description(config.checkpoint_dir, dataset.info)
+        kept_files = _write_settings(
+            config, run_dir, found.resume, step=first_step, world=world
+        )
+    reporter = Reporter(
+        run_dir,
+        rank=world.rank,
+        total_steps=total_steps,
+        resumed_step=first_step,
+        tensorboard=config.log.tensorboard,
+    )
+    if world.is_main:
+        reporter.show_on(start_trackers(config, run_dir, warn=reporter.say))
+    for line in _opening_lines(config, world, dataset, found):
+        reporter.say(line)
+    if kept_files:
+        reporter.say(
+            f"{run_dir} has files of an earlier run, kept as {', '.join(kept_files)}"
+        )
+    return reporter
+
+
 def _peak_tflops(config: RunConfig, device: torch.device) -> float | None:
     if config.engine.device_tflops:
         return config.engine.device_tflops
-    return peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return (
+        peak_tflops(torch.cuda.get_device_name(device))
+        if device.type == "cuda"
+        else None
+    )
 
 
 def _open_loader(
@@ -245,7 +273,9 @@ def _open_together(uri: str, *, world: World) -> Manifest:
     return dataset or open_dataset(uri)
 
 
-def _opening_lines(config: RunConfig, world: World, dataset: Manifest, found: _Found) -> list[str]:
+def _opening_lines(
+    config: RunConfig, world: World, dataset: Manifest, found: _Found
+) -> list[str]:
     """Say what begins here, or goes on and how it differs from before."""
     total_steps = found.progress.total_steps(config)
     ranks = f"{world.world_size} rank{'s' if world.world_size > 1 else ''} on {world.device.type}"
@@ -264,7 +294,11 @@ def _opening_lines(config: RunConfig, world: World, dataset: Manifest, found: _F
             found.progress,
             ranks=world.world_size,
         )
-    if world.world_size > 1 and config.engine.zero_stage == 3 and config.guard.checksum_every_steps:
+    if (
+        world.world_size > 1
+        and config.engine.zero_stage == 3
+        and config.guard.checksum_every_steps
+    ):
         lines.append(
             "weights are not compared between ranks: at engine.zero_stage 3 each rank keeps its "
             "own part"

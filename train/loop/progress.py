@@ -69,7 +69,9 @@ class Progress:
         `train.epochs`."""
         if config.train.steps is not None:
             return config.train.steps
-        assert config.train.epochs is not None, "the settings give exactly one of the two"
+        assert config.train.epochs is not None, (
+            "the settings give exactly one of the two"
+        )
         # Rounded once, over what is left: before a change of pace every step was taken whole.
         epochs_left = config.train.epochs - self.epochs
         return max(1, self.step + round(epochs_left * self.pace.steps_per_epoch))

@@ -52,7 +52,9 @@ def record_skipped(run: Run, done: int, micro_batches: list[SeenBatch]) -> None:
         what = f"the loss on rank {ranks}"
     # The guard counts this step only after it was told.
     in_a_row = run.skips.in_a_row + 1
-    run.reporter.say(f"warning: step {done} skipped: {what} is not finite ({in_a_row} in a row)")
+    run.reporter.say(
+        f"warning: step {done} skipped: {what} is not finite ({in_a_row} in a row)"
+    )
     if not culprits or run.world.rank in culprits:
         with run.reporter.tolerating("nonfinite-step-*.json"):
             _write_skipped(run, done, micro_batches, losses)
@@ -69,7 +71,9 @@ def _write_skipped(
         sample_ids += seen.sample_ids_B.tolist()
         epochs += seen.epochs_B.tolist()
     # Epoch and position are in the name because a step's number comes again after a roll-back.
-    name = f"nonfinite-step-{done:06d}-at-{first.epoch}-{first.position}-rank-{rank}.json"
+    name = (
+        f"nonfinite-step-{done:06d}-at-{first.epoch}-{first.position}-rank-{rank}.json"
+    )
     write_json(
         run.run_dir / name,
         {
@@ -121,7 +125,9 @@ def roll_back(run: Run, done: int, *, reaction: Reaction) -> int:
         finish_save(run)
     state = _find_good_checkpoint(run, first_skipped=done - run.skips.in_a_row)
     if state is None:
-        raise NumericsError(f"{story}. There is no checkpoint from before to go back to. {remedy}")
+        raise NumericsError(
+            f"{story}. There is no checkpoint from before to go back to. {remedy}"
+        )
 
     run.engine.restore(state)
     run.skips.rolled_back(state.step)

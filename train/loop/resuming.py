@@ -70,7 +70,9 @@ class Resume:
         return {RUN_KEY: self.run_id, CHANGES_KEY: changes}
 
 
-def check_same_run(config: RunConfig, objective: Objective, state: CheckpointState) -> Resume:
+def check_same_run(
+    config: RunConfig, objective: Objective, state: CheckpointState
+) -> Resume:
     """Refuse settings that are not those of the run, and list what else has changed.
 
     Args:
@@ -115,7 +117,9 @@ def restore_cursor(loader: Loader, state: CheckpointState, config: RunConfig) ->
         epoch = cursor["epoch"] + bool(cursor["position"])
         cursor = {**cursor, "seed": config.train.seed, "epoch": epoch, "position": 0}
     trained_on = kept_description(config.checkpoint_dir, cursor["fingerprint"])
-    loader.load_state_dict(cursor, trained_on=trained_on, on_change=config.data.on_change)
+    loader.load_state_dict(
+        cursor, trained_on=trained_on, on_change=config.data.on_change
+    )
 
 
 def progress_of(state: CheckpointState | None, pace: Pace) -> Progress:
@@ -123,11 +127,18 @@ def progress_of(state: CheckpointState | None, pace: Pace) -> Progress:
     if state is None:
         return Progress.start(pace)
     batch_size = int(state.config["train"]["global_batch_size"])
-    return Progress.from_client(state.client, step=state.step, batch_size=batch_size, pace=pace)
+    return Progress.from_client(
+        state.client, step=state.step, batch_size=batch_size, pace=pace
+    )
 
 
 def describe_resume(
-    config: RunConfig, state: CheckpointState, resume: Resume, progress: Progress, *, ranks: int
+    config: RunConfig,
+    state: CheckpointState,
+    resume: Resume,
+    progress: Progress,
+    *,
+    ranks: int,
 ) -> list[str]:
     """Say what differs from the start that saved a checkpoint, in one line for each kind.
 
@@ -169,7 +180,9 @@ def describe_resume(
     return [*lines, *_rate_lines(config, state, progress)]
 
 
-def _rate_lines(config: RunConfig, state: CheckpointState, progress: Progress) -> list[str]:
+def _rate_lines(
+    config: RunConfig, state: CheckpointState, progress: Progress
+) -> list[str]:
     """Say so if the learning rate jumps here, because the run is longer or shorter than it was."""
     try:
         before = RunConfig.model_validate(state.config)
@@ -192,7 +205,9 @@ def _rate_lines(config: RunConfig, state: CheckpointState, progress: Progress) -
         return [f"{line}, because the schedule's settings changed"]
 
     # The way without a jump differs: a cosine has none, a constant rate has one until it falls.
-    remedy = "Choose optim.schedule constant_cooldown for a run that is to be made longer"
+    remedy = (
+        "Choose optim.schedule constant_cooldown for a run that is to be made longer"
+    )
     if config.optim.schedule == "constant_cooldown":
         remedy = (
             "A checkpoint from before the cooldown goes on without a jump: copy its step into "

@@ -78,5 +78,8 @@ def finish_save(run: Run, *, failure: Literal["warn", "raise"] = "warn") -> None
 def merge_data_reports(run: Run) -> dict[str, Any]:
     """Add up what was bad on all ranks and before the last resume. All ranks enter."""
     return collect_data_report(
-        run.loader.report, run_dir=run.run_dir, world=run.world, earlier=run.earlier_data_report
+        run.loader.report,
+        run_dir=run.run_dir,
+        world=run.world,
+        earlier=run.earlier_data_report,
     )

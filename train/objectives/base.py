@@ -65,7 +65,11 @@ class Objective(Protocol):
 
 
 def make_batch(
-    sampling: Sampling, views_BCHW: Sequence[Tensor], *, seed: int = 0, first_id: int = 0
+    sampling: Sampling,
+    views_BCHW: Sequence[Tensor],
+    *,
+    seed: int = 0,
+    first_id: int = 0,
 ) -> Batch:
     """Make a batch of pixels that come from no dataset, with draws as in the first epoch.
 

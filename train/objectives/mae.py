@@ -90,7 +90,10 @@ class MaskedAutoencoding:
         patches_BNP = patchify(images_BCHW, patch_size)
         target_BNP = reconstruction_target(patches_BNP, norm_pix_loss=False)
         num_masked_B = mask_BN.sum(dim=1)
-        baselines = (("mean_colour_loss", paint_mean), ("nearby_colours_loss", paint_nearby))
+        baselines = (
+            ("mean_colour_loss", paint_mean),
+            ("nearby_colours_loss", paint_nearby),
+        )
         for name, paint in baselines:
             painted_BNP = paint(images_BCHW, mask_BN, patch_size=patch_size)
             difference_BNP = painted_BNP - target_BNP
@@ -101,7 +104,9 @@ class MaskedAutoencoding:
 
 
 def _as_mae(model: nn.Module) -> MaskedAutoencoder:
-    assert isinstance(model, MaskedAutoencoder), "an objective is given the models that it built"
+    assert isinstance(model, MaskedAutoencoder), (
+        "an objective is given the models that it built"
+    )
     return model
 
 
@@ -116,7 +121,9 @@ def to_display(images_BCHW: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def complete(model: MaskedAutoencoder, images_BCHW: Tensor, noise_BN: Tensor) -> Completion:
+def complete(
+    model: MaskedAutoencoder, images_BCHW: Tensor, noise_BN: Tensor
+) -> Completion:
     """Let a model complete masked images.
 
     Args:
@@ -158,7 +165,9 @@ def complete(model: MaskedAutoencoder, images_BCHW: Tensor, noise_BN: Tensor) ->
 
 
 @torch.no_grad()
-def raw_losses(model: MaskedAutoencoder, images_BCHW: Tensor, output: MAEOutput) -> Tensor:
+def raw_losses(
+    model: MaskedAutoencoder, images_BCHW: Tensor, output: MAEOutput
+) -> Tensor:
     """Score a prediction in raw (dataset-normalised) pixels, whatever the model was trained on.
 
     Args:

@@ -40,7 +40,10 @@ def named_run_dir(words: Sequence[str], *, is_launched: bool) -> Path | None:
 
 
 def _given(
-    words: Sequence[str], option: str, *, read: Callable[[str], str] = lambda value: value
+    words: Sequence[str],
+    option: str,
+    *,
+    read: Callable[[str], str] = lambda value: value,
 ) -> Iterator[str]:
     """Yield what an option was given, in order, read in some way; without what is empty."""
     for number, word in enumerate(words):
@@ -93,7 +96,9 @@ def prepare_file(path: Path, *, option: str) -> None:
         InfrastructureError: its folder cannot be made or written to.
     """
     if path.is_dir():
-        raise ConfigError(f"{option} {path}: is a folder, and a file is to be written. Name a file")
+        raise ConfigError(
+            f"{option} {path}: is a folder, and a file is to be written. Name a file"
+        )
     prepare_out(path.parent, option=option)
 
 
@@ -110,14 +115,18 @@ def prepare_out(folder: Path, *, option: str) -> None:
     """
     part = _file_in_the_way(folder)
     if part is not None:
-        raise ConfigError(f"{option}: {part} is a file, and a folder is needed there. {_ELSEWHERE}")
+        raise ConfigError(
+            f"{option}: {part} is a file, and a folder is needed there. {_ELSEWHERE}"
+        )
     probe = folder / f".probe-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Content too: an empty file fits on a full disk.
         probe.write_bytes(b"0" * 4096)
     except OSError as error:
-        raise InfrastructureError(cannot_write(folder, error, setting=option)) from error
+        raise InfrastructureError(
+            cannot_write(folder, error, setting=option)
+        ) from error
     finally:
         with suppress(OSError):
             probe.unlink()

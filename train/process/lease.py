@@ -125,7 +125,9 @@ class RunLease:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         # Looking and taking are one step: two jobs that start together must not both find a stale
         # lease.
-        with FileLock(self._path.with_name(f".{LEASE_FILE}.lock"), timeout=_GUARD_WAIT_S):
+        with FileLock(
+            self._path.with_name(f".{LEASE_FILE}.lock"), timeout=_GUARD_WAIT_S
+        ):
             holder = _read(self._path)
             if holder is not None and _works(holder, self._path):
                 raise FolderInUseError(

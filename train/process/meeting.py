@@ -45,7 +45,9 @@ def meet(place: RankPlace, *, timeout_s: float, roll: Roll | None = None) -> Sto
     roll = roll or Roll("", rank=place.rank, world_size=1)
     deadline_s = time.monotonic() + timeout_s
     # torchrun's agent serves the store itself; under other launchers rank 0 does.
-    serves = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    serves = (
+        place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    )
     _resolve(place, deadline_s=deadline_s)
     if not serves:
         _wait_for_server(place, deadline_s=deadline_s, roll=roll)
@@ -65,7 +67,9 @@ def _resolve(place: RankPlace, *, deadline_s: float) -> None:
     limit_s = min(deadline_s, time.monotonic() + RESOLVE_LIMIT_S)
     while True:
         try:
-            socket.getaddrinfo(place.master_addr, place.master_port, type=socket.SOCK_STREAM)
+            socket.getaddrinfo(
+                place.master_addr, place.master_port, type=socket.SOCK_STREAM
+            )
         except (socket.gaierror, UnicodeError) as error:
             if time.monotonic() > limit_s:
                 raise InfrastructureError(
@@ -98,7 +102,9 @@ def _wait_for_server(place: RankPlace, *, deadline_s: float, roll: Roll) -> None
         time.sleep(_LOOK_S)
 
 
-def _open_store(place: RankPlace, *, serves: bool, timeout_s: float, roll: Roll) -> Store:
+def _open_store(
+    place: RankPlace, *, serves: bool, timeout_s: float, roll: Roll
+) -> Store:
     deadline_s = time.monotonic() + timeout_s
     while True:
         try:
@@ -122,7 +128,9 @@ def _open_store(place: RankPlace, *, serves: bool, timeout_s: float, roll: Roll)
         time.sleep(_LOOK_S)
 
 
-def _no_store(place: RankPlace, error: Exception, *, serves: bool) -> InfrastructureError:
+def _no_store(
+    place: RankPlace, error: Exception, *, serves: bool
+) -> InfrastructureError:
     text = str(error).strip() or type(error).__name__
     in_use = os.strerror(errno.EADDRINUSE).lower()
     if serves and ("EADDRINUSE" in text or in_use in text.lower()):
@@ -137,7 +145,9 @@ def _no_store(place: RankPlace, error: Exception, *, serves: bool) -> Infrastruc
     )
 
 
-def _wait_for_ranks(store: Store, place: RankPlace, *, timeout_s: float, roll: Roll) -> None:
+def _wait_for_ranks(
+    store: Store, place: RankPlace, *, timeout_s: float, roll: Roll
+) -> None:
     try:
         store.set(_name(place.rank), socket.gethostname())
         store.add(_COUNT, 1)
@@ -145,7 +155,9 @@ def _wait_for_ranks(store: Store, place: RankPlace, *, timeout_s: float, roll: R
         while (here := store.add(_COUNT, 0)) < place.world_size:
             _look_for_dead(roll)
             if time.monotonic() > deadline_s:
-                raise _never_came(store, place, here=here, timeout_s=timeout_s, roll=roll)
+                raise _never_came(
+                    store, place, here=here, timeout_s=timeout_s, roll=roll
+                )
             time.sleep(_LOOK_S)
     except dist.DistError as error:
         _look_for_dead(roll)
@@ -159,7 +171,9 @@ def _wait_for_ranks(store: Store, place: RankPlace, *, timeout_s: float, roll: R
 def _never_came(
     store: Store, place: RankPlace, *, here: int, timeout_s: float, roll: Roll
 ) -> InfrastructureError:
-    missing = [rank for rank in range(place.world_size) if not store.check([_name(rank)])]
+    missing = [
+        rank for rank in range(place.world_size) if not store.check([_name(rank)])
+    ]
     shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
     return InfrastructureError(
         f"rank {place.rank}: {here} of {place.world_size} ranks came within engine.timeout_s "

@@ -41,7 +41,9 @@ REFUSAL_WAIT_S = 3.0
 _LOOK_S = 0.05
 
 
-def write_json(path: Path, content: Mapping[str, Any], *, option: str = "--run.dir") -> None:
+def write_json(
+    path: Path, content: Mapping[str, Any], *, option: str = "--run.dir"
+) -> None:
     """Write a small JSON file so that a reader sees the old one or the new one, never half of it.
 
     Args:
@@ -92,7 +94,9 @@ class Outcome:
         self._process = this_process()
         # Between the loop, which writes, and the thread that says that the run is alive.
         self._writing = threading.Lock()
-        self.roll = Roll(self.launch, rank=self.rank, world_size=world_size_of(os.environ))
+        self.roll = Roll(
+            self.launch, rank=self.rank, world_size=world_size_of(os.environ)
+        )
         self._has_warned = False
         # The main thread, the watchdog and a signal's handler may all come to the end.
         self._concluding = threading.RLock()
@@ -137,7 +141,11 @@ class Outcome:
     def beat(self) -> None:
         """Write down that this run is alive, for readers on other machines; see
         `liveness.judge_status`. Never raises: a full disk must not end a run."""
-        with suppress(OSError, InfrastructureError, Timeout), self._writing, self._file_lock():
+        with (
+            suppress(OSError, InfrastructureError, Timeout),
+            self._writing,
+            self._file_lock(),
+        ):
             known = read_status(self.run_dir)
             # Another rank may have written how the run ended, which stays.
             is_ours = known.get("launch") == self.launch
@@ -191,7 +199,11 @@ class Outcome:
         self.step = int(read_status(self.run_dir).get("step") or 0)
         # A launcher ends the other ranks once one has failed: rank 0 must have spoken by then.
         deadline_s = time.monotonic() + REFUSAL_WAIT_S
-        while self.rank != 0 and self.roll.verdict() is None and time.monotonic() < deadline_s:
+        while (
+            self.rank != 0
+            and self.roll.verdict() is None
+            and time.monotonic() < deadline_s
+        ):
             time.sleep(_LOOK_S)
         with self.roll.locked():
             # Rank 0 says it even if another one was faster, and wrote the status.
@@ -242,7 +254,9 @@ class Outcome:
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             with self._file_lock():
-                self._write(state, exit_code=code, reason=_reason(error), rank=self.rank)
+                self._write(
+                    state, exit_code=code, reason=_reason(error), rank=self.rank
+                )
         except (OSError, InfrastructureError, Timeout) as trouble:
             # An error about this very folder has said so already.
             if str(self.run_dir) not in str(error):

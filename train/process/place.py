@@ -188,7 +188,9 @@ def write_place(
 
 
 def _torchrun_place(env: Environment) -> RankPlace:
-    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in env]
+    missing = [
+        name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in env
+    ]
     if missing:
         raise ConfigError(
             f"environment: RANK is set but {', '.join(missing)} is not. "

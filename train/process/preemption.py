@@ -67,7 +67,9 @@ class Preemption:
         self._orphaned_s: float | None = None
         self._armed = True
         self._closing = threading.Event()
-        self._saved_handlers: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
+        self._saved_handlers: dict[
+            int, Callable[[int, FrameType | None], object] | int | None
+        ] = {}
         self._thread: threading.Thread | None = None
         self._pipe = (-1, -1)
 
@@ -83,7 +85,9 @@ class Preemption:
             if number == signal.SIGHUP and is_ignored and not self._is_under_torchrun():
                 continue
             self._saved_handlers[number] = signal.signal(number, _noted)
-        self._saved_wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        self._saved_wakeup = signal.set_wakeup_fd(
+            self._pipe[1], warn_on_full_buffer=False
+        )
         # A forked child shares the pipe: its signals would be taken for ours.
         os.register_at_fork(after_in_child=self._forget)
         self._thread = threading.Thread(
@@ -165,7 +169,9 @@ class Preemption:
 
     def _check_launcher(self) -> None:
         if self._orphaned_s is None:
-            gone = next((name for process, name in self._launchers if _is_gone(process)), None)
+            gone = next(
+                (name for process, name in self._launchers if _is_gone(process)), None
+            )
             if gone is not None:
                 self._orphaned_s = time.monotonic()
                 self._reason = self._reason or f"the launcher is gone ({gone})"

@@ -107,7 +107,9 @@ class Roll:
         if not self.is_kept:
             return
         started_s = psutil.Process().create_time()
-        text = json.dumps({"pid": os.getpid(), "started_s": started_s, "parent": os.getppid()})
+        text = json.dumps(
+            {"pid": os.getpid(), "started_s": started_s, "parent": os.getppid()}
+        )
         self._clear_stale()
         with self.locked():
             self._forget_earlier(started_s)
@@ -247,7 +249,9 @@ def _is_stale(folder: Path) -> bool:
     if any(entry.state() != "gone" for entry in entries):
         return False
     # Its launcher may be about to start another rank, which would miss the one that died.
-    has_launcher = not entries or any(psutil.pid_exists(entry.parent) for entry in entries)
+    has_launcher = not entries or any(
+        psutil.pid_exists(entry.parent) for entry in entries
+    )
     return not has_launcher or time.time() - known.st_mtime > _STALE_S
 
 
@@ -288,7 +292,9 @@ def name_cause(error: BaseException, roll: Roll, *, rank: int) -> Infrastructure
         return rank_died(gone)
     stopped = roll.stopped()
     if stopped:
-        return InfrastructureError(f"{_listed(stopped)} {_verb(stopped)} stopped. {_RESUME}")
+        return InfrastructureError(
+            f"{_listed(stopped)} {_verb(stopped)} stopped. {_RESUME}"
+        )
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     return InfrastructureError(
         f"rank {rank} lost contact with another rank ({first_line}). The ranks of this node are "

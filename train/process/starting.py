@@ -57,7 +57,9 @@ class Start:
                 signal.signal(number, self._on_signal)
         self._outcome.roll.sign()
         if self._outcome.roll.is_kept:
-            threading.Thread(target=self._watch_ranks, name="ranks", daemon=True).start()
+            threading.Thread(
+                target=self._watch_ranks, name="ranks", daemon=True
+            ).start()
         try:
             yield
         finally:

@@ -95,7 +95,9 @@ class Watchdog:
         # Naming the rank that is stopped tells how to let it go on, and that the run will.
         message += describe_stopped(self._roll) or f" {GOES_ON}"
         # Writing may hang in its turn, and this process must end all the same.
-        limit = threading.Timer(REPORT_LIMIT_S, os._exit, [InfrastructureError.exit_code])
+        limit = threading.Timer(
+            REPORT_LIMIT_S, os._exit, [InfrastructureError.exit_code]
+        )
         limit.daemon = True
         limit.start()
         # A full disk must not keep this process from ending.
@@ -112,5 +114,8 @@ class Watchdog:
 
 def _say_only(error: BaseException) -> int:
     with suppress(OSError):
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"error: {error}\n".encode())
+        os.write(
+            sys.__stderr__.fileno() if sys.__stderr__ else 2,
+            f"error: {error}\n".encode(),
+        )
     return InfrastructureError.exit_code

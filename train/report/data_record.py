@@ -44,7 +44,11 @@ def kept_description(checkpoint_dir: str, fingerprint: str) -> DatasetInfo | Non
 
 
 def collect_data_report(
-    report: DataReport, *, run_dir: Path, world: World, earlier: dict[str, Any] | None = None
+    report: DataReport,
+    *,
+    run_dir: Path,
+    world: World,
+    earlier: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Merge the ranks' reports into data_report.json. All ranks call it together.
 

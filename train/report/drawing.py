@@ -93,12 +93,17 @@ def draw_reconstruction(
                 interpolation="nearest",
             )
             axis.set_title(label, fontsize=8)
-    figure.suptitle(f"{title}\nmean loss {completion.loss:.4f} ({completion.note})", fontsize=10)
+    figure.suptitle(
+        f"{title}\nmean loss {completion.loss:.4f} ({completion.note})", fontsize=10
+    )
     _save(figure, path)
 
 
 def draw_loss(
-    path: Path, lines: Sequence[Mapping[str, Any]], *, references: Mapping[str, float] | None = None
+    path: Path,
+    lines: Sequence[Mapping[str, Any]],
+    *,
+    references: Mapping[str, float] | None = None,
 ) -> None:
     """Draw the training loss over steps, and the learning rate below it.
 
@@ -148,7 +153,9 @@ def spread_ids(num_samples: int, count: int) -> np.ndarray[Any, np.dtype[np.int6
     """Pick sample ids evenly over a dataset, so that every class folder has a chance to be
     shown."""
     count = min(count, num_samples)
-    return (np.arange(count, dtype=np.int64) * num_samples + num_samples // 2) // max(1, count)
+    return (np.arange(count, dtype=np.int64) * num_samples + num_samples // 2) // max(
+        1, count
+    )
 
 
 def _figure(width: float, height: float) -> Figure:

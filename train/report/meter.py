@@ -116,7 +116,10 @@ def throughput_summary(
     """
     rows: dict[str, dict[str, float]] = {}
     for name, counters in stages.items():
-        busy_s, items = float(counters.get("busy_s", 0.0)), float(counters.get("items", 0))
+        busy_s, items = (
+            float(counters.get("busy_s", 0.0)),
+            float(counters.get("items", 0)),
+        )
         rows[name] = {
             "items": items,
             "busy_s": busy_s,
@@ -130,7 +133,9 @@ def throughput_summary(
         "items": images_per_rank,
         "busy_s": step_busy_s,
         "wait_s": total.wait_s,
-        "busy_ms_per_item": 1e3 * step_busy_s / images_per_rank if images_per_rank else 0.0,
+        "busy_ms_per_item": 1e3 * step_busy_s / images_per_rank
+        if images_per_rank
+        else 0.0,
     }
     return {
         "steps": total.steps,
@@ -143,7 +148,9 @@ def throughput_summary(
 
 def summary_table(summary: Mapping[str, Any]) -> str:
     """Lay a summary out as a plain table for a terminal."""
-    lines = [f"{'stage (rank 0)':<16}{'images':>12}{'busy s':>10}{'wait s':>10}{'ms/image':>10}"]
+    lines = [
+        f"{'stage (rank 0)':<16}{'images':>12}{'busy s':>10}{'wait s':>10}{'ms/image':>10}"
+    ]
     for name, row in summary["stages"].items():
         lines.append(
             f"{name:<16}{row['items']:>12,.0f}{row['busy_s']:>10.1f}{row['wait_s']:>10.1f}{row['busy_ms_per_item']:>10.2f}"

@@ -94,7 +94,9 @@ class Reporter:
         written = os.write(self._file.fileno(), data)
         if written < len(data):
             # Half a line would end every reader's list: it is taken back.
-            os.ftruncate(self._file.fileno(), os.fstat(self._file.fileno()).st_size - written)
+            os.ftruncate(
+                self._file.fileno(), os.fstat(self._file.fileno()).st_size - written
+            )
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def show_on(self, trackers: Sequence[Background]) -> None:
@@ -189,7 +191,8 @@ class Reporter:
             return
         # NaN is not valid JSON: a reader in another language would stop at it.
         clean = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in line.items()
         }
         with self.tolerating(METRICS_FILE):
             # In one write and at once: others follow the file while the run goes on, and what does
@@ -209,7 +212,11 @@ class Reporter:
         step: int,
         line: Mapping[str, float | int | None],
     ) -> None:
-        loss, rate, wait = line.get("loss"), line.get("images_per_s"), line.get("data_wait_share")
+        loss, rate, wait = (
+            line.get("loss"),
+            line.get("images_per_s"),
+            line.get("data_wait_share"),
+        )
         # Without a loss every step since the last line was skipped.
         text = f"loss {loss:.4f}" if loss is not None else "no step taken"
         if rate is not None:
@@ -221,7 +228,11 @@ class Reporter:
             return
         # From this start's own steps: earlier ones may have run on other machines.
         done = step - self._first_step
-        left_s = (time.perf_counter() - self._started) / max(1, done) * (self._total_steps - step)
+        left_s = (
+            (time.perf_counter() - self._started)
+            / max(1, done)
+            * (self._total_steps - step)
+        )
         lr = line.get("lr") or 0.0
         self.say(
             f"step {step}/{self._total_steps}  {text}  lr {lr:.2e}  ETA {format_duration(left_s)}"

@@ -79,7 +79,11 @@ class Background:
         warn: Callable[[str], None],
         closing_limit_s: float = CLOSING_LIMIT_S,
     ) -> None:
-        self._tracker, self._warn, self._closing_limit_s = tracker, warn, closing_limit_s
+        self._tracker, self._warn, self._closing_limit_s = (
+            tracker,
+            warn,
+            closing_limit_s,
+        )
         self._orders: queue.Queue[Callable[[], None] | None] = queue.Queue(QUEUE_LENGTH)
         self._thread = threading.Thread(
             target=self._work, name=f"tracker-{tracker.name}", daemon=True
@@ -101,7 +105,9 @@ class Background:
 
     def _order(self, order: Callable[[], None]) -> None:
         if self._thread.is_alive():
-            with contextlib.suppress(queue.Full):  # a point of a curve, which metrics.jsonl has
+            with contextlib.suppress(
+                queue.Full
+            ):  # a point of a curve, which metrics.jsonl has
                 self._orders.put_nowait(order)
 
     def log(self, step: int, values: Values) -> None:
@@ -244,7 +250,9 @@ class MlflowTracker(Tracker):
         name = self._config.log.mlflow_experiment
         experiment = self._client.get_experiment_by_name(name)
         experiment_id = (
-            experiment.experiment_id if experiment else self._client.create_experiment(name)
+            experiment.experiment_id
+            if experiment
+            else self._client.create_experiment(name)
         )
         created = self._client.create_run(
             experiment_id, run_name=self._config.run.name or self._config.recipe
@@ -319,7 +327,9 @@ def check_trackers(config: RunConfig) -> None:
     ]
     if missing:
         raise ConfigError(
-            "; ".join(f"log.{name} is on, but {name} is not installed" for name in missing)
+            "; ".join(
+                f"log.{name} is on, but {name} is not installed" for name in missing
+            )
             + ": pip install -c constraints.txt -e '.[tracking]', or leave it off"
         )
 

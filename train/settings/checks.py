@@ -12,7 +12,11 @@ from pydantic import BaseModel, ValidationError
 from model.config import ModelConfig
 from train.config import RunConfig
 from train.settings.devices import Device
-from train.settings.engine_rules import batch_problems, decoder_problems, engine_problems
+from train.settings.engine_rules import (
+    batch_problems,
+    decoder_problems,
+    engine_problems,
+)
 
 IMAGES_OF_BASE_LR = 256
 """Images that `optim.base_lr` is given for. Source: Goyal et al. 2017."""
@@ -61,7 +65,10 @@ def build_config(
     checks = (
         ({"model", "view"}, _size_problems(config)),
         ({"train"}, batch_problems(config, world_size=world_size, source=world_source)),
-        ({"engine"}, engine_problems(config.engine, world_size=world_size, device=device)),
+        (
+            {"engine"},
+            engine_problems(config.engine, world_size=world_size, device=device),
+        ),
         ({"loader", "view"}, decoder_problems(config)),
         ({"train", "optim"}, _warmup_problems(config)),
         ({"train", "optim"}, _rate_problems(config)),
@@ -114,7 +121,9 @@ def _explain(
             # Inside a value, such as one of a union's types: the setting is the first part.
             name = f"{section}.{item['loc'][0]!s}"
         origin = f" (from {origins[name]})" if name in origins else ""
-        messages.append(f"{name} = {item['input']!r}{origin}: {text[:1].lower()}{text[1:]}")
+        messages.append(
+            f"{name} = {item['input']!r}{origin}: {text[:1].lower()}{text[1:]}"
+        )
     return list(dict.fromkeys(messages))
 
 

@@ -45,7 +45,9 @@ class HelpRequested(Exception):  # noqa: N818 - not an error: the help was asked
     """Raised in place of a run if `--help` is on the command line; carries the text."""
 
 
-def parse_run(argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> RunConfig:
+def parse_run(
+    argv: Sequence[str], *, env: Mapping[str, str] | None = None
+) -> RunConfig:
     """Build the settings of a run from a command line.
 
     Args:
@@ -62,7 +64,9 @@ def parse_run(argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> R
     return parse_command(argv, env=env).config
 
 
-def parse_command(argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> Command:
+def parse_command(
+    argv: Sequence[str], *, env: Mapping[str, str] | None = None
+) -> Command:
     """Read a command line into settings and what to do with them; arguments and errors as
     `parse_run`."""
     env = os.environ if env is None else env
@@ -160,7 +164,9 @@ def _split_words(argv: Sequence[str]) -> _Words:
         elif name == "dry_run":
             words.action = "dry-run"
             if has_value:
-                words.problems.append(f"--dry-run takes no value, not {given!r}: leave it out")
+                words.problems.append(
+                    f"--dry-run takes no value, not {given!r}: leave it out"
+                )
         else:
             value: str | None = given if has_value else None
             if not has_value and rest and not _is_option(rest[0]):
@@ -205,7 +211,9 @@ def _keep_option(
         words.toml_paths.append(value)
 
 
-def _parse_values(settings: Sequence[tuple[str, str | None]], problems: list[str]) -> Settings:
+def _parse_values(
+    settings: Sequence[tuple[str, str | None]], problems: list[str]
+) -> Settings:
     """Turn the command line's words into values, as far as the settings' types say how."""
     types = setting_types()
     values: Settings = {}

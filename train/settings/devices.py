@@ -50,7 +50,11 @@ def list_gpus() -> list[Gpu]:
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
-    command = [program, "--query-gpu=memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    command = [
+        program,
+        "--query-gpu=memory.total,compute_cap",
+        "--format=csv,noheader,nounits",
+    ]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_LIMIT_S, check=False
@@ -83,7 +87,9 @@ def find_device(env: Mapping[str, str]) -> Device | None:
     gpus = list_gpus()
     if not gpus:  # a driver without its program, or another maker's GPU
         return None
-    answers = {gpu.capability is not None and gpu.capability >= BF16_CAPABILITY for gpu in gpus}
+    answers = {
+        gpu.capability is not None and gpu.capability >= BF16_CAPABILITY for gpu in gpus
+    }
     # Which of several kinds a rank gets is not known here.
     has_bf16 = answers.pop() if len(answers) == 1 else None
     if any(gpu.capability is None for gpu in gpus):

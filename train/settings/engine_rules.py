@@ -35,7 +35,9 @@ def engine_problems(
         )
     # Offloading moves what a stage has taken apart: at stage 0 there are no parts to move.
     if engine.offload_optimizer == "cpu" and engine.zero_stage == 0:
-        problems.append("engine.offload_optimizer cpu needs engine.zero_stage 1, 2 or 3, not 0")
+        problems.append(
+            "engine.offload_optimizer cpu needs engine.zero_stage 1, 2 or 3, not 0"
+        )
     # Only stage 3 has the weights in parts.
     if engine.offload_parameters == "cpu" and engine.zero_stage != 3:
         problems.append(
@@ -150,7 +152,9 @@ def _tuning_problems(path: str) -> list[str]:
     return []
 
 
-def batch_problems(config: RunConfig, *, world_size: int, source: str = "") -> list[str]:
+def batch_problems(
+    config: RunConfig, *, world_size: int, source: str = ""
+) -> list[str]:
     """Say so if the ranks cannot share the global batch out evenly.
 
     Args:

@@ -58,7 +58,13 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.workspace
+        return (
+            self.weights
+            + self.gradients
+            + self.optimizer
+            + self.activations
+            + self.workspace
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +144,10 @@ def estimate_memory(
 
 
 def _activations(
-    config: RunConfig, *, encoder: ActivationCheckpointing, decoder: ActivationCheckpointing
+    config: RunConfig,
+    *,
+    encoder: ActivationCheckpointing,
+    decoder: ActivationCheckpointing,
 ) -> int:
     model = config.model
     # Under autocast norms and the residual stream stay fp32 while products save bf16 copies.
@@ -148,7 +157,9 @@ def _activations(
         "autocast": 4,
         "fp32": 4,
     }[config.engine.precision]
-    kept = activation_bytes(model, encoder=encoder, decoder=decoder, value_bytes=value_bytes)
+    kept = activation_bytes(
+        model, encoder=encoder, decoder=decoder, value_bytes=value_bytes
+    )
     # One block at a time is computed again, so only the largest counts.
     again = 0
     if encoder != "none":
@@ -212,7 +223,11 @@ def recommend(choices: Iterable[Choice], *, device_bytes: int) -> Choice | None:
     Returns:
         The choice; None if none fits.
     """
-    fitting = [choice for choice in choices if choice.memory.total <= USABLE_SHARE * device_bytes]
+    fitting = [
+        choice
+        for choice in choices
+        if choice.memory.total <= USABLE_SHARE * device_bytes
+    ]
     return min(
         fitting,
         key=lambda choice: (choice.cost, choice.memory.total),
@@ -256,7 +271,11 @@ def describe_fit(
         f"{'':>8}" + "".join(f"{mode:>11}" for mode in modes),
     ]
     for stage in sorted({choice.zero_stage for choice in choices}):
-        row = [choice.memory.total / GIB for choice in choices if choice.zero_stage == stage]
+        row = [
+            choice.memory.total / GIB
+            for choice in choices
+            if choice.zero_stage == stage
+        ]
         lines.append(f"  ZeRO {stage}" + "".join(f"{size:>11.1f}" for size in row))
     return [*lines, _recommendation(choices, device_bytes)]
 

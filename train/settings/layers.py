@@ -17,7 +17,10 @@ from train.config import RunConfig
 from train.settings.checks import Settings
 
 PROGRAM = "train.pretrain"
-EITHER_OR = (("train.steps", "train.epochs"), ("optim.warmup_steps", "optim.warmup_epochs"))
+EITHER_OR = (
+    ("train.steps", "train.epochs"),
+    ("optim.warmup_steps", "optim.warmup_epochs"),
+)
 """Pairs of which exactly one is given: a source that sets one unsets the other one of the sources
 below it."""
 
@@ -84,7 +87,9 @@ def read_toml(path: str, problems: list[str]) -> Settings:
     return {}
 
 
-def _one_spelling_each(path: str, nested: Mapping[str, Any], problems: list[str]) -> Settings:
+def _one_spelling_each(
+    path: str, nested: Mapping[str, Any], problems: list[str]
+) -> Settings:
     """Give a file's values by dotted name, with dashes as underscores; refuse a setting that is
     written in two ways."""
     types = setting_types()
@@ -111,7 +116,9 @@ def _one_spelling_each(path: str, nested: Mapping[str, Any], problems: list[str]
     return values
 
 
-def _flatten_all(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten_all(
+    nested: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
     """Give the values of nested tables by dotted name as written, each of them."""
     for key, value in nested.items():
         is_section = not prefix and key in RunConfig.model_fields
@@ -238,7 +245,9 @@ def merge(
     return merged, origins
 
 
-def _recipe_problems(value: Any, origin: str, layers: Sequence[tuple[str, Settings]]) -> list[str]:
+def _recipe_problems(
+    value: Any, origin: str, layers: Sequence[tuple[str, Settings]]
+) -> list[str]:
     """Refuse a recipe that a file names unless it is the one in use: a file cannot choose it."""
     names = [name for name, _ in layers]
     if f"recipe {value}" in names:

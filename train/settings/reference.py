@@ -133,7 +133,13 @@ def _table(
         kind = describe_type(model, name)
         if not kind:  # a nested model, which has no value of its own
             continue
-        cells = [f"`{names[name]}`", kind, _shown(defaults[name]), unit_of(name), help_texts[name]]
+        cells = [
+            f"`{names[name]}`",
+            kind,
+            _shown(defaults[name]),
+            unit_of(name),
+            help_texts[name],
+        ]
         if rules is not None:
             cells.insert(4, rules[names[name]])
         rows.append(f"| {' | '.join(cells)} |")
@@ -195,11 +201,17 @@ def field_help(model: type[BaseModel]) -> dict[str, str]:
     texts: dict[str, str] = {}
     # From the oldest base down, so that a class may explain a field anew.
     for base in reversed(model.__mro__):
-        if isinstance(base, type) and issubclass(base, BaseModel) and base is not BaseModel:
+        if (
+            isinstance(base, type)
+            and issubclass(base, BaseModel)
+            and base is not BaseModel
+        ):
             texts |= _own_help(base)
     missing = [name for name in model.model_fields if name not in texts]
     if missing:
-        raise ConfigError(f"{model.__name__}: no help under {', '.join(missing)}; write one")
+        raise ConfigError(
+            f"{model.__name__}: no help under {', '.join(missing)}; write one"
+        )
     return texts
 
 
@@ -214,9 +226,14 @@ def _own_help(model: type[BaseModel]) -> dict[str, str]:
         definition.body[1:],
         strict=False,
     ):
-        if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
+        if not (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
+        ):
             continue
-        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+        if isinstance(following, ast.Expr) and isinstance(
+            following.value, ast.Constant
+        ):
             # A table's cell is one line, and a bar would end it.
             text = " ".join(str(following.value.value).split())
             texts[statement.target.id] = text.replace("|", "\\|")
@@ -365,7 +382,9 @@ def _run(arguments: Arguments) -> int:
     if arguments.check:
         written = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
         if written != text:
-            raise ConfigError(f"{PAGE} differs from the settings' models: run {COMMAND}")
+            raise ConfigError(
+                f"{PAGE} differs from the settings' models: run {COMMAND}"
+            )
         return 0
     storage.write_atomic(str(PAGE), text.encode())
     return 0

@@ -118,7 +118,8 @@ does not mention it."""
 NEVER_ACCEPTED = frozenset(
     name
     for name in RULES
-    if name.startswith("model.") and name not in ("model.mask_ratio", "model.norm_pix_loss")
+    if name.startswith("model.")
+    and name not in ("model.mask_ratio", "model.norm_pix_loss")
 )
 """Settings that decide what the saved weights mean: other values need other weights."""
 ORDER_SETTINGS = frozenset(
@@ -175,7 +176,9 @@ def of_rule(changes: Iterable[Change], rule: Rule) -> list[Change]:
 
 def split_names(text: str) -> list[str]:
     """Read the names of `resume.accept`, with dashes or underscores."""
-    names = [word.strip().removeprefix("--").replace("-", "_") for word in text.split(",")]
+    names = [
+        word.strip().removeprefix("--").replace("-", "_") for word in text.split(",")
+    ]
     return [name for name in names if name]
 
 
@@ -192,7 +195,9 @@ def accept_problems(text: str) -> list[str]:
     problems = []
     for name in split_names(text):
         if name not in known:
-            problems.append(f"resume.accept: unknown setting {name}{did_you_mean(name, [*known])}")
+            problems.append(
+                f"resume.accept: unknown setting {name}{did_you_mean(name, [*known])}"
+            )
         elif name in NEVER_ACCEPTED:
             problems.append(
                 f"resume.accept: {name} decides what the saved weights mean and cannot be "

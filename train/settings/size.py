@@ -49,7 +49,9 @@ def describe_size(config: RunConfig) -> list[str]:
         "a step",
         f"checkpoints: {config.checkpoint_dir}, every {config.checkpoint.every_steps} steps",
     ]
-    fit = describe_fit(config, world_size=world_size, device_bytes=device_bytes_of(config))
+    fit = describe_fit(
+        config, world_size=world_size, device_bytes=device_bytes_of(config)
+    )
     device = find_device(os.environ)
     # Notes, not mistakes: a dry run may be of a run for another machine.
     notes = machine_problems(config)

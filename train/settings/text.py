@@ -33,7 +33,9 @@ def _toml_value(value: Any) -> str:
         return f"[{', '.join(items)}]"
     # TOML's basic strings, booleans and finite numbers are JSON's. Two things are not: JSON's
     # escapes of letters beyond 16 bits are pairs, which TOML refuses, and TOML wants DEL escaped.
-    return json.dumps(value, ensure_ascii=False, allow_nan=False).replace("\x7f", "\\u007f")
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).replace(
+        "\x7f", "\\u007f"
+    )
 
 
 def help_text(recipe: str | None) -> str:

@@ -24,7 +24,19 @@ from pipeline.sources.tables.image_field import is_text, readable_texts
 Labels = tuple[npt.NDArray[np.int32], list[str] | None]
 """Class number of each image, -1 if it has none, and the class names; None without names."""
 MISSING_WORDS = frozenset(
-    {"#N/A", "#NA", "-NaN", "-nan", "1.#IND", "<NA>", "N/A", "NA", "NULL", "NaN", "None"}
+    {
+        "#N/A",
+        "#NA",
+        "-NaN",
+        "-nan",
+        "1.#IND",
+        "<NA>",
+        "N/A",
+        "NA",
+        "NULL",
+        "NaN",
+        "None",
+    }
     | {"n/a", "nan", "null"}
 )
 """Words that stand for a missing value in CSV, which has no null of its own; pandas' list."""
@@ -404,7 +416,9 @@ def _check_range(part: LabelPart, values: Any) -> None:
     _refuse(part, values, is_large_enough & is_small_enough, problem)
 
 
-def _refuse(part: LabelPart, values: Any, is_fine: npt.NDArray[np.bool_], problem: str) -> None:
+def _refuse(
+    part: LabelPart, values: Any, is_fine: npt.NDArray[np.bool_], problem: str
+) -> None:
     """Name the first value that is not fine."""
     wrong = np.flatnonzero(~is_fine)
     if not len(wrong):

@@ -141,7 +141,9 @@ class DelimitedTable:
             else:
                 yield TextRow(line, fitted)
 
-    def _records(self, start: int, delimiter: str) -> Iterator[tuple[int, list[str] | None]]:
+    def _records(
+        self, start: int, delimiter: str
+    ) -> Iterator[tuple[int, list[str] | None]]:
         """Yield the line behind each record, and the record's values; None if it is damaged.
 
         A quotation mark that is never closed would swallow the rest of the file: a damaged record
@@ -155,7 +157,11 @@ class DelimitedTable:
                     end = base + reader.line_num
                     has_several = end > start + 1
                     # Several lines, and not one row of this table.
-                    if has_several and self.columns and _fit(values, self.columns) is None:
+                    if (
+                        has_several
+                        and self.columns
+                        and _fit(values, self.columns) is None
+                    ):
                         break
                     yield end, values
                     start = end
