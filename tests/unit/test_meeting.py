@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -83,3 +85,13 @@ def test_a_rank_that_was_stopped_is_named_when_the_time_is_over(
     says = rf"engine.timeout_s.*rank {1 - rank} \(process {other.pid}\) was stopped"
     with pytest.raises(InfrastructureError, match=says):
         meet(place_of(rank), timeout_s=SHORT_S, roll=roll)
+
+
+def test_a_program_that_listens_and_never_answers_is_not_waited_for_in_c() -> None:
+    """torch's own timeout does not end this wait."""
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        place = dataclasses.replace(place_of(1), master_port=mute.getsockname()[1])
+        with pytest.raises(InfrastructureError, match="no other program"):
+            meet(place, timeout_s=SHORT_S)

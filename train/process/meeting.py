@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import threading
 import time
 from datetime import timedelta
 
@@ -107,25 +108,58 @@ def _open_store(
 ) -> Store:
     deadline_s = time.monotonic() + timeout_s
     while True:
+        attempt = _Attempt(place, serves=serves, timeout_s=timeout_s)
+        while not attempt.is_over():
+            _look_for_dead(roll)
+            if time.monotonic() > deadline_s:
+                raise _no_store(place, TimeoutError("no answer"), serves=serves)
+        if attempt.store is not None:
+            attempt.store.set_timeout(timedelta(seconds=timeout_s))
+            return attempt.store
+        error = attempt.error or RuntimeError("no store")
+        if not isinstance(error, dist.DistError):
+            raise error
+        _look_for_dead(roll)
+        if serves or time.monotonic() > deadline_s:
+            raise _no_store(place, error, serves=serves) from error
+        time.sleep(_LOOK_S)
+
+
+class _Attempt:
+    """One attempt to open the store, in a thread of its own.
+
+    If another program listens at the address and never answers, torch waits for it without a
+    limit, whatever its timeout says, and in C, where this process would hear no signal.
+    """
+
+    def __init__(self, place: RankPlace, *, serves: bool, timeout_s: float) -> None:
+        self.store: Store | None = None
+        self.error: Exception | None = None
+        self._place = place
+        self._serves = serves
+        self._answer_s = min(timeout_s, _ANSWER_LIMIT_S)
+        # A daemon: a thread that waits for good must not keep the process.
+        self._thread = threading.Thread(target=self._open, name="store", daemon=True)
+        self._thread.start()
+
+    def is_over(self) -> bool:
+        """Wait for a moment and tell whether the attempt has ended."""
+        self._thread.join(_LOOK_S)
+        return not self._thread.is_alive()
+
+    def _open(self) -> None:
         try:
-            store = TCPStore(
-                host_name=place.master_addr,
-                port=place.master_port,
-                world_size=place.world_size,
-                is_master=serves,
-                # Short: while this waits for an answer, no signal is heard.
-                timeout=timedelta(seconds=min(timeout_s, _ANSWER_LIMIT_S)),
-                # They are waited for below, where a signal is heard.
+            self.store = TCPStore(
+                host_name=self._place.master_addr,
+                port=self._place.master_port,
+                world_size=self._place.world_size,
+                is_master=self._serves,
+                timeout=timedelta(seconds=self._answer_s),
+                # They are waited for by the caller, where a signal is heard.
                 wait_for_workers=False,
             )
-        except dist.DistError as error:
-            _look_for_dead(roll)
-            if serves or time.monotonic() > deadline_s:
-                raise _no_store(place, error, serves=serves) from error
-        else:
-            store.set_timeout(timedelta(seconds=timeout_s))
-            return store
-        time.sleep(_LOOK_S)
+        except Exception as error:  # noqa: BLE001 - the waiting thread must meet it, whatever it is
+            self.error = error
 
 
 def _no_store(
