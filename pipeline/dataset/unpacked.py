@@ -26,20 +26,9 @@ from pipeline.formats.compressed import (
     compression_of_name,
     unpack_gzip,
 )
+from pipeline.images.header import IMAGE_SUFFIXES
 
 _MAGIC_BYTES = 8
-_PICTURES = (
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".png",
-    ".webp",
-    ".gif",
-    ".bmp",
-    ".tif",
-    ".tiff",
-)
 _OTHERS = (".beton", ".csv", ".tsv", ".jsonl", ".ndjson")
 _STALE_AFTER_S = 600.0
 """Age at which a temporary folder that no process holds is taken for one of a killed process."""
@@ -195,7 +184,7 @@ def _archives_in(uri: str) -> list[storage.FileInfo]:
         if storage.is_hidden(file.name):
             continue
         lower = file.name.lower()
-        num_pictures += lower.endswith(_PICTURES)
+        num_pictures += lower.endswith(IMAGE_SUFFIXES)
         has_others = has_others or lower.endswith(_OTHERS)
         if lower.endswith(".parquet"):
             tables.append(PurePosixPath(file.name).stem)

@@ -15,6 +15,19 @@ from pipeline.images.jpeg_header import JPEG_START, read_jpeg_header
 from pipeline.images.refused import Reason, Refused
 from pipeline.images.tiff_header import TIFF_STARTS, read_tiff_header
 
+IMAGE_SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".webp",
+    ".gif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+)
+"""Endings of image files, in lower case. The content then tells what a file really is."""
 _NOT_AN_IMAGE = Refused(Reason.NOT_AN_IMAGE)
 _TRUNCATED = Refused(Reason.TRUNCATED)
 _LOADER_DEFAULTS = LoaderConfig()

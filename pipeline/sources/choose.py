@@ -15,12 +15,12 @@ from pipeline.errors import ConfigError
 from pipeline.formats.records import SUFFIXES
 from pipeline.formats.table import NO_LABEL
 from pipeline.formats.webdataset import IMAGE_EXTENSIONS, split_key
+from pipeline.images.header import IMAGE_SUFFIXES
 from pipeline.images.left_out import LeftOut
 from pipeline.sources.columns import holds_images
 from pipeline.sources.dataset import DatasetSource
 from pipeline.sources.folder import FolderSource
 from pipeline.sources.listing import Listing, Source, SourceKind, SourceSettings
-from pipeline.sources.names import IMAGE_SUFFIXES
 from pipeline.sources.parquet import ParquetSource
 from pipeline.sources.table import TEXT_SUFFIXES, ListSource
 from pipeline.sources.tar import TarSource, first_members

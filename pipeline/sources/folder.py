@@ -8,6 +8,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.dataset.info import DATASET_FILE
 from pipeline.errors import ConfigError, DataError
+from pipeline.images.header import IMAGE_SUFFIXES
 from pipeline.images.left_out import LeftOut, printable
 from pipeline.images.refused import Refused
 from pipeline.sources.listing import (
@@ -19,7 +20,7 @@ from pipeline.sources.listing import (
     read_each,
     say_note,
 )
-from pipeline.sources.names import IMAGE_SUFFIXES, why_skipped
+from pipeline.sources.names import why_skipped
 from pipeline.sources.tables.metadata_file import metadata_notes
 
 _MOST_NAMED = 20

@@ -11,20 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import storage
+from pipeline.images.header import IMAGE_SUFFIXES
 
-IMAGE_SUFFIXES = (
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".png",
-    ".webp",
-    ".gif",
-    ".bmp",
-    ".tif",
-    ".tiff",
-)
-"""Endings of image files, in lower case. The content then tells what a file really is."""
 _EXTENSION = r"\.[^./]*$"
 _UNFIT = r"[.\s\p{Z}\p{C}]"
 """Characters that no key of a WebDataset may have: dots, and all kinds of blanks."""

@@ -22,6 +22,7 @@ from pipeline.console import Progress
 from pipeline.errors import DataError
 from pipeline.formats.records import DEAD_LINK
 from pipeline.formats.tar import TarMember, TarScanner
+from pipeline.images.header import IMAGE_SUFFIXES
 from pipeline.images.left_out import printable
 from pipeline.images.refused import Refused
 from pipeline.sources.listing import (
@@ -33,7 +34,6 @@ from pipeline.sources.listing import (
     name_and_class,
     read_each,
 )
-from pipeline.sources.names import IMAGE_SUFFIXES
 
 _HEADER_BUFFER_BYTES = 4096
 _SCAN_BUFFER_BYTES = 8 * 2**20
