@@ -17,9 +17,9 @@ from train.engine.optim import (
     build_optimizer,
     build_param_groups,
     lr_at,
-    peak_lr,
     set_lr,
 )
+from train.settings.lengths import peak_lr
 
 PAPER = RunConfig.model_validate(
     {

@@ -10,25 +10,7 @@ import torch
 from torch import nn
 
 from train.config import OptimSection, RunConfig
-
-IMAGES_OF_BASE_LR = 256
-"""Batch that base_lr is quoted for. Source: He et al. 2022, table 8 (lr = base_lr x batch /
-256)."""
-
-
-def peak_lr(config: RunConfig, *, global_batch_size: int | None = None) -> float:
-    """Return the learning rate at the end of the warm-up.
-
-    Args:
-        config: settings of the run.
-        global_batch_size: the batch that the rate is scaled to; by default that of the settings.
-    """
-    batch = (
-        config.train.global_batch_size
-        if global_batch_size is None
-        else global_batch_size
-    )
-    return config.optim.base_lr * batch / IMAGES_OF_BASE_LR
+from train.settings.lengths import peak_lr
 
 
 def warmup_length(config: RunConfig, *, steps_per_epoch: float) -> float:

@@ -15,12 +15,13 @@ from train.checkpoint.files import hash_json
 from train.checkpoint.state import CheckpointState
 from train.config import RunConfig
 from train.engine.named_state import check_same_model, list_tensors
-from train.engine.optim import lr_at, peak_lr
+from train.engine.optim import lr_at
 from train.errors import CheckpointError
 from train.loop.progress import PROGRESS_KEY, Pace, Progress
 from train.objectives.base import Objective
 from train.report.data_record import kept_description
 from train.settings.layers import EITHER_OR
+from train.settings.lengths import peak_lr
 from train.settings.resume_rules import (
     NEVER_ACCEPTED,
     ORDER_SETTINGS,

@@ -17,9 +17,8 @@ from train.settings.engine_rules import (
     decoder_problems,
     engine_problems,
 )
+from train.settings.lengths import IMAGES_OF_BASE_LR, peak_lr
 
-IMAGES_OF_BASE_LR = 256
-"""Images that `optim.base_lr` is given for. Source: Goyal et al. 2017."""
 Settings = dict[str, Any]
 """Values by dotted name, as far as a source gives them."""
 
@@ -156,7 +155,7 @@ def _warmup_problems(config: RunConfig) -> list[str]:
 def _rate_problems(config: RunConfig) -> list[str]:
     optim = config.optim
     batch = config.train.global_batch_size
-    peak = optim.base_lr * batch / IMAGES_OF_BASE_LR
+    peak = peak_lr(config)
     if optim.min_lr <= peak:
         return []
     return [

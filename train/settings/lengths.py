@@ -1,4 +1,5 @@
-"""Checks that need the size of the dataset: steps and epochs can only be compared with it."""
+"""The length and the peak rate of a run, and checks that need the size of the dataset: steps and
+epochs can only be compared with it."""
 
 from __future__ import annotations
 
@@ -7,6 +8,25 @@ from pipeline.dataset import open_dataset
 from pipeline.dataset.info import DATASET_FILE
 from pipeline.errors import ConfigError, DataError
 from train.config import RunConfig
+
+IMAGES_OF_BASE_LR = 256
+"""Batch that base_lr is quoted for. Source: He et al. 2022, table 8 (lr = base_lr x batch /
+256)."""
+
+
+def peak_lr(config: RunConfig, *, global_batch_size: int | None = None) -> float:
+    """Return the learning rate at the end of the warm-up.
+
+    Args:
+        config: settings of the run.
+        global_batch_size: the batch that the rate is scaled to; by default that of the settings.
+    """
+    batch = (
+        config.train.global_batch_size
+        if global_batch_size is None
+        else global_batch_size
+    )
+    return config.optim.base_lr * batch / IMAGES_OF_BASE_LR
 
 
 def steps_per_epoch_of(config: RunConfig, *, num_samples: int) -> float:
